@@ -1,0 +1,70 @@
+# One command per intention; each prepares what it needs. `make help` lists them.
+# Needs: make, and Python 3.10 or newer with pip. `make PYTHON=python3.12 venv` picks another interpreter.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+LOCKED    := $(VENV)/.locked
+INSTALLED := $(VENV)/.installed
+PIP       := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60 install
+
+# The tests run in WORKERS processes; more threads than one in each would only fight for the same cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Networks fail for moments, and an install is safe to repeat.
+try = for n in 1 2 3; do $(1) && exit 0; echo "attempt $$n of 3 failed: $(1)" >&2; sleep $$((5 * n)); done; exit 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check static format lint types docs bench clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+venv: $(INSTALLED) ## set up .venv from requirements.lock (again when the lock changes)
+
+demo: $(INSTALLED) ## train detection and text with and without gradient splitting; a table and a page
+	$(BIN)/gradsplit demo $(ARGS)
+
+test: $(INSTALLED) ## run every test; skips are printed with their reasons
+	$(PYTEST) $(ARGS)
+
+check: static docs test ## format, lint, types, docs, tests
+
+static: $(INSTALLED) ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED) ## links, README pair and code blocks, doctests, versions in prose
+	$(PYTEST) tests/docs $(ARGS)
+
+format: $(INSTALLED) ## rewrite the sources in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## compare every strategy on the text model, raw results kept
+	$(BIN)/gradsplit compare gpt $(ARGS)
+
+clean: ## remove caches and build products; .venv stays
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Debian's python3 may lack ensurepip; the system's pip can then install into the new environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "gradsplit needs Python 3.10 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip --clear $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# deepforest is installed for its photographs alone; its dependencies would replace torch (docs/decisions/0003).
+$(LOCKED): requirements.lock | $(BIN)/python
+	@$(call try,$(PIP) -r requirements.lock)
+	@$(call try,$(PIP) --no-deps deepforest==2.1.0)
+	@touch $@
+
+$(INSTALLED): pyproject.toml $(LOCKED)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
