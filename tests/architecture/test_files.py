@@ -1,0 +1,140 @@
+"""The shape of the tree: names, lengths, packages, and nothing that belongs to one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.architecture.sources import PACKAGE, ROOT, package_files, relative, tracked, tracked_files
+
+# A name that says nothing about the content collects whatever is left over.
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+# A file above LONGEST lines is entered here with its length, may only shrink, and leaves when short enough.
+LONGEST = 400
+LONGER_UNTIL_SPLIT: dict[str, int] = {}
+
+# One object owns the loop; if it grows, a step of the loop has lost its own module.
+SPLITTER_LINES = 150
+
+# Written in pieces, so that this file does not find itself.
+MACHINE_PATH = re.compile(
+    "(" + "|".join(["/" + "tmp/", "/" + "work/", "/" + "root/", "/" + "home/[a-z]+/"]) + ")"
+)
+UNFINISHED = re.compile(
+    r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error"]) + r")\b"
+)
+
+
+def _numbered(path, pattern):
+    text = path.read_text(encoding="utf8", errors="replace")
+    return [
+        f"{relative(path)}:{n}: {line.strip()[:120]}"
+        for n, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def _is_text(path):
+    return b"\0" not in path.read_bytes()[:4096]
+
+
+def test_no_module_is_a_catch_all():
+    found = [
+        relative(path)
+        for path in tracked(".py")
+        if FORBIDDEN_NAMES & {part.removesuffix(".py").lstrip("_") for part in path.relative_to(ROOT).parts}
+    ]
+    assert not found, f"name these for what they hold: {found}"
+
+
+def test_long_files_only_shrink():
+    lengths = {relative(path): len(path.read_text(encoding="utf8").splitlines()) for path in tracked(".py")}
+    grown = {name: n for name, n in lengths.items() if n > LONGER_UNTIL_SPLIT.get(name, LONGEST)}
+    assert not grown, f"above their allowance (lines): {grown}. Split each where a second concept begins."
+    settled = {name: lengths.get(name) for name, n in LONGER_UNTIL_SPLIT.items() if lengths.get(name, 0) < n}
+    assert not settled, f"lower or remove these rows of LONGER_UNTIL_SPLIT: {settled}"
+
+
+def test_the_splitter_stays_one_loop():
+    tree = ast.parse((PACKAGE / "splitter.py").read_text(encoding="utf8"))
+    (splitter,) = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GradientSplitter"
+    ]
+    described = {
+        line
+        for node in ast.walk(splitter)
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    length = splitter.end_lineno - splitter.lineno + 1 - len(described)
+    assert length <= SPLITTER_LINES, f"GradientSplitter has {length} lines without its docstrings"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in package_files()}), ids=relative)
+def test_every_folder_of_the_package_is_found_by_the_build(folder):
+    missing = [
+        relative(parent)
+        for parent in [folder, *folder.parents]
+        if PACKAGE in [parent, *parent.parents] and not (parent / "__init__.py").is_file()
+    ]
+    assert not missing, f"without __init__.py the built wheel leaves these out: {missing}"
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_no_path_of_one_machine():
+    found = [
+        hit
+        for path in tracked_files()
+        if path.suffix != ".lock" and _is_text(path)
+        for hit in _numbered(path, MACHINE_PATH)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_nothing_is_left_unfinished():
+    found = [hit for path in tracked(".py") for hit in _numbered(path, UNFINISHED)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in tracked(".py") if path.name.startswith("test_")], ids=relative
+)
+def test_every_test_function_can_fail(path):
+    """A test that only computes, or returns its verdict, passes whatever the code does."""
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    tests = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    silent = [node.name for node in tests if not _may_raise(node)]
+    assert not silent, f"{relative(path)}: no assertion in {silent}"
+
+
+def _may_raise(function: ast.FunctionDef) -> bool:
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Assert, ast.Raise)):
+            return True
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if re.search(r"assert|raises|warns|check|fail", name):
+                return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("source", "can_fail"),
+    [
+        ("def test_a():\n    assert f() == 1", True),
+        ("def test_a():\n    torch.testing.assert_close(a, b)", True),
+        ("def test_a():\n    with pytest.raises(ValueError):\n        f()", True),
+        ("def test_a():\n    return np.array_equal(a, b)", False),
+        ("def test_a():\n    np.array_equal(a, b)", False),
+    ],
+)
+def test_a_test_that_cannot_fail_is_recognised(source, can_fail):
+    assert _may_raise(ast.parse(source).body[0]) is can_fail
