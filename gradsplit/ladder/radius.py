@@ -1,0 +1,140 @@
+"""How far a power series reaches, read off its coefficients.
+
+The radius of convergence R of sum c_k t^k is the distance to the nearest singularity of the loss in the complex plane
+of steps. Near it c_k behaves like R^-k k^a, with an oscillation if the singularity is a complex pair. Two readings:
+
+* **root**: log|c_k| = b - k log R + a log k, fitted to the upper half of the window (an oscillation only lowers);
+* **ratio**: 1/R^2 -> (c_{k+1} c_{k-1} - c_k^2) / (c_k c_{k-2} - c_{k-1}^2), which is exact for a complex pair and
+  turns into the square of the plain ratio for a real singularity; extrapolated to 1/k -> 0.
+
+Where they differ the nearest singularity is not yet alone at the orders at hand; the spread says by how much.
+
+Sources: Domb and Sykes 1957 (extrapolation in 1/k); Mercer and Roberts 1990 (complex pairs). Deviations: medians and a
+trimmed fit in place of plain least squares, and the reading of the two together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradsplit.ladder.signedlog import Floats, SignedLog
+
+
+@dataclass(frozen=True)
+class Radius:
+    """Radius of convergence of one series, in units of the step.
+
+    Args:
+        value: the smaller of the two estimates where they agree within a factor of two, else the root's.
+        root: estimate from roots of coefficients.
+        ratio: estimate from ratios of coefficients; nan where there are too few.
+        spread: relative difference of the readings: of root and ratio, and of the root over two halves of the window.
+    """
+
+    value: float
+    root: float
+    ratio: float
+    spread: float
+
+
+ENTIRE = Radius(math.inf, math.inf, math.inf, 0.0)
+
+
+def radius_of(coefficient: SignedLog) -> Radius:
+    """Radius of convergence from the coefficients c_0 … c_K of one series.
+
+    A polynomial whose degree is below half the order has radius inf. An entire function (exp) has no finite radius
+    either, but no finite number of coefficients shows that: the value is then a lower bound that grows with the order.
+
+    >>> coefficients = SignedLog.of(1 / 0.5 ** np.arange(31.0))  # 1 / (1 - 2 t)
+    >>> round(radius_of(coefficients).value, 6)
+    0.5
+    """
+    log, order = coefficient.log, len(coefficient.log) - 1
+    first = max(1, order // 2)
+    k = np.arange(first, order + 1)
+    k = k[np.isfinite(log[k])]
+    if len(k) == 0 or (order >= 8 and len(k) < 3):
+        return ENTIRE
+    if len(k) < 4:
+        return _from_few(log, order)
+    root = _root(k, log[k])
+    halves = [_root(part, log[part]) for part in np.array_split(k, 2) if len(part) >= 4]
+    ratio = _ratio(coefficient, root, first)
+    readings = [value for value in (root, ratio, *halves) if math.isfinite(value) and value > 0]
+    spread = max(readings) / min(readings) - 1 if readings else math.inf
+    agree = math.isfinite(ratio) and 0.5 < ratio / root < 2
+    return Radius(min(root, ratio) if agree else root, root, ratio, spread)
+
+
+def crude_log_radius(coefficient: SignedLog) -> Floats:
+    """log of the step at which the largest later term reaches the first one, per bin: a scale, not an estimate.
+
+    Args:
+        coefficient: (K + 1, B).
+    """
+    k = np.arange(2, coefficient.log.shape[0], dtype=np.float64)[:, None]
+    if len(k) == 0:
+        return np.zeros(coefficient.log.shape[1])
+    with np.errstate(invalid="ignore"):
+        reach = (coefficient.log[1] - coefficient.log[2:]) / (k - 1)
+    tail = reach[len(k) // 2 :]
+    reach_B: Floats = np.where(np.isfinite(tail), tail, np.inf).min(axis=0)
+    return np.where(np.isfinite(reach_B), reach_B, 0.0)
+
+
+def _from_few(log: Floats, order: int) -> Radius:
+    """With a handful of coefficients: the smallest root relative to the first order."""
+    k = np.arange(2, order + 1)
+    k = k[np.isfinite(log[k])] if order >= 2 else k
+    if len(k) == 0 or not np.isfinite(log[1]):
+        return ENTIRE
+    value = float(np.exp(((log[1] - log[k]) / (k - 1)).min()))
+    return Radius(value, value, math.nan, math.inf)
+
+
+def _root(k: np.ndarray, log: Floats) -> float:
+    """R from the slope of log|c_k|; above 24 orders the power of k is fitted too, below it is taken as -1."""
+    free = k[-1] >= 24 and len(k) >= 8
+    target = log if free else log + np.log(k)
+    columns = [np.ones(len(k)), -k.astype(np.float64)] + ([np.log(k)] if free else [])
+    design = np.stack(columns, axis=1)
+    kept = np.ones(len(k), dtype=bool)
+    for _ in range(3):
+        solution = np.linalg.lstsq(design[kept], target[kept], rcond=None)[0]
+        residual = target - design @ solution
+        upper = residual >= np.median(residual)
+        if upper.sum() <= design.shape[1]:
+            break
+        kept = upper
+    return float(np.exp(np.clip(solution[1], -700, 700)))
+
+
+def _ratio(coefficient: SignedLog, root: float, first: int) -> float:
+    """R from the Mercer-Roberts ratio, extrapolated to infinite order; nan where it has no meaning."""
+    order = len(coefficient.log) - 1
+    k = np.arange(order + 1)
+    log = coefficient.log + k * math.log(root)  # balanced, so that the products neither overflow nor underflow
+    c = SignedLog(coefficient.sign, log - log[first:][np.isfinite(log[first:])].max()).to_float()
+    at = np.arange(max(3, first), order)
+    if len(at) < 3:
+        return math.nan
+    above, below = c[at + 1] * c[at - 1] - c[at] ** 2, c[at] * c[at - 2] - c[at - 1] ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.sqrt(np.abs(above / below))
+        plain = np.abs(c[at] / c[at - 1])
+    # A single real pole makes both differences vanish: there the plain ratio is the exact one.
+    lonely = np.abs(below) < 1e-6 * c[at - 1] ** 2
+    inverse = np.where(lonely, plain, inverse)
+    good = np.isfinite(inverse) & (inverse > 0)
+    if good.sum() < 3:
+        return math.nan
+    middle = np.median(inverse[good])
+    deviation = np.median(np.abs(inverse[good] - middle))
+    good &= np.abs(inverse - middle) <= 3 * deviation + 1e-12 * middle
+    slope_and_limit = np.polyfit(1 / at[good], inverse[good], 1) if good.sum() >= 4 else np.array([0.0, middle])
+    limit = float(slope_and_limit[1])
+    return root / limit if limit > 0 else math.nan

@@ -1,0 +1,17 @@
+"""Rules for power series, one file per family; importing this package fills the table."""
+
+from gradsplit.ladder.rules import branches, elementwise, normalisation, products, shapes
+from gradsplit.ladder.rules.registry import RULES, UnsupportedOperation, linear, rule, rule_of
+
+__all__ = [
+    "RULES",
+    "UnsupportedOperation",
+    "linear",
+    "rule",
+    "rule_of",
+    "branches",
+    "elementwise",
+    "normalisation",
+    "products",
+    "shapes",
+]

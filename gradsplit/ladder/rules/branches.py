@@ -1,0 +1,271 @@
+"""Piecewise operations: the branch that holds for small t > 0.
+
+A comparison is decided by the value at t = 0; where that ties, by the first order whose coefficient differs from zero.
+So the series describes one side of a kink, the side the step goes to. Beyond the step at which a unit changes its
+branch the series goes on along the old one: no power series can see that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsplit.ladder.rules.registry import Rule, rule
+from gradsplit.ladder.series import Series, Value, aligned, map_orders, padded, promote, scale
+
+aten = torch.ops.aten
+
+
+def sign_for_small_steps(a: Value, b: Value) -> Tensor:
+    """Sign of a - b for small t > 0, (B, *shape): 0 where they agree at every order."""
+    series = next(x for x in (a, b) if isinstance(x, Series))
+    shape = torch.broadcast_shapes(*(x.shape for x in (a, b) if isinstance(x, (Series, Tensor))))
+    first = a.value if isinstance(a, Series) else a
+    second = b.value if isinstance(b, Series) else b
+    # No subtraction: masked attention scores are -inf, and -inf is compared with -inf.
+    above, below = torch.as_tensor(first > second), torch.as_tensor(first < second)
+    sign = (above.double() - below.double()).expand(1, *shape)
+    undecided = torch.as_tensor(first == second).expand(1, *shape)
+    if not bool(undecided.any()):
+        return sign
+    rest = [x.coef[1:] for x in (a, b) if isinstance(x, Series)]
+    coefs = [aligned(c, len(shape)) for c in rest]
+    degree = max(c.shape[0] for c in coefs)
+    if degree == 0:
+        return sign
+    if isinstance(a, Series) and isinstance(b, Series):
+        tail = padded(coefs[0], degree - 1) - padded(coefs[1], degree - 1)
+    else:
+        tail = coefs[0] if isinstance(a, Series) else -coefs[0]
+    sign = sign.expand(series.num_bins, *shape)
+    undecided = undecided.expand(series.num_bins, *shape)
+    for coefficient in tail:
+        if not bool(undecided.any()):
+            break
+        sign = torch.where(undecided, coefficient.sign(), sign)
+        undecided = undecided & (coefficient == 0)
+    return sign
+
+
+def _shared(decision_B: Tensor, order: int) -> Value:
+    """A constant if all bins decide alike, else a series of degree 0 with one decision per bin."""
+    if decision_B.shape[0] == 1 or bool((decision_B == decision_B[:1]).all()):
+        return decision_B[0]
+    return Series(decision_B[None], order)
+
+
+def _comparison(decide: Any) -> Rule:
+    def apply(a: Value, b: Value) -> Value:
+        order = next(x.order for x in (a, b) if isinstance(x, Series))
+        return _shared(decide(sign_for_small_steps(a, b)), order)
+
+    return apply
+
+
+for _op, _decide in {
+    aten.gt: lambda s: s > 0,
+    aten.ge: lambda s: s >= 0,
+    aten.lt: lambda s: s < 0,
+    aten.le: lambda s: s <= 0,
+    aten.eq: lambda s: s == 0,
+    aten.ne: lambda s: s != 0,
+}.items():
+    rule(_op)(_comparison(_decide))
+
+
+def _locally_constant(op: Any) -> Rule:
+    """Operations whose result does not move with t, or that act on decisions that differ between bins."""
+
+    def apply(*args: Any, **kwargs: Any) -> Value:
+        order = next(x.order for x in args if isinstance(x, Series))
+        if any(isinstance(x, Series) and x.coef.dtype == torch.bool for x in args):
+            bins = max(x.num_bins for x in args if isinstance(x, Series))
+            rows = [
+                op(*(x.coef[0, b] if isinstance(x, Series) else x for x in args), **kwargs) for b in range(bins)
+            ]
+            return _shared(torch.stack(rows), order)
+        return op(*(x.value if isinstance(x, Series) else x for x in args), **kwargs)
+
+    return apply
+
+
+for _op in (
+    aten.logical_not,
+    aten.logical_and,
+    aten.logical_or,
+    aten.bitwise_not,
+    aten.bitwise_and,
+    aten.bitwise_or,
+    aten.any,
+    aten.all,
+    aten.isnan,
+    aten.isinf,
+    aten.floor,
+    aten.ceil,
+    aten.round,
+    aten.trunc,
+    aten.argmax,
+    aten.argmin,
+):
+    rule(_op)(_locally_constant(_op))
+
+
+@rule(aten.sign, aten.sgn)
+def _sign(x: Series) -> Value:
+    return _shared(sign_for_small_steps(x, 0.0), x.order)
+
+
+@rule(aten.where.self)
+def where(condition: Value, a: Value, b: Value) -> Value:
+    """Coefficients of the branch that holds; the other one's values, even inf or NaN, leave no trace."""
+    moving = next(x for x in (condition, a, b) if isinstance(x, Series))
+    if not isinstance(a, Series) and not isinstance(b, Series):
+        out = torch.where(aligned(condition.coef, max(a.ndim, b.ndim, condition.ndim)), a, b)
+        return moving.like(out)
+    like = a if isinstance(a, Series) else b
+    a, b = (x if isinstance(x, Series) else promote(torch.as_tensor(x), like) for x in (a, b))
+    degree = max(a.degree, b.degree)
+    mask = condition.coef if isinstance(condition, Series) else condition[None, None]
+    ndim = max(a.ndim, b.ndim, mask.ndim - 2)
+    left, right = (aligned(padded(x.coef, degree), ndim) for x in (a, b))
+    return like.like(torch.where(aligned(mask, ndim), left, right))
+
+
+@rule(aten.masked_fill)
+def _masked_fill(x: Value, mask: Value, value: Value) -> Value:
+    return where(mask, torch.as_tensor(value, dtype=torch.float64), x)
+
+
+def positive(x: Series) -> Value:
+    """Whether x > 0 for small t > 0."""
+    return _comparison(lambda s: s > 0)(x, 0.0)
+
+
+@rule(aten.relu)
+def _relu(x: Series) -> Value:
+    return where(positive(x), x, torch.zeros((), dtype=torch.float64))
+
+
+@rule(aten.abs)
+def _abs(x: Series) -> Value:
+    sign = _sign(x)
+    return scale(x, sign) if isinstance(sign, Tensor) else x.like(x.coef * sign.coef)
+
+
+@rule(aten.leaky_relu)
+def _leaky_relu(x: Series, negative_slope: float = 0.01) -> Value:
+    return where(positive(x), x, scale(x, negative_slope))
+
+
+@rule(aten.maximum)
+def maximum(a: Value, b: Value) -> Value:
+    """The larger one for small t > 0."""
+    return where(_comparison(lambda s: s >= 0)(a, b), a, b)
+
+
+@rule(aten.minimum)
+def minimum(a: Value, b: Value) -> Value:
+    """The smaller one for small t > 0."""
+    return where(_comparison(lambda s: s <= 0)(a, b), a, b)
+
+
+@rule(aten.clamp)
+def _clamp(x: Value, min: Value = None, max: Value = None) -> Value:  # noqa: A002 - ATen's names
+    low, high = (v if v is None or isinstance(v, Series) else torch.as_tensor(v, dtype=torch.float64) for v in (min, max))
+    x = x if low is None else maximum(x, low)
+    return x if high is None else minimum(x, high)
+
+
+@rule(aten.clamp_min)
+def _clamp_min(x: Series, low: Value) -> Value:
+    return _clamp(x, low)
+
+
+@rule(aten.hardtanh)
+def _hardtanh(x: Series, min_val: float = -1, max_val: float = 1) -> Value:
+    return _clamp(x, min_val, max_val)
+
+
+def _leader(x: Series, dim: int, largest: bool = True) -> Tensor:
+    """Index along ``dim`` of the extreme value for small t > 0, (B, *shape with dim of length 1)."""
+    coef = x.coef if largest else -x.coef
+    axis = dim % x.ndim + 1  # behind the bin axis
+    tied = coef[0] == coef[0].amax(axis, keepdim=True)
+    for coefficient in coef[1:]:
+        if not bool((tied.sum(axis) > 1).any()):
+            break
+        candidates = coefficient.masked_fill(~tied, -torch.inf)
+        tied = tied & (candidates == candidates.amax(axis, keepdim=True))
+    return tied.to(torch.int8).argmax(axis, keepdim=True)
+
+
+def _extreme(x: Series, dim: int, keepdim: bool, largest: bool) -> tuple[Series, Tensor]:
+    index = _leader(x, dim, largest)
+    axis = dim % x.ndim + 2
+    coef = x.coef.take_along_dim(index[None], axis)
+    return x.like(coef if keepdim else coef.squeeze(axis)), index[0] if keepdim else index[0].squeeze(axis - 2)
+
+
+@rule(aten.max.dim)
+def _max_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
+    return _extreme(x, dim, keepdim, largest=True)
+
+
+@rule(aten.min.dim)
+def _min_dim(x: Series, dim: int, keepdim: bool = False) -> tuple[Series, Tensor]:
+    return _extreme(x, dim, keepdim, largest=False)
+
+
+def _reduce_extreme(x: Series, dim: Sequence[int] | int, keepdim: bool, largest: bool) -> Series:
+    dims = [dim] if isinstance(dim, int) else list(dim) or list(range(x.ndim))
+    for axis in sorted((d % x.ndim for d in dims), reverse=True):
+        x = _extreme(x, axis, keepdim, largest)[0]
+    return x
+
+
+@rule(aten.amax)
+def _amax(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
+    return _reduce_extreme(x, dim, keepdim, largest=True)
+
+
+@rule(aten.amin)
+def _amin(x: Series, dim: Sequence[int] = (), keepdim: bool = False) -> Series:
+    return _reduce_extreme(x, dim, keepdim, largest=False)
+
+
+@rule(aten.max.default)
+def _max_all(x: Series) -> Series:
+    return _reduce_extreme(x, (), False, largest=True)
+
+
+@rule(aten.min.default)
+def _min_all(x: Series) -> Series:
+    return _reduce_extreme(x, (), False, largest=False)
+
+
+@rule(aten.sort.default)
+def _sort(x: Series, dim: int = -1, descending: bool = False) -> tuple[Series, Tensor]:
+    """The order at t = 0; of equal values that of the ordinary forward pass."""
+    index = aten.sort(x.value, dim, descending)[1]
+    return map_orders(torch.gather, (x, dim, index), {}), index
+
+
+@rule(aten.topk)
+def _topk(
+    x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = True  # noqa: A002 - ATen's name
+) -> tuple[Series, Tensor]:
+    index = aten.topk(x.value, k, dim, largest, sorted)[1]
+    return map_orders(torch.gather, (x, dim, index), {}), index
+
+
+@rule(aten.max_pool2d_with_indices)
+def _max_pool2d(x: Series, *geometry: Any) -> tuple[Series, Tensor]:
+    """The element that is largest at t = 0; of equal ones the first, as in the ordinary forward pass."""
+    _, index = aten.max_pool2d_with_indices(x.value, *geometry)
+    flat = map_orders(torch.flatten, (x, -2), {})
+    picked = map_orders(torch.gather, (flat, -1, index.flatten(-2)), {})
+    return picked.like(picked.coef.unflatten(-1, index.shape[-2:])), index
+

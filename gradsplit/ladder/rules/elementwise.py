@@ -1,0 +1,213 @@
+"""Sums, scalings and elementary functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsplit.ladder import recurrences
+from gradsplit.ladder.cauchy import blockwise, product, square
+from gradsplit.ladder.rules.branches import positive, where
+from gradsplit.ladder.rules.registry import Rule, linear, rule
+from gradsplit.ladder.series import Series, Value, add, padded, scale
+
+aten = torch.ops.aten
+
+linear(aten.neg, aten.mul.Scalar, aten.div.Scalar, aten.clone, aten.detach, aten.alias, aten.lift_fresh_copy)
+
+
+def _unary(kernel: Callable[[Tensor, int], Tensor]) -> Rule:
+    def apply(x: Series) -> Series:
+        return blockwise(lambda coef: kernel(coef, x.order), x)
+
+    return apply
+
+
+for _op, _kernel in {
+    aten.exp: recurrences.exp,
+    aten.log: recurrences.log,
+    aten.tanh: recurrences.tanh,
+    aten.sigmoid: recurrences.sigmoid,
+    aten.erf: recurrences.erf,
+    aten.atan: recurrences.atan,
+    aten.silu: recurrences.silu,
+    aten.sqrt: lambda x, order: recurrences.power(x, 0.5, order),
+    aten.rsqrt: lambda x, order: recurrences.power(x, -0.5, order),
+    aten.reciprocal: lambda x, order: recurrences.power(x, -1.0, order),
+    aten.sin: lambda x, order: recurrences.sin_cos(x, order)[0],
+    aten.cos: lambda x, order: recurrences.sin_cos(x, order)[1],
+}.items():
+    rule(_op)(_unary(_kernel))
+
+
+@rule(aten.add)
+def _add(a: Value, b: Value, *, alpha: float = 1) -> Value:
+    return add(a, b, alpha)
+
+
+@rule(aten.sub)
+def _sub(a: Value, b: Value, *, alpha: float = 1) -> Value:
+    return add(a, b, -alpha)
+
+
+@rule(aten.rsub)
+def _rsub(a: Value, b: Value, alpha: float = 1) -> Value:
+    return add(b, a, -alpha)
+
+
+@rule(aten.mul.Tensor)
+def multiply(a: Value, b: Value) -> Value:
+    """Product of two values, either of which may be constant."""
+    if isinstance(a, Series) and isinstance(b, Series):
+        return square(a) if a is b else product(a, b)
+    return scale(a, b) if isinstance(a, Series) else scale(b, a)
+
+
+@rule(aten.div.Tensor)
+def divide(a: Value, b: Value) -> Value:
+    """Quotient of two values, either of which may be constant."""
+    if not isinstance(b, Series):
+        return scale(a, 1 / b)
+    if not isinstance(a, Series):
+        return scale(_unary(lambda x, order: recurrences.power(x, -1.0, order))(b), a)
+    return blockwise(lambda x, y: recurrences.div(x, y, a.order), a, b)
+
+
+@rule(aten.pow.Tensor_Scalar)
+def raise_to(x: Series, exponent: float) -> Series:
+    """x to a constant power: repeated products for small whole exponents, which are right at x = 0 too."""
+    if exponent == 1:
+        return x
+    if exponent in (2, 3, 4):
+        squared = square(x)
+        return squared if exponent == 2 else product(squared, x) if exponent == 3 else square(squared)
+    return blockwise(lambda coef: recurrences.power(coef, float(exponent), x.order), x)
+
+
+@rule(aten.square)
+def _square(x: Series) -> Series:
+    return square(x)
+
+
+@rule(aten.pow.Tensor_Tensor)
+def _power_of_tensor(x: Value, exponent: Value) -> Series:
+    if not isinstance(exponent, Series) and exponent.numel() == 1:
+        return raise_to(x, exponent.item())
+    logarithm = _unary(recurrences.log)(x) if isinstance(x, Series) else x.log()
+    return _unary(recurrences.exp)(multiply(exponent, logarithm))
+
+
+@rule(aten.pow.Scalar)
+def _power_of_constant(base: float, exponent: Series) -> Series:
+    return _unary(recurrences.exp)(scale(exponent, math.log(base)))
+
+
+@rule(aten.log1p)
+def _log1p(x: Series) -> Series:
+    y = _unary(recurrences.log)(add(x, 1.0))
+    y.coef[0] = x.coef[0].log1p()
+    return y
+
+
+@rule(aten.expm1)
+def _expm1(x: Series) -> Series:
+    y = _unary(recurrences.exp)(x)
+    y.coef[0] = x.coef[0].expm1()
+    return y
+
+
+@rule(aten.gelu)
+def _gelu(x: Series, *, approximate: str = "none") -> Series:
+    return _unary(recurrences.gelu if approximate == "none" else recurrences.gelu_tanh)(x)
+
+
+@rule(aten.tan)
+def _tan(x: Series) -> Series:
+    def kernel(coef: Tensor, order: int) -> Tensor:
+        sine, cosine = recurrences.sin_cos(coef, order)
+        return recurrences.div(sine, cosine, order)
+
+    return _unary(kernel)(x)
+
+
+def _exponential_pair(x: Series, sign: float) -> Series:
+    """(e^x + sign e^-x) / 2."""
+    exp = _unary(recurrences.exp)
+    return scale(add(exp(x), exp(scale(x, -1.0)), sign), 0.5)
+
+
+@rule(aten.sinh)
+def _sinh(x: Series) -> Series:
+    return _exponential_pair(x, -1.0)
+
+
+@rule(aten.cosh)
+def _cosh(x: Series) -> Series:
+    return _exponential_pair(x, 1.0)
+
+
+@rule(aten.elu)
+def _elu(x: Series, alpha: float = 1, outer: float = 1, inner: float = 1) -> Value:
+    below = scale(_expm1(scale(x, inner)), alpha)
+    return scale(where(positive(x), x, below), outer)
+
+
+@rule(aten.prod.default)
+def _prod_all(x: Series) -> Value:
+    return _prod(x.like(x.coef.flatten(2)), 0)
+
+
+@rule(aten.prod.dim_int)
+def _prod(x: Series, dim: int, keepdim: bool = False) -> Value:
+    """Halves multiplied with each other until one is left: log2(n) products instead of n."""
+    axis = dim % x.ndim + 2
+    while (length := x.coef.shape[axis]) > 1:
+        half, rest = length // 2, x.coef.narrow(axis, length // 2 * 2, length % 2)
+        paired = product(x.like(x.coef.narrow(axis, 0, half)), x.like(x.coef.narrow(axis, half, half)))
+        x = x.like(torch.cat([paired.coef, padded(rest, paired.degree)], axis)) if length % 2 else paired
+    return x if keepdim else x.like(x.coef.squeeze(axis))
+
+
+@rule(aten.addcmul)
+def _addcmul(x: Value, a: Value, b: Value, *, value: float = 1) -> Value:
+    return add(x, multiply(a, b), value)
+
+
+@rule(aten.lerp)
+def _lerp(start: Value, end: Value, weight: Value) -> Value:
+    return add(start, multiply(weight, add(end, start, -1)))
+
+
+@rule(aten._to_copy, aten._conj_physical)
+def _to_copy(x: Series, *, dtype: torch.dtype | None = None, **_: Any) -> Value:
+    """Series stay float64: a cast to a shorter float is left out; one to whole numbers takes the value at t = 0."""
+    if dtype is None or dtype.is_floating_point:
+        return x if x.coef.is_floating_point() else x.like(x.coef.to(torch.float64))
+    return x.value.to(dtype)
+
+
+def _factory(op: Any) -> Rule:
+    def apply(x: Series, *args: Any, **kwargs: Any) -> Tensor:
+        return op(x.value, *args, **kwargs)
+
+    return apply
+
+
+for _op in (
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.bernoulli,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+):
+    rule(_op)(_factory(_op))

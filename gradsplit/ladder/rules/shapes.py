@@ -1,0 +1,99 @@
+"""Operations that move, pick, pad or sum numbers: linear, so every order of the series goes the same way.
+
+Indexing and gathering are linear in what is indexed; the indices are those at t = 0 (a whole number does not move).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gradsplit.ladder.rules.registry import linear, rule
+from gradsplit.ladder.series import Series, Value, map_orders, scale
+
+aten = torch.ops.aten
+
+linear(
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.expand,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.slice,
+    aten.select,
+    aten.split,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.cat,
+    aten.stack,
+    aten.flip,
+    aten.roll,
+    aten.repeat,
+    aten.cumsum,
+    aten.tril,
+    aten.triu,
+    aten.diagonal,
+    aten.unfold,
+    aten.sum,
+    aten.mean,
+    aten.embedding,
+    aten.index,
+    aten._unsafe_index,
+    aten.index_select,
+    aten.gather,
+    aten.index_add,
+    aten.index_put,
+    aten._unsafe_index_put,
+    aten.scatter.src,
+    aten.scatter_add,
+    aten.slice_scatter,
+    aten.select_scatter,
+    aten.avg_pool1d,
+    aten.avg_pool2d,
+    aten._adaptive_avg_pool2d,
+    aten.upsample_nearest2d,
+    aten.upsample_bilinear2d,
+    aten.im2col,
+    aten.col2im,
+)
+
+
+@rule(aten.view, aten._unsafe_view, aten.reshape)
+def _view(x: Series, size: Sequence[int]) -> Series:
+    return x.like(x.coef.reshape(*x.coef.shape[:2], *size))
+
+
+@rule(aten.copy)
+def _copy(target: Value, source: Value, non_blocking: bool = False) -> Value:
+    if not isinstance(source, Series):
+        return source.expand(target.shape)
+    return source if source.shape == target.shape else map_orders(aten.expand, (source, target.shape), {})
+
+
+@rule(aten.constant_pad_nd)
+def _constant_pad(x: Series, pad: list[int], value: float = 0) -> Series:
+    out = map_orders(aten.constant_pad_nd, (x, pad, 0.0), {})
+    if value:
+        out.coef[0] = aten.constant_pad_nd(x.coef[0], pad, value)
+    return out
+
+
+@rule(aten.nll_loss_forward, aten.nll_loss2d_forward)
+def _nll_loss(
+    x: Series, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Value, Value]:
+    """Minus the picked log-probabilities: linear in them. Reduction 0 none, 1 weighted mean, 2 sum."""
+    classes = 1 if x.ndim > 1 else 0
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    factor = -kept.to(x.coef.dtype) if weight is None else -torch.where(kept, weight.to(x.coef.dtype)[index], 0.0)
+    picked = map_orders(aten.gather, (x, classes, index.unsqueeze(classes)), {})
+    losses = scale(map_orders(aten.squeeze, (picked, classes), {}), factor)
+    total = -factor.sum()
+    if reduction == 0:
+        return losses, total
+    summed = map_orders(aten.sum, (losses,), {})
+    return (scale(summed, 1 / total) if reduction == 1 else summed), total
+

@@ -1,0 +1,175 @@
+"""From a Python function of the parameters to a graph of core ATen operations, and through it with power series."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from gradsplit.ladder.rules import rule_of
+from gradsplit.ladder.series import Series, series_leaves
+
+Params = Mapping[str, Tensor]
+LossOfParams = Callable[[dict[str, Tensor]], Tensor]
+
+
+class InFloat64(TorchFunctionMode):
+    """Raise every floating tensor that a function is given to float64: batches and buffers are usually float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _READERS:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_READERS = frozenset({"__get__", "__set__", "double", "to", "copy_", "add_", "dim", "size", "detach_"})
+
+
+def _to_float64(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+@dataclass(frozen=True)
+class TracedLoss:
+    """A loss as a graph of functional ATen operations.
+
+    Args:
+        names: parameter names, in the order of the graph's inputs.
+        graph: the graph; its output is the scalar loss.
+    """
+
+    names: tuple[str, ...]
+    graph: fx.GraphModule
+
+    def series(self, params: Params, directions: Mapping[str, Tensor], order: int) -> Tensor:
+        """Taylor coefficients of t -> L(params + t direction), one per order and bin.
+
+        Args:
+            params: the point, float64.
+            directions: for each tensor that moves, (B, *shape).
+            order: highest order.
+
+        Returns:
+            (order + 1, B) float64 coefficients.
+        """
+        num_bins = next(iter(directions.values())).shape[0]
+        inputs = [_moving(params[name].detach(), directions.get(name), order) for name in self.names]
+        with torch.no_grad():
+            out = _Interpreter(self.graph, order).run(inputs)
+        if not isinstance(out, Series):  # no moving tensor reaches the loss
+            out = Series(out.double().reshape(1, 1), order)
+        coef = torch.zeros(order + 1, num_bins, dtype=torch.float64)
+        coef[: out.degree + 1] = out.coef.reshape(out.degree + 1, -1)
+        return coef
+
+    def peak_numbers(self, moving: frozenset[str]) -> int:
+        """Numbers alive at once in values that move when these tensors do: what one order of one bin needs."""
+        last_use, moves, alive, peak = _last_uses(self.graph.graph), set(), {}, 0
+        inputs = iter(self.names)
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                if next(inputs) in moving:
+                    moves.add(node)
+            elif any(source in moves for source in node.all_input_nodes):
+                moves.add(node)
+            if node in moves:
+                values = pytree.tree_leaves(node.meta.get("val"))
+                alive[node] = sum(v.numel() for v in values if isinstance(v, Tensor))
+                peak = max(peak, sum(alive.values()))
+            for dead in last_use.get(node, ()):
+                alive.pop(dead, None)
+        return peak
+
+
+def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
+    """Trace a scalar loss with core ATen decompositions, in float64, without mutations.
+
+    Args:
+        loss_of_params: maps {name: tensor} to a scalar tensor; what it closes over is constant.
+        params: the point at which to trace. Control flow that depends on values is frozen as it goes here.
+
+    Raises:
+        ValueError: the loss is not a scalar.
+    """
+    names = tuple(params)
+
+    def flat(*tensors: Tensor) -> Tensor:
+        with InFloat64():
+            loss = loss_of_params(dict(zip(names, tensors, strict=True)))
+            if loss.ndim != 0:
+                raise ValueError(
+                    f"taylor_ladder(loss_of_params): expected a scalar loss, got shape {tuple(loss.shape)}. "
+                    "Reduce it with .mean() or .sum()."
+                )
+            return loss
+
+    inputs = [params[name].detach().double() for name in names]
+    # Attention is traced as the matrix products and the softmax that define it: the fused kernels have no series.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        decomposed = make_fx(flat, decomposition_table=core_aten_decompositions())(*inputs)
+        # A second pass, because decompositions of recurrent cells themselves write in place.
+        graph = make_fx(functionalize(decomposed, remove="mutations"))(*inputs)
+    graph.graph.eliminate_dead_code()
+    return TracedLoss(names, graph)
+
+
+def _moving(value: Tensor, direction_B: Tensor | None, order: int) -> Series | Tensor:
+    value = value.double()
+    if direction_B is None:
+        return value
+    return Series(torch.stack([value.expand_as(direction_B), direction_B.double()]), order)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    freed: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        freed.setdefault(node, []).append(source)
+    return freed
+
+
+class _Interpreter:
+    """Runs a graph node by node; a value is dropped after its last use, which bounds the memory."""
+
+    def __init__(self, module: fx.GraphModule, order: int) -> None:
+        self.module, self.order = module, order
+        self.last_uses = _last_uses(module.graph)
+
+    def run(self, inputs: list[Series | Tensor]) -> Any:
+        values: dict[fx.Node, Any] = {}
+        remaining = iter(inputs)
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(remaining)
+            elif node.op == "get_attr":
+                values[node] = getattr(self.module, node.target)
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], values.__getitem__)
+            else:
+                values[node] = self.call(node, values)
+            for dead in self.last_uses.get(node, ()):
+                del values[dead]
+        raise AssertionError("a traced graph ends in an output node")
+
+    def call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        target: Any = node.target
+        if target is operator.getitem or not series_leaves((args, kwargs)):
+            return target(*args, **kwargs)
+        return rule_of(target)(*args, **kwargs)
