@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.architecture.sources import ROOT, imports_in, package_files, project, relative, tracked
+import gradsplit
+from tests.architecture.sources import ROOT, imports_in, project, relative, tracked
 
 # Where a package on the index has another name than its module.
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli": "tomli", "_pytest": "pytest"}
@@ -80,11 +81,9 @@ def test_the_lock_has_exact_versions_from_no_particular_place():
     assert len(seen) == len(set(seen)), "a package is pinned twice"
 
 
-def test_the_version_is_written_once_and_agrees():
+def test_the_version_is_one_in_package_metadata_and_changelog():
     version = project()["project"]["version"]
-    first = re.search(
-        r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf8"), re.MULTILINE
-    )
+    first = re.search(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf8"), re.MULTILINE)
     assert first, "CHANGELOG.md has no heading with a version"
     assert first[1] == version
-    assert all("__version__ = " not in path.read_text(encoding="utf8") for path in package_files())
+    assert gradsplit.__version__ == version

@@ -20,12 +20,8 @@ LONGER_UNTIL_SPLIT: dict[str, int] = {}
 SPLITTER_LINES = 150
 
 # Written in pieces, so that this file does not find itself.
-MACHINE_PATH = re.compile(
-    "(" + "|".join(["/" + "tmp/", "/" + "work/", "/" + "root/", "/" + "home/[a-z]+/"]) + ")"
-)
-UNFINISHED = re.compile(
-    r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error"]) + r")\b"
-)
+MACHINE_PATH = re.compile("(" + "|".join(["/" + "tmp/", "/" + "work/", "/" + "root/", "/" + "home/[a-z]+/"]) + ")")
+UNFINISHED = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error"]) + r")\b")
 
 
 def _numbered(path, pattern):
@@ -60,9 +56,7 @@ def test_long_files_only_shrink():
 
 def test_the_splitter_stays_one_loop():
     tree = ast.parse((PACKAGE / "splitter.py").read_text(encoding="utf8"))
-    (splitter,) = [
-        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GradientSplitter"
-    ]
+    (splitter,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GradientSplitter"]
     described = {
         line
         for node in ast.walk(splitter)
@@ -102,15 +96,11 @@ def test_nothing_is_left_unfinished():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in tracked(".py") if path.name.startswith("test_")], ids=relative
-)
+@pytest.mark.parametrize("path", [path for path in tracked(".py") if path.name.startswith("test_")], ids=relative)
 def test_every_test_function_can_fail(path):
     """A test that only computes, or returns its verdict, passes whatever the code does."""
     tree = ast.parse(path.read_text(encoding="utf8"))
-    tests = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     silent = [node.name for node in tests if not _may_raise(node)]
     assert not silent, f"{relative(path)}: no assertion in {silent}"
 

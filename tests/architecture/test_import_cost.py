@@ -1,4 +1,4 @@
-"""`import gradsplit` brings torch and numpy, and nothing else that a user has not imported."""
+"""Every public name of gradsplit brings torch and numpy, and nothing else that a user has not imported."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import json, sys
 import numpy, torch
 before = {name.split(".")[0] for name in sys.modules}
 import gradsplit
+for name in gradsplit.__all__:
+    getattr(gradsplit, name)
 after = {name.split(".")[0] for name in sys.modules}
 print(json.dumps(sorted(after - before - set(sys.stdlib_module_names) - {"gradsplit"})))
 """
@@ -20,6 +22,8 @@ print(json.dumps(sorted(after - before - set(sys.stdlib_module_names) - {"gradsp
 _PARTS = """
 import json, sys
 import gradsplit
+for name in gradsplit.__all__:
+    getattr(gradsplit, name)
 print(json.dumps(sorted(name for name in sys.modules if name.startswith("gradsplit."))))
 """
 

@@ -67,9 +67,7 @@ def headings_of(path: Path) -> list[Heading]:
 def links_of(path: Path) -> list[str]:
     """The targets of the inline links and pictures of a page."""
     prose = re.sub(r"`[^`\n]*`", "", prose_of(path))
-    return re.findall(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)", prose) + re.findall(
-        r'(?:src|href)="([^"]+)"', prose
-    )
+    return re.findall(r"\]\(<?([^)\s>]+)>?(?: \"[^\"]*\")?\)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
 
 
 def anchor_of(heading: str) -> str:

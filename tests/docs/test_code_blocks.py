@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.architecture.sources import ROOT, relative
-from tests.docs.markdown import blocks_of, pages
+from tests.docs.markdown import blocks_of, pages, prose_of
 
 _HISTORY = {"CHANGELOG.md"}
 _PAGES = [page for page in pages() if page.name not in _HISTORY]
@@ -38,9 +38,7 @@ def _run(code: str, name: str, namespace: dict) -> str:
 
 
 @pytest.mark.parametrize(("page", "number"), _blocks("python"))
-def test_a_python_block_runs_and_prints_what_the_text_block_after_it_says(
-    page, number, tmp_path, monkeypatch
-):
+def test_a_python_block_runs_and_prints_what_the_text_block_after_it_says(page, number, tmp_path, monkeypatch):
     blocks = blocks_of(page)
     monkeypatch.chdir(tmp_path)
     printed = _run(blocks[number].text, f"{relative(page)}:{blocks[number].line}", {"__name__": "__main__"})
@@ -90,16 +88,13 @@ def test_the_readme_asks_for_three_lines():
 
 
 def _commands() -> list[tuple[str, ...]]:
-    """Every `make …` and `gradsplit …` command of the documentation, without comments, once."""
-    lines = [
-        line
-        for page in _PAGES
-        for block in blocks_of(page)
-        if block.language in {"bash", "sh", "console"}
-        for line in block.text.splitlines()
-    ]
+    """Every `make …` and `gradsplit …` command of the documentation, in a block or a line, once."""
+    lines = []
+    for page in _PAGES:
+        shell = [block.text for block in blocks_of(page) if block.language in {"bash", "sh", "console"}]
+        lines += "".join(shell).splitlines() + re.findall(r"`([^`\n]+)`", prose_of(page))
     words = [tuple(re.sub(r"\s#.*$", "", line).removeprefix("$ ").split()) for line in lines]
-    return sorted({w for w in words if w and w[0].rpartition("/")[2] in {"make", "gradsplit"}})
+    return sorted({w for w in words if len(w) > 1 and w[0].rpartition("/")[2] in {"make", "gradsplit"}})
 
 
 @pytest.mark.parametrize("command", [c for c in _commands() if c[0] == "make"], ids=" ".join)

@@ -45,8 +45,6 @@ def test_every_page_is_reached_from_the_index():
         if page in seen or page.suffix != ".md" or not page.is_file():
             continue
         seen.add(page)
-        waiting += [
-            (page.parent / link.partition("#")[0]).resolve() for link in links_of(page) if ":" not in link
-        ]
+        waiting += [(page.parent / link.partition("#")[0]).resolve() for link in links_of(page) if ":" not in link]
     lost = [relative(page) for page in pages() if docs in page.parents and page not in seen]
     assert not lost, f"no link leads from docs/README.md to {lost}"

@@ -22,9 +22,7 @@ def test_the_python_version_is_the_one_required(page):
 
 @pytest.mark.parametrize("page", _PAGES, ids=relative)
 def test_the_torch_version_is_the_one_required(page):
-    (required,) = [
-        text.partition(">=")[2] for text in project()["project"]["dependencies"] if text.startswith("torch")
-    ]
+    (required,) = [text.partition(">=")[2] for text in project()["project"]["dependencies"] if text.startswith("torch")]
     for version in re.findall(r"(?:torch|PyTorch) (\d\.\d+)(?: or newer| 及以上| 或更新)", prose_of(page)):
         assert version == required, f"{relative(page)} says torch {version}"
 

@@ -53,14 +53,11 @@ def test_the_figures_are_the_same():
 def test_the_links_are_the_same():
     own = {"README.md", "README.zh-CN.md"}
     english, chinese = (
-        [link for link in links_of(path) if link not in own and not link.startswith("#")]
-        for path in (ENGLISH, CHINESE)
+        [link for link in links_of(path) if link not in own and not link.startswith("#")] for path in (ENGLISH, CHINESE)
     )
     assert english == chinese
 
 
-@pytest.mark.parametrize(
-    ("page", "twin"), [(ENGLISH, CHINESE), (CHINESE, ENGLISH)], ids=["english", "chinese"]
-)
+@pytest.mark.parametrize(("page", "twin"), [(ENGLISH, CHINESE), (CHINESE, ENGLISH)], ids=["english", "chinese"])
 def test_each_leads_to_the_other(page, twin):
     assert twin.name in links_of(page)
