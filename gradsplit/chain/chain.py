@@ -1,0 +1,154 @@
+"""Chain and Link: what `gradient_chain` returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Link:
+    """One factor of the chain: what a module (with the operations before it) does to the signal on its way down.
+
+    Attributes:
+        name: the module, "(loss)" for the loss; "#2" marks a second call.
+        module: dotted name of the module.
+        kind: its class.
+        signal: L2 norm of the signal that enters the factor, at the module's output; units of loss /
+            activation.
+        leaving: L2 norm of the signal that leaves it towards all activations it read.
+        gain: leaving / signal; no unit; NaN at the bottom, where nothing below takes a signal.
+        cumulative: log10(signal / signal that leaves the loss).
+        operator_norm: largest singular value of the factor, NaN where it was not asked for.
+        activation: root mean square of the module's output.
+        forward_gain: activation / root mean square of the module's inputs.
+        parameter_norm: L2 norm of the gradient of the module's own parameters, NaN without any.
+        finite_in: whether the module's inputs were finite.
+        finite_out: whether its output was.
+        signal_in_finite: whether the entering signal was finite.
+        signal_out_finite: whether the leaving signal was.
+    """
+
+    name: str
+    module: str
+    kind: str
+    signal: float
+    leaving: float
+    gain: float
+    cumulative: float
+    operator_norm: float
+    activation: float
+    forward_gain: float
+    parameter_norm: float
+    finite_in: bool
+    finite_out: bool
+    signal_in_finite: bool
+    signal_out_finite: bool
+
+    @property
+    def share(self) -> float:
+        """Gain as a share of the factor's operator norm, 0 to 1: 1 where the signal meets the worst direction."""
+        return self.gain / self.operator_norm if self.operator_norm > 0 else math.nan
+
+
+@dataclass
+class Recurrence:
+    """The chain through the time steps of one layer of a recurrent module.
+
+    Attributes:
+        name: the module and its layer.
+        gain_T: gain of every step's factor for the signal that passes it, last step first; no unit.
+        exponents: leading Lyapunov exponents of the state's dynamics, natural logarithm a step, largest
+            first.
+    """
+
+    name: str
+    gain_T: list[float]
+    exponents: list[float]
+
+    @property
+    def cumulative(self) -> float:
+        """log10 of the product of all gains."""
+        return sum(math.log10(gain) if gain > 0 else -math.inf for gain in self.gain_T)
+
+
+@dataclass
+class Chain:
+    """The gradient of one batch, factored.
+
+    Attributes:
+        loss: the loss.
+        links: from the loss down to the input.
+        recurrences: chains through time of the recurrent modules.
+        ends: "(input)" -> L2 norm of the signal that arrives at the model's floating inputs.
+        calls: (module, inputs finite, output finite) of every leaf module's call, in the order of the
+            forward pass.
+    """
+
+    loss: float
+    links: list[Link]
+    recurrences: list[Recurrence] = field(default_factory=list)
+    ends: dict[str, float] = field(default_factory=dict)
+    calls: list[tuple[str, bool, bool]] = field(default_factory=list)
+
+    def link(self, name: str) -> Link:
+        """The link of that name.
+
+        Raises:
+            KeyError: there is none; the message lists the names.
+        """
+        for link in self.links:
+            if link.name == name:
+                return link
+        raise KeyError(f"no link {name!r}; the chain has {', '.join(link.name for link in self.links)}")
+
+    def worst(self, k: int = 5) -> list[Link]:
+        """The links with the largest gains, the loss left out."""
+        finite = [link for link in self.links[1:] if math.isfinite(link.gain)]
+        return sorted(finite, key=lambda link: -link.gain)[:k]
+
+    def text(self) -> str:
+        """The chain as a table, one line a link."""
+        wide = max([len(link.name) for link in self.links] + [4])
+        lines = [f"{'link':<{wide}}  {'signal':>9}  {'gain':>8}  {'log10':>6}  {'activation':>10}  {'forward':>8}"]
+        for link in self.links:
+            lines.append(
+                f"{link.name:<{wide}}  {link.signal:9.3g}  {_short(link.gain):>8}  {_short(link.cumulative, 2):>6}  "
+                f"{link.activation:10.3g}  {_short(link.forward_gain):>8}"
+            )
+        for steps in self.recurrences:
+            exponents = ", ".join(f"{value:+.3f}" for value in steps.exponents)
+            lines.append(
+                f"{steps.name}: {len(steps.gain_T)} steps, log10 of their product {steps.cumulative:+.2f}, "
+                f"leading Lyapunov exponents {exponents}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, with None for figures that do not exist, ready for JSON."""
+        return {
+            "loss": _plain(self.loss),
+            "links": [{key: _plain(value) for key, value in asdict(link).items()} for link in self.links],
+            "recurrences": [
+                {"name": r.name, "gain_T": [_plain(g) for g in r.gain_T], "exponents": [_plain(e) for e in r.exponents]}
+                for r in self.recurrences
+            ],
+            "ends": {name: _plain(value) for name, value in self.ends.items()},
+        }
+
+    def figure(self) -> Any:
+        """The chain drawn as a path: width = signal, colour = gain (a plotly figure)."""
+        from gradsplit.chain.figure import chain_figure
+
+        return chain_figure(self)
+
+
+def _short(value: float, digits: int = 3) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value

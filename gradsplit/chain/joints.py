@@ -1,0 +1,176 @@
+"""Joints: the places of a model where the signal passes from one module, branch or time step to the one below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsplit.chain.forks import find_forks
+from gradsplit.chain.structure import call_model, carries_signal, tensors_in
+from gradsplit.chain.walk import tracing, walk
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One place where the signal can be measured and bounded.
+
+    Attributes:
+        name: unique: the module, with the place inside its output, the call ("#2") or the branch ("->head").
+        kind: "output" of a module, "branch" of an activation with several consumers, or "step" of a
+            recurrence.
+        role: for a branch "task", "residual" or "merge"; "layer" for an output, "time" for a step.
+        module: dotted name of the module that made the activation.
+        shape: shape of the activation, () where it is unknown.
+        note: what the reader should know, for example that a fused recurrence has no inner joints.
+    """
+
+    name: str
+    kind: str
+    role: str
+    module: str
+    shape: tuple[int, ...] = ()
+    note: str = ""
+
+
+def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[Joint]:
+    """List the joints of a model, in the order of its forward pass; outputs first, then branches.
+
+    Args:
+        model: any module; it is called once, with gradients, and keeps neither hooks nor gradients.
+        batch: inputs of the model (mapping: by keyword; tuple or list: by position), or what `loss_fn` takes.
+        loss_fn: `loss_fn(model, batch) -> scalar`. With it, branches that meet only in the sum of the
+            losses are told from branches that rejoin before it; without it the outputs of the model are the
+            end of the graph.
+
+    Returns:
+        The joints found. A compiled model, or a reentrant checkpoint, shows no joints inside.
+
+    Raises:
+        TypeError: the model cannot be called with the batch.
+
+    >>> [joint.name for joint in joints(nn.Sequential(nn.Linear(2, 3), nn.Tanh()), torch.zeros(1, 2))]
+    ['0', '1']
+    """
+    found: list[Joint] = []
+    calls: dict[str, int] = {}
+    handles = []
+    model = bare(model)
+    for name, module in model.named_modules():
+        if not name:
+            continue
+
+        def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            made = [(place, t) for place, t in tensors_in(output) if carries_signal(t)]
+            known = {id(t) for _, t in tensors_in(args)}
+            made = [(place, t) for place, t in made if id(t) not in known]
+            if made:
+                calls[name] = calls.get(name, 0) + 1
+            for place, tensor in made:
+                call = f"#{calls[name]}" if calls[name] > 1 else ""
+                found.append(
+                    Joint(f"{name}{place}{call}", "output", "layer", name, tuple(tensor.shape), _fused(module))
+                )
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        with torch.enable_grad(), tracing(model) as trace:
+            output = call_model(model, batch) if loss_fn is None else loss_fn(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    repeated = {name for name, count in calls.items() if count > 1}
+    listed = [Joint(j.name, "step", "time", j.module, j.shape, j.note) if j.module in repeated else j for j in found]
+    graph = walk(t for _, t in tensors_in(output))
+    for fork in find_forks(graph, trace):
+        entry = graph.nodes_N[fork.producer[0]]._input_metadata[fork.producer[1]]
+        for branch in fork.branches:
+            name = f"{fork.module or '(root)'}->{branch.name}"
+            listed.append(Joint(name, "branch", fork.role, fork.module, tuple(entry.shape)))
+    return _unique(listed)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, so that names carry no prefix."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _holds_stack(module: nn.Module) -> bool:
+    """Whether a module holds a list of blocks of one type, as the body of a transformer does."""
+    for inner in module.modules():
+        if isinstance(inner, _CONTAINERS):
+            blocks = [child for child in inner.children() if any(True for _ in child.children())]
+            if len(blocks) >= 2 and len({type(block) for block in blocks}) == 1:
+                return True
+    return False
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Names of the layers: the children of the model, with lists and sequences replaced by their entries.
+
+    Layers without parameters are left out: their signal differs from the next layer's by an elementwise
+        factor.
+
+    >>> layers_of(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Sequential(nn.Linear(2, 2))))
+    ['0', '2.0']
+    """
+    names: list[str] = []
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            full = f"{path}.{name}" if path else name
+            if isinstance(child, _CONTAINERS) or _holds_stack(child):
+                visit(child, full)
+            elif any(True for _ in child.parameters()):
+                names.append(full)
+
+    visit(model, "")
+    if len(names) == 1:
+        inner = model.get_submodule(names[0])
+        deeper = [f"{names[0]}.{name}" for name in layers_of(inner)]
+        return deeper or names
+    return names
+
+
+def checked_names(model: nn.Module, names: Sequence[str], call: str) -> list[str]:
+    """The names, if all are modules of the model.
+
+    Raises:
+        ValueError: one is not; the nearest names are offered.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=3, cutoff=0.4) or known[:3]
+            raise ValueError(
+                f"{call}: expected names of modules, got {name!r}, which {type(model).__name__} does not have. "
+                f"Nearest: {', '.join(near)}."
+            )
+    return list(names)
+
+
+def _fused(module: nn.Module) -> str:
+    if isinstance(module, nn.RNNBase):
+        return "fused recurrence: no joints between its time steps; gradsplit.chain.unrolled.Unrolled(module) has them"
+    return ""
+
+
+def _unique(listed: list[Joint]) -> list[Joint]:
+    seen: dict[str, int] = {}
+    unique = []
+    for joint in listed:
+        seen[joint.name] = seen.get(joint.name, 0) + 1
+        name = joint.name if seen[joint.name] == 1 else f"{joint.name}~{seen[joint.name]}"
+        unique.append(Joint(name, joint.kind, joint.role, joint.module, joint.shape, joint.note))
+    return unique

@@ -1,0 +1,65 @@
+"""Per-module limits on parameter gradients: what the fork rule needs beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every module that owns trainable parameters itself, with these parameters; a tied one counts once.
+
+    >>> list(modules_with_parameters(nn.Sequential(nn.Linear(2, 2), nn.Tanh())))
+    ['0']
+    """
+    seen: set[int] = set()
+    owners: dict[str, list[nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if own:
+            owners[name or "(root)"] = own
+    return owners
+
+
+def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0) -> Tensor:
+    """Bound the gradient of every module by its equal part of one total, in place.
+
+        limit = total / sqrt(M);  g_m <- g_m min(1, limit / ||g_m||);  a module that is not finite is zeroed
+
+    Squares of all modules add to at most total^2, so this bounds the whole gradient by `total` too, but no
+    module can take another's part.
+
+    Args:
+        owners: the parameters of each module.
+        total: L2 norm, gradient units.
+
+    Returns:
+        norm_M (M,): the norms before, on the gradients' device; no host sync.
+
+    >>> layer = nn.Linear(1, 1, bias=False); layer.weight.grad = torch.full((1, 1), 5.0)
+    >>> bound_modules([[layer.weight]]).tolist(), layer.weight.grad.item()
+    ([5.0], 1.0)
+    """
+    lists = [[p.grad for p in own if p.grad is not None] for own in owners]
+    limit = total / math.sqrt(max(1, len(lists)))
+    norms = []
+    for grads in lists:
+        if not grads:
+            norms.append(torch.zeros(()))
+            continue
+        per_tensor = torch._foreach_norm(grads, 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(per_tensor[0].device) for n in per_tensor]))
+        norms.append(norm)
+        finite = torch.isfinite(norm)
+        scale = torch.where(finite, (limit / norm.clamp(min=1e-38)).clamp(max=1.0), torch.zeros_like(norm))
+        if norm.device.type == "cpu" and float(scale) == 1.0:
+            continue
+        torch._foreach_mul_(grads, scale)
+        for grad in grads:
+            # multiplying by zero leaves a NaN where it was: zeros are written
+            grad.masked_fill_(~finite, 0.0)
+    return torch.stack([n.to(norms[0].device) for n in norms]) if norms else torch.zeros(0)

@@ -1,0 +1,232 @@
+"""ChainSplitter: bounds the signal at the joints of a model while it trains."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsplit.chain.fork_watch import ForkWatch
+from gradsplit.chain.joints import bare, checked_names, layers_of
+from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
+from gradsplit.chain.signal_guard import SignalGuard
+from gradsplit.chain.splitter_state import JointRow, dump_state, load_state, rows_of
+from gradsplit.chain.structure import carries_signal, tensors_in
+from gradsplit.chain.walk import CallTrace, tracing
+
+_ALONE = (
+    "ChainSplitter bounds a task fork ({forks}) without per-module limits on the parameters. Alone, or with a global clip "
+    "beside it, the fork rule trained worse than nothing in the project's trials, since the heads themselves stay unbounded. "
+    "Use .attach(optimizer), call .bound_parameters() before optimizer.step(), or put a GradientSplitter with more than one bin "
+    "in front of the optimizer and pass it as parameters=."
+)
+
+
+class ChainSplitter:
+    """Bound the norm of the signal (the gradient of an activation) where it passes from one part of a model to the next.
+
+        d <- d min(1, limit / ||d||)        at every joint;  zeros where d is not finite
+
+    Ordinary joints have a guard: limit = 3 x a running median of the joint's own norm, so that only a
+        sudden explosion is
+    bounded. Task forks have the fork rule: limit = the smallest over the branches of a slowly decaying
+    maximum of each branch's norm. Residual adds are never bounded as forks. The statistics live on the
+    signals' device and are those of this process's part of the batch: under DistributedDataParallel and
+    FSDP2 each rank bounds its own signals.
+
+    Args:
+        model: the module to control; DDP wrappers are seen through.
+        at: "auto" (task forks and layers), "forks", "layers", or names of modules whose outputs are guarded.
+        budget: factor of the guard over the running median, no unit; `math.inf` measures only.
+        forks: modules whose output is a task fork, declared where the structure does not show it.
+        parameters: what bounds the parameters beside a task fork: "modules" (`total` / sqrt(number of
+            modules) each, through `.attach(optimizer)` or `.bound_parameters()`), a GradientSplitter or GSO
+            of the caller's, or None.
+        total: L2 norm that all modules' limits add up to, gradient units.
+        per_sample: bound each sample's signal instead of the batch's.
+        steps: guard modules that are called several times in one forward pass (time steps) too.
+        on_nonfinite: "zero", or "pass" (needed under a GradScaler, which looks for the inf itself).
+
+    Raises:
+        ValueError: a name that the model does not have (the nearest are offered), or an unknown option.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    >>> with ChainSplitter(model, at="layers") as chain:
+    ...     model(torch.ones(1, 2)).sum().backward()
+    >>> [row.name for row in chain.rows()]
+    ['0', '2']
+
+    Source: the project's trials; the guard's median is Andrew et al. 2019.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        at: str | Sequence[str] = "auto",
+        budget: float = 3.0,
+        *,
+        forks: Sequence[str] = (),
+        parameters: Any = "modules",
+        total: float = 1.0,
+        per_sample: bool = False,
+        steps: bool = False,
+        on_nonfinite: str = "zero",
+    ) -> None:
+        if isinstance(at, str) and at not in ("auto", "forks", "layers"):
+            raise ValueError(f"ChainSplitter(at={at!r}): expected 'auto', 'forks', 'layers' or a list of module names.")
+        if on_nonfinite not in ("zero", "pass"):
+            raise ValueError(f"ChainSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'pass'.")
+        if not budget >= 1:
+            raise ValueError(f"ChainSplitter(budget={budget!r}): expected a factor >= 1 over the running median.")
+        self.model = bare(model)
+        if isinstance(at, str):
+            self.names = [] if at == "forks" else layers_of(self.model)
+        else:
+            self.names = checked_names(self.model, at, f"ChainSplitter(at={list(at)!r})")
+        declared = checked_names(self.model, forks, f"ChainSplitter(forks={list(forks)!r})")
+        zero = on_nonfinite == "zero"
+        self.guard = SignalGuard(budget, per_sample, steps, zero)
+        self.watch = ForkWatch(declared, at in ("auto", "forks"), per_sample, zero)
+        self.parameters, self.total = parameters, total
+        self.owners = modules_with_parameters(self.model)
+        self.module_norms: Tensor | None = None
+        self._handles: list[Any] = []
+        self._generation = 0
+        self._trace: CallTrace | None = None
+        self._tracing: Any = None
+        self._unbounded, self._warned, self._bounds = 0, False, False
+
+    def attach(self, optimizer: torch.optim.Optimizer | None = None) -> ChainSplitter:
+        """Set the hooks; with an optimizer, also bound the parameters by module before each of its steps.
+
+        Returns:
+            This splitter: `.remove()` takes everything off again.
+
+        Raises:
+            RuntimeError: it is attached already.
+        """
+        if self._handles:
+            raise RuntimeError(
+                "ChainSplitter.attach(): expected a splitter without hooks, it is attached. Call .remove() first."
+            )
+        self._generation += 1
+        self.guard.new_pass()
+        modules = dict(self.model.named_modules())
+        for name in dict.fromkeys([*self.names, *self.watch.declared]):
+            self._handles.append(modules[name].register_forward_hook(self._output_hook(name)))
+        if self.watch.automatic or self.watch.declared:
+            self._tracing = tracing(self.model)
+            self._trace = self._tracing.__enter__()
+        self._handles.append(self.model.register_forward_pre_hook(self._start))
+        self._handles.append(self.model.register_forward_hook(self._finish))
+        if optimizer is not None:
+            self._bounds = True
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        return self
+
+    def remove(self) -> None:
+        """Take every hook off; graphs that still hold one of this splitter's hooks pass their signals unchanged."""
+        self._generation += 1
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stop_tracing()
+
+    def __enter__(self) -> ChainSplitter:
+        return self.attach()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def bound_parameters(self) -> None:
+        """Bound the parameters' gradients by module, where a task fork is bounded and `parameters="modules"`; no host sync."""
+        self._unbounded = 0
+        if self.watch.memories and self.parameters == "modules":
+            self.module_norms = bound_modules(self.owners.values(), self.total)
+
+    def rows(self) -> list[JointRow]:
+        """One row a joint with its last norm, its limit and how often it was bounded or not finite; waits for the device."""
+        return rows_of(self.guard, self.watch)
+
+    def worst(self, k: int = 5) -> list[JointRow]:
+        """The joints that were not finite, or were bounded, most often."""
+        return sorted(self.rows(), key=lambda row: (-row.nonfinite, -row.bounded, row.name))[:k]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running medians and maxima, by joint."""
+        return dump_state(self.guard, self.watch)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state; joints that are not met again keep it unused."""
+        load_state(self.guard, self.watch, state)
+
+    def _alive(self) -> Any:
+        generation, me = self._generation, weakref.ref(self)
+
+        def alive() -> bool:
+            splitter = me()
+            return splitter is not None and splitter._generation == generation
+
+        return alive
+
+    def _output_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                given = {id(tensor) for _, tensor in tensors_in(args)}
+                made = [(p, t) for p, t in tensors_in(output) if carries_signal(t) and id(t) not in given]
+                self.guard.meet(name, made, self._alive(), bound=name in self.names)
+
+        return hook
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.guard.new_pass()
+        if self._trace is not None:
+            self._trace.calls.clear()
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or not (self.watch.automatic or self.watch.declared):
+            return
+        outputs = [tensor for _, tensor in tensors_in(output) if carries_signal(tensor)]
+        if not outputs:
+            return
+        self.guard.leave_alone(self.watch.read(outputs, self._trace, self.guard.made_by, self._alive()))
+        self._stop_tracing()
+        self._check_parameters()
+
+    def _stop_tracing(self) -> None:
+        if self._tracing is not None:
+            self._tracing.__exit__(None, None, None)
+        self._tracing = self._trace = None
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.bound_parameters()
+            return None
+
+        def wrapped() -> Any:  # the backward pass runs inside step: bound after it
+            loss = closure()
+            with torch.no_grad():
+                self.bound_parameters()
+            return loss
+
+        return (
+            (args, {**kwargs, "closure": wrapped}) if "closure" in kwargs else ((args[0], wrapped, *args[2:]), kwargs)
+        )
+
+    def _check_parameters(self) -> None:
+        if not self.watch.memories or self._warned:
+            return
+        self._unbounded += 1
+        plan = getattr(self.parameters, "plan", None)
+        alone = self.parameters is None or (plan is not None and plan.num_bins == 1)
+        if alone or (self.parameters == "modules" and not self._bounds and self._unbounded > 2):
+            self._warned = True
+            forks = "; ".join(f"{memory.name} -> {', '.join(memory.branches)}" for memory in self.watch.memories)
+            warnings.warn(_ALONE.format(forks=forks), UserWarning, stacklevel=2)
