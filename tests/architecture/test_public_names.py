@@ -18,6 +18,7 @@ def _names() -> list[str]:
 
 
 def test_the_list_is_the_one_on_record():
+    assert len(set(gradsplit.__all__)) == len(gradsplit.__all__), "a name stands in __all__ twice"
     assert sorted(gradsplit.__all__) == _names(), (
         "The public names changed. If that is meant: change tests/architecture/public_names.txt, and say in "
         "CHANGELOG.md what a user has to do."
