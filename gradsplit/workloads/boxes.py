@@ -34,24 +34,41 @@ def cell_centres(cells_y: int, cells_x: int, cell: float, device: torch.device) 
     return torch.stack([x[None, :].expand(cells_y, cells_x), y[:, None].expand(cells_y, cells_x)], dim=-1)
 
 
-def mean_average_precision(
-    true_boxes: list[Tensor],
-    true_labels: list[Tensor],
-    boxes: list[Tensor],
-    labels: list[Tensor],
-    scores: list[Tensor],
-) -> tuple[float, float]:
-    """Mean average precision over IoU .50 to .95, and at .50, of boxes found in images.
+def suppress(boxes: Tensor, scores: Tensor, most: float = 0.5) -> Tensor:
+    """Greedy suppression of doubles: keep the surest box, drop what overlaps it by more than `most`, repeat.
 
     Args:
-        true_boxes: for each image (objects, 4) pixels.
-        true_labels: for each image (objects,) class numbers.
-        boxes: for each image (found, 4) pixels.
-        labels: for each image (found,) class numbers.
-        scores: for each image (found,) confidence.
+        boxes: (found, 4) pixels.
+        scores: (found,) confidence.
+        most: intersection over union from which two boxes are the same find, whatever their classes.
 
     Returns:
-        (mAP, mAP50) in [0, 1]; 0 where nothing was found. Found boxes that are not finite are dropped.
+        Indices of the boxes kept, surest first.
+
+    >>> boxes = torch.tensor([[0., 0., 4., 4.], [0., 0., 4., 5.], [8., 8., 9., 9.]])
+    >>> suppress(boxes, torch.tensor([.5, .9, .1])).tolist()
+    [1, 2]
+    """
+    order = scores.argsort(descending=True, stable=True)
+    doubles = (overlap(boxes[order][:, None], boxes[order][None]) > most).tolist()
+    dropped = [False] * len(order)
+    for i in range(len(order)):
+        if not dropped[i]:
+            dropped[i + 1 :] = [dropped[j] or doubles[i][j] for j in range(i + 1, len(order))]
+    return order[[i for i, gone in enumerate(dropped) if not gone]]
+
+
+def mean_average_precision(
+    truth: list[tuple[Tensor, Tensor]], found: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Mean average precision over IoU .50 to .95, and at .50, by pycocotools.
+
+    Args:
+        truth: for each image its boxes (objects, 4) and class numbers (objects,).
+        found: for each image boxes (found, 4), class numbers (found,) and confidences (found,), all finite.
+
+    Returns:
+        (mAP, mAP50) in [0, 1]; 0 where nothing was found. At most 100 finds an image count.
 
     Raises:
         MissingDataError: pycocotools is not installed.
@@ -64,38 +81,39 @@ def mean_average_precision(
             "mean_average_precision(): expected the package pycocotools, found none. "
             "Run: pip install pycocotools==2.0.11"
         ) from error
-
-    def rows(boxes_of: Tensor) -> list[list[float]]:
-        wide = boxes_of.detach().double().cpu()
-        return torch.cat([wide[:, :2], wide[:, 2:] - wide[:, :2]], dim=1).tolist()
-
-    truth = [
-        {"image_id": n + 1, "category_id": int(k) + 1, "bbox": row, "area": row[2] * row[3], "iscrowd": 0}
-        for n in range(len(true_boxes))
-        for row, k in zip(rows(true_boxes[n]), true_labels[n].tolist(), strict=True)
+    annotations = [
+        {"image_id": n, "category_id": k, "bbox": row, "area": row[2] * row[3], "iscrowd": 0}
+        for n, (boxes, labels) in enumerate(truth)
+        for row, k in zip(_corner_and_size(boxes), labels.tolist(), strict=True)
     ]
-    found = [
-        {"image_id": n + 1, "category_id": int(k) + 1, "bbox": row, "score": score}
-        for n in range(len(boxes))
-        for row, k, score in zip(rows(boxes[n]), labels[n].tolist(), scores[n].tolist(), strict=True)
-        if all(abs(value) < 1e9 for value in (*row, score))
+    finds = [
+        {"image_id": n, "category_id": k, "bbox": row, "score": score}
+        for n, (boxes, labels, scores) in enumerate(found)
+        for row, k, score in zip(_corner_and_size(boxes), labels.tolist(), scores.tolist(), strict=True)
     ]
-    if not found or not truth:
+    if not finds or not annotations:
         return 0.0, 0.0
-    for number, entry in enumerate(truth):
+    # pycocotools takes an annotation's number 0 for "no match", so they are counted from 1.
+    for number, entry in enumerate(annotations):
         entry["id"] = number + 1
-    # pycocotools reports its progress on standard output.
+    categories = sorted({int(k) for _, labels in truth for k in labels.tolist()})
+    # It also reports its progress on standard output.
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO()
         reference.dataset = {
             "info": {},
-            "images": [{"id": n + 1} for n in range(len(true_boxes))],
-            "annotations": truth,
-            "categories": [{"id": k} for k in sorted({int(entry["category_id"]) for entry in truth})],
+            "images": [{"id": n} for n in range(len(truth))],
+            "annotations": annotations,
+            "categories": [{"id": k} for k in categories],
         }
         reference.createIndex()
-        evaluation = COCOeval(reference, reference.loadRes(found), "bbox")
+        evaluation = COCOeval(reference, reference.loadRes(finds), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return max(0.0, float(evaluation.stats[0])), max(0.0, float(evaluation.stats[1]))
+
+
+def _corner_and_size(boxes: Tensor) -> list[list[float]]:
+    wide = boxes.detach().double().cpu()
+    return torch.cat([wide[:, :2], wide[:, 2:] - wide[:, :2]], dim=1).tolist()

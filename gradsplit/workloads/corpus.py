@@ -29,7 +29,7 @@ class Corpus:
 
 
 def encode(text: str) -> Corpus:
-    """Characters to ids, split 95/5 by position, so that no validation character is near a training one twice.
+    """Characters to ids, split 95/5 by position: the validation text is one piece that training never sees.
 
     >>> corpus = encode("abcd" * 25)
     >>> corpus.vocabulary, len(corpus.train), corpus.validation.tolist()
@@ -74,7 +74,7 @@ def load_corpus(text_file: str | Path | None, context: int) -> Corpus:
     if shortest < context + 2:
         total = len(corpus.train) + len(corpus.validation)
         raise ValueError(
-            f"text_file={str(path)!r}: expected at least {context + 2} characters in its last 5 %, got {shortest} "
-            f"(of {total} in all). Give a longer text or a smaller context."
+            f"text_file={str(path)!r}: expected at least {context + 2} characters in its last 5 %, "
+            f"got {shortest} (of {total} in all). Give a longer text or a smaller context."
         )
     return corpus

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from gradsplit.workloads.detection import DETECTION
+from gradsplit.workloads.stacks import PLAIN_STACK, RESIDUAL_STACK
 from gradsplit.workloads.task import Workload
 from gradsplit.workloads.text import GPT, LSTM
 
-REGISTRY: dict[str, Workload] = {row.name: row for row in (DETECTION, GPT, LSTM)}
+REGISTRY: dict[str, Workload] = {row.name: row for row in (DETECTION, GPT, LSTM, RESIDUAL_STACK, PLAIN_STACK)}
 
 
 def workload(name: str) -> Workload:
@@ -16,7 +17,5 @@ def workload(name: str) -> Workload:
         ValueError: there is no such row; the text lists them.
     """
     if name not in REGISTRY:
-        raise ValueError(
-            f"workload({name!r}): expected one of {', '.join(sorted(REGISTRY))}. Pass one of them."
-        )
+        raise ValueError(f"workload({name!r}): expected one of {', '.join(sorted(REGISTRY))}. Pass one of them.")
     return REGISTRY[name]

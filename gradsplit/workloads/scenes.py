@@ -40,13 +40,11 @@ def _place(box: tuple[int, int, int, int], taken: list[tuple[int, int, int, int]
     return all(box[2] <= t[0] or t[2] <= box[0] or box[3] <= t[1] or t[3] <= box[1] for t in taken)
 
 
-def compose(
-    images: Tensor, labels: Tensor, *, count: int, size: int, cell: int, max_objects: int, seed: int
-) -> Scenes:
+def compose(images: Tensor, labels: Tensor, *, count: int, size: int, cell: int, max_objects: int, seed: int) -> Scenes:
     """Draw `count` scenes of 1 to `max_objects` digits that do not overlap.
 
-    Each digit is cut to its ink, resized (bilinear) to 8 to 20 pixels a side, each side on its own, and laid on
-    black. A place that overlaps another object, or whose cell is taken, is drawn again up to 20 times.
+    Each digit is cut to its ink, resized (bilinear) to 8 to 16 pixels a side, each side on its own, and laid
+    on black. A place that overlaps another object, or whose cell is taken, is drawn again up to 20 times.
 
     Args:
         images: (m, 8, 8) digits.
@@ -70,16 +68,14 @@ def compose(
         taken: list[tuple[int, int, int, int]] = []
         for k in range(wanted[n]):
             for u, v, a, b in numbers[n][k]:
-                width, height = 8 + int(13 * u), 8 + int(13 * v)
+                width, height = 8 + int(9 * u), 8 + int(9 * v)
                 x0, y0 = int(a * (size - width + 1)), int(b * (size - height + 1))
                 box = (x0, y0, x0 + width, y0 + height)
                 row, column = (y0 + height // 2) // cell, (x0 + width // 2) // cell
                 if owners[n, row, column] == BACKGROUND and _place(box, taken):
                     digit = images[picks[n][k]]
                     ink_y, ink_x = torch.where(digit > 0.1)
-                    digit = digit[
-                        int(ink_y.min()) : int(ink_y.max()) + 1, int(ink_x.min()) : int(ink_x.max()) + 1
-                    ]
+                    digit = digit[int(ink_y.min()) : int(ink_y.max()) + 1, int(ink_x.min()) : int(ink_x.max()) + 1]
                     scenes[n, 0, y0 : y0 + height, x0 : x0 + width] = F.interpolate(
                         digit[None, None], (height, width), mode="bilinear", align_corners=False
                     )[0, 0]
@@ -91,9 +87,7 @@ def compose(
 
 
 @lru_cache(maxsize=4)
-def digit_scenes(
-    size: int, cell: int, max_objects: int, count: int, test_count: int
-) -> tuple[Scenes, Scenes]:
+def digit_scenes(size: int, cell: int, max_objects: int, count: int, test_count: int) -> tuple[Scenes, Scenes]:
     """Training and test scenes; their digits come from the training and the test split of the digits.
 
     The scenes do not depend on a task's seed: seeds differ in weights and batches, and share the test set.

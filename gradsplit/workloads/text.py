@@ -106,9 +106,7 @@ class TextTask(Task):
         starts = torch.linspace(0, len(held_out) - self.context - 1, count).long()[:, None]
         ids = held_out[starts + torch.arange(self.context + 1)].to(self.device)
         with evaluating(model):
-            total = sum(
-                float(self.loss(model, (part[:, :-1], part[:, 1:]))) * len(part) for part in ids.split(32)
-            )
+            total = sum(float(self.loss(model, (part[:, :-1], part[:, 1:]))) * len(part) for part in ids.split(32))
         return {"val_loss": total / count}
 
 
