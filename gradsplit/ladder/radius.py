@@ -61,8 +61,8 @@ def radius_of(coefficient: SignedLog) -> Radius:
         return ENTIRE
     if len(k) < 4:
         return _from_few(log, order)
-    root = _root(k, log[k])
-    halves = [_root(part, log[part]) for part in np.array_split(k, 2) if len(part) >= 4]
+    root, power = _root(k, log[k])
+    halves = [_root(part, log[part], power)[0] for part in np.array_split(k, 2) if len(part) >= 4]
     ratio = _ratio(coefficient, root, first)
     readings = [value for value in (root, ratio, *halves) if math.isfinite(value) and value > 0]
     spread = max(readings) / min(readings) - 1 if readings else math.inf
@@ -96,11 +96,12 @@ def _from_few(log: Floats, order: int) -> Radius:
     return Radius(value, value, math.nan, math.inf)
 
 
-def _root(k: np.ndarray, log: Floats) -> float:
-    """R from the slope of log|c_k|; above 24 orders the power of k is fitted too, below it is taken as -1."""
-    free = k[-1] >= 24 and len(k) >= 8
-    target = log if free else log + np.log(k)
-    columns = [np.ones(len(k)), -k.astype(np.float64)] + ([np.log(k)] if free else [])
+def _root(k: np.ndarray, log: Floats, power: float | None = None) -> tuple[float, float]:
+    """R and a from log|c_k| = b - k log R + a log k; a is fitted from 24 orders on and taken as -1 below."""
+    if power is None and not (k[-1] >= 24 and len(k) >= 8):
+        power = -1.0
+    columns = [np.ones(len(k)), -k.astype(np.float64)] + ([np.log(k)] if power is None else [])
+    target = log if power is None else log - power * np.log(k)
     design = np.stack(columns, axis=1)
     kept = np.ones(len(k), dtype=bool)
     for _ in range(3):
@@ -110,7 +111,7 @@ def _root(k: np.ndarray, log: Floats) -> float:
         if upper.sum() <= design.shape[1]:
             break
         kept = upper
-    return float(np.exp(np.clip(solution[1], -700, 700)))
+    return float(np.exp(np.clip(solution[1], -700, 700))), float(solution[2]) if power is None else power
 
 
 def _ratio(coefficient: SignedLog, root: float, first: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,14 @@ class InFloat64(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _READERS:
-            return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _UNTOUCHED or (name.endswith("_") and not name.endswith("__")):
+            return func(*args, **(kwargs or {}))  # an in-place call on a copy would be lost
         args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-_READERS = frozenset({"__get__", "__set__", "double", "to", "copy_", "add_", "dim", "size", "detach_"})
+_UNTOUCHED = frozenset({"__get__", "__set__", "__setitem__", "double", "dim", "size"})
 
 
 def _to_float64(x: Tensor) -> Tensor:
@@ -67,13 +69,23 @@ class TracedLoss:
         """
         num_bins = next(iter(directions.values())).shape[0]
         inputs = [_moving(params[name].detach(), directions.get(name), order) for name in self.names]
-        with torch.no_grad():
+        with torch.no_grad(), _one_draw():
             out = _Interpreter(self.graph, order).run(inputs)
         if not isinstance(out, Series):  # no moving tensor reaches the loss
             out = Series(out.double().reshape(1, 1), order)
         coef = torch.zeros(order + 1, num_bins, dtype=torch.float64)
         coef[: out.degree + 1] = out.coef.reshape(out.degree + 1, -1)
         return coef
+
+    def gradient(self, params: Params) -> dict[str, Tensor]:
+        """Gradient of the loss, zero for a parameter that does not reach it."""
+        leaves = [params[name].detach().double().requires_grad_() for name in self.names]
+        with torch.enable_grad(), _one_draw():
+            loss = self.graph(*leaves)
+        if not loss.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in zip(self.names, leaves, strict=True)}
+        found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return dict(zip(self.names, found, strict=True))
 
     def peak_numbers(self, moving: frozenset[str]) -> int:
         """Numbers alive at once in values that move when these tensors do: what one order of one bin needs."""
@@ -118,12 +130,30 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
 
     inputs = [params[name].detach().double() for name in names]
     # Attention is traced as the matrix products and the softmax that define it: the fused kernels have no series.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), _default_float64(), _one_draw(), sdpa_kernel(SDPBackend.MATH):
         decomposed = make_fx(flat, decomposition_table=core_aten_decompositions())(*inputs)
         # A second pass, because decompositions of recurrent cells themselves write in place.
         graph = make_fx(functionalize(decomposed, remove="mutations"))(*inputs)
     graph.graph.eliminate_dead_code()
     return TracedLoss(names, graph)
+
+
+@contextmanager
+def _one_draw() -> Iterator[None]:
+    """Random operations (dropout) draw the same numbers in every pass: a ladder belongs to one function."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _default_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _moving(value: Tensor, direction_B: Tensor | None, order: int) -> Series | Tensor:

@@ -1,0 +1,201 @@
+"""The ladder: derivatives of the loss along a direction, of every order up to 99 and beyond, and what they foretell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from gradsplit.ladder.directions import Batch, per_bin, single
+from gradsplit.ladder.radius import Radius, crude_log_radius, radius_of
+from gradsplit.ladder.recipe import Climb, RecipeStep, climb
+from gradsplit.ladder.safe import increase, safe_step
+from gradsplit.ladder.signedlog import Floats, SignedLog, factorial_log
+from gradsplit.ladder.trace import LossOfParams, Params, TracedLoss, trace_loss
+from gradsplit.plan import Plan
+
+PILOT_ORDER = 24  # a short pass at this order finds the scale of the step before a long one
+FACTOR_OFF = 3.0  # a long pass is repeated if its scale was wrong by more than this
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Derivatives of t -> L(theta + t d) at 0, one column per direction (bin).
+
+    The step t is in units of the direction: with d = minus the gradient, t is the learning rate of plain gradient
+    descent; t * length is a distance in parameter space.
+
+    Args:
+        names: names of the bins, or ("direction",).
+        loss: L(theta).
+        coefficient: Taylor coefficients c_k, (order + 1, B).
+        length_B: ‖d‖.
+        radii: radius of convergence of each series.
+        safe_step_B: largest step with no predicted increase of the loss.
+        limited_by: what ends the safe step: "increase", "radius" or "no descent".
+        climb: the recipe, if one was asked for.
+    """
+
+    names: tuple[str, ...]
+    loss: float
+    coefficient: SignedLog
+    length_B: Floats
+    radii: tuple[Radius, ...]
+    safe_step_B: Floats
+    limited_by: tuple[str, ...]
+    climb: Climb | None = None
+
+    @property
+    def order(self) -> int:
+        """Highest order."""
+        return self.coefficient.log.shape[0] - 1
+
+    @cached_property
+    def derivative(self) -> SignedLog:
+        """d^k L / dt^k at 0 = k! c_k, (order + 1, B)."""
+        return self.coefficient.times_exp(factorial_log(self.order)[:, None])
+
+    @cached_property
+    def radius_B(self) -> Floats:
+        """Radius of convergence, in units of the step."""
+        return np.array([radius.value for radius in self.radii])
+
+    def predict(self, step: float | Floats, order: int | None = None) -> Floats:
+        """Loss that the series, cut after ``order``, predicts after a step of each bin alone, (B,).
+
+        Args:
+            step: t, one for all bins or one for each.
+            order: highest order used; by default all.
+        """
+        last = self.order if order is None else order
+        step_B = np.broadcast_to(np.asarray(step, dtype=np.float64), (len(self.names),))
+        rises = [increase(self.coefficient[: last + 1, b], step_B[b])[0] for b in range(len(self.names))]
+        return self.loss + np.array(rises)
+
+    def findings(self, step: float, count: int = 5) -> list[str]:
+        """Bins for which ``step`` is beyond the safe step or the radius, worst first, in words."""
+        with np.errstate(divide="ignore"):
+            excess_B = step / np.minimum(self.radius_B, self.safe_step_B)
+        worst = [b for b in np.argsort(-excess_B, kind="stable")[:count] if excess_B[b] > 1]
+        return [
+            f"{self.names[b]}: radius {self.radius_B[b]:.3g}, safe step {self.safe_step_B[b]:.3g}, your step is {step:.3g}"
+            for b in worst
+        ]
+
+
+def taylor_ladder(
+    loss_of_params: LossOfParams,
+    params: Params,
+    direction: Mapping[str, Tensor] | None = None,
+    *,
+    order: int = 99,
+    bins: Plan | None = None,
+    recipe: str | Sequence[str | RecipeStep] | None = None,
+    memory: int = 2 * 2**30,
+) -> Ladder:
+    """How far a step may go before the Taylor series of the loss breaks, for a direction or for each bin alone.
+
+    Computes c_k in L(theta + t d) = sum_k c_k t^k for k = 0 … order by propagating truncated power series through the
+    traced loss (Taylor mode), at a cost that grows as order^2 at most; nested automatic differentiation costs 2^order.
+
+    Args:
+        loss_of_params: maps {name: tensor} to a scalar; everything it closes over is constant. Evaluated in float64.
+        params: the point theta, {name: tensor}.
+        direction: d, {name: tensor}; tensors left out do not move. Default: minus the gradient.
+        order: highest order, >= 1.
+        bins: a plan: one ladder per bin, along minus the gradient restricted to that bin.
+        recipe: a preset's name ("ladder-292") or a list of operators, run on every ladder.
+        memory: bytes that the bins followed together may take, roughly.
+
+    Returns:
+        The ladder; lengths and steps are in the units given there.
+
+    Raises:
+        ValueError: an order below 1, a direction together with bins, names or shapes that do not fit.
+        UnsupportedOperation: the loss uses an operation without a rule for power series.
+        FloatingPointError: the loss or its series is not finite at any scale of the step.
+
+    >>> import torch
+    >>> x = {"x": torch.tensor(0.5, dtype=torch.float64)}
+    >>> ladder = taylor_ladder(lambda p: 1 / (1 - p["x"]), x, {"x": torch.tensor(1.0)}, order=40)
+    >>> [round(v, 6) for v in ladder.coefficient.to_float()[:4, 0].tolist()]  # 2 / (1 - 2 t)
+    [2.0, 4.0, 8.0, 16.0]
+    >>> round(ladder.radius_B.item(), 6)
+    0.5
+
+    Source: Griewank and Walther, Evaluating Derivatives, chapter 13. Deviation: the step is rescaled to the radius.
+    """
+    if order < 1:
+        raise ValueError(f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative wanted, such as 10.")
+    if bins is not None and direction is not None:
+        raise ValueError(
+            "taylor_ladder(direction=…, bins=…): expected one of them, since a plan's bins have directions of their own "
+            "(minus their gradients). Leave one out."
+        )
+    traced = trace_loss(loss_of_params, params)
+    point = {name: x.detach().double() for name, x in params.items()}
+    if direction is not None:
+        batches = iter([single(direction, point)])
+    else:
+        gradient = traced.gradient(point)
+        if bins is None:
+            batches = iter([single({name: -g for name, g in gradient.items()}, point)])
+        else:
+            batches = per_bin(bins, point, gradient, traced, order, memory)
+    names: list[str] = []
+    parts, lengths = [], []
+    for batch in batches:
+        names += batch.names
+        lengths.append(batch.length_B)
+        parts.append(_coefficients(traced, point, batch, order))
+    coefficient = SignedLog(*(np.concatenate([getattr(p, field) for p in parts], axis=1) for field in ("sign", "log")))
+    length_B = np.concatenate(lengths)
+    radii = tuple(radius_of(coefficient[:, b]) for b in range(len(names)))
+    safe = [safe_step(coefficient[:, b], radius.value) for b, radius in enumerate(radii)]
+    return Ladder(
+        names=tuple(names),
+        loss=float(coefficient[0, 0].to_float()),
+        coefficient=coefficient,
+        length_B=length_B,
+        radii=radii,
+        safe_step_B=np.array([step for step, _ in safe]),
+        limited_by=tuple(reason for _, reason in safe),
+        climb=None if recipe is None else climb(recipe, coefficient, length_B),
+    )
+
+
+def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -> SignedLog:
+    """Taylor coefficients of a batch of directions, computed at steps rescaled to their radius.
+
+    The recurrences commute with scaling, so the scale decides only about overflow and about the rounding of products at
+    roots of unity. It starts at the length of the weights and follows what a short pass finds.
+    """
+    log_scale_B = np.log(batch.weight_B) - np.log(np.where(batch.length_B > 0, batch.length_B, batch.weight_B))
+    for pass_order in [PILOT_ORDER, order] if order > PILOT_ORDER else [order]:
+        for _ in range(24):
+            coef = traced.series(point, batch.scaled(log_scale_B), pass_order).numpy()
+            if not np.isfinite(coef[0]).all():
+                raise FloatingPointError(
+                    f"taylor_ladder: expected a finite loss at the parameters, got {coef[0, 0]}. "
+                    "Find the first bad value with gs.diagnose."
+                )
+            finite_B = np.isfinite(coef).all(axis=0)
+            scaled = SignedLog.of(coef)
+            correction_B = np.where(finite_B, crude_log_radius(scaled), -math.log(1e3))
+            good_B = finite_B & ((np.abs(correction_B) < math.log(FACTOR_OFF)) | (order <= PILOT_ORDER))
+            if good_B.all():
+                break
+            log_scale_B = log_scale_B + np.where(good_B, 0.0, correction_B)
+        if not finite_B.all():
+            name = batch.names[int(np.flatnonzero(~finite_B)[0])]
+            raise FloatingPointError(
+                f"taylor_ladder: expected finite Taylor coefficients, got inf or nan along {name}. The loss has a "
+                "singularity at the parameters themselves (a square root or logarithm of zero?)."
+            )
+    k = np.arange(order + 1)[:, None]
+    return scaled.times_exp(-k * log_scale_B[None, :])
+
