@@ -1,0 +1,57 @@
+"""gradsplit: split the gradient into parts and bound each by a budget of its own."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .budget import Budget as Budget
+    from .budget import Decision as Decision
+    from .budget import Ema as Ema
+    from .budget import Fixed as Fixed
+    from .budget import Outcome as Outcome
+    from .budget import Percentile as Percentile
+    from .budget import Relative as Relative
+    from .budget import RelativeStep as RelativeStep
+    from .budget import ZScore as ZScore
+    from .budget import project as project
+    from .optim import GSO as GSO
+    from .plan import Layout as Layout
+    from .plan import Plan as Plan
+    from .plan import layout_of as layout_of
+    from .plan import lbf as lbf
+    from .plan import per_tensor as per_tensor
+    from .plan import tree_sp as tree_sp
+    from .plan import whole as whole
+    from .plan import xsp as xsp
+    from .record import StepRecord as StepRecord
+    from .splitter import GradientSplitter as GradientSplitter
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "plan": ("Layout", "Plan", "layout_of", "lbf", "per_tensor", "tree_sp", "whole", "xsp"),
+    "budget": (
+        *("Budget", "Decision", "Ema", "Fixed", "Outcome", "Percentile", "Relative", "RelativeStep", "ZScore"),
+        "project",
+    ),
+    "record": ("StepRecord",),
+    "splitter": ("GradientSplitter",),
+    "optim": ("GSO",),
+}
+"""Module -> the public names it defines; a module is imported when one of its names is first used."""
+
+_PLACES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    raise AttributeError(f"module 'gradsplit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,58 @@
+"""Sums over the plan's tree: squares add over a node's children, norms do not.
+
+`Nodes` holds the tree's index arrays on one device, made once a plan and device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+from ..plan import Plan
+from ..xp import Array, namespace
+
+__all__ = ["Nodes"]
+
+
+class Nodes:
+    """A plan's tree as arrays of one namespace and device.
+
+    Nodes are numbered breadth first, so a depth is one slice and its sums over children are one segment sum.
+    """
+
+    def __init__(self, plan: Plan, xp: ModuleType, like: Array) -> None:
+        starts = plan.tree.depth_starts
+        self.num_bins, self.num_nodes = plan.num_bins, plan.num_nodes
+        self.depths = list(itertools.pairwise(starts))
+        self.bin_nodes_B = xp.index(plan.bin_nodes_B, like)
+        self.parents = [  # per depth below the root: each node's parent, counted within the depth above
+            xp.index(plan.parents_N[lo:hi] - self.depths[d][0], like) for d, (lo, hi) in enumerate(self.depths[1:])
+        ]
+
+    @classmethod
+    def of(cls, plan: Plan, like: Array) -> Nodes:
+        """Return the arrays for the namespace and device of ``like``; made on the first call, kept with the plan."""
+        xp = namespace(like)
+        key = (xp.__name__, xp.device_key(like))
+        if key not in plan._prepared:
+            plan._prepared[key] = cls(plan, xp, like)
+        made: Any = plan._prepared[key]
+        return made
+
+    def spread(self, values_B: Array, fill: float) -> list[Array]:
+        """Return one vector a depth: a bin's value at its node, ``fill`` at all others."""
+        xp = namespace(values_B)
+        values_N = xp.put(xp.full(self.num_nodes, fill, values_B), self.bin_nodes_B, values_B)
+        return [values_N[lo:hi] for lo, hi in self.depths]
+
+    def sums_N(self, squares_B: Array) -> Array:
+        """Return each node's sum of squares, shape (N,)."""
+        xp = namespace(squares_B)
+        by_depth = self.spread(squares_B, 0.0)
+        for depth in range(len(by_depth) - 1, 0, -1):
+            lo, hi = self.depths[depth - 1]
+            by_depth[depth - 1] = by_depth[depth - 1] + xp.segment_sum(
+                by_depth[depth], self.parents[depth - 1], hi - lo
+            )
+        return xp.concatenate(by_depth)

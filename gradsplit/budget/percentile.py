@@ -1,0 +1,61 @@
+"""Percentile: a limit that tracks a quantile of the norm's history in one number a node."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
+
+from ..xp import Array
+from .base import Budget, Reading, State
+
+__all__ = ["Percentile"]
+
+
+@dataclass(frozen=True)
+class Percentile(Budget):
+    """The limit is the ``q`` quantile of the node's own norms, tracked by small multiplicative steps.
+
+        limit_b = C_b;        C_b <- C_b exp(-eta (1[n_b <= C_b] - q))           C_b = n_b at the first observation
+
+    AutoClip's aim (arXiv 2007.14469) in O(1) state by the geometric tracker of Andrew et al. 2019 (arXiv 1905.03871). A
+    spike counts once, whatever its size, so nothing that was not let through has weight; scale-free. C wavers by
+    about eta.
+
+    Trials: like the other adaptive budgets it follows a *persistent* explosion upwards; for transient spikes.
+
+    Args:
+        q: quantile in (0, 1); AutoClip recommends 0.1.
+        eta: size of a step, > 0, at most 1.
+
+    Raises:
+        ValueError: a constant out of its range.
+
+    >>> import numpy as np
+    >>> from gradsplit.budget import limits_after
+    >>> limits_after(Percentile(0.5, eta=0.02), [np.array([2.0])])
+    array([2.])
+    """
+
+    name: ClassVar[str] = "percentile"
+    q: float = 0.9
+    eta: float = 0.02
+
+    def __post_init__(self) -> None:
+        self._check("q", 0 < self.q < 1, "a quantile in (0, 1), for example 0.9")
+        self._check("eta", 0 < self.eta <= 1, "a step in (0, 1], for example 0.02")
+
+    def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
+        return (like * 0.0,)  # C; 0 before the first observation
+
+    def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
+        (c,) = state
+        return xp.where(c > 0, c, xp.full(len(c), float("inf"), c))
+
+    def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
+        (c,) = state
+        # A norm that was let through unchanged lay below the limit; one that was cut lay above it.
+        down, up = math.exp(-self.eta * (1 - self.q)), math.exp(self.eta * self.q)
+        step = xp.where(reading.norm <= c, c * down, c * up)
+        return (xp.where(kept > 0, xp.where(c > 0, step, kept), c),)

@@ -1,0 +1,130 @@
+"""Bins in eager torch without a loop over bins: any device, dtype, stride; the fallback of every other backend.
+
+Per tensor the plan is read once into a *pattern*: which bin each row, each column or each element belongs to. Reading
+a tensor is then a reduction and a scatter-add, scaling it one multiplication by a broadcast factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .precision import accumulate_dtype
+
+__all__ = ["EagerKernel"]
+
+
+class _Pattern:
+    """Which bin each part of one tensor belongs to.
+
+    kind "tensor": one bin; "rows": one entry a row; "cols": one a column; "cells": one an element of the matrix view.
+    """
+
+    def __init__(self, plan: Plan, t: int, part: slice, device: torch.device) -> None:
+        rows, cols, self.shape = plan.layout.rows[t], plan.layout.cols[t], plan.layout.shapes[t]
+        boxes = plan.boxes
+        r0, r1, c0, c1, bins = (
+            column[part]
+            for column in (
+                boxes.row_start_K,
+                boxes.row_stop_K,
+                boxes.col_start_K,
+                boxes.col_stop_K,
+                boxes.bin_K,
+            )
+        )
+        if len(bins) <= 1:
+            self.kind, ids = "tensor", bins
+        elif (c1 - c0 == cols).all():
+            self.kind, ids = "rows", np.repeat(bins, r1 - r0)
+        elif (r1 - r0 == rows).all():
+            self.kind, ids = "cols", np.repeat(bins, c1 - c0)
+        else:
+            self.kind, ids = "cells", np.empty(rows * cols, dtype=np.int64)
+            grid = ids.reshape(rows, cols)
+            for k in range(len(bins)):
+                grid[r0[k] : r1[k], c0[k] : c1[k]] = bins[k]
+        self.ids = torch.from_numpy(np.ascontiguousarray(ids)).to(device)
+
+    def sums(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return sums of squares, one an entry of ``ids`` (for sparse tensors: of the stored rows)."""
+        dims = {"tensor": None, "rows": tuple(range(1, tensor.dim())), "cols": 0, "cells": ()}[self.kind]
+        tensor = tensor.abs() if tensor.is_complex() else tensor
+        if self.kind == "cells":
+            return tensor.reshape(-1).to(dtype).square()
+        if tensor.dim() == 0 or (self.kind == "cols" and tensor.dim() == 1):
+            return tensor.to(dtype).square().reshape(-1)
+        return torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype).square().reshape(-1)
+
+    def stored_ids(self, rows: Tensor) -> Tensor:
+        """Return the ids that belong to the stored rows of a sparse tensor."""
+        if self.kind == "rows":
+            return self.ids[rows]
+        if self.kind == "cells":
+            return self.ids.view(self.shape[0], -1)[rows].reshape(-1)
+        return self.ids
+
+    def factor(self, values_B: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the bins' values in a shape that broadcasts over the tensor, or over its stored rows."""
+        ids = self.ids if rows is None else self.stored_ids(rows)
+        values = values_B.index_select(0, ids)
+        if self.kind == "tensor":
+            return values.reshape(())
+        if self.kind == "rows":
+            return values.view(-1, *(1,) * (len(self.shape) - 1))
+        shape = self.shape if rows is None else (len(rows), *self.shape[1:])
+        return values.view(1, *shape[1:]) if self.kind == "cols" and len(shape) > 1 else values.view(shape)
+
+
+class EagerKernel:
+    """The same contract as `ReferenceKernel`, vectorised.
+
+    L-BF bins keep one int64 an element of their tensor: use the numba backend where that is too much.
+    """
+
+    name = "eager"
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        bounds = plan.boxes.slices_T(len(plan.layout))
+        self._patterns = [_Pattern(plan, t, slice(bounds[t], bounds[t + 1]), device) for t in range(len(plan.layout))]
+
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """See `ReferenceKernel.squares`."""
+        dtype = accumulate_dtype(self.device)
+        ids, sums = [], []
+        for tensor, pattern in zip(tensors, self._patterns, strict=True):
+            if tensor is None or tensor.numel() == 0:
+                continue
+            if tensor.is_sparse:
+                tensor = tensor.coalesce()
+                if tensor._nnz():
+                    ids.append(pattern.stored_ids(tensor.indices()[0]))
+                    sums.append(pattern.sums(tensor.values(), dtype))
+            else:
+                ids.append(pattern.ids)
+                sums.append(pattern.sums(tensor, dtype))
+        squares_B = torch.zeros(self.plan.num_bins, dtype=dtype, device=self.device)
+        return squares_B.index_add(0, torch.cat(ids), torch.cat(sums)) if ids else squares_B
+
+    def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
+        """See `ReferenceKernel.scale_`. Multiplies unconditionally: looking first would wait for the device."""
+        for t, tensor in enumerate(tensors):
+            if tensor is None or tensor.numel() == 0:
+                continue
+            rows = tensor.indices()[0] if tensor.is_sparse else None
+            dense = tensor.values() if tensor.is_sparse else tensor
+            dense.mul_(self.factor(t, scale_B, tensor.dtype, rows))
+            dense.masked_fill_(self._patterns[t].factor(zero_B, rows), 0)
+
+    def factor(self, t: int, values_B: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """Return values of the bins in a shape that broadcasts over tensor t, in a precision that keeps its dtype."""
+        if dtype.is_complex:
+            dtype = dtype.to_real()
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        values = self._patterns[t].factor(values_B, rows)
+        return values if values.dtype == torch.bool else values.to(wide)

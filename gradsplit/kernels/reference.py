@@ -1,0 +1,79 @@
+"""The definition of reading and scaling bins: box by box, in eager torch; every backend must equal it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .precision import accumulate_dtype
+
+__all__ = ["ReferenceKernel"]
+
+
+class ReferenceKernel:
+    """Squares and scaling of a plan's bins, one box after the other.
+
+    Args:
+        plan: the bins.
+        device: where the tensors live.
+    """
+
+    name = "reference"
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return each bin's sum of squared entries (modulus for complex ones), shape (B,), float64.
+
+        Args:
+            tensors: one a layout entry, of any stride, dtype or layout; None counts as zero.
+        """
+        dtype = accumulate_dtype(self.device)
+        squares_B = torch.zeros(self.plan.num_bins, dtype=dtype, device=self.device)
+        for k in range(len(self.plan.boxes)):
+            tensor = tensors[self.plan.tensor_K[k]]
+            if tensor is not None:
+                block = self._matrix(tensor, k)[self._box(tensor, k)]
+                wide = block.abs().to(dtype) if block.is_complex() else block.to(dtype)
+                squares_B[self.plan.bin_K[k]] += (wide * wide).sum()
+        return squares_B
+
+    def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
+        """Multiply each bin by its scale in place; write zeros where ``zero_B``, since 0 * inf is not 0.
+
+        A bin of scale 1 keeps its bits. Sparse tensors must be coalesced.
+        """
+        for k in range(len(self.plan.boxes)):
+            tensor = tensors[self.plan.tensor_K[k]]
+            if tensor is None:
+                continue
+            matrix, box, b = self._matrix(tensor, k).clone(), self._box(tensor, k), self.plan.bin_K[k]
+            if zero_B[b]:
+                matrix[box] = 0
+            elif scale_B[b] < 1:
+                wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+                wide = wide.to_real() if wide.is_complex else wide
+                matrix[box] = (matrix[box] * scale_B[b].to(wide)).to(tensor.dtype)
+            dense = tensor.values() if tensor.is_sparse else tensor
+            dense.copy_(matrix.reshape(dense.shape))
+
+    def _matrix(self, tensor: Tensor, k: int) -> Tensor:
+        """The rows x columns view, copied where strides forbid a view; of a sparse tensor the stored rows alone."""
+        if tensor.is_sparse:
+            values = tensor.coalesce().values()
+            return values.reshape(values.shape[0], -1)
+        t = int(self.plan.tensor_K[k])
+        return tensor.reshape(self.plan.layout.rows[t], self.plan.layout.cols[t])
+
+    def _box(self, tensor: Tensor, k: int) -> tuple[slice | Tensor, slice]:
+        plan = self.plan
+        start, stop = int(plan.row_start_K[k]), int(plan.row_stop_K[k])
+        rows: slice | Tensor = slice(start, stop)
+        if tensor.is_sparse:
+            stored = tensor.coalesce().indices()[0]
+            rows = ((stored >= start) & (stored < stop)).nonzero().flatten()
+        return rows, slice(int(plan.col_start_K[k]), int(plan.col_stop_K[k]))

@@ -1,0 +1,5 @@
+"""GSO, the gradient-splitting optimizer, and its updates."""
+
+from .gso import GSO
+
+__all__ = ["GSO"]

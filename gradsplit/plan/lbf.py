@@ -1,0 +1,173 @@
+"""L-BF, leaf-based best-first splitting: rectangles where the gradient's energy is even. Controls both axes."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .boxes import Boxes
+from .layout import Layout
+from .plan import Plan
+
+__all__ = ["lbf", "log_likelihood"]
+
+_FLOOR = 1e-12  # of the mean energy: keeps log finite where a block never had a gradient
+
+
+class _Leaf(NamedTuple):
+    tensor: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+    row_energy: np.ndarray
+    col_energy: np.ndarray
+
+
+class _Cut(NamedTuple):
+    gain: float
+    axis: int
+    at: int
+
+
+def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_gain: float = 10.0) -> Plan:
+    """Cut, best first, where the likelihood of the calibrated energies gains most.
+
+    A leaf's gradient entries are modelled as zero-mean Gaussian with one variance. Cutting a leaf of n entries and
+    energy E = sum of mean-square gradient into (n1, E1) and (n2, E2) gains
+
+        n log(E / n) - n1 log(E1 / n1) - n2 log(E2 / n2)  >=  0
+
+    twice the rise of the log-likelihood. From one leaf a tensor, the leaf and the row or column cut with the greatest
+    gain is taken from a priority queue. All cuts of one leaf are scored in O(rows + columns) from prefix sums of its
+    row and column energies. Deterministic: ties go to the first tensor, row cuts before column cuts, the lowest
+    position.
+
+    Greedy, so a pattern that no single cut improves (an exact checkerboard) is left whole. Trials found L-BF as good as
+    rows, not better (residual net .87 against .89; detector .284 against .273).
+
+    Args:
+        layout: names and shapes.
+        energy: ``{name: mean of squared gradients, shaped like the tensor}``; see `GradientSplitter.calibrate`.
+        max_bins: leaves at the most, at least one a tensor.
+        min_gain: cuts that gain less are not made. 10 is a likelihood ratio of e^5.
+
+    Raises:
+        ValueError: energies of other tensors or shapes, negative or not finite; max_bins below the number of tensors.
+
+    >>> plan = lbf(Layout.from_shapes({"w": (4, 8)}), {"w": [[1] * 8] + [[100] * 8] * 3}, max_bins=2)
+    >>> [bin.name for bin in plan.bins]
+    ['w[0:1]', 'w[1:4]']
+    """
+    matrices = _checked_matrices(layout, energy)
+    full = [t for t, numel in enumerate(layout.numels) if numel]
+    if not isinstance(max_bins, int) or max_bins < len(full):
+        raise ValueError(
+            f"lbf(max_bins={max_bins}): expected at least one bin a tensor, {len(full)} here. Raise max_bins, or "
+            "leave tensors "
+            "out of the layout."
+        )
+    if not min_gain >= 0:
+        raise ValueError(f"lbf(min_gain={min_gain}): expected a gain >= 0. 0 cuts until max_bins.")
+    floor = _floor(matrices)
+    done: list[_Leaf] = []
+    queue: list[tuple[float, int, int, int, int, _Cut, _Leaf]] = []
+
+    def push(leaf: _Leaf) -> None:
+        cut = _best_cut(leaf, floor)
+        if cut.gain > min_gain:
+            heapq.heappush(queue, (-cut.gain, leaf.tensor, leaf.top, leaf.left, len(done), cut, leaf))
+        else:
+            done.append(leaf)
+
+    for t in full:
+        matrix = matrices[t]
+        push(_Leaf(t, 0, matrix.shape[0], 0, matrix.shape[1], matrix.sum(1), matrix.sum(0)))
+    while queue and len(queue) + len(done) < max_bins:
+        *_, cut, leaf = heapq.heappop(queue)
+        for child in _halves(leaf, cut, matrices[leaf.tensor]):
+            push(child)
+    leaves = done + [entry[-1] for entry in queue]
+    corners = np.array([leaf[:5] for leaf in leaves], dtype=np.int64)
+    corners = corners[np.lexsort((corners[:, 3], corners[:, 1], corners[:, 0]))]
+    return Plan(layout, Boxes.from_columns(*corners[:, (0, 1, 2, 3, 4)].T, np.arange(len(corners))))
+
+
+def log_likelihood(plan: Plan, energy: Mapping[str, Any]) -> float:
+    """Return twice the Gaussian log-likelihood of a partition up to a constant: ``-sum over bins of n log(E / n)``."""
+    matrices = _checked_matrices(plan.layout, energy)
+    energy_B = np.zeros(plan.num_bins)
+    for k in range(len(plan.boxes)):
+        rows = slice(plan.row_start_K[k], plan.row_stop_K[k])
+        cols = slice(plan.col_start_K[k], plan.col_stop_K[k])
+        energy_B[plan.bin_K[k]] += matrices[plan.tensor_K[k]][rows, cols].sum()
+    return float(-(plan.numel_B * np.log(energy_B / plan.numel_B + _floor(matrices))).sum())
+
+
+def _best_cut(leaf: _Leaf, floor: float) -> _Cut:
+    rows, cols = leaf.bottom - leaf.top, leaf.right - leaf.left
+    best = _Cut(0.0, 0, 0)
+    for axis, line, across in ((0, leaf.row_energy, cols), (1, leaf.col_energy, rows)):
+        if len(line) < 2:
+            continue
+        before = np.cumsum(line)[:-1]
+        after = np.cumsum(line[::-1])[::-1][1:]  # summed from its own end: a difference would lose small energies
+        n1 = np.arange(1, len(line)) * float(across)
+        n2 = float(len(line)) * across - n1
+        total = before[-1] + line[-1]
+        n = float(len(line)) * across
+        gain = n * np.log(total / n + floor) - n1 * np.log(before / n1 + floor) - n2 * np.log(after / n2 + floor)
+        at = int(np.argmax(gain))
+        if gain[at] > best.gain:
+            best = _Cut(float(gain[at]), axis, at + 1)
+    return best
+
+
+def _halves(leaf: _Leaf, cut: _Cut, matrix: np.ndarray) -> tuple[_Leaf, _Leaf]:
+    """Cut a leaf. Energies along the cut axis are slices; those across are summed anew, never by subtraction."""
+    t, top, bottom, left, right, row, col = leaf
+    if cut.axis == 0:
+        middle = top + cut.at
+        return (
+            _Leaf(t, top, middle, left, right, row[: cut.at], matrix[top:middle, left:right].sum(0)),
+            _Leaf(t, middle, bottom, left, right, row[cut.at :], matrix[middle:bottom, left:right].sum(0)),
+        )
+    middle = left + cut.at
+    return (
+        _Leaf(t, top, bottom, left, middle, matrix[top:bottom, left:middle].sum(1), col[: cut.at]),
+        _Leaf(t, top, bottom, middle, right, matrix[top:bottom, middle:right].sum(1), col[cut.at :]),
+    )
+
+
+def _floor(matrices: list[np.ndarray]) -> float:
+    entries = sum(matrix.size for matrix in matrices)
+    return _FLOOR * sum(float(matrix.sum()) for matrix in matrices) / max(entries, 1) or np.finfo(np.float64).tiny
+
+
+def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndarray]:
+    missing = [name for name in layout.names if name not in energy]
+    surplus = [name for name in energy if name not in set(layout.names)]
+    if missing or surplus:
+        raise ValueError(
+            f"lbf(energy=…): expected energies of exactly the layout's tensors, got none for {missing[:3]} and some "
+            "for unknown "
+            f"{surplus[:3]}. Calibrate the model that you split."
+        )
+    matrices = []
+    for t, name in enumerate(layout.names):
+        value = energy[name]
+        if hasattr(value, "detach"):  # a torch tensor, without importing torch
+            value = value.detach().to("cpu")
+        array = np.asarray(value, dtype=np.float64)
+        if array.shape != layout.shapes[t]:
+            raise ValueError(f"lbf(energy=…): expected shape {layout.shapes[t]}, got {array.shape} at {name!r}.")
+        if not (np.isfinite(array).all() and (array >= 0).all()):
+            raise ValueError(
+                f"lbf(energy=…): expected finite energies >= 0, got others at {name!r}. Leave out steps with a "
+                "non-finite gradient."
+            )
+        matrices.append(array.reshape(layout.rows[t], layout.cols[t]))
+    return matrices

@@ -1,0 +1,226 @@
+"""The plan: an exact partition of a layout into bins, with the tree of nodes above them.
+
+Shape suffixes: _K one entry a box, _B one a bin, _N one a node, _T one a tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar, overload
+
+import numpy as np
+
+from .boxes import Boxes
+from .layout import Layout
+from .tree import BIN, LEVELS, Tree
+
+__all__ = ["Bin", "Box", "Node", "Plan"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Box:
+    """An axis-aligned block of one tensor's matrix view; bounds are half open."""
+
+    tensor: str
+    start: tuple[int, int]
+    stop: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Boxes that are controlled together: a leaf of the plan."""
+
+    index: int
+    name: str
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A place in the plan's tree; ``level`` is "root", "module", "tensor" or "bin"; the root's ``parent`` is -1."""
+
+    index: int
+    name: str
+    level: str
+    parent: int
+
+
+class _Lazy(Sequence[_T], Generic[_T]):
+    """A sequence made on demand, so that a million bins cost no million objects."""
+
+    def __init__(self, length: int, make: Callable[[int], _T]) -> None:
+        self._length, self._make = length, make
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | list[_T]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(self._length))]
+        position = index + self._length if index < 0 else index
+        if not 0 <= position < self._length:
+            raise IndexError(f"index {index} is out of range for {self._length} entries")
+        return self._make(position)
+
+    def __iter__(self) -> Iterator[_T]:
+        return (self._make(i) for i in range(self._length))
+
+
+class Plan:
+    """What is controlled together: bins that cover every element of the layout exactly once.
+
+    Args:
+        layout: names and shapes of the tensors.
+        boxes: the boxes of all bins; bins are numbered from 0 without gaps.
+        modules: put the module tree (dotted names) between the root and the tensors.
+
+    Raises:
+        ValueError: the boxes do not tile the layout, or bins are not numbered 0 … B-1.
+
+    >>> from gradsplit.plan import xsp
+    >>> plan = xsp(Layout.from_shapes({"w": (4, 3), "b": (4,)}), parts=2)
+    >>> [bin.name for bin in plan.bins]
+    ['w[0:2]', 'w[2:4]', 'b']
+    >>> [(node.level, node.name) for node in plan.nodes[:3]]
+    [('root', 'all'), ('tensor', 'w'), ('tensor', 'b')]
+    """
+
+    def __init__(self, layout: Layout, boxes: Boxes, *, modules: bool = False) -> None:
+        boxes.check_cover(layout)
+        self.layout = layout
+        self.boxes = boxes
+        self.modules = modules
+        self.num_bins = int(boxes.bin_K.max()) + 1 if len(boxes) else 0
+        if self.num_bins == 0:
+            raise ValueError(
+                f"Plan(…): expected at least one element, got only empty tensors ({', '.join(layout.names[:3])}…). "
+                "Pass a model with parameters."
+            )
+        boxes_per_bin = np.bincount(boxes.bin_K, minlength=self.num_bins)
+        if boxes.bin_K.min() < 0 or (boxes_per_bin == 0).any():
+            raise ValueError("Plan(…): expected bins numbered 0 … B-1 without gaps, got a gap. Renumber boxes.bin_K.")
+        self.tree = Tree.build(layout, boxes, self.num_bins, modules=modules)
+        self._prepared: dict[Any, Any] = {}  # arrays of the tree on a device, kept by budget/node_sums.py
+
+    # The boxes and the tree, by the names that kernels and budgets use.
+    tensor_K = property(lambda self: self.boxes.tensor_K)
+    row_start_K = property(lambda self: self.boxes.row_start_K)
+    row_stop_K = property(lambda self: self.boxes.row_stop_K)
+    col_start_K = property(lambda self: self.boxes.col_start_K)
+    col_stop_K = property(lambda self: self.boxes.col_stop_K)
+    bin_K = property(lambda self: self.boxes.bin_K)
+    parents_N = property(lambda self: self.tree.parents_N)
+    levels_N = property(lambda self: self.tree.levels_N)
+    bin_nodes_B = property(lambda self: self.tree.bin_nodes_B)
+    num_nodes = property(lambda self: len(self.tree.parents_N))
+
+    @cached_property
+    def numel_B(self) -> np.ndarray:
+        """Elements of each bin, float64 (exact below 2^53)."""
+        return np.bincount(self.boxes.bin_K, weights=self.boxes.numel_K, minlength=self.num_bins)
+
+    @property
+    def bins(self) -> Sequence[Bin]:
+        """The bins, made when asked for."""
+        return _Lazy(self.num_bins, self._bin)
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The nodes, parents before children, made when asked for."""
+        return _Lazy(self.num_nodes, self._node)
+
+    def level_nodes(self, level: str) -> np.ndarray:
+        """Indices of the nodes of a level: "root", "module", "tensor" or "bin"."""
+        return np.flatnonzero(self.tree.levels_N == LEVELS.index(level))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that name this partition of this layout."""
+        digest = hashlib.sha256(self.layout.fingerprint.encode())
+        digest.update(b"modules" if self.modules else b"")
+        for column in vars(self.boxes).values():
+            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+        return digest.hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings from which `from_dict` makes the same plan again."""
+        return {
+            "names": list(self.layout.names),
+            "shapes": [list(shape) for shape in self.layout.shapes],
+            "modules": self.modules,
+            "boxes": {key: column.tolist() for key, column in vars(self.boxes).items()},
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Plan:
+        """Make the plan that `to_dict` described."""
+        layout = Layout(tuple(state["names"]), tuple(tuple(shape) for shape in state["shapes"]))
+        columns = {key: np.asarray(column, dtype=np.int64) for key, column in state["boxes"].items()}
+        return cls(layout, Boxes(**columns), modules=bool(state["modules"]))
+
+    def describe(self, *, max_lines: int = 20) -> str:
+        """Say in a few lines what is split into how many bins, and the bytes that it takes."""
+        layout, bounds = self.layout, self.boxes.slices_T(len(self.layout))
+        lines = [
+            f"{self.num_bins} bins over {len(layout)} tensors, {layout.num_elements:,} elements "
+            f"({4 * layout.num_elements:,} bytes in float32); {self.num_nodes} nodes; "
+            f"{8 * self.num_bins:,} bytes a vector of one float64 a bin; plan {self.fingerprint}"
+        ]
+        for t, name in enumerate(layout.names[:max_lines]):
+            part = slice(bounds[t], bounds[t + 1])
+            bins = len(np.unique(self.boxes.bin_K[part]))
+            shape = "x".join(str(size) for size in layout.shapes[t]) or "scalar"
+            lines.append(f"  {name:<40} {shape:>16} {bins:>10} bin{'s' if bins != 1 else ''}")
+        if len(layout) > max_lines:
+            lines.append(f"  … and {len(layout) - max_lines} more tensors")
+        return "\n".join(lines)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": {}}
+
+    def __repr__(self) -> str:
+        return f"Plan({self.num_bins} bins, {len(self.layout)} tensors, {self.fingerprint})"
+
+    def _box(self, k: int) -> Box:
+        b = self.boxes
+        return Box(
+            self.layout.names[b.tensor_K[k]],
+            (int(b.row_start_K[k]), int(b.col_start_K[k])),
+            (int(b.row_stop_K[k]), int(b.col_stop_K[k])),
+        )
+
+    def _bin(self, index: int) -> Bin:
+        members = np.flatnonzero(self.boxes.bin_K == index) if self._many_boxes else (self._box_of_bin_B[index],)
+        boxes = tuple(self._box(int(k)) for k in members)
+        return Bin(index, " + ".join(self._box_name(int(k)) for k in members) if len(boxes) < 4 else "all", boxes)
+
+    def _box_name(self, k: int) -> str:
+        box, t = self._box(k), int(self.boxes.tensor_K[k])
+        rows, cols = self.layout.rows[t], self.layout.cols[t]
+        all_rows, all_cols = box.stop[0] - box.start[0] == rows, box.stop[1] - box.start[1] == cols
+        if all_rows and all_cols:
+            return box.tensor
+        row = ":" if all_rows else f"{box.start[0]}:{box.stop[0]}"
+        return f"{box.tensor}[{row}]" if all_cols else f"{box.tensor}[{row}, {box.start[1]}:{box.stop[1]}]"
+
+    def _node(self, index: int) -> Node:
+        level = int(self.tree.levels_N[index])
+        name = self._bin(int(self.tree.bin_of_node(index))).name if level == BIN else self.tree.names[index]
+        return Node(index, name, LEVELS[level], int(self.tree.parents_N[index]))
+
+    @cached_property
+    def _many_boxes(self) -> bool:
+        return len(self.boxes) != self.num_bins
+
+    @cached_property
+    def _box_of_bin_B(self) -> np.ndarray:
+        return np.argsort(self.boxes.bin_K, kind="stable")

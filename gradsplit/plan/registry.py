@@ -1,0 +1,103 @@
+"""The strategies by name, one row each; the rows parametrise tests, command line and docs table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .baselines import per_tensor, whole
+from .layout import Layout
+from .lbf import lbf
+from .plan import Plan
+from .tree_sp import tree_sp
+from .xsp import xsp
+
+__all__ = ["STRATEGIES", "Strategy", "make_plan", "strategy_named"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A named way from a layout to a plan.
+
+    Attributes:
+        name: what users write as ``plan="name"``.
+        make: ``layout -> plan``, or ``(layout, energy) -> plan`` where ``needs_energy``.
+        needs_energy: the cuts follow calibrated energies.
+        summary: one line for tables.
+    """
+
+    name: str
+    make: Callable[..., Plan]
+    summary: str
+    needs_energy: bool = False
+
+
+STRATEGIES: dict[str, Strategy] = {
+    row.name: row
+    for row in (
+        Strategy("whole", whole, "everything in one bin: a global clip"),
+        Strategy("per_tensor", per_tensor, "one bin a tensor"),
+        Strategy("xsp", xsp, "slices along the x axis, one a row by default; the other axis is free"),
+        Strategy("lbf", lbf, "best-first rectangles from calibrated energies; both axes", needs_energy=True),
+        Strategy("tree_sp", tree_sp, "the module tree above the tensors; a limit at every level"),
+    )
+}
+
+
+def strategy_named(name: str, *, call: str) -> Strategy:
+    """Return the row of a name.
+
+    Raises:
+        ValueError: unknown name; offers the nearest.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    near = difflib.get_close_matches(str(name), STRATEGIES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{call}: expected one of {', '.join(STRATEGIES)}, got {name!r}.{hint}")
+
+
+def make_plan(
+    plan: Plan | str | Callable[[Layout], Plan],
+    layout: Layout,
+    energy: Mapping[str, Any] | None = None,
+    *,
+    call: str,
+) -> Plan:
+    """Return the plan for a layout from a plan, a strategy's name or a function ``layout -> plan``.
+
+    A strategy that needs energies starts from one bin a tensor, its own first leaves, until there are some.
+
+    Raises:
+        ValueError: unknown name, or a plan of another layout.
+        TypeError: something else.
+    """
+    if isinstance(plan, str):
+        row = strategy_named(plan, call=f"{call}(plan={plan!r})")
+        if not row.needs_energy:
+            return row.make(layout)
+        return per_tensor(layout) if energy is None else row.make(layout, energy, max_bins=max(256, 2 * len(layout)))
+    if isinstance(plan, Plan):
+        made = plan
+    elif callable(plan):
+        made = plan(layout)
+    else:
+        raise TypeError(f"{call}(plan=…): expected a Plan, a strategy's name or a function, got {type(plan).__name__}.")
+    if made.layout.fingerprint != layout.fingerprint:
+        raise ValueError(
+            f"{call}(plan=…): expected a plan of this model ({len(layout)} tensors, layout {layout.fingerprint}), "
+            "got one of another "
+            f"({len(made.layout)} tensors, layout {made.layout.fingerprint}; "
+            f"{_first_difference(layout, made.layout)}). "
+            "Make the plan from layout_of(model)."
+        )
+    return made
+
+
+def _first_difference(ours: Layout, theirs: Layout) -> str:
+    for a, b, s, u in zip(ours.names, theirs.names, ours.shapes, theirs.shapes, strict=False):
+        if (a, s) != (b, u):
+            return f"first difference: {a!r} {s} here, {b!r} {u} there"
+    return "one has more tensors"

@@ -1,0 +1,101 @@
+"""The tree of a plan: root, modules by dotted name, tensors, and the bins as its leaves.
+
+Nodes are numbered breadth first, so that the nodes of one depth are one slice and the children of a node are
+neighbours: sums over children are segment sums over sorted segments, on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .boxes import Boxes
+from .layout import Layout
+
+__all__ = ["BIN", "LEVELS", "Tree"]
+
+LEVELS = ("root", "module", "tensor", "bin")
+ROOT, MODULE, TENSOR, BIN = range(4)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Parents before children.
+
+    Attributes:
+        parents_N: (N,) index of each node's parent; -1 for the root, which is node 0.
+        levels_N: (N,) position in `LEVELS`.
+        depth_starts: first node of each depth, and N at the end.
+        bin_nodes_B: (B,) node of each bin.
+        names: names of the nodes that are not bins, by node index.
+    """
+
+    parents_N: np.ndarray
+    levels_N: np.ndarray
+    depth_starts: tuple[int, ...]
+    bin_nodes_B: np.ndarray
+    names: dict[int, str]
+
+    @classmethod
+    def build(cls, layout: Layout, boxes: Boxes, num_bins: int, *, modules: bool) -> Tree:
+        """Number the nodes above the bins. A bin over several tensors hangs below the root."""
+        name_of, parent_of, level_of, depth_of = ["all"], [-1], [ROOT], [0]
+        module_index: dict[str, int] = {"": 0}
+
+        def add(name: str, parent: int, level: int) -> int:
+            name_of.append(name)
+            parent_of.append(parent)
+            level_of.append(level)
+            depth_of.append(depth_of[parent] + 1)
+            return len(name_of) - 1
+
+        first_B = np.full(num_bins, len(layout), dtype=np.int64)
+        last_B = np.full(num_bins, -1, dtype=np.int64)
+        np.minimum.at(first_B, boxes.bin_K, boxes.tensor_K)
+        np.maximum.at(last_B, boxes.bin_K, boxes.tensor_K)
+        single_B = first_B == last_B
+        owns_bins = np.zeros(len(layout), dtype=bool)
+        owns_bins[first_B[single_B]] = True
+
+        node_of_tensor = np.zeros(len(layout), dtype=np.int64)
+        for t in np.flatnonzero(owns_bins):
+            parent = 0
+            if modules:
+                path = layout.names[t].split(".")[:-1]
+                for i in range(len(path)):
+                    dotted = ".".join(path[: i + 1])
+                    if dotted not in module_index:
+                        module_index[dotted] = add(dotted, parent, MODULE)
+                    parent = module_index[dotted]
+            node_of_tensor[t] = add(layout.names[t], parent, TENSOR)
+
+        # The few inner nodes by Python, the many bins by numpy: sort each depth by the parent's new number.
+        inner_parent, inner_depth = np.array(parent_of), np.array(depth_of)
+        parent_B = np.where(single_B, node_of_tensor[np.minimum(first_B, len(layout) - 1)], 0)
+        depth_B = inner_depth[parent_B] + 1
+        num_inner, num_nodes = len(name_of), len(name_of) + num_bins
+        new_of_inner = np.zeros(num_inner, dtype=np.int64)
+        parents_N = np.full(num_nodes, -1, dtype=np.int64)
+        levels_N = np.full(num_nodes, BIN, dtype=np.int8)
+        levels_N[0] = ROOT
+        bin_nodes_B = np.zeros(num_bins, dtype=np.int64)
+        names, starts = {0: name_of[0]}, [0, 1]
+        for depth in range(1, int(max(depth_B.max(), inner_depth.max())) + 1):
+            inner = np.flatnonzero(inner_depth == depth)
+            bins = np.flatnonzero(depth_B == depth)
+            parent = new_of_inner[np.concatenate((inner_parent[inner], parent_B[bins]))]
+            order = np.argsort(parent, kind="stable")
+            place = np.empty_like(order)
+            place[order] = np.arange(starts[-1], starts[-1] + len(order))
+            parents_N[starts[-1] : starts[-1] + len(order)] = parent[order]
+            new_of_inner[inner] = place[: len(inner)]
+            levels_N[place[: len(inner)]] = [level_of[i] for i in inner]
+            bin_nodes_B[bins] = place[len(inner) :]
+            names.update({int(new_of_inner[i]): name_of[i] for i in inner})
+            starts.append(starts[-1] + len(order))
+        return cls(parents_N, levels_N, tuple(starts), bin_nodes_B, names)
+
+    def bin_of_node(self, node: int) -> int:
+        """Return the bin that sits at a node of level "bin"."""
+        return int(np.flatnonzero(self.bin_nodes_B == node)[0])

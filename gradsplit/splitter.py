@@ -1,0 +1,249 @@
+"""GradientSplitter: measure, decide, apply, record, once an optimizer step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import Handle, attach_to
+from .budget import Ledger, RelativeStep, budgets_by_level
+from .kernels import make_kernel
+from .plan import Layout, Plan, layout_of, make_plan, named_trainable
+from .rates import Rates, follows_gradient
+from .record import StepRecord
+from .update_cap import UpdateCap
+
+__all__ = ["GradientSplitter"]
+
+
+class GradientSplitter:
+    """Bound each bin of a model's gradient by a budget of its own, in place, between ``backward()`` and ``step()``.
+
+    gradients -> squares_B -> limits_N -> Decision(scale_B, outcome_B) -> scaled gradients -> StepRecord. A bin within
+    its limit keeps its gradient bit for bit; a non-finite bin is set to zero and named; no bin's decision depends on
+    another's values unless a budget bounds their ancestor. Nothing waits for the device.
+
+    Args:
+        model: a module, or pairs (name, parameter); trainable parameters are taken, in order.
+        plan: a Plan, a strategy's name ("xsp", "lbf", "tree_sp", "per_tensor", "whole") or a function layout -> plan.
+        budget: a budget, its name, a tuple of them, or a mapping from levels ("root", "module", "tensor", "bin") to
+            these; the default `RelativeStep` needs the optimizer's learning rate and nothing tuned.
+        optimizer: whose learning rates `RelativeStep` reads; `attach` sets it too.
+        backend: "auto", or a row of `gradsplit.kernels.BACKENDS`.
+        rule: "bottom_up" or "nearest", see `project`.
+        on_nonfinite: "zero" sets a non-finite bin to zero; "raise" raises instead, which waits for the device.
+        cap_updates: let `RelativeStep` cap the update itself behind any optimizer, at the price of one copy of the
+            weights; needs `attach`.
+        sinks: functions called with every StepRecord.
+
+    Raises:
+        ValueError: no trainable parameters, several devices, an unknown name, a plan of another model, RelativeStep
+        in front
+            of an optimizer whose step it cannot bound.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> splitter = GradientSplitter(model, plan="xsp", budget={"bin": "fixed"})       # rows, each at most 1 long
+    >>> model.weight.grad = torch.tensor([[30.0, 40.0], [0.3, 0.4]])
+    >>> record = splitter.step()
+    >>> model.weight.grad
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000]])
+    >>> record.worst(1)[0].name
+    'weight[0:1]'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        plan: Plan | str | Callable[[Layout], Plan] = "xsp",
+        budget: Any = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        backend: str = "auto",
+        rule: str = "bottom_up",
+        on_nonfinite: str = "zero",
+        cap_updates: bool = False,
+        sinks: Iterable[Callable[[StepRecord], None]] = (),
+    ) -> None:
+        if on_nonfinite not in ("zero", "raise"):
+            raise ValueError(f"GradientSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'raise'.")
+        pairs = named_trainable(model)
+        self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
+        self.device = one_device(pairs, call="GradientSplitter")
+        self.layout = layout_of(pairs)
+        self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
+        self.sinks = list(sinks)
+        self.step_count = 0
+        self._strategy, self._budget = plan, RelativeStep() if budget is None else budget
+        self._cap_updates = cap_updates
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
+        if optimizer is not None:
+            self._read_rates_of(optimizer)
+
+    def _adopt(self, plan: Plan) -> None:
+        """Start on a plan: its kernel, and budgets without history."""
+        call = "GradientSplitter"
+        budgets = budgets_by_level(self._budget, plan, call=call)
+        capped = [(level, budget) for level, budget in budgets if budget.bounds_update and self._cap_updates]
+        kernel = make_kernel(self.backend, plan, self.device, call=call)
+        like = kernel.squares([None] * len(self.parameters))
+        ledger = Ledger(plan, [pair for pair in budgets if pair not in capped], like, rule=self.rule, call=call)
+        self.plan, self.kernel, self.ledger = plan, kernel, ledger
+        self._needs_rates = any(budget.bounds_update for _, budget in budgets)
+        self._cap = UpdateCap(plan, capped, kernel, self.parameters, like) if capped else None
+        self._rates: Rates | None = None
+        if self.optimizer is not None:
+            self._rates = Rates(plan, self.parameters, self.optimizer, call=call)
+
+    def _read_rates_of(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._needs_rates and self._cap is None and not follows_gradient(optimizer):
+            raise ValueError(
+                f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but here a limit on "
+                "the gradient says nothing about the step. Use gradsplit.GSO instead of the optimizer, or cap_updates=True "
+                "(one copy of the weights), or another budget, for example budget=gradsplit.Relative(0.2)."
+            )
+        self._rates = Rates(self.plan, self.parameters, optimizer, call="GradientSplitter")
+        self.optimizer = optimizer
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
+        """Run `step` before every step of an optimizer, inside its closure if any; ``handle.remove()`` detaches."""
+        self._read_rates_of(optimizer)
+        return attach_to(optimizer, before=self._before_update, after=self._after_update)
+
+    def _before_update(self) -> None:
+        self.step()
+        if self._cap is not None:
+            self._cap.remember()
+
+    def _after_update(self) -> None:
+        if self._cap is not None and self._rates is not None:
+            self._cap.apply(self._rates)
+
+    @torch.no_grad()
+    def step(self) -> StepRecord:
+        """Bound the gradients in place and return the record.
+
+        Raises:
+            ValueError: RelativeStep without an optimizer to read the learning rate from.
+            FloatingPointError: a non-finite bin, if ``on_nonfinite="raise"``; the gradients are left as they were.
+
+        Warns:
+            UserWarning: no parameter has a gradient.
+        """
+        if self._needs_rates and self._rates is None:
+            raise ValueError(
+                "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
+                "attach(optimizer), or a "
+                "budget of gradients, for example budget=gradsplit.Relative(0.02)."
+            )
+        gradients = self._gradients()
+        squares_B = self.kernel.squares(gradients)
+        if self.on_nonfinite == "raise" and not bool(squares_B.isfinite().all()):
+            bad = [self.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
+            raise FloatingPointError(
+                f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
+                f"{self.step_count}. Use on_nonfinite='zero' to go on without them."
+            )
+        num_bins = self.plan.num_bins
+        rates = self._rates if self._needs_rates else None
+        decision = self.ledger.decide(
+            squares_B,
+            self.kernel.squares(self.parameters) if self.ledger.reads_weights else None,
+            None if rates is None else rates.pace_B(num_bins),
+            None if rates is None else rates.gain_B(num_bins),
+        )
+        self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
+        record = StepRecord(self.step_count, squares_B, decision)
+        self.step_count += 1
+        for sink in self.sinks:
+            sink(record)
+        return record
+
+    def _gradients(self) -> list[Tensor | None]:
+        """The gradients in the layout's order; sparse ones coalesced, so that every stored row is there once."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse and not parameter.grad.is_coalesced():
+                parameter.grad = parameter.grad.coalesce()
+        gradients = [parameter.grad for parameter in self.parameters]
+        if all(gradient is None for gradient in gradients):
+            warnings.warn(
+                "GradientSplitter.step(): no parameter has a gradient. Call it after backward() and before "
+                "zero_grad().",
+                UserWarning,
+                stacklevel=3,
+            )
+        return gradients
+
+    @torch.no_grad()
+    def calibrate(self, closure: Callable[[], Any], steps: int = 8) -> Plan:
+        """Measure energies over a few backward passes, cut anew where the strategy needs them, and warm up the history.
+
+        Energies are an exponential mean of squared gradients with memory 0.9, bias-corrected; a pass with a non-finite
+        gradient is left out for its tensor. Weights stay as they are, gradients end as None.
+
+        Args:
+            closure: clears gradients, runs forward and backward; what it returns is ignored.
+            steps: passes, >= 1.
+
+        Returns:
+            The plan now in force.
+        """
+        from .calibration import calibrate
+
+        return calibrate(self, closure, steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on: plan, step count, history, learning-rate tops."""
+        return {
+            "fingerprint": self.plan.fingerprint,
+            "plan": self.plan.to_dict() if self._strategy == "lbf" else None,
+            "step_count": self.step_count,
+            "history": self.ledger.state_dict(),
+            "top_lr": [] if self._rates is None else self._rates.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` left off; a calibrated plan comes with it.
+
+        Raises:
+            ValueError: the state of another plan or of other budgets; nothing is taken over then.
+        """
+        call = "GradientSplitter.load_state_dict(…)"
+        if state.get("plan") is not None and self._strategy == "lbf":
+            self._adopt(make_plan(Plan.from_dict(state["plan"]), self.layout, call=call))
+        if state["fingerprint"] != self.plan.fingerprint:
+            raise ValueError(
+                f"{call}: expected the state of plan {self.plan.fingerprint}, got that of plan "
+                f"{state['fingerprint']}. Make the "
+                "splitter with the model and plan of the saved run."
+            )
+        self.ledger.load_state_dict(state["history"], call=call)
+        self.step_count = int(state["step_count"])
+        if self._rates is not None:
+            self._rates.load(state["top_lr"])
+
+
+def one_device(pairs: list[tuple[str, Tensor]], *, call: str) -> torch.device:
+    """Return the device of all tensors.
+
+    Raises:
+        ValueError: tensors on several devices; names the first that differs.
+        TypeError: a tensor that is neither floating point nor complex.
+    """
+    device = pairs[0][1].device
+    for name, tensor in pairs:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(
+                f"{call}(…): expected floating-point parameters, got {tensor.dtype} at {name!r}. Leave it out."
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{call}(…): expected all parameters on one device, got {pairs[0][0]!r} on {device} and {name!r} on "
+                f"{tensor.device}. Make one splitter a device from the pairs (name, parameter) that live there."
+            )
+    return device

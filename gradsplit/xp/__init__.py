@@ -1,0 +1,40 @@
+"""The small array namespace in which budgets and projection are written: one text for numpy, torch and others.
+
+`namespace(array)` finds the namespace of an array by the module of its type, so no framework is imported that the
+caller has not imported. Every function is pure: nothing is changed in place, nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+__all__ = ["NAMESPACES", "Array", "namespace"]
+
+Array = Any
+"""An array of any of the frameworks below."""
+
+NAMESPACES: dict[str, str] = {"numpy": "numpy_xp", "torch": "torch_xp"}
+"""Root package of an array's type -> module of this package."""
+
+
+def namespace(array: Array) -> ModuleType:
+    """Return the namespace module for an array.
+
+    Raises:
+        TypeError: an array of an unknown framework.
+
+    >>> import numpy as np
+    >>> namespace(np.ones(2)).__name__
+    'gradsplit.xp.numpy_xp'
+    """
+    for kind in type(array).__mro__:
+        root = kind.__module__.partition(".")[0]
+        if root in NAMESPACES:
+            return importlib.import_module(f".{NAMESPACES[root]}", __name__)
+    raise TypeError(
+        f"namespace(array): expected an array of {', '.join(NAMESPACES)}, got "
+        f"{type(array).__module__}.{type(array).__name__}. "
+        "Pass norms and limits as arrays of the framework that trains."
+    )
