@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from gradsplit.workloads.deep_stack import DEEP_STACK
 from gradsplit.workloads.detection import DETECTION
+from gradsplit.workloads.recurrence import ADDING, TEMPORAL_ORDER
 from gradsplit.workloads.stacks import PLAIN_STACK, RESIDUAL_STACK
 from gradsplit.workloads.task import Workload
 from gradsplit.workloads.text import GPT, LSTM
 
-REGISTRY: dict[str, Workload] = {row.name: row for row in (DETECTION, GPT, LSTM, RESIDUAL_STACK, PLAIN_STACK)}
+REGISTRY: dict[str, Workload] = {
+    row.name: row for row in (DETECTION, GPT, LSTM, DEEP_STACK, RESIDUAL_STACK, PLAIN_STACK)
+}
 
 
 def workload(name: str) -> Workload:

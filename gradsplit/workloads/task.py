@@ -62,7 +62,7 @@ def seeded(seed: int, stream: int = WEIGHTS) -> Iterator[None]:
     (True, True)
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(stream_seed(seed, stream))
+        torch.default_generator.manual_seed(stream_seed(seed, stream))
         yield
 
 
