@@ -1,4 +1,4 @@
-"""Products of series: Cauchy products, order by order, for elementwise products, matrix products and any bilinear operation.
+"""Cauchy products of series: elementwise products, matrix products and any other bilinear operation.
 
     (a b)_k = sum_{j=0}^{k} a_j b_{k-j}
 
@@ -131,16 +131,14 @@ def matmul(a: Series, b: Series) -> Series:
 
 
 def _matmul_by_order(a: Series, b: Series) -> Series:
-    """Order k as one product: the inner axis holds a_0 … a_k beside b_k … b_0, so the sum over pairs is the inner sum."""
+    """Order k as one product: the inner axis holds a_0 … a_k beside b_k … b_0, so its sum runs over the pairs."""
     degree = min(a.order, a.degree + b.degree)
     inner = a.shape[-1]
     left = padded(a.coef, degree).movedim(0, -2)  # (B, …, rows, order, inner)
     left = left.reshape(*left.shape[:-2], (degree + 1) * inner)
     right = padded(b.coef, degree).flip(0).movedim(0, -3)  # (B, …, order, inner, columns), highest order first
     right = right.reshape(*right.shape[:-3], (degree + 1) * inner, right.shape[-1])
-    parts = [
-        left[..., : (k + 1) * inner] @ right[..., (degree - k) * inner :, :] for k in range(degree + 1)
-    ]
+    parts = [left[..., : (k + 1) * inner] @ right[..., (degree - k) * inner :, :] for k in range(degree + 1)]
     return Series(torch.stack(parts), a.order)
 
 
@@ -149,9 +147,7 @@ def _matmul_at_roots(a: Series, b: Series) -> Series:
     degree = min(a.order, a.degree + b.degree)
     num_roots = _smooth(a.degree + b.degree + 1)
     log_rho = torch.minimum(_log_balance(a.coef), _log_balance(b.coef))  # (B,)
-    values = [
-        torch.fft.rfft(x.coef * _powers(log_rho, x.coef), n=num_roots, dim=0) for x in (a, b)
-    ]
+    values = [torch.fft.rfft(x.coef * _powers(log_rho, x.coef), n=num_roots, dim=0) for x in (a, b)]
     out = torch.fft.irfft(values[0] @ values[1], n=num_roots, dim=0)[: degree + 1]
     return Series(out * _powers(-log_rho, out), a.order)
 

@@ -52,7 +52,9 @@ def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
                 "Give the direction the names and shapes of the parameters."
             )
     if not direction:
-        raise ValueError("taylor_ladder(direction): expected at least one tensor, got none. Leave it out for minus the gradient.")
+        raise ValueError(
+            "taylor_ladder(direction): expected at least one tensor, got none. Leave it out for minus the gradient."
+        )
     tensors = {name: x.detach().double()[None] for name, x in direction.items()}
     square = sum(float(x.square().sum()) for x in tensors.values())
     moved = [params[name].detach().double() for name in direction]
@@ -106,9 +108,7 @@ def per_bin(
         start = stop
 
 
-def _bins(
-    plan: Plan, params: Params, gradient: Mapping[str, Tensor], bins: range, box_indices: np.ndarray
-) -> Batch:
+def _bins(plan: Plan, params: Params, gradient: Mapping[str, Tensor], bins: range, box_indices: np.ndarray) -> Batch:
     tensors: dict[str, Tensor] = {}
     square_B, weight_B = np.zeros(len(bins)), np.zeros(len(bins))
     boxes, layout = plan.boxes, plan.layout

@@ -82,7 +82,8 @@ class Ladder:
             excess_B = step / np.minimum(self.radius_B, self.safe_step_B)
         worst = [b for b in np.argsort(-excess_B, kind="stable")[:count] if excess_B[b] > 1]
         return [
-            f"{self.names[b]}: radius {self.radius_B[b]:.3g}, safe step {self.safe_step_B[b]:.3g}, your step is {step:.3g}"
+            f"{self.names[b]}: radius {self.radius_B[b]:.3g}, safe step {self.safe_step_B[b]:.3g}, "
+            f"your step is {step:.3g}"
             for b in worst
         ]
 
@@ -130,11 +131,13 @@ def taylor_ladder(
     Source: Griewank and Walther, Evaluating Derivatives, chapter 13. Deviation: the step is rescaled to the radius.
     """
     if order < 1:
-        raise ValueError(f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative wanted, such as 10.")
+        raise ValueError(
+            f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative wanted, such as 10."
+        )
     if bins is not None and direction is not None:
         raise ValueError(
-            "taylor_ladder(direction=…, bins=…): expected one of them, since a plan's bins have directions of their own "
-            "(minus their gradients). Leave one out."
+            "taylor_ladder(direction=…, bins=…): expected one of them, since a plan's bins have directions of their "
+            "own (minus their gradients). Leave one out."
         )
     traced = trace_loss(loss_of_params, params)
     point = {name: x.detach().double() for name, x in params.items()}
@@ -198,4 +201,3 @@ def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -
             )
     k = np.arange(order + 1)[:, None]
     return scaled.times_exp(-k * log_scale_B[None, :])
-

@@ -66,7 +66,7 @@ class Climb:
     float64: np.ndarray
 
     def died_B(self, arithmetic: str) -> np.ndarray:
-        """First step (from 1) after which "float32" or "float64" holds 0, inf or nan for a number that is not; 0: never."""
+        """First step (from 1) after which "float32" or "float64" holds 0, inf or nan for another number; 0: never."""
         held = getattr(self, arithmetic)
         dead = (~np.isfinite(held) | (held == 0)) & (self.value.sign != 0)
         return np.where(dead.any(axis=0), dead.argmax(axis=0) + 1, 0)

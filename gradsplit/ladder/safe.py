@@ -29,9 +29,7 @@ def increase(coefficient: SignedLog, step: Floats | float) -> Floats:
     steps = np.atleast_1d(np.asarray(step, dtype=np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
         powers = np.arange(1, len(coefficient.log))[:, None] * np.log(steps)[None, :]
-        terms = SignedLog(
-            np.broadcast_to(coefficient.sign[1:, None], powers.shape), coefficient.log[1:, None] + powers
-        )
+        terms = SignedLog(np.broadcast_to(coefficient.sign[1:, None], powers.shape), coefficient.log[1:, None] + powers)
     terms = SignedLog(terms.sign, np.where(terms.sign == 0, -np.inf, terms.log))
     return np.where(steps == 0, 0.0, terms.sum(axis=0).to_float())
 

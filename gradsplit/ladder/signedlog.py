@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +41,8 @@ class SignedLog:
         """Decimal logarithm of the magnitude."""
         return self.log / math.log(10)
 
-    def __getitem__(self, index: object) -> SignedLog:
-        return SignedLog(np.asarray(self.sign[index]), np.asarray(self.log[index]))  # type: ignore[index]
+    def __getitem__(self, index: Any) -> SignedLog:
+        return SignedLog(np.asarray(self.sign[index]), np.asarray(self.log[index]))
 
     def __mul__(self, other: SignedLog) -> SignedLog:
         sign = self.sign * other.sign

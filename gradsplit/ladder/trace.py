@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -116,6 +114,10 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
     Raises:
         ValueError: the loss is not a scalar.
     """
+    # Imported here because the tracer brings sympy with it: seconds that `import gradsplit` need not take.
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     names = tuple(params)
 
     def flat(*tensors: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
     inputs = [params[name].detach().double() for name in names]
     # Attention is traced as the matrix products and the softmax that define it: the fused kernels have no series.
     with torch.no_grad(), _default_float64(), _one_draw(), sdpa_kernel(SDPBackend.MATH):
-        decomposed = make_fx(flat, decomposition_table=core_aten_decompositions())(*inputs)
+        decomposed = make_fx(flat, decomposition_table=dict(core_aten_decompositions()))(*inputs)
         # A second pass, because decompositions of recurrent cells themselves write in place.
         graph = make_fx(functionalize(decomposed, remove="mutations"))(*inputs)
     graph.graph.eliminate_dead_code()

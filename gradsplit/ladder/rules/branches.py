@@ -83,9 +83,7 @@ def _locally_constant(op: Any) -> Rule:
         order = next(x.order for x in args if isinstance(x, Series))
         if any(isinstance(x, Series) and x.coef.dtype == torch.bool for x in args):
             bins = max(x.num_bins for x in args if isinstance(x, Series))
-            rows = [
-                op(*(x.coef[0, b] if isinstance(x, Series) else x for x in args), **kwargs) for b in range(bins)
-            ]
+            rows = [op(*(x.coef[0, b] if isinstance(x, Series) else x for x in args), **kwargs) for b in range(bins)]
             return _shared(torch.stack(rows), order)
         return op(*(x.value if isinstance(x, Series) else x for x in args), **kwargs)
 
@@ -174,7 +172,9 @@ def minimum(a: Value, b: Value) -> Value:
 
 @rule(aten.clamp)
 def _clamp(x: Value, min: Value = None, max: Value = None) -> Value:  # noqa: A002 - ATen's names
-    low, high = (v if v is None or isinstance(v, Series) else torch.as_tensor(v, dtype=torch.float64) for v in (min, max))
+    low, high = (
+        v if v is None or isinstance(v, Series) else torch.as_tensor(v, dtype=torch.float64) for v in (min, max)
+    )
     x = x if low is None else maximum(x, low)
     return x if high is None else minimum(x, high)
 
@@ -255,7 +255,11 @@ def _sort(x: Series, dim: int = -1, descending: bool = False) -> tuple[Series, T
 
 @rule(aten.topk)
 def _topk(
-    x: Series, k: int, dim: int = -1, largest: bool = True, sorted: bool = True  # noqa: A002 - ATen's name
+    x: Series,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,  # noqa: A002 - ATen's name
 ) -> tuple[Series, Tensor]:
     index = aten.topk(x.value, k, dim, largest, sorted)[1]
     return map_orders(torch.gather, (x, dim, index), {}), index
@@ -268,4 +272,3 @@ def _max_pool2d(x: Series, *geometry: Any) -> tuple[Series, Tensor]:
     flat = map_orders(torch.flatten, (x, -2), {})
     picked = map_orders(torch.gather, (flat, -1, index.flatten(-2)), {})
     return picked.like(picked.coef.unflatten(-1, index.shape[-2:])), index
-

@@ -46,7 +46,7 @@ def _convolution(x: Value, weight: Value, bias: Value, *geometry: Any) -> Value:
         return aten.convolution(inputs, kernel, None, *geometry)
 
     if isinstance(x, Series) and isinstance(weight, Series):
-        out = bilinear(op, x, weight)
+        out: Value = bilinear(op, x, weight)
     elif isinstance(x, Series) or isinstance(weight, Series):
         out = _one_side(op, x, weight)
     else:

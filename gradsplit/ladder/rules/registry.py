@@ -22,7 +22,7 @@ Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 
 
-class UnsupportedOperation(LookupError):  # noqa: N818 - named for what it is about, like LookupError's own family
+class UnsupportedOperation(LookupError):
     """An operation of the traced loss has no rule for power series."""
 
 

@@ -96,4 +96,3 @@ def _nll_loss(
         return losses, total
     summed = map_orders(aten.sum, (losses,), {})
     return (scale(summed, 1 / total) if reduction == 1 else summed), total
-
