@@ -50,13 +50,9 @@ class Tree:
             depth_of.append(depth_of[parent] + 1)
             return len(name_of) - 1
 
-        first_B = np.full(num_bins, len(layout), dtype=np.int64)
-        last_B = np.full(num_bins, -1, dtype=np.int64)
-        np.minimum.at(first_B, boxes.bin_K, boxes.tensor_K)
-        np.maximum.at(last_B, boxes.bin_K, boxes.tensor_K)
-        single_B = first_B == last_B
+        tensor_B, single_B = _tensor_of_bins(boxes, num_bins)
         owns_bins = np.zeros(len(layout), dtype=bool)
-        owns_bins[first_B[single_B]] = True
+        owns_bins[tensor_B[single_B]] = True
 
         node_of_tensor = np.zeros(len(layout), dtype=np.int64)
         for t in np.flatnonzero(owns_bins):
@@ -72,8 +68,9 @@ class Tree:
 
         # The few inner nodes by Python, the many bins by numpy: sort each depth by the parent's new number.
         inner_parent, inner_depth = np.array(parent_of), np.array(depth_of)
-        parent_B = np.where(single_B, node_of_tensor[np.minimum(first_B, len(layout) - 1)], 0)
-        depth_B = inner_depth[parent_B] + 1
+        parent_B = np.where(single_B, node_of_tensor[tensor_B], 0)
+        depth_B = (inner_depth[parent_B] + 1).astype(np.int16)
+        del tensor_B, single_B
         num_inner, num_nodes = len(name_of), len(name_of) + num_bins
         new_of_inner = np.zeros(num_inner, dtype=np.int64)
         parents_N = np.full(num_nodes, -1, dtype=np.int64)
@@ -86,9 +83,9 @@ class Tree:
             bins = np.flatnonzero(depth_B == depth)
             parent = new_of_inner[np.concatenate((inner_parent[inner], parent_B[bins]))]
             order = np.argsort(parent, kind="stable")
-            place = np.empty_like(order)
-            place[order] = np.arange(starts[-1], starts[-1] + len(order))
             parents_N[starts[-1] : starts[-1] + len(order)] = parent[order]
+            place = parent  # its space is free now
+            place[order] = np.arange(starts[-1], starts[-1] + len(order))
             new_of_inner[inner] = place[: len(inner)]
             levels_N[place[: len(inner)]] = [level_of[i] for i in inner]
             bin_nodes_B[bins] = place[len(inner) :]
@@ -99,3 +96,14 @@ class Tree:
     def bin_of_node(self, node: int) -> int:
         """Return the bin that sits at a node of level "bin"."""
         return int(np.flatnonzero(self.bin_nodes_B == node)[0])
+
+
+def _tensor_of_bins(boxes: Boxes, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return each bin's first tensor, and whether it lies in that one alone."""
+    if len(boxes) == num_bins and bool((boxes.bin_K[1:] == boxes.bin_K[:-1] + 1).all()):
+        return boxes.tensor_K, np.ones(num_bins, dtype=bool)
+    first_B = np.full(num_bins, np.iinfo(np.int64).max)
+    last_B = np.full(num_bins, -1, dtype=np.int64)
+    np.minimum.at(first_B, boxes.bin_K, boxes.tensor_K)
+    np.maximum.at(last_B, boxes.bin_K, boxes.tensor_K)
+    return first_B, first_B == last_B
