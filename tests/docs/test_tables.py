@@ -28,8 +28,10 @@ def test_strategies_in_their_own_words():
     assert _table("Strategies") == {name: [row.summary] for name, row in STRATEGIES.items()}
 
 
-def test_workloads_in_their_own_words():
-    assert _table("Workloads") == {name: [row.title] for name, row in REGISTRY.items()}
+def test_workloads_in_their_own_words_with_their_data():
+    expected = {name: [row.title, row.data_note] for name, row in REGISTRY.items()}
+    rows = "\n".join(f"| `{name}` | {title} | {data} |" for name, (title, data) in expected.items())
+    assert _table("Workloads") == expected, f"the table in docs/choosing.md should be:\n{rows}"
 
 
 def test_budgets_are_all_there():
