@@ -36,6 +36,4 @@ def _fixed_conditions():
     before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
     yield
     after = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
-    assert after == before, (
-        f"the test left torch's (default dtype, grad mode, threads) at {after}, found {before}"
-    )
+    assert after == before, f"the test left torch's (default dtype, grad mode, threads) at {after}, found {before}"
