@@ -95,8 +95,8 @@ class DeepStack(nn.Module):
         side, width = size, 3
         for row in read_table():
             if not row.is_pool:
-                width = min(row.channels_out, max_channels)
-                conv = nn.Conv2d(min(row.channels_in, max(max_channels, 3)), width, 3, padding=1)
+                conv = nn.Conv2d(width, min(row.channels_out, max_channels), 3, padding=1)
+                width = conv.out_channels
                 he_(conv, gain, taps=min(3, side) ** 2)
                 self.body.add_module(row.name, conv)
             elif side > 1:
