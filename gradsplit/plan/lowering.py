@@ -1,0 +1,220 @@
+"""Lowering: a plan over tensors of given strides becomes tables of strided rows that a kernel walks, without a framework.
+
+An *entry* is a run of neighbouring bins of one tensor and one shape: ``count`` bins, the i-th from element
+``offset + i * step`` on, each ``rows`` rows of ``length`` contiguous elements, ``row_step`` elements apart. A tensor cut
+by rows is one entry, however many rows it has. Where bins are so narrow that their rows would be a few elements long, a
+*band* reads whole memory rows instead and adds up columns: see `bands`.
+
+Offsets count elements from a tensor's first one, so the tables hold for every tensor of the same strides; addresses
+come in only when a kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .bands import BAND_CUT, BAND_LENGTH, BAND_NUM_CUTS, BAND_ROWS, BAND_SLOT, bands_of, cut_bands
+from .plan import Plan
+from .strides import Memory, memory_of
+
+__all__ = ["COUNT", "LENGTH", "OFFSET", "ROWS", "SLOT", "TENSOR", "Lowered", "lower"]
+
+SLOT, BIN, COUNT, TENSOR, OFFSET, STEP, ROWS, ROW_STEP, LENGTH = range(9)
+"""The columns of an entry."""
+
+NARROW = 24
+"""Rows with fewer elements are read in bands: the time of a short row goes into starting it."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The tables of a plan over tensors of given strides.
+
+    Attributes:
+        entries: (E, 9) int64, in the order of the tensors.
+        chunks: (C + 1,) bounds of the chunks in ``entries``; each chunk is about the same work.
+        bands: (D, 8) int64, see `bands`.
+        band_chunks: (F + 1,) bounds of the chunks in ``bands``.
+        cut_stops, cut_bins: per cut of the bands the column where it stops, and its bin.
+        num_slots: where partial results go: slot b < B is bin b, each further one is added to its bin.
+        fold_bins: (num_slots - B,) the bins of the further slots.
+        num_elements: in all entries and bands.
+        longest: elements of the largest stretch of a bin that is in one entry.
+        whole_bins: no bin is in two entries or bands.
+    """
+
+    entries: np.ndarray
+    chunks: np.ndarray
+    bands: np.ndarray
+    band_chunks: np.ndarray
+    cut_stops: np.ndarray
+    cut_bins: np.ndarray
+    num_slots: int
+    fold_bins: np.ndarray
+    num_elements: int
+    longest: int
+    whole_bins: bool
+
+
+def lower(
+    plan: Plan, strides_T: Sequence[tuple[int, ...] | None], *, bands: bool = True, cut_bins: bool = True
+) -> Lowered | None:
+    """Return the tables for tensors of these strides; None in place of strides leaves a tensor out.
+
+    The tables depend on the plan and the strides alone, never on the number of threads; so sums do not either.
+
+    Args:
+        plan: the bins.
+        strides_T: element strides, one tuple a layout entry.
+        bands: read narrow bins in bands; else everything as entries.
+        cut_bins: large bins may be cut between chunks; False for kernels that must see a bin as a whole.
+
+    Returns:
+        None where a tensor cannot be walked in rows: it overlaps itself, or neither rows nor columns are contiguous.
+    """
+    bounds = plan.boxes.slices_T(len(plan.layout))
+    tables, band_tables = [np.zeros((0, 9), dtype=np.int64)], [np.zeros((0, 8), dtype=np.int64)]
+    stops, bins = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    num_cuts = 0
+    for t, strides in enumerate(strides_T):
+        part = slice(int(bounds[t]), int(bounds[t + 1]))
+        if strides is None or part.start == part.stop:
+            continue
+        memory = memory_of(plan.layout.shapes[t], tuple(strides))
+        table = None if memory is None else _entries_of(plan, t, part, memory)
+        if memory is None or table is None:
+            return None
+        runs = int((table[:, COUNT] * table[:, ROWS]).sum())
+        across = plan.layout.rows[t] if memory.turned else plan.layout.cols[t]
+        if bands and not memory.mixed and across >= NARROW and plan.layout.numels[t] < NARROW * runs:
+            rows, cut_stop, cut_bin = bands_of(plan, part, memory, t, num_cuts)
+            band_tables.append(rows)
+            stops.append(cut_stop)
+            bins.append(cut_bin)
+            num_cuts += len(cut_stop)
+        else:
+            tables.append(table)
+    entries, band_rows, cut_bin = np.concatenate(tables), np.concatenate(band_tables), np.concatenate(bins)
+    work, band_work = _work(entries), band_rows[:, BAND_ROWS] * band_rows[:, BAND_LENGTH]
+    num_elements = int(work.sum() + band_work.sum())
+    # Enough chunks that a slow core holds nobody up, large enough to be worth fetching.
+    target = min(max(num_elements // 64, 8_192), 262_144)
+    entries = _cut_entries(entries, target, cut_bins=cut_bins)
+    band_rows = cut_bands(band_rows, target)
+    whole = _give_slots(entries, band_rows, cut_bin, plan.num_bins)
+    further = _further_bins(entries, band_rows, cut_bin, plan.num_bins)
+    band_work = band_rows[:, BAND_ROWS] * band_rows[:, BAND_LENGTH] + 4 * band_rows[:, BAND_NUM_CUTS]
+    return Lowered(
+        entries=entries,
+        chunks=_chunk_bounds(_work(entries) + 8 * entries[:, COUNT] * entries[:, ROWS], target),
+        bands=band_rows,
+        band_chunks=_chunk_bounds(band_work, target),
+        cut_stops=np.concatenate(stops),
+        cut_bins=cut_bin,
+        num_slots=plan.num_bins + len(further),
+        fold_bins=further,
+        num_elements=num_elements,
+        longest=int((entries[:, ROWS] * entries[:, LENGTH]).max(initial=0)),
+        whole_bins=whole and not len(band_rows),
+    )
+
+
+def _work(entries: np.ndarray) -> np.ndarray:
+    return entries[:, COUNT] * entries[:, ROWS] * entries[:, LENGTH]
+
+
+def _entries_of(plan: Plan, t: int, part: slice, memory: Memory) -> np.ndarray | None:
+    """The entries of one tensor: its boxes in memory, neighbours of one shape joined; None where a box cuts mixed columns."""
+    boxes = plan.boxes
+    r0, r1 = boxes.row_start_K[part], boxes.row_stop_K[part]
+    c0, c1 = boxes.col_start_K[part], boxes.col_stop_K[part]
+    if memory.mixed and not ((c0 == 0).all() and (c1 == plan.layout.cols[t]).all()):
+        return None
+    if memory.turned:
+        r0, r1, c0, c1 = c0, c1, r0, r1
+    offset, rows, length = r0 * memory.line + c0, r1 - r0, c1 - c0
+    joined = (length == memory.line) | (rows == 1)  # rows that follow each other without a gap are one row
+    length, rows = np.where(joined, rows * length, length), np.where(joined, 1, rows)
+    row_step = np.where(joined, 0, memory.line)
+    bins = boxes.bin_K[part]
+    step = np.diff(offset)
+    alike = (np.diff(bins) == 1) & (np.diff(rows) == 0) & (np.diff(length) == 0) & (step >= 0)
+    goes_on = alike.copy()
+    goes_on[1:] &= ~alike[:-1] | (step[1:] == step[:-1])
+    first = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    count = np.diff(np.append(first, len(bins)))
+    steps = np.append(step, 0)[first] * (count > 1)
+    tensor = np.full(len(first), t, dtype=np.int64)
+    columns = (bins, bins, None, None, offset, None, rows, row_step, length)
+    filled = [None if c is None else c[first] for c in columns]
+    filled[COUNT], filled[TENSOR], filled[STEP] = count, tensor, steps
+    return np.stack(filled, axis=1).astype(np.int64)
+
+
+def _cut_entries(entries: np.ndarray, target: int, *, cut_bins: bool) -> np.ndarray:
+    """Cut entries above the target: between bins, or inside bins that are larger themselves."""
+    large = _work(entries) > target
+    if not large.any():
+        return entries
+    pieces = [entries[~large]]
+    for row in entries[large]:
+        each = int(row[ROWS] * row[LENGTH])
+        if each <= target or not cut_bins:
+            pieces.append(_cut(row, COUNT, (BIN, OFFSET), (1, row[STEP]), max(1, target // each)))
+            continue
+        for i in range(int(row[COUNT])):
+            one = row.copy()
+            one[BIN] += i
+            one[OFFSET] += i * row[STEP]
+            one[COUNT], one[STEP] = 1, 0
+            if one[ROWS] > 1:
+                pieces.append(_cut(one, ROWS, (OFFSET,), (row[ROW_STEP],), max(1, target // int(row[LENGTH]))))
+            else:
+                pieces.append(_cut(one, LENGTH, (OFFSET,), (1,), target))
+    out = np.concatenate(pieces)
+    return out[np.lexsort((out[:, OFFSET], out[:, TENSOR]))]
+
+
+def _cut(row: np.ndarray, along: int, moved: tuple[int, ...], by: tuple[int, ...], most: int) -> np.ndarray:
+    """One entry in pieces of at most ``most`` along a column; the columns ``moved`` advance with it."""
+    starts = np.arange(0, int(row[along]), most)
+    out = np.repeat(row[None], len(starts), axis=0)
+    out[:, along] = np.minimum(most, row[along] - starts)
+    for column, step in zip(moved, by, strict=True):
+        out[:, column] += starts * step
+    return out
+
+
+def _give_slots(entries: np.ndarray, bands: np.ndarray, cut_bins: np.ndarray, num_bins: int) -> bool:
+    """Give each entry its bins' own slots, or further ones where a bin is met twice; return whether none is."""
+    met = np.zeros(num_bins + 1, dtype=np.int64)
+    np.add.at(met, entries[:, BIN], 1)
+    np.add.at(met, entries[:, BIN] + entries[:, COUNT], -1)
+    shared = np.cumsum(met[:-1]) > 1
+    np.logical_or.at(shared, cut_bins, True)
+    before = np.concatenate(([0], np.cumsum(shared)))
+    again = before[entries[:, BIN] + entries[:, COUNT]] > before[entries[:, BIN]]
+    sizes = entries[:, COUNT] * again
+    entries[:, SLOT] = np.where(again, num_bins + np.cumsum(sizes) - sizes, entries[:, BIN])
+    cuts = bands[:, BAND_NUM_CUTS]
+    bands[:, BAND_SLOT] = num_bins + int(sizes.sum()) + np.cumsum(cuts) - cuts
+    return not bool(again.any())
+
+
+def _further_bins(entries: np.ndarray, bands: np.ndarray, cut_bins: np.ndarray, num_bins: int) -> np.ndarray:
+    """The bins of the slots beyond the bins' own, in the order of these slots."""
+    parts = [np.arange(row[BIN], row[BIN] + row[COUNT]) for row in entries[entries[:, SLOT] >= num_bins]]
+    parts += [cut_bins[row[BAND_CUT] : row[BAND_CUT] + row[BAND_NUM_CUTS]] for row in bands]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)
+
+
+def _chunk_bounds(work: np.ndarray, target: int) -> np.ndarray:
+    """Bounds of runs of entries of about the target's work each."""
+    if not len(work):
+        return np.zeros(1, dtype=np.int64)
+    chunk = (np.cumsum(work + 32) - 1) // (target + 32)
+    starts = np.flatnonzero(np.concatenate(([True], np.diff(chunk) > 0)))
+    return np.append(starts, len(work)).astype(np.int64)
