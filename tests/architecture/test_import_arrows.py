@@ -35,7 +35,7 @@ _LOW = set(MAY_IMPORT)
 MAY_IMPORT |= dict.fromkeys(("splitter", "optim", "chain", "ladder"), _LOW)
 _MIDDLE = set(MAY_IMPORT)
 # Workloads are examples: like a user's script they may say `import gradsplit as gs`.
-MAY_IMPORT |= {name: _MIDDLE | {"gradsplit"} for name in ("workloads", "report", "diagnose", "integrations")}
+MAY_IMPORT |= {name: _MIDDLE | {"gradsplit"} for name in ("workloads", "report", "run", "diagnose", "integrations")}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"gradsplit"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["gradsplit"] = _MIDDLE | {"diagnose"}
