@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from gradsplit.ladder.ladder import Ladder, taylor_ladder
 from gradsplit.ladder.recipe import RecipeStep
-from gradsplit.ladder.trace import LossOfParams
+from gradsplit.ladder.trace import LossOfParams, to_float64
 from gradsplit.plan import Plan
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -19,12 +21,12 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 class _Loss(nn.Module):
     """A loss as a module, so that ``functional_call`` can swap the parameters of whatever the loss calls."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, batch: Any) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
-        self.model, self.loss_fn, self.batch = model, loss_fn, batch
+        self.model, self.loss_fn = model, loss_fn
 
-    def forward(self) -> Tensor:
-        return self.loss_fn(self.model, self.batch)
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch)
 
 
 def loss_of_model(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[LossOfParams, dict[str, Tensor]]:
@@ -35,7 +37,7 @@ def loss_of_model(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[
     Args:
         model: any module, of any floating dtype.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batch: whatever the loss function takes.
+        batch: whatever the loss function takes; its floating tensors follow the parameters to float64.
 
     >>> import torch
     >>> model = nn.Linear(1, 1, bias=False)
@@ -44,13 +46,15 @@ def loss_of_model(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[
     >>> loss_of_params(params).item()
     9.0
     """
-    loss = _Loss(model, loss_fn, batch)
+    loss = _Loss(model, loss_fn)
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss_of_params(moved: dict[str, Tensor]) -> Tensor:
         state = {f"model.{name}": value for name, value in moved.items()}
         state.update({f"model.{name}": value.clone() for name, value in model.named_buffers()})
-        return functional_call(loss, state, ())
+        # Some modules (recurrent ones) compare dtypes themselves before any tensor is computed with.
+        doubled = any(value.dtype == torch.float64 for value in moved.values())
+        return functional_call(loss, state, (pytree.tree_map_only(Tensor, to_float64, batch) if doubled else batch,))
 
     return loss_of_params, params
 

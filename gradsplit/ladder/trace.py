@@ -31,14 +31,15 @@ class InFloat64(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _UNTOUCHED or (name.endswith("_") and not name.endswith("__")):
             return func(*args, **(kwargs or {}))  # an in-place call on a copy would be lost
-        args, kwargs = pytree.tree_map_only(Tensor, _to_float64, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, to_float64, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 _UNTOUCHED = frozenset({"__get__", "__set__", "__setitem__", "double", "dim", "size"})
 
 
-def _to_float64(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
+    """Floating tensors in float64, others as they are."""
     return x.double() if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
@@ -67,7 +68,7 @@ class TracedLoss:
         """
         num_bins = next(iter(directions.values())).shape[0]
         inputs = [_moving(params[name].detach(), directions.get(name), order) for name in self.names]
-        with torch.no_grad(), _one_draw():
+        with torch.no_grad(), _default_float64(), _one_draw():
             out = _Interpreter(self.graph, order).run(inputs)
         if not isinstance(out, Series):  # no moving tensor reaches the loss
             out = Series(out.double().reshape(1, 1), order)
@@ -78,7 +79,7 @@ class TracedLoss:
     def gradient(self, params: Params) -> dict[str, Tensor]:
         """Gradient of the loss, zero for a parameter that does not reach it."""
         leaves = [params[name].detach().double().requires_grad_() for name in self.names]
-        with torch.enable_grad(), _one_draw():
+        with torch.enable_grad(), _default_float64(), _one_draw():
             loss = self.graph(*leaves)
         if not loss.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in zip(self.names, leaves, strict=True)}

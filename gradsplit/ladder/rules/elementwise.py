@@ -113,6 +113,16 @@ def _log1p(x: Series) -> Series:
     return y
 
 
+@rule(aten.log2)
+def _log2(x: Series) -> Series:
+    return scale(_unary(recurrences.log)(x), 1 / math.log(2))
+
+
+@rule(aten.log10)
+def _log10(x: Series) -> Series:
+    return scale(_unary(recurrences.log)(x), 1 / math.log(10))
+
+
 @rule(aten.expm1)
 def _expm1(x: Series) -> Series:
     y = _unary(recurrences.exp)(x)
