@@ -1,5 +1,27 @@
-"""What a step leaves behind, and where it goes."""
+"""What a step leaves behind, and where it goes: step records, sinks, the run file."""
 
+from .outline import Outline, recording_plan
+from .reader import Event, RunFile, Series
+from .rows import Rows, Stream
+from .run_file import RunFileError, free_name
+from .sinks import Recorder, RowSink, summed_up
 from .step import BinReport, StepRecord
+from .writer import RunWriter
 
-__all__ = ["BinReport", "StepRecord"]
+__all__ = [
+    "BinReport",
+    "Event",
+    "Outline",
+    "Recorder",
+    "Rows",
+    "RowSink",
+    "RunFile",
+    "RunFileError",
+    "RunWriter",
+    "Series",
+    "StepRecord",
+    "Stream",
+    "free_name",
+    "recording_plan",
+    "summed_up",
+]

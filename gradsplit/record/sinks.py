@@ -1,0 +1,150 @@
+"""Where rows go: the protocol of a sink, and the recorder that feeds any number of them off the training thread."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .buffer import RowBuffer
+from .outline import Outline
+from .rows import Rows, Stream
+from .step import StepRecord
+
+__all__ = ["Recorder", "RowSink", "summed_up"]
+
+
+class RowSink(Protocol):
+    """Takes rows on the host, a flush at a time: a run file, TensorBoard, Weights & Biases, MLflow, JSON lines."""
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+
+    def close(self, **meta: Any) -> None:
+        """End; ``meta`` says how."""
+
+
+class Recorder:
+    """Gather rows on the device and hand them to sinks about once a second, from a thread of its own.
+
+    It is itself a sink: ``GradientSplitter(model, sinks=[Recorder([RunWriter("run.db")])])``. A sink of its own that
+    raises is dropped with one warning; the training goes on. After a fork the child records nothing.
+
+    Args:
+        sinks: what takes the rows.
+        seconds: between flushes; 0: after every row, on the calling thread.
+        max_nodes: how fine a StepRecord is summed up, see `Outline`.
+    """
+
+    def __init__(self, sinks: Iterable[RowSink], *, seconds: float = 1.0, max_nodes: int = 1000) -> None:
+        self.sinks = list(sinks)
+        self.seconds, self.max_nodes = seconds, max_nodes
+        self._buffers: dict[int, RowBuffer] = {}
+        self._full: list[Rows] = []
+        self._fill = threading.Lock()  # guards the buffers; held by the training thread for one row at most
+        self._flush = threading.Lock()  # guards the sinks
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pid, self._closed = os.getpid(), False
+        self._leaf_of_bin_B: Tensor | None = None
+        atexit.register(self.close)
+
+    def open(self, stream: Stream, device: torch.device) -> None:
+        """Make room for the rows of a stream."""
+        with self._fill:
+            self._buffers[stream.index] = RowBuffer(stream, device)
+
+    def add(self, stream: int, step: int, squares_L: Tensor, **numbers: Any) -> None:
+        """Add a row, see `RowBuffer.add`; does not wait for the device unless the buffer is full."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._fill:
+            buffer = self._buffers[stream]
+            buffer.add(step, squares_L, **numbers)
+            if buffer.full:
+                rows = buffer.take()
+                assert rows is not None
+                self._full.append(rows)
+        if self.seconds <= 0:
+            self.flush()
+        elif self._thread is None:
+            self._thread = threading.Thread(target=self._tick, name="gradsplit-recorder", daemon=True)
+            self._thread.start()
+
+    def __call__(self, record: StepRecord) -> None:
+        """Record a splitter's step."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        plan, squares_B = record.plan, record.squares_B
+        if self._leaf_of_bin_B is None:
+            outline = Outline.of(plan, max_nodes=self.max_nodes)
+            about = {"plan": plan.describe(max_lines=0), "fingerprint": plan.fingerprint, "num_bins": plan.num_bins}
+            self.open(Stream(0, "", outline, True, about), squares_B.device)
+            self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
+        self.add(0, record.step, **summed_up(record, self._leaf_of_bin_B, self._buffers[0].stream.outline.num_leaves))
+
+    def flush(self) -> None:
+        """Hand everything to the sinks now. Waits for the device."""
+        if os.getpid() != self._pid:
+            return
+        with self._flush:
+            with self._fill:
+                batch, self._full = self._full, []
+                batch += [rows for buffer in self._buffers.values() if (rows := buffer.take()) is not None]
+            if batch:
+                self._to_sinks(lambda sink: sink.write(batch))
+
+    def close(self, **meta: Any) -> None:
+        """Flush and end every sink; later rows are ignored."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10.0)
+        self.flush()
+        self._closed = True
+        with self._flush:
+            self._to_sinks(lambda sink: sink.close(**meta))
+        atexit.unregister(self.close)
+
+    def _tick(self) -> None:
+        while not self._stop.wait(self.seconds):
+            try:
+                self.flush()
+            except Exception as error:
+                warnings.warn(f"gradsplit: a flush of the recording failed ({error!r}).", RuntimeWarning, stacklevel=1)
+
+    def _to_sinks(self, act: Any) -> None:
+        for sink in list(self.sinks):
+            try:
+                act(sink)
+            except Exception as error:
+                self.sinks.remove(sink)
+                warnings.warn(
+                    f"gradsplit: {type(sink).__name__} failed and gets no more rows, the training goes on ({error!r}).",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+
+def summed_up(record: StepRecord, leaf_of_bin_B: Tensor, num_leaves: int) -> dict[str, Tensor]:
+    """Return a step's squares before and after and its outcomes, summed over the bins of each leaf."""
+    decision, squares_B = record.decision, record.squares_B
+
+    def sums(values_B: Tensor) -> Tensor:
+        return torch.zeros(num_leaves, dtype=squares_B.dtype, device=squares_B.device).index_add(
+            0, leaf_of_bin_B, values_B.to(squares_B.dtype)
+        )
+
+    return {
+        "squares_L": sums(squares_B),
+        "after_L": sums(record.norm_after_B().square()),
+        "scaled_L": sums((decision.scale_B < 1) & decision.finite_B),
+        "zeroed_L": sums(~decision.finite_B),
+    }
