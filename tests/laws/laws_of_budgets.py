@@ -1,0 +1,102 @@
+"""What every budget must do. A budget yields limits from norms and history, node by node, in any namespace."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gradsplit.budget import Budget, Reading
+from gradsplit.xp import numpy_xp, torch_xp
+
+History = list[np.ndarray]
+"""One vector of norms a step, 0 where a bin had no gradient or one that was not finite."""
+
+
+def replay(budget: Budget, history: History, *, weight: float = 1.0, pace: float = 1.0) -> tuple[History, tuple]:
+    """Limits before every step, and the last state, when each norm is let through up to its limit."""
+    num = len(history[0])
+    state, limits = budget.init(numpy_xp, np.zeros(num)), []
+    for norm in history:
+        reading = Reading(norm, np.full(num, weight), np.full(num, 4.0), np.full(num, pace))
+        limit = budget.limits(numpy_xp, reading, state)
+        limits.append(limit)
+        state = budget.learn(numpy_xp, reading, np.minimum(norm, limit), state)
+    return limits, state
+
+
+def check_limits_are_limits(budget: Budget, history: History) -> None:
+    """Limits are >= 0 or inf, one a node, and never NaN, whatever finite norms came before."""
+    limits, state = replay(budget, history)
+    for limit in limits:
+        assert limit.shape == history[0].shape, "not one limit a node"
+        assert (limit >= 0).all(), f"negative or NaN limits: {limit}"
+    for array in state:
+        assert np.isfinite(array).all(), f"a history that is not finite: {array}"
+
+
+def check_nodes_are_apart(budget: Budget, history: History) -> None:
+    """A node's limit does not depend on another node's norms."""
+    alone, _ = replay(budget, history)
+    spoilt, _ = replay(budget, [np.where(np.arange(len(n)) == 0, n, n[::-1] * 1e6 + 1.0) for n in history])
+    for a, b in zip(alone, spoilt, strict=True):
+        assert a[0] == b[0], f"limit {a[0]} became {b[0]} when the other nodes changed"
+
+
+def check_absence_teaches_nothing(budget: Budget, history: History) -> None:
+    """A step without an observation (no gradient, or none that was finite) leaves limits and history as they were."""
+    zero = np.zeros_like(history[0])
+    limits, state = replay(budget, history)
+    _, later = replay(budget, [*history, zero, zero])
+    for a, b in zip(state, later, strict=True):
+        np.testing.assert_array_equal(a, b, "an absent gradient changed the history")
+    again, _ = replay(budget, [*history, zero, zero, history[-1]])
+    direct, _ = replay(budget, [*history, history[-1]])
+    np.testing.assert_array_equal(again[-1], direct[-1], "an absent gradient changed the next limit")
+    assert len(limits) == len(history), "a limit is missing"
+
+
+def check_spike_has_no_weight_beyond_its_limit(budget: Budget, history: History) -> None:
+    """History takes in what was let through: of a spike a million times as large it learns no more than of one ten
+    times as large, once limits are in force."""
+    limits, _ = replay(budget, [*history, history[-1]])
+    bounded = np.isfinite(limits[-1]) & (limits[-1] > 0)
+    size = np.where(bounded, limits[-1], 1.0)
+    _, after_small = replay(budget, [*history, size * 10])
+    _, after_large = replay(budget, [*history, size * 1e6])
+    for a, b in zip(after_small, after_large, strict=True):
+        # ZScore draws the larger spike nearer to the mean, so it may learn less; no budget may learn more.
+        assert (b[bounded] <= a[bounded] * (1 + 1e-9)).all(), f"a larger spike left a larger history: {a} and {b}"
+
+
+def check_units(budget: Budget, history: History, rescaled: Budget) -> None:
+    """Norms, weights and the budget's own limits in other units give limits in those units.
+
+    Args:
+        rescaled: the same budget where its constants with units are four times as large.
+    """
+    plain, _ = replay(budget, history)
+    larger, _ = replay(rescaled, [norm * 4.0 for norm in history], weight=4.0)
+    for a, b in zip(plain, larger, strict=True):
+        np.testing.assert_allclose(b, a * 4.0, rtol=1e-12)
+
+
+def check_namespaces_agree(budget: Budget, history: History) -> None:
+    """numpy and torch give the same limits."""
+    want, _ = replay(budget, history)
+    num = len(history[0])
+    state = budget.init(torch_xp, torch.zeros(num, dtype=torch.float64))
+    ones = torch.ones(num, dtype=torch.float64)
+    for norm, limit in zip(history, want, strict=True):
+        reading = Reading(torch.from_numpy(norm), ones, 4.0 * ones, ones)
+        got = budget.limits(torch_xp, reading, state)
+        np.testing.assert_allclose(got.numpy(), limit, rtol=1e-12)
+        state = budget.learn(torch_xp, reading, torch.minimum(reading.norm, got), state)
+
+
+ALL = (
+    check_limits_are_limits,
+    check_nodes_are_apart,
+    check_absence_teaches_nothing,
+    check_spike_has_no_weight_beyond_its_limit,
+    check_namespaces_agree,
+)
