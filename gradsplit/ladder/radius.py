@@ -97,7 +97,11 @@ def _from_few(log: Floats, order: int) -> Radius:
 
 
 def _root(k: np.ndarray, log: Floats, power: float | None = None) -> tuple[float, float]:
-    """R and a from log|c_k| = b - k log R + a log k; a is fitted from 24 orders on and taken as -1 below."""
+    """R and a from log|c_k| = b - k log R + a log k; a is fitted from 24 orders on and taken as -1 below.
+
+    A branch point or a pole has a between -2 and 0. A fit outside reads the growth of an essential singularity (an erf
+    of a pole) as a power and the radius as twice what it is, so a is held there.
+    """
     if power is None and not (k[-1] >= 24 and len(k) >= 8):
         power = -1.0
     columns = [np.ones(len(k)), -k.astype(np.float64)] + ([np.log(k)] if power is None else [])
@@ -111,6 +115,8 @@ def _root(k: np.ndarray, log: Floats, power: float | None = None) -> tuple[float
         if upper.sum() <= design.shape[1]:
             break
         kept = upper
+    if power is None and not -2 <= solution[2] <= 0:
+        return _root(k, log, power=float(np.clip(solution[2], -2, 0)))
     return float(np.exp(np.clip(solution[1], -700, 700))), float(solution[2]) if power is None else power
 
 
