@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -29,64 +30,57 @@ def median_score(rows: Iterable[Row], *, higher_is_better: bool) -> float:
 def fresh_cells(grid: Grid, rows: Iterable[Row]) -> list[Cell]:
     """The best cell of each method on seeds that did not choose it."""
     held = list(rows)
-    best = {name: _best(grid, [row for row in held if row["method"] == name]) for name in grid.methods}
+    best = {name: _best(grid, name, held) for name in grid.methods}
     return [Cell(seed, name, *best[name]) for seed in range(grid.fresh_seeds) for name in grid.methods]
 
 
-def _choosing(grid: Grid) -> set[int]:
-    return {cell.seed for cell in grid.cells()}
+Key = tuple[float | None, float]  # strength and learning rate
 
 
-def _by_cell(grid: Grid, rows: list[Row]) -> dict[tuple[float | None, float], list[Row]]:
-    """The rows of the seeds that choose, by (strength, learning rate)."""
-    cells: dict[tuple[float | None, float], list[Row]] = {}
-    asked = set(grid.cells())
+def _choosing_rows(grid: Grid, method: str, rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """A method's rows of the seeds that choose, by strength and learning rate."""
+    asked = {cell for cell in grid.cells() if cell.method == method}
+    cells: dict[Key, list[Row]] = {}
     for row in rows:
         if Cell(row["seed"], row["method"], row["strength"], row["lr"]) in asked:
             cells.setdefault((row["strength"], row["lr"]), []).append(row)
     return cells
 
 
-def _best(grid: Grid, rows: list[Row]) -> tuple[float | None, float]:
-    """(strength, learning rate) of the best median score; ties go to the first in the grid."""
-    higher = workload(grid.workload).higher_is_better
-    cells = _by_cell(grid, rows)
+def _first_best(cells: dict[Key, list[Row]], *, higher: bool) -> Key:
+    """The key of the best median; ties go to the first in the grid."""
     sign = 1 if higher else -1
     return max(cells, key=lambda key: sign * median_score(cells[key], higher_is_better=higher))
+
+
+def _best(grid: Grid, method: str, rows: Iterable[Row]) -> Key:
+    return _first_best(_choosing_rows(grid, method, rows), higher=workload(grid.workload).higher_is_better)
 
 
 def summarise(grid: Grid, rows: list[Row]) -> list[dict[str, Any]]:
     """One entry a method: its best cell, that cell's scores on choosing and on fresh seeds, and its curve over rates.
 
     "curve" has for every learning rate the best strength there and its scores. "steps_to_target" counts steps until
-    the running mean of the training loss is down to where the tuned global clip ends (else the first method); None:
-    never.
+    the running mean of the training loss is down to where the tuned global clip ends with the same seed (without a clip
+    in the grid: the first method); the median over runs, None where most never get there.
     """
     higher = workload(grid.workload).higher_is_better
-    choosing = _choosing(grid)
-    best = {name: _best(grid, [row for row in rows if row["method"] == name]) for name in grid.methods}
-
-    def of_best(name: str) -> list[Row]:
-        return [row for row in rows if row["method"] == name and (row["strength"], row["lr"]) == best[name]]
-
+    best = {name: _best(grid, name, rows) for name in grid.methods}
+    of_best = {
+        name: [row for row in rows if row["method"] == name and (row["strength"], row["lr"]) == best[name]]
+        for name in grid.methods
+    }
     reference = "clip" if "clip" in grid.methods else grid.methods[0]
-    ends = [_final_loss(row) for row in of_best(reference)]
-    target = statistics.median(ends) if ends else None
+    target_of_seed = {row["seed"]: _final_loss(row) for row in of_best[reference]}
     entries = []
     for name in grid.methods:
-        cells = _by_cell(grid, [row for row in rows if row["method"] == name])
-        curve = []
-        for lr in grid.lrs_of(name):
-            here = {key: value for key, value in cells.items() if key[1] == lr}
-            sign = 1 if higher else -1
-            key = max(here, key=lambda key: sign * median_score(here[key], higher_is_better=higher))
-            curve.append({"lr": lr, "strength": key[0], **_spread(here[key], higher)})
-        fresh = [row for row in of_best(name) if row["seed"] not in choosing]
-        shown = fresh or of_best(name)
+        cells = _choosing_rows(grid, name, rows)
+        chosen_by = [row["seed"] for row in cells[best[name]]]
+        fresh = [row for row in of_best[name] if row["seed"] not in chosen_by]
+        shown = fresh or of_best[name]
         scaled = [row["scaled_share"] for row in shown if row["scaled_share"] is not None]
         worst = [row["worst"][0][0] for row in shown if row["worst"]]
-        reached = [_steps_to(row, target) for row in shown]
-        steps = [step for step in reached if step is not None]
+        steps = statistics.median(_steps_to(row, target_of_seed.get(row["seed"])) for row in shown)
         entries.append({
             "method": name,
             "summary": METHODS[name].summary,
@@ -94,17 +88,22 @@ def summarise(grid: Grid, rows: list[Row]) -> list[dict[str, Any]]:
             "tuned": bool(METHODS[name].strengths),
             "strength": best[name][0],
             "lr": best[name][1],
-            "choosing": _spread([row for row in of_best(name) if row["seed"] in choosing], higher),
+            "choosing": _spread(cells[best[name]], higher),
             "fresh": _spread(fresh, higher) if fresh else None,
             "diverged": sum(row["diverged"] for row in shown),
             "runs": len(shown),
             "seconds": statistics.median(row["seconds"] for row in shown),
             "scaled_share": statistics.median(scaled) if scaled else None,
             "worst_bin": max(set(worst), key=worst.count) if worst else None,
-            "steps_to_target": statistics.median(steps) if steps and len(steps) == len(reached) else None,
-            "curve": curve,
+            "steps_to_target": steps if math.isfinite(steps) else None,
+            "curve": [_point(lr, cells, higher) for lr in grid.lrs_of(name)],
         })  # fmt: skip
     return entries
+
+
+def _point(lr: float, cells: dict[Key, list[Row]], higher: bool) -> dict[str, Any]:
+    key = _first_best({key: rows for key, rows in cells.items() if key[1] == lr}, higher=higher)
+    return {"lr": lr, "strength": key[0], **_spread(cells[key], higher)}
 
 
 def _spread(rows: list[Row], higher: bool) -> dict[str, Any]:
@@ -119,17 +118,20 @@ def _spread(rows: list[Row], higher: bool) -> dict[str, Any]:
     }
 
 
-def _final_loss(row: Row) -> float:
-    tail = [loss for loss in row["losses"][-5:] if loss is not None]
-    return statistics.fmean(tail) if len(tail) == len(row["losses"][-5:]) and not row["diverged"] else float("inf")
+POINTS = 5  # of the kept curve, whose mean is compared
 
 
-def _steps_to(row: Row, target: float | None) -> float | None:
-    """Steps until the mean of five neighbouring points of the kept curve is at most the target."""
+def _final_loss(row: Row) -> float | None:
+    """Where a run ends; None where it was lost, since then everything would be better at once."""
+    means = smoothed([math.inf if loss is None else loss for loss in row["losses"]], POINTS)
+    return means[-1] if means and math.isfinite(means[-1]) and not row["diverged"] else None
+
+
+def _steps_to(row: Row, target: float | None) -> float:
+    """Steps until the mean of `POINTS` neighbouring points of the kept curve is at most the target; inf: never."""
     if target is None or not row["losses"]:
-        return None
-    losses = [float("inf") if loss is None else loss for loss in row["losses"]]
-    means = smoothed(losses, 5)
-    window = min(5, len(losses))
-    stride = row["steps_run"] / len(losses)
-    return next((round((at + window) * stride) for at, mean in enumerate(means) if mean <= target), None)
+        return math.inf
+    losses = [math.inf if loss is None else loss for loss in row["losses"]]
+    window, stride = min(POINTS, len(losses)), row["steps_run"] / len(losses)
+    means = smoothed(losses, window)
+    return next((round((at + window) * stride) for at, mean in enumerate(means) if mean <= target), math.inf)

@@ -1,0 +1,75 @@
+"""From the table of commands to a typer application that imports one of them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+from rich.console import Console
+
+import gradsplit
+
+__all__ = ["run_app"]
+
+_HELP = """Split the gradient into bins and bound each by a budget of its own.
+
+Example: gradsplit demo
+"""
+
+
+def run_app(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> None:
+    """Parse the arguments and run the command they name.
+
+    A wrong argument ends the process with code 2 and one message; with GRADSPLIT_DEBUG=1 it shows where it arose.
+    """
+    app = typer.Typer(
+        help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
+    app.callback()(_version)
+    asked = next((word for word in arguments if not word.startswith("-")), "")
+    for name, (module, summary) in commands.items():
+        if name != asked:  # listed only
+            app.command(name, help=summary)(_listed)
+            continue
+        loaded = importlib.import_module(f"gradsplit.cli.{module}")
+        # A command that passes arguments on (a user's script) says so in its own CONTEXT.
+        app.command(name, context_settings=getattr(loaded, "CONTEXT", None))(loaded.run)
+    _teaching(lambda: app(arguments, prog_name="gradsplit"))
+
+
+def _listed() -> None:
+    """Stand for a command whose module is not needed now."""
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"gradsplit {gradsplit.__version__}")
+        raise typer.Exit
+
+
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),
+) -> None:
+    """Hold the options that come before a command."""
+
+
+def _teaching(call: Callable[[], Any]) -> None:
+    """Show our own errors as one message: they say what was wrong, the rule and the remedy."""
+    if os.environ.get("GRADSPLIT_DEBUG"):
+        call()
+        return
+    try:
+        call()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\ninterrupted; what is finished is kept")
+        sys.exit(130)
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        if type(error).__module__ not in ("builtins", "gradsplit.workloads.task"):
+            raise
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"gradsplit: {error}", style="red", markup=False)
+        sys.exit(2)

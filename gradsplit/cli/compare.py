@@ -1,0 +1,117 @@
+"""`gradsplit compare`: a grid of runs, its best cells, and the score over the learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gradsplit.cli.comparison_tables import best_table, curve_table
+from gradsplit.cli.words import names, numbers, options
+
+__all__ = ["run"]
+
+_SGD_METHODS = "none,clip,zclip,xsp,xsp-fixed,per_tensor,lbf,tree_sp,default,gso"
+_ADAM_METHODS = "none,clip,xsp,lbf,tree_sp,default,gso,adamw+clip+warmup"
+
+
+def run(
+    workload: Annotated[str, typer.Argument(help="A workload: detection, gpt, lstm, residual-stack, …")],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; 'all' for every one.")] = "",
+    strategies: Annotated[str, typer.Option(help="Every method that splits by these: xsp,per_tensor,lbf,…")] = "",
+    lr: Annotated[str, typer.Option(help="Learning rates, the same for all; by default three around the usual.")] = "",
+    strengths: Annotated[str, typer.Option(help="Strengths in place of each tuned method's own seven.")] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds that choose the best cell.")] = 3,
+    fresh_seeds: Annotated[int, typer.Option(help="Other seeds, on which each best cell is confirmed.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps; 0: the workload's usual number.")] = 0,
+    optimizer: Annotated[str, typer.Option(help="sgd, sgdm, adam or adamw; by default the workload's.")] = "",
+    schedule: Annotated[str, typer.Option(help="constant, or cosine to 1 %.")] = "constant",
+    warmup: Annotated[int, typer.Option(help="Steps of warm-up of the methods that warm up; -1: a tenth.")] = -1,
+    beta2: Annotated[float, typer.Option(help="Memory of Adam's second moment, for all methods.")] = 0.99,
+    option: Annotated[list[str] | None, typer.Option(help="key=value for the workload; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for raw results and page; an earlier sweep goes on.")] = None,
+    jobs: Annotated[int, typer.Option(help="Worker processes, one thread each; 0: none.")] = 2,
+) -> None:
+    """Sweep a workload over methods, strengths, learning rates and seeds; keep the raw results as CSV and JSON.
+
+    Example: gradsplit compare residual-stack --methods none,clip,xsp,default --lr 0.03,0.1,0.3 --seeds 2
+    """
+    from gradsplit.workloads import workload as workload_named
+    from gradsplit.workloads.cells import Grid, methods_of_strategies
+    from gradsplit.workloads.compare import compare
+    from gradsplit.workloads.methods import METHODS
+    from gradsplit.workloads.optimizers import Settings
+
+    row = workload_named(workload)
+    used = optimizer or row.optimizer
+    chosen = tuple(METHODS) if methods == "all" else names(methods)
+    if strategies:
+        chosen += tuple(name for name in _of(strategies, methods_of_strategies) if name not in chosen)
+    if not chosen:
+        chosen = names(_ADAM_METHODS if used in ("adam", "adamw") else _SGD_METHODS)
+    grid = Grid(
+        workload=workload,
+        methods=chosen,
+        lrs=numbers(lr, "--lr") or (row.lr / 3, row.lr, row.lr * 3),
+        settings=Settings(
+            steps or row.steps, used, schedule=schedule, warmup=None if warmup < 0 else warmup, beta2=beta2
+        ),
+        seeds=seeds,
+        fresh_seeds=fresh_seeds,
+        strengths=numbers(strengths, "--strengths") or None,
+        options=options(option or []),
+    )
+    folder = out or Path("runs") / "compare" / workload
+    console = Console()
+    console.print(
+        f"[bold]{workload}[/]: {row.title}\n{len(list(grid.cells()))} runs of {grid.settings.steps} steps "
+        f"in {jobs or 1} process{'es' if jobs > 1 else ''}; raw results in {folder}",
+        highlight=False,
+    )
+    with Progress(
+        TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=console,
+    ) as bar:  # fmt: skip
+        shown = bar.add_task("starting", total=None)
+
+        def on_cell(cell: Any, result: dict[str, Any], done: int, total: int) -> None:
+            bar.update(shown, description=f"{cell.method} lr {cell.lr:.3g}", completed=done, total=total)
+
+        results = compare(grid, folder, jobs=jobs, on_cell=on_cell)
+    console.print(best_table(results))
+    console.print(curve_table(results))
+    for path in write_pages(results, folder):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _of(strategies: str, methods_of: Any) -> tuple[str, ...]:
+    from gradsplit.plan import STRATEGIES
+
+    wanted = names(strategies)
+    unknown = [name for name in wanted if name not in STRATEGIES]
+    if unknown:
+        raise ValueError(f"--strategies {strategies}: expected some of {', '.join(STRATEGIES)}, got {unknown[0]!r}.")
+    made: tuple[str, ...] = methods_of(wanted)
+    return made
+
+
+def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the picture of the curve and, where plotly is installed, the page; return all paths of the folder."""
+    from gradsplit.report.rate_curve import rate_curve_svg
+
+    picture = folder / "learning-rate.svg"
+    picture.write_text(rate_curve_svg(results), encoding="utf8")
+    paths = [folder / "cells.csv", folder / "results.json", picture]
+    try:
+        from gradsplit.report.comparison import comparison_page
+    except ModuleNotFoundError as error:
+        if error.name != "plotly":
+            raise
+        typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
+        return paths
+    page = folder / "compare.html"
+    page.write_text(comparison_page(results), encoding="utf8")
+    return [*paths, page]

@@ -1,0 +1,90 @@
+"""Tables of a comparison for the terminal, from what `results.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["best_table", "curve_table", "number", "share"]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A score in a table; what was not finite is a dash.
+
+    >>> number(0.28512), number(None)
+    ('0.285', '–')
+    """
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """A share of bins in percent, "" where nothing counts them.
+
+    >>> share(0.1234), share(0.0), share(0.00001)
+    ('12.3 %', '0 %', '<0.1 %')
+    """
+    if value is None:
+        return ""
+    return "0 %" if value == 0 else "<0.1 %" if value < 0.001 else f"{100 * value:.1f} %"
+
+
+def _range(scores: Mapping[str, Any], diverged: int) -> str:
+    lost = f"{diverged} lost" if diverged else ""
+    if scores["min"] is None:
+        return lost
+    return f"{number(scores['min'])} to {number(scores['max'])}" + (f", {lost}" if lost else "")
+
+
+def best_table(results: Mapping[str, Any]) -> Group:
+    """One line a method: its best cell and what came of it."""
+    about, summary = results["workload"], results["summary"]
+    way = "higher is better" if about["higher_is_better"] else "lower is better"
+    fresh = any(entry["fresh"] for entry in summary)
+    seeds = results["grid"]["fresh_seeds"] if fresh else results["grid"]["seeds"]
+    kind = f"{seeds} fresh seed{'s' * (seeds > 1)}" if fresh else f"seeds that chose the cell: {seeds}"
+    title = f"Best cell of each method: median {about['metric']} ({way}), {kind}"
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True, min_width=max(len(entry["method"]) for entry in summary))
+    for heading, width in (("strength", 8), ("lr", 6), (about["metric"], 8)):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    table.add_column("range", no_wrap=True, min_width=14)
+    for heading, width in (("to target", 9), ("scaled", 7)):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    table.add_column("worst bin", no_wrap=True, overflow="ellipsis", min_width=8)
+    for entry in summary:
+        steps, scores = entry["steps_to_target"], entry["fresh"] or entry["choosing"]
+        table.add_row(
+            entry["method"],
+            "" if entry["strength"] is None else f"{entry['strength']:g}",
+            f"{entry['lr']:.3g}",
+            number(scores["median"]),
+            _range(scores, entry["diverged"]),
+            "never" if steps is None else f"{steps:.0f}",
+            share(entry["scaled_share"]),
+            escape(entry["worst_bin"] or ""),
+            style="bold" if entry["ours"] else None,
+        )
+    caption = "to target: steps until the training loss is where the tuned clip ends; scaled: share of bins"
+    return Group(Text(title, "bold"), table, Text(caption, "dim"))
+
+
+def curve_table(results: Mapping[str, Any]) -> Group:
+    """One line a method, one column a learning rate: the median score of the best strength there."""
+    summary = results["summary"]
+    lrs = sorted({point["lr"] for entry in summary for point in entry["curve"]})
+    title = f"Median {results['workload']['metric']} over the learning rate, best strength at each"
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for lr in lrs:
+        table.add_column(f"{lr:.3g}", justify="right", no_wrap=True)
+    for entry in summary:
+        at = {point["lr"]: point for point in entry["curve"]}
+        cells = [number(at[lr]["median"]) if lr in at else "" for lr in lrs]
+        table.add_row(entry["method"], *cells, style="bold" if entry["ours"] else None)
+    return Group(Text(title, "bold"), table)

@@ -1,0 +1,1 @@
+"""Pages and pictures from plain data: self-contained, readable without a network."""
