@@ -56,7 +56,7 @@ def best_table(results: Mapping[str, Any]) -> Group:
     table.add_column("range", no_wrap=True, min_width=14)
     for heading, width in (("to target", 9), ("scaled", 7)):
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-    table.add_column("worst bin", no_wrap=True, overflow="ellipsis", min_width=8)
+    table.add_column("worst bin", overflow="fold", min_width=9)
     for entry in summary:
         steps, scores = entry["steps_to_target"], entry["fresh"] or entry["choosing"]
         table.add_row(
