@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attach import Handle, attach_to
 from .budget import Ledger, RelativeStep, budgets_by_level
-from .kernels import make_kernel
+from .kernels import make_kernel, squares_of
 from .plan import Layout, Plan, layout_of, make_plan, named_trainable
 from .rates import Rates, follows_gradient
 from .record import StepRecord
@@ -142,7 +142,8 @@ class GradientSplitter:
                 "budget of gradients, for example budget=gradsplit.Relative(0.02)."
             )
         gradients = self._gradients()
-        squares_B = self.kernel.squares(gradients)
+        reads = [gradients, self.parameters] if self.ledger.reads_weights else [gradients]
+        squares_B, *weights_B = squares_of(self.kernel, *reads)
         if self.on_nonfinite == "raise" and not bool(squares_B.isfinite().all()):
             bad = [self.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
             raise FloatingPointError(
@@ -153,7 +154,7 @@ class GradientSplitter:
         rates = self._rates if self._needs_rates else None
         decision = self.ledger.decide(
             squares_B,
-            self.kernel.squares(self.parameters) if self.ledger.reads_weights else None,
+            weights_B[0] if weights_B else None,
             None if rates is None else rates.pace_B(num_bins),
             None if rates is None else rates.gain_B(num_bins),
         )

@@ -73,7 +73,7 @@ class _Pattern:
         ids = self.ids if rows is None else self.stored_ids(rows)
         values = values_B.index_select(0, ids)
         if self.kind == "tensor":
-            return values.reshape(())
+            return values.reshape(() if len(ids) else self.shape)  # an empty tensor has no bin
         if self.kind == "rows":
             return values.view(-1, *(1,) * (len(self.shape) - 1))
         shape = self.shape if rows is None else (len(rows), *self.shape[1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..plan import Plan
 
-__all__ = ["BACKENDS", "Backend", "Kernel", "make_kernel"]
+__all__ = ["BACKENDS", "Backend", "Kernel", "make_kernel", "squares_of"]
 
 
 class Kernel(Protocol):
@@ -65,6 +65,13 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     row.name: row
     for row in (
+        Backend(
+            "numba",
+            (".numba_cpu", "NumbaKernel"),
+            "compiled loops over memory, as many threads as torch; dense tensors on the CPU",
+            devices=("cpu",),
+            needs="numba",
+        ),
         Backend("eager", (".eager", "EagerKernel"), "eager torch, vectorised; every device"),
         Backend(
             "reference",
@@ -74,6 +81,13 @@ BACKENDS: dict[str, Backend] = {
         ),
     )
 }
+
+
+def squares_of(kernel: Kernel, *lists: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return the squares of several lists of tensors, in one pass where the kernel can."""
+    many = getattr(kernel, "squares_many", None)
+    made: list[Tensor] = [kernel.squares(tensors) for tensors in lists] if many is None else many(lists)
+    return made
 
 
 def make_kernel(backend: str, plan: Plan, device: torch.device, *, call: str) -> Kernel:

@@ -15,7 +15,7 @@ from .strides import Memory
 __all__ = ["bands_of", "cut_bands"]
 
 BAND_TENSOR, BAND_OFFSET, BAND_ROWS, BAND_ROW_STEP, BAND_LENGTH, BAND_CUT, BAND_NUM_CUTS, BAND_SLOT = range(8)
-"""The columns of a band. Its i-th cut stops at column ``cut_stops[cut + i]`` and belongs to bin ``cut_bins[cut + i]``."""
+"""The columns of a band. Its i-th cut stops at column ``cut_stops[cut + i]``; its bin is ``cut_bins[cut + i]``."""
 
 
 def bands_of(

@@ -1,9 +1,9 @@
-"""Lowering: a plan over tensors of given strides becomes tables of strided rows that a kernel walks, without a framework.
+"""Lowering: a plan over tensors of given strides becomes tables of strided rows for kernels, without a framework.
 
 An *entry* is a run of neighbouring bins of one tensor and one shape: ``count`` bins, the i-th from element
-``offset + i * step`` on, each ``rows`` rows of ``length`` contiguous elements, ``row_step`` elements apart. A tensor cut
-by rows is one entry, however many rows it has. Where bins are so narrow that their rows would be a few elements long, a
-*band* reads whole memory rows instead and adds up columns: see `bands`.
+``offset + i * step`` on, each ``rows`` rows of ``length`` contiguous elements, ``row_step`` elements apart. A tensor
+cut by rows is one entry, however many rows it has. Where bins are so narrow that their rows would be a few elements
+long, a *band* reads whole memory rows instead and adds up columns: see `bands`.
 
 Offsets count elements from a tensor's first one, so the tables hold for every tensor of the same strides; addresses
 come in only when a kernel runs.
@@ -20,7 +20,7 @@ from .bands import BAND_CUT, BAND_LENGTH, BAND_NUM_CUTS, BAND_ROWS, BAND_SLOT, b
 from .plan import Plan
 from .strides import Memory, memory_of
 
-__all__ = ["COUNT", "LENGTH", "OFFSET", "ROWS", "SLOT", "TENSOR", "Lowered", "lower"]
+__all__ = ["Lowered", "lower", "walks"]
 
 SLOT, BIN, COUNT, TENSOR, OFFSET, STEP, ROWS, ROW_STEP, LENGTH = range(9)
 """The columns of an entry."""
@@ -122,12 +122,21 @@ def lower(
     )
 
 
+def walks(plan: Plan, t: int, strides: tuple[int, ...]) -> bool:
+    """Whether tensor t can be walked in rows with these strides."""
+    memory = memory_of(plan.layout.shapes[t], tuple(strides))
+    if memory is None or not memory.mixed:
+        return memory is not None
+    first, last = plan.boxes.slices_T(len(plan.layout))[t : t + 2]
+    return bool((plan.boxes.col_stop_K[first:last] - plan.boxes.col_start_K[first:last] == plan.layout.cols[t]).all())
+
+
 def _work(entries: np.ndarray) -> np.ndarray:
     return entries[:, COUNT] * entries[:, ROWS] * entries[:, LENGTH]
 
 
 def _entries_of(plan: Plan, t: int, part: slice, memory: Memory) -> np.ndarray | None:
-    """The entries of one tensor: its boxes in memory, neighbours of one shape joined; None where a box cuts mixed columns."""
+    """One tensor's boxes in memory, neighbours of one shape joined; None where a box cuts mixed columns."""
     boxes = plan.boxes
     r0, r1 = boxes.row_start_K[part], boxes.row_stop_K[part]
     c0, c1 = boxes.col_start_K[part], boxes.col_stop_K[part]
@@ -148,10 +157,9 @@ def _entries_of(plan: Plan, t: int, part: slice, memory: Memory) -> np.ndarray |
     count = np.diff(np.append(first, len(bins)))
     steps = np.append(step, 0)[first] * (count > 1)
     tensor = np.full(len(first), t, dtype=np.int64)
-    columns = (bins, bins, None, None, offset, None, rows, row_step, length)
-    filled = [None if c is None else c[first] for c in columns]
-    filled[COUNT], filled[TENSOR], filled[STEP] = count, tensor, steps
-    return np.stack(filled, axis=1).astype(np.int64)
+    of_box = [column[first] for column in (bins, offset, rows, row_step, length)]
+    at_bin, offset, rows, row_step, length = of_box
+    return np.stack((at_bin, at_bin, count, tensor, offset, steps, rows, row_step, length), axis=1).astype(np.int64)
 
 
 def _cut_entries(entries: np.ndarray, target: int, *, cut_bins: bool) -> np.ndarray:

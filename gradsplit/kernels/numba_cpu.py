@@ -1,0 +1,218 @@
+"""Bins by compiled loops over memory: one pass over the gradients, as many threads as torch uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from ..plan.lowering import Lowered, lower, walks
+from . import numba_loops as loops
+from .addresses import KINDS
+from .registry import BACKENDS, Kernel
+from .threads import Call, run, threads_for
+from .walkable import bump_versions, obstacle, overlap, warn_of_fallback
+
+__all__ = ["NumbaKernel"]
+
+_Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The lowered plan for tensors of one signature.
+
+    Attributes:
+        lowered: the tables of each dtype.
+        eager_T: tensors that the eager kernel serves.
+    """
+
+    signature: _Signature
+    lowered: list[tuple[torch.dtype, Lowered]]
+    eager_T: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return sum(table.num_elements for _, table in self.lowered)
+
+
+class NumbaKernel:
+    """The same contract as `ReferenceKernel`, by address, for dense tensors on the CPU.
+
+    Float32, float64, bfloat16 and float16 of any strides whose rows or columns are contiguous. Sparse and complex
+    tensors are served by the eager kernel, which is made for them; so are all others that cannot be walked in memory,
+    with one `FallbackWarning`.
+    """
+
+    name = "numba"
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self._tables: list[_Tables] = []  # most recent first: gradients and weights, few layouts in a run
+        self._warned = False
+
+    def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """See `ReferenceKernel.squares`."""
+        return self.squares_many([tensors])[0]
+
+    def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+        """Return the squares of several lists of tensors, from one pass of the threads over all of them."""
+        if torch.compiler.is_compiling():
+            return [self.eager.squares(tensors) for tensors in lists]
+        calls: list[Call] = []
+        results: list[tuple[list[np.ndarray], list[Lowered], Tensor | None]] = []
+        num_elements = 0
+        for tensors in lists:
+            tables = self._tables_of(tensors)
+            bases = _addresses(tensors, tables)
+            slots = [np.zeros(table.num_slots) for _, table in tables.lowered]
+            for (dtype, table), out in zip(tables.lowered, slots, strict=True):
+                calls += _square_calls(KINDS[dtype], table, bases, out)
+            rest = self.eager.squares(_only(tensors, tables.eager_T)) if tables.eager_T else None
+            results.append((slots, [table for _, table in tables.lowered], rest))
+            num_elements += tables.num_elements
+        run(calls, threads_for(num_elements))
+        return [self._folded(*result) for result in results]
+
+    def _folded(self, slots: list[np.ndarray], tables: list[Lowered], rest: Tensor | None) -> Tensor:
+        total: Any = np.zeros(self.plan.num_bins) if not slots else None
+        for out, table in zip(slots, tables, strict=True):
+            if len(table.fold_bins):
+                loops.fold(out, self.plan.num_bins, table.fold_bins)
+            own = out[: self.plan.num_bins]
+            total = own if total is None else total + own
+        squares_B = torch.from_numpy(total)
+        return squares_B if rest is None else squares_B + rest
+
+    def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
+        """See `ReferenceKernel.scale_`. Bins with a scale of 1 are neither read nor written."""
+        if torch.compiler.is_compiling():
+            return self.eager.scale_(tensors, scale_B, zero_B)
+        tables = self._tables_of(tensors)
+        if tables.eager_T:
+            self.eager.scale_(_only(tensors, tables.eager_T), scale_B, zero_B)
+        scale = np.ascontiguousarray(scale_B.detach().to(torch.float64).numpy())
+        zero = np.ascontiguousarray(zero_B.detach().numpy())
+        if not tables.lowered or not loops.touched(scale, zero):
+            return None
+        bases = _addresses(tensors, tables)
+        calls: list[Call] = []
+        for dtype, table in tables.lowered:
+            calls += _scale_calls(dtype, table, bases, scale, zero)
+        written = [t for at, t in enumerate(tensors) if t is not None and tables.signature[at] is not None]
+        run(calls, 1 if overlap(written) else threads_for(tables.num_elements))
+        return bump_versions(written)
+
+    @cached_property
+    def eager(self) -> Kernel:
+        """The kernel for what cannot be walked by address."""
+        return BACKENDS["eager"].make(self.plan, self.device)
+
+    def _tables_of(self, tensors: Sequence[Tensor | None]) -> _Tables:
+        """The tables for tensors of these dtypes and strides; None in the signature: the eager kernel, or nothing."""
+        signature: _Signature = []
+        odd = False
+        for tensor in tensors:
+            if tensor is None:
+                signature.append(None)
+            elif tensor.dtype in KINDS and not obstacle(tensor):
+                signature.append((tensor.dtype, tensor.stride()))
+            else:
+                signature.append(None)
+                odd = odd or tensor.numel() > 0
+        if odd:  # rare, and what is wrong may change from step to step: not kept
+            return self._make(tensors, signature)
+        for place, tables in enumerate(self._tables):
+            if tables.signature == signature:
+                if place:
+                    self._tables = [tables, *(other for other in self._tables if other is not tables)]
+                return tables
+        made = self._make(tensors, signature)
+        if not made.eager_T:
+            self._tables = [made, *self._tables[:3]]
+        return made
+
+    def _make(self, tensors: Sequence[Tensor | None], signature: _Signature) -> _Tables:
+        eager_T = []
+        signature = list(signature)
+        for t, tensor in enumerate(tensors):
+            if tensor is None or tensor.numel() == 0:
+                signature[t] = None
+                continue
+            entry = signature[t]
+            if entry is None or not walks(self.plan, t, entry[1]):
+                eager_T.append(t)
+                signature[t] = None
+                self._warn(t, tensor)
+        lowered = []
+        for dtype in sorted({entry[0] for entry in signature if entry is not None}, key=str):
+            table = lower(self.plan, [e[1] if e is not None and e[0] == dtype else None for e in signature])
+            assert table is not None
+            lowered.append((dtype, table))
+        return _Tables(signature, lowered, tuple(eager_T))
+
+    def _warn(self, t: int, tensor: Tensor) -> None:
+        if self._warned or tensor.is_sparse or tensor.is_complex():
+            return
+        reason = obstacle(tensor) or (
+            f"its dtype is {tensor.dtype}"
+            if tensor.dtype not in KINDS
+            else f"its strides {tensor.stride()} have no contiguous rows that the plan could cut"
+        )
+        self._warned = True
+        remedy = "Make it contiguous, or say backend='eager'."
+        warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "device": self.device, "_tables": [], "_warned": self._warned}
+
+
+def _addresses(tensors: Sequence[Tensor | None], tables: _Tables) -> np.ndarray:
+    return np.array(
+        [
+            0 if tensor is None or entry is None else tensor.data_ptr()
+            for tensor, entry in zip(tensors, tables.signature, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:
+    return [tensor if t in wanted else None for t, tensor in enumerate(tensors)]
+
+
+def _counter() -> np.ndarray:
+    return np.zeros(1, dtype=np.int64)
+
+
+def _widest(table: Lowered) -> int:
+    return int(table.bands[:, 4].max())
+
+
+def _square_calls(kind: Any, table: Lowered, bases: np.ndarray, slots: np.ndarray) -> list[Call]:
+    calls: list[Call] = []
+    if len(table.entries):
+        calls.append((loops.square_entries, (kind, table.entries, table.chunks, bases, slots, _counter())))
+    if len(table.bands):
+        bands = (table.bands, table.band_chunks, table.cut_stops, _widest(table), bases)
+        calls.append((loops.square_bands, (kind, *bands, slots, _counter())))
+    return calls
+
+
+def _scale_calls(
+    dtype: torch.dtype, table: Lowered, bases: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> list[Call]:
+    kind = KINDS[dtype]
+    calls: list[Call] = []
+    if len(table.entries):
+        calls.append((loops.scale_entries, (kind, table.entries, table.chunks, bases, scale, zero, _counter())))
+    if len(table.bands):
+        bands = (table.bands, table.band_chunks, table.cut_stops, table.cut_bins, _widest(table), bases)
+        calls.append((loops.scale_bands, (kind, *bands, scale, zero, _counter())))
+    return calls

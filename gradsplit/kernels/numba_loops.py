@@ -1,0 +1,157 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Compiled loops that read and scale bins; each takes chunks of the tables from a shared counter until none is left.
+
+Squares are added in float64 whatever the dtype, so float32 entries up to 3e38 do not overflow; only reassociation of
+the sum is allowed to the compiler, which keeps inf and NaN and lets it use vectors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .addresses import compiled, fetch_add, load, narrow, pointer, store
+
+__all__ = ["fold", "scale_bands", "scale_entries", "square_bands", "square_entries", "touched"]
+
+_reduced = compiled(fastmath={"reassoc", "contract"})
+_plain = compiled()
+
+
+@_reduced
+def _square_row(memory, start, length):
+    """The sum of squares of contiguous elements. A function of its own, since only then LLVM sees a plain loop."""
+    total = 0.0
+    for j in range(length):
+        x = np.float64(load(memory, start + j))
+        total += x * x
+    return total
+
+
+@_reduced
+def square_entries(kind, entries, chunks, bases, slots, counter):
+    """Write the sum of squares of each entry's bins to its slots."""
+    counting = pointer(counter.ctypes.data, np.int64(0))
+    while True:
+        c = fetch_add(counting)
+        if c >= len(chunks) - 1:
+            return
+        for e in range(chunks[c], chunks[c + 1]):
+            slot, count, offset, step = entries[e, 0], entries[e, 2], entries[e, 4], entries[e, 5]
+            rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+            memory = pointer(bases[entries[e, 3]], kind)
+            for i in range(count):
+                total = 0.0
+                for r in range(rows):
+                    total += _square_row(memory, offset + i * step + r * row_step, length)
+                slots[slot + i] = total
+
+
+@_reduced
+def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
+    """Add up squares by columns over each band's rows, then by cuts into its slots."""
+    counting = pointer(counter.ctypes.data, np.int64(0))
+    columns = np.empty(widest, dtype=np.float64)
+    while True:
+        c = fetch_add(counting)
+        if c >= len(chunks) - 1:
+            return
+        for d in range(chunks[c], chunks[c + 1]):
+            offset, rows, row_step, length = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 4]
+            cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
+            memory = pointer(bases[bands[d, 0]], kind)
+            columns[:length] = 0.0
+            whole = rows - rows % 4
+            for r in range(0, whole, 4):
+                a = offset + r * row_step
+                for j in range(length):
+                    x0 = np.float64(load(memory, a + j))
+                    x1 = np.float64(load(memory, a + row_step + j))
+                    x2 = np.float64(load(memory, a + 2 * row_step + j))
+                    x3 = np.float64(load(memory, a + 3 * row_step + j))
+                    columns[j] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+            for r in range(whole, rows):
+                a = offset + r * row_step
+                for j in range(length):
+                    x = np.float64(load(memory, a + j))
+                    columns[j] += x * x
+            lo = 0
+            for i in range(num_cuts):
+                total = 0.0
+                for j in range(lo, stops[cut + i]):
+                    total += columns[j]
+                slots[slot + i] = total
+                lo = stops[cut + i]
+
+
+@_plain
+def fold(slots, num_bins, fold_bins):
+    """Add the further slots to their bins, in order."""
+    for i in range(len(fold_bins)):
+        slots[fold_bins[i]] += slots[num_bins + i]
+
+
+@_plain
+def touched(scale, zero):
+    """Whether any bin is to be changed."""
+    found = False
+    for b in range(len(scale)):
+        found |= zero[b] | (scale[b] < 1.0)
+    return found
+
+
+@_plain
+def scale_entries(kind, entries, chunks, bases, scale, zero, counter):
+    """Multiply bins with a scale below 1, write zeros where ``zero``; no other bin is written, or read."""
+    counting = pointer(counter.ctypes.data, np.int64(0))
+    while True:
+        c = fetch_add(counting)
+        if c >= len(chunks) - 1:
+            return
+        for e in range(chunks[c], chunks[c + 1]):
+            at, count, offset, step = entries[e, 1], entries[e, 2], entries[e, 4], entries[e, 5]
+            rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+            memory = pointer(bases[entries[e, 3]], kind)
+            for i in range(count):
+                if zero[at + i]:
+                    for r in range(rows):
+                        start = offset + i * step + r * row_step
+                        for j in range(length):
+                            store(memory, start + j, narrow(memory, 0.0))
+                elif scale[at + i] < 1.0:
+                    factor = narrow(memory, scale[at + i])
+                    for r in range(rows):
+                        start = offset + i * step + r * row_step
+                        for j in range(length):
+                            store(memory, start + j, load(memory, start + j) * factor)
+
+
+@_plain
+def scale_bands(kind, bands, chunks, stops, bins, widest, bases, scale, zero, counter):
+    """The same for bands: a factor a column, over the rows of those bands that have something to do."""
+    counting = pointer(counter.ctypes.data, np.int64(0))
+    factors = np.empty(widest, dtype=np.float64)
+    while True:
+        c = fetch_add(counting)
+        if c >= len(chunks) - 1:
+            return
+        for d in range(chunks[c], chunks[c + 1]):
+            offset, rows, row_step, cut, num_cuts = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 5], bands[d, 6]
+            memory = pointer(bases[bands[d, 0]], kind)
+            lo, first, last = 0, -1, 0
+            for i in range(num_cuts):
+                b = bins[cut + i]
+                factor = 0.0 if zero[b] else min(1.0, scale[b])
+                for j in range(lo, stops[cut + i]):
+                    factors[j] = factor
+                if factor < 1.0:
+                    first = lo if first < 0 else first
+                    last = stops[cut + i]
+                lo = stops[cut + i]
+            if first < 0:
+                continue
+            for r in range(rows):
+                a = offset + r * row_step
+                for j in range(first, last):
+                    factor = narrow(memory, factors[j])
+                    x = load(memory, a + j)
+                    store(memory, a + j, x * factor if factor != 0.0 else narrow(memory, 0.0))
