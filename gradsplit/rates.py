@@ -69,7 +69,9 @@ class Rates:
     def pace_B(self, num_bins: int) -> Tensor:
         """Return learning rate now / largest so far, (B,), in [0, 1]; 1 while the rate has been 0 throughout."""
         paces: list[Any] = []
-        for i, group in enumerate(self.optimizer.param_groups):
+        groups = self.optimizer.param_groups
+        self.top += [_positive(group["lr"]) for group in groups[len(self.top) :]]  # groups added since
+        for i, group in enumerate(groups):
             lr, start = _positive(group["lr"]), group.get("initial_lr", 0.0)
             if isinstance(lr, Tensor):
                 self.top[i] = torch.maximum(torch.as_tensor(self.top[i], dtype=lr.dtype, device=lr.device), lr)
@@ -88,8 +90,8 @@ class Rates:
         return [float(top) for top in self.top]
 
     def load(self, tops: Sequence[float]) -> None:
-        """Take over the largest rates of a saved run, group by group."""
-        self.top = [max(float(a), float(b)) for a, b in zip(self.top, tops, strict=False)]
+        """Take over the largest rates of a saved run, group by group, whatever this optimizer was made with."""
+        self.top[: len(tops)] = [float(top) for top in tops]
 
 
 def _positive(lr: Any) -> Any:

@@ -156,6 +156,8 @@ class Ledger:
         finite_B = xp.isfinite(squares_B)
         zero, ones = xp.full(self.plan.num_bins, 0.0, squares_B), xp.full(self.plan.num_bins, 1.0, squares_B)
         norm_B = xp.sqrt(xp.where(finite_B, squares_B, zero))
+        if weight_squares_B is not None:  # a broken weight must not make its ancestors' limits NaN
+            weight_squares_B = xp.where(xp.isfinite(weight_squares_B), weight_squares_B, zero)
         columns = (norm_B, weight_squares_B, ones if pace_B is None else pace_B, gain_B)
         at_bins = self._reading(None, columns)
         readings = [at_bins if a.ids is None else self._reading(a.ids, columns) for a in self._accounts]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,7 @@ class Layout:
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Iterable[int]]) -> Layout:
         """Make a layout from ``{name: shape}``, in the mapping's order."""
-        return cls(tuple(shapes), tuple(tuple(int(size) for size in shape) for shape in shapes.values()))
+        return cls(tuple(shapes), tuple(tuple(map(_as_integer, shape)) for shape in shapes.values()))
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -92,6 +93,11 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def _as_integer(size: Any) -> Any:
+    """A Python integer for integers of any library; anything else as it is, for `Layout` to refuse."""
+    return operator.index(size) if hasattr(size, "__index__") and not isinstance(size, bool) else size
 
 
 def named_trainable(model_or_named_parameters: Any) -> list[tuple[str, Any]]:

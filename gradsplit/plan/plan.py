@@ -100,13 +100,13 @@ class Plan:
         self.boxes = boxes
         self.modules = modules
         self.num_bins = int(boxes.bin_K.max()) + 1 if len(boxes) else 0
-        if self.num_bins == 0:
+        if not len(boxes):
             raise ValueError(
                 f"Plan(…): expected at least one element, got only empty tensors ({', '.join(layout.names[:3])}…). "
                 "Pass a model with parameters."
             )
-        boxes_per_bin = np.bincount(boxes.bin_K, minlength=self.num_bins)
-        if boxes.bin_K.min() < 0 or (boxes_per_bin == 0).any():
+        misnumbered = boxes.bin_K.min() < 0 or self.num_bins > len(boxes)  # looked at before memory is taken for them
+        if misnumbered or (np.bincount(boxes.bin_K, minlength=self.num_bins) == 0).any():
             raise ValueError("Plan(…): expected bins numbered 0 … B-1 without gaps, got a gap. Renumber boxes.bin_K.")
         self.tree = Tree.build(layout, boxes, self.num_bins, modules=modules)
         self._prepared: dict[Any, Any] = {}  # arrays of the tree on a device, kept by budget/node_sums.py

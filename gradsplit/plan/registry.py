@@ -83,6 +83,11 @@ def make_plan(
         made = plan
     elif callable(plan):
         made = plan(layout)
+        if not isinstance(made, Plan):
+            raise TypeError(
+                f"{call}(plan=…): expected a function that returns a Plan, got {type(made).__name__} from "
+                f"{getattr(plan, '__name__', plan)!r}. Write for example lambda layout: gradsplit.xsp(layout, parts=8)."
+            )
     else:
         raise TypeError(f"{call}(plan=…): expected a Plan, a strategy's name or a function, got {type(plan).__name__}.")
     if made.layout.fingerprint != layout.fingerprint:

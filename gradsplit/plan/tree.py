@@ -7,6 +7,7 @@ neighbours: sums over children are segment sums over sorted segments, on any dev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -95,7 +96,11 @@ class Tree:
 
     def bin_of_node(self, node: int) -> int:
         """Return the bin that sits at a node of level "bin"."""
-        return int(np.flatnonzero(self.bin_nodes_B == node)[0])
+        return int(self._order_of_bins[np.searchsorted(self.bin_nodes_B, node, sorter=self._order_of_bins)])
+
+    @cached_property
+    def _order_of_bins(self) -> np.ndarray:
+        return np.argsort(self.bin_nodes_B)
 
 
 def _tensor_of_bins(boxes: Boxes, num_bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,8 @@ def tree_sp(layout: Layout, *, inner: Callable[[Layout], Plan] | str | None = No
             bin a tensor.
 
     Raises:
-        ValueError: the inner strategy's bins span several tensors, which have no place in a tree of modules.
+        ValueError: an unknown inner name or one that needs energies; inner bins that span several tensors, which have
+            no place in a tree of modules.
 
     >>> plan = tree_sp(Layout.from_shapes({"a.w": (2, 3), "a.b": (2,)}), inner="xsp")
     >>> [f"{node.level} {node.name}" for node in plan.nodes]
@@ -32,7 +33,13 @@ def tree_sp(layout: Layout, *, inner: Callable[[Layout], Plan] | str | None = No
     if isinstance(inner, str):
         from .registry import strategy_named
 
-        inner = strategy_named(inner, call="tree_sp(inner=…)").make
+        row = strategy_named(inner, call=f"tree_sp(inner={inner!r})")
+        if row.needs_energy:
+            raise ValueError(
+                f"tree_sp(inner={inner!r}): expected a strategy that cuts by shapes alone, got one that needs "
+                f"energies. Pass a function, for example inner=lambda layout: {inner}(layout, energy)."
+            )
+        inner = row.make
     flat = per_tensor(layout) if inner is None else inner(layout)
     boxes, num_bins = flat.boxes, flat.num_bins
     del flat  # its tree is as large as the one to come

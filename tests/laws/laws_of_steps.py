@@ -111,6 +111,7 @@ def check_saving_changes_nothing(
                 state = splitter.state_dict()
                 splitter = make(pairs, plan, budget, **(options or {}))
                 splitter.load_state_dict(state)
+            splitter.optimizer.param_groups[0]["lr"] = 0.4 * 0.7**step  # a schedule whose top has passed by then
             _set(pairs, tensors(plan.layout, dtype, "contiguous", 10 * step, size=size))
             record = splitter.step()
             seen.append([*_now(pairs), np.array(record.step), record.decision.limit_N.numpy()])

@@ -39,12 +39,12 @@ def label_elements(plan: Plan) -> list[np.ndarray]:
 
 
 def to_numpy(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
-    """Dense float64 (complex128) values; zeros for None."""
+    """Dense float64 (complex128) values, always a copy; zeros for None."""
     if tensor is None:
         return np.zeros(shape)
     dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     wide = torch.complex128 if dense.is_complex() else torch.float64
-    return dense.resolve_conj().resolve_neg().to(wide).contiguous().numpy()
+    return dense.resolve_conj().resolve_neg().to(wide).contiguous().numpy().copy()
 
 
 def square_sums(plan: Plan, tensors: list[torch.Tensor | None]) -> np.ndarray:

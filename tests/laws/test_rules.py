@@ -23,9 +23,9 @@ def tree_of(paths):
 
 
 def norms_and_limits(plan, seed):
-    """Norms over 40 decades, some of them not finite; limits of which some are 0 and some infinite."""
+    """Norms of one size (odd seeds) or over 40 decades, some not finite; limits, some of them 0 and some infinite."""
     rng = generator(seed)
-    norm_B = np.exp(rng.uniform(-46, 46, plan.num_bins) * rng.choice([0.05, 1.0], plan.num_bins))
+    norm_B = np.exp(rng.uniform(-46, 46, plan.num_bins) * (0.02 if seed % 2 else rng.choice([0.05, 1.0])))
     norm_B[rng.random(plan.num_bins) < 0.1] = 0.0
     norm_B[rng.random(plan.num_bins) < 0.1] = rng.choice([np.inf, np.nan])
     limit_N = np.exp(rng.uniform(-3, 3, plan.num_nodes))
