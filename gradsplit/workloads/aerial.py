@@ -26,6 +26,7 @@ TEST = "OSBS_029"
 UNUSED = "SOAP_061"  # its classes are Dead and Alive, those of the others Tree
 INSTALL = "pip install --no-deps deepforest==2.1.0"
 HALVED, TILE, CELL, ANCHOR = 2, 64, 8, 16.0
+LIGHT = 0.3  # brightness varies by this share: the sites were flown at other hours
 TREE, BACKGROUND = 0, 1
 
 
@@ -98,6 +99,32 @@ def cut(image: Tensor, boxes: Tensor, left: int, top: int) -> tuple[Tensor, Tens
     return image[:, top : top + TILE, left : left + TILE], grid, labels
 
 
+def turned(
+    image: Tensor, boxes: Tensor, mirror_x: bool, mirror_y: bool, transpose: bool
+) -> tuple[Tensor, Tensor]:
+    """One of the eight symmetries of the square, on a tile and its boxes alike: a forest has no up.
+
+    Args:
+        image: (3, 64, 64).
+        boxes: (n, 4) in its pixels.
+        mirror_x: exchange left and right.
+        mirror_y: exchange top and bottom.
+        transpose: then exchange x and y.
+
+    >>> image, boxes = turned(torch.zeros(3, 64, 64), torch.tensor([[0., 1., 2., 9.]]), True, False, True)
+    >>> boxes.tolist()
+    [[1.0, 62.0, 9.0, 64.0]]
+    """
+    x0, y0, x1, y1 = boxes.unbind(1)
+    if mirror_x:
+        image, x0, x1 = image.flip(2), TILE - x1, TILE - x0
+    if mirror_y:
+        image, y0, y1 = image.flip(1), TILE - y1, TILE - y0
+    if transpose:
+        image, x0, y0, x1, y1 = image.transpose(1, 2), y0, x0, y1, x1
+    return image, torch.stack([x0, y0, x1, y1], dim=1)
+
+
 @lru_cache(maxsize=2)
 def tiles(stem: str) -> Scenes:
     """A photograph as tiles side by side, centred; a margin narrower than a tile is left out."""
@@ -121,28 +148,23 @@ class AerialTask(DetectorTask):
         self.batch_size = batch
 
     def draw(self, step: int) -> Batch:
-        """Tiles around random trees of the training photograph, mirrored left-right and up-down at random."""
+        """Tiles around random trees of the training photograph, mirrored, transposed and lit at random."""
         draw = generator(self.seed, BATCHES, step)
         trees = torch.randint(len(self.boxes), (self.batch_size,), generator=draw)
         shifts = torch.rand(self.batch_size, 2, generator=draw)
-        mirrors = torch.randint(2, (self.batch_size, 2), generator=draw).tolist()
+        turns = torch.randint(2, (self.batch_size, 3), generator=draw).bool().tolist()
+        light = 1.0 + LIGHT * (2.0 * torch.rand(self.batch_size, 1, 1, 1, generator=draw) - 1.0)
         height, width = self.image.shape[1:]
         centres = (self.boxes[trees, :2] + self.boxes[trees, 2:]) / 2
-        corners = (centres - TILE * shifts).long()
-        corners = torch.minimum(corners.clamp(min=0), torch.tensor([width - TILE, height - TILE]))
+        corners = (centres - TILE * shifts).long().clamp(min=0)
+        corners = torch.minimum(corners, torch.tensor([width - TILE, height - TILE]))
         parts = []
-        for (left, top), (mirror_x, mirror_y) in zip(corners.tolist(), mirrors, strict=True):
-            image, boxes = self.image[:, top : top + TILE, left : left + TILE], self.boxes
-            boxes = boxes - torch.tensor([left, top, left, top])
-            if mirror_x:
-                image = image.flip(2)
-                boxes = torch.stack([TILE - boxes[:, 2], boxes[:, 1], TILE - boxes[:, 0], boxes[:, 3]], dim=1)
-            if mirror_y:
-                image = image.flip(1)
-                boxes = torch.stack([boxes[:, 0], TILE - boxes[:, 3], boxes[:, 2], TILE - boxes[:, 1]], dim=1)
-            parts.append(cut(image, boxes, 0, 0))
+        for (left, top), turn in zip(corners.tolist(), turns, strict=True):
+            image = self.image[:, top : top + TILE, left : left + TILE]
+            parts.append(cut(*turned(image, self.boxes - torch.tensor([left, top, left, top]), *turn), 0, 0))
         images, grids, labels = (torch.stack(list(part)) for part in zip(*parts, strict=True))
-        return images, grids, labels
+        # Brightness is a factor of the light, so it acts on the values counted from black.
+        return (images + 0.5) * light - 0.5, grids, labels
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """`DetectorTask.score` on the validation photograph, and as "test_..." on the other site."""
