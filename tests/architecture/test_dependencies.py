@@ -19,8 +19,8 @@ DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli": "tomli", "_
 
 # Installed without its dependencies by the Makefile; only its files are read.
 DATA_ONLY = {"deepforest"}
-# Frameworks of adapters: the user who calls the adapter has installed them.
-BROUGHT_BY_THE_USER = {"triton", "tensorboard", "wandb", "mlflow"}
+# What adapters translate for, and whose models some benchmarks take: whoever calls them has installed it.
+BROUGHT_BY_THE_USER = {"triton", "tensorboard", "wandb", "mlflow", "transformers"}
 
 
 def _requirements(*extras: str) -> dict[str, Requirement]:

@@ -111,7 +111,7 @@ def _may_raise(function: ast.FunctionDef) -> bool:
             return True
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if re.search(r"assert|raises|warns|check|fail", name):
+            if re.search(r"assert|raises|warns|check|fail|^law$", name):
                 return True
     return False
 
@@ -122,6 +122,7 @@ def _may_raise(function: ast.FunctionDef) -> bool:
         ("def test_a():\n    assert f() == 1", True),
         ("def test_a():\n    torch.testing.assert_close(a, b)", True),
         ("def test_a():\n    with pytest.raises(ValueError):\n        f()", True),
+        ("def test_a(law):\n    law(plan)", True),  # a law asserts, and its mutants prove it
         ("def test_a():\n    return np.array_equal(a, b)", False),
         ("def test_a():\n    np.array_equal(a, b)", False),
     ],

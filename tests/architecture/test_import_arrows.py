@@ -36,6 +36,7 @@ MAY_IMPORT |= dict.fromkeys(("splitter", "optim", "chain", "ladder"), _LOW)
 _MIDDLE = set(MAY_IMPORT)
 # Workloads are examples: like a user's script they may say `import gradsplit as gs`.
 MAY_IMPORT |= {name: _MIDDLE | {"gradsplit"} for name in ("workloads", "report", "run", "diagnose", "integrations")}
+MAY_IMPORT["run"] |= {"integrations"}  # a run hands its records to the sinks that were asked for
 MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"gradsplit"}
 MAY_IMPORT["__main__"] = {"cli"}
 MAY_IMPORT["gradsplit"] = _MIDDLE | {"diagnose"}

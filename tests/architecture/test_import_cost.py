@@ -8,28 +8,24 @@ import sys
 
 from tests.architecture.sources import ROOT
 
-_NEWCOMERS = """
+_PROBE = """
 import json, sys
 import numpy, torch
-before = {name.split(".")[0] for name in sys.modules}
+before = set(sys.modules)
 import gradsplit
 for name in gradsplit.__all__:
     getattr(gradsplit, name)
-after = {name.split(".")[0] for name in sys.modules}
-print(json.dumps(sorted(after - before - set(sys.stdlib_module_names) - {"gradsplit"})))
-"""
-
-_PARTS = """
-import json, sys
-import gradsplit
-for name in gradsplit.__all__:
-    getattr(gradsplit, name)
-print(json.dumps(sorted(name for name in sys.modules if name.startswith("gradsplit."))))
+new = set(sys.modules) - before
+packages = {name.split(".")[0] for name in new} - {name.split(".")[0] for name in before}
+print(json.dumps({
+    "packages": sorted(packages - set(sys.stdlib_module_names) - {"gradsplit"}),
+    "parts": sorted({name.split(".")[1] for name in new if name.startswith("gradsplit.")}),
+}))
 """
 
 
-def _run(program: str) -> list[str]:
-    """The list that the program prints, from a process of its own: this one has imported everything."""
+def _run(program: str) -> dict[str, list[str]]:
+    """What the program prints, from a process of its own: this one has imported everything already."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -37,15 +33,14 @@ def _run(program: str) -> list[str]:
     return json.loads(done.stdout)
 
 
-def test_no_framework_but_torch_and_no_numba():
-    assert _run(_NEWCOMERS) == []
+def test_the_public_names_bring_no_framework_but_torch_and_no_heavy_part():
+    loaded = _run(_PROBE)
+    assert loaded["packages"] == [], "import these where they are called"
+    heavy = {"cli", "workloads", "report", "run", "integrations"} & set(loaded["parts"])
+    assert not heavy, f"import these parts where they are called: {sorted(heavy)}"
 
 
-def test_no_workload_command_line_or_report():
-    heavy = ("gradsplit.cli", "gradsplit.workloads", "gradsplit.report", "gradsplit.integrations")
-    loaded = [name for name in _run(_PARTS) if name.startswith(heavy)]
-    assert loaded == [], f"import these where they are called: {loaded}"
-
-
-def test_the_probe_notices_a_framework():
-    assert "numba" in _run(_NEWCOMERS.replace("import gradsplit", "import gradsplit, numba"))
+def test_the_probe_notices_a_package_and_a_part():
+    loaded = _run(_PROBE.replace("import gradsplit\n", "import gradsplit, rich, gradsplit.cli\n"))
+    assert "rich" in loaded["packages"]
+    assert "cli" in loaded["parts"]
