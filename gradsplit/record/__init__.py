@@ -3,7 +3,7 @@
 from .outline import Outline, recording_plan
 from .reader import Event, RunFile, Series
 from .rows import Rows, Stream
-from .run_file import RunFileError, free_name
+from .run_file import RunFileError
 from .sinks import Recorder, RowSink, summed_up
 from .step import BinReport, StepRecord
 from .writer import RunWriter
@@ -21,7 +21,6 @@ __all__ = [
     "Series",
     "StepRecord",
     "Stream",
-    "free_name",
     "recording_plan",
     "summed_up",
 ]

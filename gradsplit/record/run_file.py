@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sqlite3
@@ -13,7 +12,7 @@ from typing import Any
 
 from .schema import APPLICATION_ID, SCHEMA, VERSION
 
-__all__ = ["RunFileError", "create", "finish", "free_name", "open_to_read"]
+__all__ = ["RunFileError", "create", "finish", "open_to_read"]
 
 
 class RunFileError(RuntimeError):
@@ -54,16 +53,6 @@ def create(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> sqlite3.Con
             "--record ~/runs/run.db."
         ) from error
     return connection
-
-
-def free_name(path: str | os.PathLike[str]) -> Path:
-    """Return the path itself, or ``name-2.db``, ``name-3.db``, … whichever does not exist yet."""
-    place = Path(path)
-    for number in itertools.count(2):
-        if not place.exists():
-            return place
-        place = Path(path).with_stem(f"{Path(path).stem}-{number}")
-    raise AssertionError("count() never ends")
 
 
 def finish(connection: sqlite3.Connection) -> None:

@@ -1,0 +1,74 @@
+"""`gradsplit run`: a training script under watch or control, without a change to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["CONTEXT", "run"]
+
+CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
+"""Everything from the script's name on belongs to the script."""
+
+
+def run(
+    program: Annotated[
+        list[str],
+        typer.Argument(metavar="SCRIPT [ARGUMENTS]…", help="A script, -m MODULE, or a launcher (torchrun, …)."),
+    ],
+    watch: Annotated[bool, typer.Option("--watch", help="Only measure; gradients stay bit for bit (default).")] = False,
+    control: Annotated[bool, typer.Option("--control", help="Bound the gradients, too.")] = False,
+    plan: Annotated[str, typer.Option(help="With --control: xsp, per_tensor, tree_sp or whole.")] = "xsp",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="With --control: [LEVEL@]NAME[:KEY=NUMBER]…, e.g. relative_step:tau=0.03; may be repeated."),
+    ] = None,
+    record: Annotated[Path, typer.Option(help="The run file; run-2.db and so on if it exists.")] = Path("run.db"),
+    to: Annotated[
+        list[str] | None, typer.Option(help="Also tensorboard:FOLDER, jsonl:FILE, wandb:PROJECT, mlflow:EXPERIMENT.")
+    ] = None,
+    max_nodes: Annotated[int, typer.Option(help="Nodes recorded at every step.")] = 1000,
+    max_megabytes: Annotated[float, typer.Option(help="Size above which old steps are thinned.")] = 400.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing at the end.")] = False,
+) -> None:
+    """Run a training script unchanged, measure every optimizer step and keep the evidence in a run file.
+
+    Example: gradsplit run --watch train.py --epochs 3
+    """
+    from gradsplit.integrations.sinks import SINKS
+    from gradsplit.plan.registry import strategy_named
+    from gradsplit.run.launch import launch
+    from gradsplit.run.settings import Settings, budget_from_words
+
+    if watch and control:
+        raise ValueError("gradsplit run --watch --control: expected one of the two. --control measures, too.")
+    if (budget or plan != "xsp") and not control:
+        raise ValueError("gradsplit run --plan/--budget: expected --control beside it, since --watch bounds nothing.")
+    strategy_named(plan, call=f"gradsplit run --plan {plan}")
+    budget_from_words(budget or [])
+    for word in to or []:
+        if word.partition(":")[0] not in SINKS or not word.partition(":")[2]:
+            raise ValueError(f"gradsplit run --to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}.")
+    if max_megabytes < 1 or max_nodes < 2:
+        raise ValueError("gradsplit run: expected --max-megabytes >= 1 and --max-nodes >= 2.")
+    launch(
+        program,
+        Settings(
+            record=str(record),
+            control=control,
+            plan=plan,
+            budget=tuple(budget or ()),
+            max_nodes=max_nodes,
+            max_megabytes=max_megabytes,
+            to=tuple(to or ()),
+            quiet=quiet,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    from gradsplit.cli.app import run_app
+
+    run_app({"run": ("run", "Run a training script under watch or control.")}, ["run", *__import__("sys").argv[1:]])

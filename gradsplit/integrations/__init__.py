@@ -1,0 +1,1 @@
+"""Translations between gradsplit and other packages; no logic of their own."""

@@ -1,0 +1,80 @@
+"""Names for an optimizer's parameters, from wherever they can be had."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["named_parameters_of", "parameters_of"]
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return an optimizer's parameters in the order of its parameter groups."""
+    return [parameter for entry in optimizer.param_groups for parameter in entry["params"]]
+
+
+def named_parameters_of(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+    """Return pairs (name, parameter), names unique.
+
+    The names are those the optimizer was given (``param_names``); else those by which living modules own the
+    parameters, without the names of wrappers (DistributedDataParallel, torch.compile); else ``group0.param3``.
+    """
+    given: list[str | None] = []
+    for entry in optimizer.param_groups:
+        given += list(entry.get("param_names") or [None] * len(entry["params"]))
+    parameters = parameters_of(optimizer)
+    owned = {} if all(given) else _owned_names({id(p) for p in parameters})
+    places = [f"group{i}.param{j}" for i, e in enumerate(optimizer.param_groups) for j in range(len(e["params"]))]
+    names = [
+        _without_wrappers(name or owned.get(id(parameter)) or place)
+        for name, parameter, place in zip(given, parameters, places, strict=True)
+    ]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    return [
+        (f"{place}.{name}" if name in twice else name, parameter)
+        for name, place, parameter in zip(names, places, parameters, strict=True)
+    ]
+
+
+def _owned_names(wanted: set[int]) -> dict[int, str]:
+    """Return ``{id(parameter): dotted name}`` from living modules: the roots that cover most parameters, first."""
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    inside = {id(child) for module in modules for child in vars(module).get("_modules", {}).values()}
+    roots = [module for module in modules if id(module) not in inside and "_parameters" in vars(module)]
+    covers: list[tuple[Any, dict[int, str]]] = []
+    for root in roots:
+        names = {id(parameter): name for name, parameter in root.named_parameters() if id(parameter) in wanted}
+        if names:
+            covers.append((root, names))
+    owned: dict[int, str] = {}
+    several = len(covers) > 1
+    while covers:
+        root, names = max(covers, key=lambda cover: len(cover[1]))
+        if names and several and len(names) < len(wanted):
+            # Two networks under one optimizer: their names may be alike.
+            names = {key: f"{type(root).__name__}.{name}" for key, name in names.items()}
+        owned |= names
+        covers = [
+            (root, left)
+            for root, names in covers
+            if (left := {key: name for key, name in names.items() if key not in owned})
+        ]
+    return owned
+
+
+def _without_wrappers(name: str) -> str:
+    """Take away the names of wrappers: ``module.`` in front, the others anywhere.
+
+    >>> _without_wrappers("module._orig_mod.head.weight"), _without_wrappers("model.module.weight")
+    ('head.weight', 'model.module.weight')
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS or part == "module"]
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return ".".join(parts)

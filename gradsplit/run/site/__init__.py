@@ -1,0 +1,1 @@
+"""A folder that is put first on PYTHONPATH, so that Python itself runs its sitecustomize in every process."""
