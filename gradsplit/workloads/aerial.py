@@ -99,9 +99,7 @@ def cut(image: Tensor, boxes: Tensor, left: int, top: int) -> tuple[Tensor, Tens
     return image[:, top : top + TILE, left : left + TILE], grid, labels
 
 
-def turned(
-    image: Tensor, boxes: Tensor, mirror_x: bool, mirror_y: bool, transpose: bool
-) -> tuple[Tensor, Tensor]:
+def turned(image: Tensor, boxes: Tensor, mirror_x: bool, mirror_y: bool, transpose: bool) -> tuple[Tensor, Tensor]:
     """One of the eight symmetries of the square, on a tile and its boxes alike: a forest has no up.
 
     Args:
@@ -167,9 +165,13 @@ class AerialTask(DetectorTask):
         return (images + 0.5) * light - 0.5, grids, labels
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """`DetectorTask.score` on the validation photograph, and as "test_..." on the other site."""
-        other = self.score(model, self.other_site)
-        return self.score(model, self.validation) | {f"test_{name}": value for name, value in other.items()}
+        """Give "map50", "map" and "iou" of the validation photograph, and as "test_..." of the other site.
+
+        "iou" is the mean at the trees' own cells; with one class there is no class to get right.
+        """
+        here, there = self.score(model, self.validation), self.score(model, self.other_site)
+        names = ("map50", "map", "iou")
+        return {name: here[name] for name in names} | {f"test_{name}": there[name] for name in names}
 
 
 def build_aerial(
@@ -188,7 +190,7 @@ AERIAL = Workload(
     higher_is_better=True,
     steps=500,
     optimizer="sgdm",
-    lr=0.03,
+    lr=0.1,
     expected=Expected(0.2, 15.0, "to be measured"),
     data_note=(
         "951 hand-drawn tree crowns in four aerial photographs (NEON; Weinstein et al.), data files of "

@@ -1,10 +1,11 @@
 """Detection of real handwriting in composed scenes, with a box loss that explodes as such losses do.
 
 How the failure was chosen. Nothing is rigged: the box error is the mean square in pixels, which is how such a
-loss is first written. Scenes are 32 pixels wide, so a raw size of zero is off by up to 8 pixels, and the box
-head's first gradients are some tens of times the class head's, a ratio common where box errors are in pixels.
-Under SGD with momentum 0.9 the loss then overflows from a learning rate of 0.03; at 0.01 and less it survives,
-but the classes stay near chance in 500 steps. With `healthy=True` the same net and data train at 0.03.
+loss is first written. Scenes are 32 pixels wide, so a raw size of zero is off by up to 8 pixels, and the box error
+is several times the class error in the first loss. Under SGD with momentum 0.9 and 500 steps (seed 0) no control
+scores 0.09 at a learning rate of 0.003 and 0.08 at 0.01, where boxes are found but classes stay at chance, and 0
+from 0.03 on, where the sizes overflow. The loss in logarithms (`healthy=True`), with the same net and data,
+trains at 0.03.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ DETECTION = Workload(
     higher_is_better=True,
     steps=500,
     optimizer="sgdm",
-    lr=0.03,
+    lr=0.1,
     expected=Expected(0.25, 6.0, "to be measured"),
     data_note=(
         "Composed scenes: scikit-learn's real handwritten digits, cut to their ink and pasted at random places "

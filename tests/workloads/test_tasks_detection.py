@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 
@@ -186,6 +187,15 @@ def test_a_tile_cuts_boxes_and_the_larger_keeps_a_shared_cell() -> None:
     assert torch.equal(tile, image[:, 4:68, 10:74])
     assert int((labels == aerial.TREE).sum()) == 1
     assert labels[2, 1] == aerial.TREE and grid[2, 1].tolist() == [0.0, 6.0, 20.0, 26.0]
+
+
+@pytest.mark.parametrize("turn", list(itertools.product([False, True], repeat=3)))
+def test_a_turned_tile_keeps_its_boxes_on_their_trees(turn: tuple[bool, bool, bool]) -> None:
+    image, boxes = torch.zeros(3, 64, 64), torch.tensor([[5.0, 10.0, 20.0, 50.0]])
+    image[:, 10:50, 5:20] = 1.0
+    image, boxes = aerial.turned(image, boxes, *turn)
+    x0, y0, x1, y1 = boxes[0].int().tolist()
+    assert image[:, y0:y1, x0:x1].min() == 1.0 and image.sum() == 3 * 15 * 40 == 3 * (x1 - x0) * (y1 - y0)
 
 
 def test_missing_photographs_are_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
