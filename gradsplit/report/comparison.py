@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from gradsplit.report.page import Section, html_table, page
-from gradsplit.report.rate_curve import line_style
+from gradsplit.report.rate_curve import style_of
 
 __all__ = ["comparison_page", "loss_figure", "rate_figure"]
 
@@ -23,11 +23,11 @@ def comparison_page(results: Mapping[str, Any]) -> str:
     about, grid = results["workload"], results["grid"]
     way = "higher is better" if about["higher_is_better"] else "lower is better"
     fresh = grid["fresh_seeds"] > 0
-    seeds = f"{grid['fresh_seeds']} fresh seeds" if fresh else f"the {grid['seeds']} seeds that chose the cell"
+    seeds = f"fresh seeds: {grid['fresh_seeds']}" if fresh else f"seeds that chose the cell: {grid['seeds']}"
     sections = [
         Section(
             "Best cell of each method",
-            f"{about['metric']} ({way}): median [range] over {seeds}. Bold: gradsplit's. Steps to target count until "
+            f"{about['metric']} ({way}): median [range], {seeds}. Bold: gradsplit's. Steps to target count until "
             "the training loss is down to where the tuned global clip ends with the same seed.",
             [_best_table(results)],
         ),
@@ -79,7 +79,7 @@ def _best_table(results: Mapping[str, Any]) -> str:
 
 def rate_figure(results: Mapping[str, Any]) -> go.Figure:
     """Median score over the learning rate, one line a method, bars from least to greatest."""
-    style, figure = line_style(results["summary"]), go.Figure()
+    style, figure = style_of(results["summary"]), go.Figure()
     for entry in results["summary"]:
         colour, dash = style[entry["method"]]
         held = [point for point in entry["curve"] if point["median"] is not None]
@@ -101,7 +101,8 @@ def rate_figure(results: Mapping[str, Any]) -> go.Figure:
             customdata=[["" if p["strength"] is None else f", strength {p['strength']:g}"] for p in held],
             hovertemplate="%{y:.4g} at lr %{x:.3g}%{customdata[0]}<extra>" + entry["method"] + "</extra>",
         )
-    figure.update_xaxes(type="log", title="learning rate", dtick=1)
+    lrs = sorted({point["lr"] for entry in results["summary"] for point in entry["curve"]})
+    figure.update_xaxes(type="log", title="learning rate", tickvals=lrs, ticktext=[f"{lr:.3g}" for lr in lrs])
     figure.update_yaxes(title=results["workload"]["metric"])
     figure.update_layout(height=460, legend={"orientation": "v"})
     return figure
@@ -109,7 +110,7 @@ def rate_figure(results: Mapping[str, Any]) -> go.Figure:
 
 def loss_figure(results: Mapping[str, Any]) -> go.Figure:
     """Training loss of each method's best cell, median over its runs."""
-    style, figure = line_style(results["summary"]), go.Figure()
+    style, figure = style_of(results["summary"]), go.Figure()
     for entry in results["summary"]:
         rows = [
             row for row in results["cells"]
@@ -127,7 +128,7 @@ def loss_figure(results: Mapping[str, Any]) -> go.Figure:
         )
     positive = [y for trace in figure.data for y in trace.y if y is not None and y > 0]
     wide = bool(positive) and max(positive) > 20 * min(positive)
-    figure.update_yaxes(title="training loss", type="log" if wide else "linear")
+    figure.update_yaxes(title="training loss", type="log" if wide else "linear", **({"dtick": 1} if wide else {}))
     figure.update_xaxes(title="step")
     figure.update_layout(height=420)
     return figure

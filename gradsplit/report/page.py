@@ -74,8 +74,8 @@ def html_table(
         bold: indices of rows set in bold.
         head: show the headings.
 
-    >>> html_table(["a"], [["<1>"]], head=False)
-    '<div class="wide"><table><tbody><tr><td>&lt;1&gt;</td></tr></tbody></table></div>'
+    >>> html_table(["a"], [["<b>"]], head=False)
+    '<div class="wide"><table><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table></div>'
     """
     strong = set(bold)
     top = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
@@ -105,8 +105,7 @@ def figure_html(figure: go.Figure, *, height: int | None = None) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    first = cell.lstrip("<–-").replace("never", "0")[:1]
-    return first.isdigit() or cell in ("–", "")
+    return cell in ("–", "", "never") or cell.lstrip("<–-")[:1].isdigit()
 
 
 def _flat(value: Any) -> str:
@@ -130,7 +129,7 @@ section{background:#fff;border:1px solid #e3e3e3;border-radius:8px;padding:18px 
 th,td{padding:5px 10px;text-align:left;border-bottom:1px solid #ececec;vertical-align:top}
 th{font-weight:600;color:#444;white-space:nowrap}td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.ours td:first-child{font-weight:600}
-td{overflow-wrap:anywhere}
+td{overflow-wrap:anywhere;min-width:2.2em}td:nth-child(2):not(.num){min-width:13em}
 .figure{margin:8px -6px}
 @media print{section{break-inside:avoid;border:0}nav{display:none}}
 """

@@ -7,21 +7,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
-__all__ = ["COLOURS", "line_style", "rate_curve_svg"]
+__all__ = ["line_style", "rate_curve_svg", "style_of"]
 
 WIDTH, HEIGHT = 860, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 210, 56, 56
 
-# Distinct for most colour-blind readers (Okabe and Ito); ours are drawn solid, other people's dashed.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B", "#444444", "#999999")
+# Distinct for most colour-blind readers (after Okabe and Ito). Ours are drawn solid, other people's dashed.
+OURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#1B7837", "#A6761D", "#08306B")
+OTHERS = ("#333333", "#B2182B", "#8C8C8C", "#8C564B", "#5E4FA2", "#B8860B", "#4D9221", "#C51B7D", "#01665E", "#666666")
 
 
-def line_style(entries: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Method -> (colour, "solid" or "dash"), the same in every picture of a comparison."""
-    return {
-        entry["method"]: (COLOURS[at % len(COLOURS)], "solid" if entry["ours"] else "dash")
-        for at, entry in enumerate(sorted(entries, key=lambda entry: not entry["ours"]))
-    }
+def line_style(names: Sequence[tuple[str, bool]]) -> dict[str, tuple[str, str]]:
+    """Name -> (colour, "solid" or "dash"), the same in every picture of a page.
+
+    Args:
+        names: (name, whether it is ours), in the order of the table.
+
+    >>> line_style([("clip", False), ("xsp", True)])
+    {'clip': ('#333333', 'dash'), 'xsp': ('#0072B2', 'solid')}
+    """
+    counts, style = {True: 0, False: 0}, {}
+    for name, ours in names:
+        palette = OURS if ours else OTHERS
+        style[name] = (palette[counts[ours] % len(palette)], "solid" if ours else "dash")
+        counts[ours] += 1
+    return style
+
+
+def style_of(summary: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """`line_style` of a comparison's methods."""
+    return line_style([(entry["method"], entry["ours"]) for entry in summary])
 
 
 def rate_curve_svg(results: Mapping[str, Any]) -> str:
@@ -39,7 +54,7 @@ def rate_curve_svg(results: Mapping[str, Any]) -> str:
     x_of = _scale([math.log10(lr) for lr in lrs], LEFT, WIDTH - RIGHT)
     y_of = _scale([low, high], HEIGHT - BOTTOM, TOP)
     parts = [*_frame(results, lrs, (low, high), x_of, y_of)]
-    style, ends = line_style(summary), []
+    style, ends = style_of(summary), []
     for entry in summary:
         colour, dash = style[entry["method"]]
         points = [(x_of(math.log10(p["lr"])), p) for p in entry["curve"]]
@@ -48,7 +63,7 @@ def rate_curve_svg(results: Mapping[str, Any]) -> str:
         if len(held) > 1:
             band = [f"{x:.1f},{_clamped(y_of, p['max'])}" for x, p in held]
             band += [f"{x:.1f},{_clamped(y_of, p['min'])}" for x, p in reversed(held)]
-            parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.10"/>')
+            parts.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.08"/>')
         line = " ".join(f"{x:.1f},{at:.1f}" for (x, _), at in zip(held, y, strict=True))
         dashes = ' stroke-dasharray="6 4"' if dash == "dash" else ""
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2.2"{dashes}/>')

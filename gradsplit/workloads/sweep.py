@@ -11,8 +11,9 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ Row = dict[str, Any]
 
 
 def one_thread() -> None:
-    """One thread for this process: more would only fight with the other workers for the same cores."""
+    """Begin a worker: one thread, since more would only fight for the same cores; Ctrl-C ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
@@ -140,6 +142,11 @@ def _named(cell: Cell, run: Callable[[], Row]) -> Row:
 
         if isinstance(error, MissingDataError):
             raise
+        if isinstance(error, BrokenExecutor):
+            raise RuntimeError(
+                "compare(…): expected the worker processes to live, one of them was ended from outside, perhaps for "
+                "want of memory. Finished runs are kept; start the same command again, with --jobs 1."
+            ) from error
         strength = "" if cell.strength is None else f", strength={cell.strength:g}"
         raise RuntimeError(
             f"compare(…): expected every run to end, got {type(error).__name__} in method {cell.method!r}{strength}, "

@@ -63,7 +63,7 @@ def train(
     settings: Settings,
     strength: float | None = None,
     watch: bool = False,
-    on_progress: Callable[[int], None] = lambda step: None,
+    on_progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Result:
     """Train a task from its initial weights and score it.
 
@@ -74,7 +74,7 @@ def train(
         settings: steps, optimizer, schedule, warm-up.
         strength: in the method's unit; None where it has nothing to tune.
         watch: keep the norms of all nodes, at the price of two more measurements on the steps kept.
-        on_progress: called with the number of steps done, every `READ_EVERY` steps.
+        on_progress: called with the number of steps done and the last loss, every `READ_EVERY` steps.
 
     Returns:
         The result. A run counts as lost when its loss has been bad for a twentieth of all steps (at least
@@ -98,7 +98,7 @@ def train(
             losses += torch.stack(unread).double().cpu().tolist()
             unread.clear()
             bad_for = _bad_at_the_end(losses)
-            on_progress(step + 1)
+            on_progress(step + 1, losses[-1])
             if bad_for >= patience:
                 break
     seconds = time.perf_counter() - start

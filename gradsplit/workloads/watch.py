@@ -23,7 +23,7 @@ class NormHistory:
     """L2 norms of nodes, (steps kept, N), gradient units.
 
     Attributes:
-        names: (N,) names of the nodes, root first.
+        names: (N,) names of the nodes, root first, each module before what is in it.
         levels: (N,) "root", "module" or "tensor".
         steps: the steps kept.
         before: a row of N norms for every step kept, as measured; not finite where an entry was not.
@@ -50,10 +50,9 @@ class NormWatch:
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         plan = gs.tree_sp(gs.layout_of(model))
         self.kernel = make_kernel("auto", plan, self.parameters[0].device, call="NormWatch")
-        nodes = plan.nodes
-        self.kept_N = [node.index for node in nodes if node.level != "bin"]
-        self.history = NormHistory([nodes[i].name for i in self.kept_N], [nodes[i].level for i in self.kept_N])
-        self.plan = plan
+        self.plan, nodes = plan, plan.nodes
+        self.kept = _worth_showing(plan)
+        self.history = NormHistory([nodes[i].name for i in self.kept], [nodes[i].level for i in self.kept])
         self.every = max(1, total // COLUMNS)
 
     def wants(self, step: int) -> bool:
@@ -74,4 +73,28 @@ class NormWatch:
         gradients: list[Any] = [parameter.grad for parameter in self.parameters]
         squares_B = self.kernel.squares(gradients)
         squares_N = Nodes.of(self.plan, squares_B).sums_N(squares_B)
-        return squares_N.sqrt()[self.kept_N].cpu().tolist()
+        return squares_N.sqrt()[self.kept].cpu().tolist()
+
+
+def _worth_showing(plan: gs.Plan) -> list[int]:
+    """The tree's nodes down to the tensors, depth first; a module with one child is left out: it says the same."""
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(plan.parents_N.tolist()):
+        children.setdefault(parent, []).append(node)
+    # As the layout has them: the tree numbers nodes level by level.
+    place = {name: at for at, name in enumerate(plan.layout.names)}
+    nodes, order, waiting = plan.nodes, [], [0]
+
+    def first_tensor(node: int) -> int:
+        while nodes[node].level != "tensor":
+            node = children[node][0]
+        return place[nodes[node].name]
+
+    while waiting:
+        node = waiting.pop()
+        level = nodes[node].level
+        below = [] if level == "tensor" else sorted(children[node], key=first_tensor, reverse=True)
+        if level in ("root", "tensor") or len(below) > 1:
+            order.append(node)
+        waiting += below
+    return order
