@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .boxes import Boxes
+from .boxes import Boxes, sides_of
 from .layout import Layout
 from .plan import Plan
 
@@ -13,9 +13,8 @@ __all__ = ["per_tensor", "whole"]
 
 def _one_box_each(layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tensor = np.array([t for t, numel in enumerate(layout.numels) if numel], dtype=np.int64)
-    rows = np.array([layout.rows[t] for t in tensor], dtype=np.int64)
-    cols = np.array([layout.cols[t] for t in tensor], dtype=np.int64)
-    return tensor, rows, cols
+    rows, cols = sides_of(layout)
+    return tensor, rows[tensor], cols[tensor]
 
 
 def whole(layout: Layout) -> Plan:

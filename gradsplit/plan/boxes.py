@@ -8,9 +8,24 @@ import numpy as np
 
 from .layout import Layout
 
-__all__ = ["Boxes"]
+__all__ = ["Boxes", "sides_of"]
 
 _INT64_MAX = 2**63 - 1
+
+
+def sides_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows and columns of every tensor's matrix view, int64, shape (T,) each.
+
+    Raises:
+        ValueError: a side longer than 2^63 - 1; products of sides may be of any size.
+    """
+    for name, rows, cols in zip(layout.names, layout.rows, layout.cols, strict=True):
+        if max(rows, cols) > _INT64_MAX:
+            raise ValueError(
+                f"Plan(…): expected rows and columns below 2^63, got {rows:,} x {cols:,} at {name!r}. Cut the "
+                "tensor into several of the layout."
+            )
+    return np.array(layout.rows, dtype=np.int64), np.array(layout.cols, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -55,13 +70,17 @@ class Boxes:
         """Check that every element of every tensor lies in exactly one box.
 
         Raises:
-            ValueError: a box out of its tensor's bounds or empty, an element in two boxes or in none; names the tensor.
+            ValueError: boxes out of order, out of their tensor's bounds or empty, an element in two boxes or in none;
+                names the tensor.
         """
+        if (self.tensor_K[1:] < self.tensor_K[:-1]).any():
+            raise ValueError("Plan(…): expected boxes sorted by tensor, got others. Make them with Boxes.from_columns.")
         bounds = self.slices_T(len(layout))
         if len(self) and (self.tensor_K[0] < 0 or self.tensor_K[-1] >= len(layout)):
             raise ValueError(
                 f"Plan(…): expected tensor indices in [0, {len(layout)}), got one outside. Use the layout's order."
             )
+        sides_of(layout)
         for t, name in enumerate(layout.names):
             part = slice(bounds[t], bounds[t + 1])
             problem = _cover_problem(
@@ -83,8 +102,6 @@ def _cover_problem(rows: int, cols: int, r0: np.ndarray, r1: np.ndarray, c0: np.
     """Say what is wrong with the tiling of one rows x cols matrix, or None."""
     if rows == 0 or cols == 0:
         return "a box in an empty tensor" if len(r0) else None
-    if rows > _INT64_MAX or cols > _INT64_MAX:
-        return "a side longer than 2^63 - 1"
     if not len(r0):
         return "no box"
     if (r0 < 0).any() or (r1 > rows).any() or (c0 < 0).any() or (c1 > cols).any():

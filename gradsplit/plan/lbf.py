@@ -11,6 +11,7 @@ import numpy as np
 from .boxes import Boxes
 from .layout import Layout
 from .plan import Plan
+from .xsp import xsp
 
 __all__ = ["lbf", "log_likelihood"]
 
@@ -46,14 +47,16 @@ def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_g
     row and column energies. Deterministic: ties go to the first tensor, row cuts before column cuts, the lowest
     position.
 
-    Greedy, so a pattern that no single cut improves (an exact checkerboard) is left whole. Trials found L-BF as good as
-    rows, not better (residual net .87 against .89; detector .284 against .273).
+    Greedy, so a pattern that no single cut improves (an exact checkerboard) is left whole, and a first cut that looked
+    best may cost more cuts later than it saved. So plain slices along one axis, with as many bins or with ``max_bins``,
+    are compared at the end, and are taken where they are likelier: L-BF is never less likely than XSP with as many
+    bins. Trials found L-BF as good as rows, not better (residual net .87 against .89; detector .284 against .273).
 
     Args:
         layout: names and shapes.
         energy: ``{name: mean of squared gradients, shaped like the tensor}``; see `GradientSplitter.calibrate`.
         max_bins: leaves at the most, at least one a tensor.
-        min_gain: cuts that gain less are not made. 10 is a likelihood ratio of e^5.
+        min_gain: cuts that gain no more are not made. 10 is a likelihood ratio of e^5.
 
     Raises:
         ValueError: energies of other tensors or shapes, negative or not finite; max_bins below the number of tensors.
@@ -71,7 +74,7 @@ def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_g
             "out of the layout."
         )
     if not min_gain >= 0:
-        raise ValueError(f"lbf(min_gain={min_gain}): expected a gain >= 0. 0 cuts until max_bins.")
+        raise ValueError(f"lbf(min_gain={min_gain}): expected a gain >= 0. 0 makes every cut that gains at all.")
     floor = _floor(matrices)
     done: list[_Leaf] = []
     queue: list[tuple[float, int, int, int, int, _Cut, _Leaf]] = []
@@ -91,6 +94,9 @@ def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_g
         for child in _halves(leaf, cut, matrices[leaf.tensor]):
             push(child)
     leaves = done + [entry[-1] for entry in queue]
+    slices = _likelier_slices(layout, matrices, leaves, floor, max_bins, min_gain)
+    if slices is not None:
+        return xsp(layout, parts=slices[1], axis=slices[0])
     corners = np.array([leaf[:5] for leaf in leaves], dtype=np.int64)
     corners = corners[np.lexsort((corners[:, 3], corners[:, 1], corners[:, 0]))]
     return Plan(layout, Boxes.from_columns(*corners[:, (0, 1, 2, 3, 4)].T, np.arange(len(corners))))
@@ -104,7 +110,53 @@ def log_likelihood(plan: Plan, energy: Mapping[str, Any]) -> float:
         rows = slice(plan.row_start_K[k], plan.row_stop_K[k])
         cols = slice(plan.col_start_K[k], plan.col_stop_K[k])
         energy_B[plan.bin_K[k]] += matrices[plan.tensor_K[k]][rows, cols].sum()
-    return float(-(plan.numel_B * np.log(energy_B / plan.numel_B + _floor(matrices))).sum())
+    return _score(energy_B, plan.numel_B, _floor(matrices))
+
+
+def _likelier_slices(
+    layout: Layout, matrices: list[np.ndarray], leaves: list[_Leaf], floor: float, max_bins: int, min_gain: float
+) -> tuple[int, int] | None:
+    """Return (axis, parts) of the slices that beat the leaves, each bin costing ``min_gain``; None if none do."""
+    lines = {axis: [(m.sum(1 - axis), m.shape[1 - axis]) for m in matrices if m.size] for axis in (0, 1)}
+    sizes = {axis: [len(line) for line, _ in lines[axis]] for axis in (0, 1)}
+    energy, numel = (
+        np.array([leaf.row_energy.sum() for leaf in leaves]),
+        np.array([float(leaf.bottom - leaf.top) * (leaf.right - leaf.left) for leaf in leaves]),
+    )
+    num, chosen = len(leaves), None
+    best = _score(energy, numel, floor) - min_gain * num
+    seen: set[tuple[int, int]] = set()
+    while True:  # slices with as many bins as the best so far are compared too, so each change looks again
+        fresh = {(axis, _parts_for(sizes[axis], most)) for axis in (0, 1) for most in (num, max_bins)} - seen
+        if not fresh:
+            return chosen
+        for axis, parts in sorted(fresh):
+            seen.add((axis, parts))
+            energies, numels = zip(*(_sums_of_slices(line, across, parts) for line, across in lines[axis]), strict=True)
+            count = sum(map(len, energies))
+            score = _score(np.concatenate(energies), np.concatenate(numels), floor) - min_gain * count
+            if score > best + 1e-9 * abs(best):  # more than rounding
+                best, num, chosen = score, count, (axis, parts)
+
+
+def _parts_for(sizes: list[int], most: int) -> int:
+    """Return the largest number of slices a tensor that makes at most ``most`` bins; sizes at their largest."""
+    low, high = 1, max(sizes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(size, middle) for size in sizes) <= most else (low, middle - 1)
+    return low
+
+
+def _sums_of_slices(line: np.ndarray, across: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return energies and elements of a matrix's slices, cut where `xsp` cuts."""
+    count = min(len(line), parts)
+    cuts = np.array([k * len(line) // count for k in range(count)])
+    return np.add.reduceat(line, cuts), np.diff(np.append(cuts, len(line))) * float(across)
+
+
+def _score(energy: np.ndarray, numel: np.ndarray, floor: float) -> float:
+    return float(-(numel * np.log(energy / numel + floor)).sum())
 
 
 def _best_cut(leaf: _Leaf, floor: float) -> _Cut:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .boxes import Boxes
+from .boxes import Boxes, sides_of
 from .layout import Layout
 from .plan import Plan
 
@@ -45,6 +45,7 @@ def xsp(layout: Layout, *, parts: int | None = None, axis: int = 0) -> Plan:
             "would take "
             f"{48 * sum(counts):,} bytes. Pass parts=, for example xsp(layout, parts=64)."
         )
+    across_T = sides_of(layout)[1 - axis]
     tensor = np.repeat(np.arange(len(layout), dtype=np.int64), counts)
     starts, stops = np.empty(len(tensor), dtype=np.int64), np.empty(len(tensor), dtype=np.int64)
     at = 0
@@ -55,8 +56,7 @@ def xsp(layout: Layout, *, parts: int | None = None, axis: int = 0) -> Plan:
             cuts = np.array([k * size // count for k in range(count + 1)] if count else [0], dtype=np.int64)
         starts[at : at + count], stops[at : at + count] = cuts[:-1], cuts[1:]
         at += count
-    full = np.array([cols if axis == 0 else rows for rows, cols in zip(layout.rows, layout.cols, strict=True)])
-    other_start, other_stop = np.zeros(len(tensor), dtype=np.int64), full.astype(np.int64)[tensor]
+    other_start, other_stop = np.zeros(len(tensor), dtype=np.int64), across_T[tensor]
     bins = np.arange(len(tensor), dtype=np.int64)
     if axis == 0:
         return Plan(layout, Boxes(tensor, starts, stops, other_start, other_stop, bins))
