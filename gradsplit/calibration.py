@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .distributed import whole_of
 from .plan import STRATEGIES, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int
         parameter.grad = None
     if cuts_anew:
         energies = {
-            name: torch.zeros(shape) if value is None else value / (1 - _MEMORY**count)
+            name: torch.zeros(shape) if value is None else whole_of(value) / (1 - _MEMORY**count)
             for name, shape, value, count in zip(splitter.layout.names, splitter.layout.shapes, mean, seen, strict=True)
         }
         splitter._adopt(make_plan(strategy, splitter.layout, energies, call="GradientSplitter.calibrate"))

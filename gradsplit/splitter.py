@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attach import Handle, attach_to
 from .budget import Ledger, RelativeStep, budgets_by_level
+from .distributed import kernel_for
 from .kernels import make_kernel, squares_of
 from .plan import Layout, Plan, layout_of, make_plan, named_trainable
 from .rates import Rates, follows_gradient
@@ -38,6 +39,8 @@ class GradientSplitter:
         on_nonfinite: "zero" sets a non-finite bin to zero; "raise" raises instead, which waits for the device.
         cap_updates: let `RelativeStep` cap the update itself behind any optimizer, at the price of one copy of the
             weights; needs `attach`.
+        process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel); None: all. One
+            all-reduce a step, none where nothing is sharded.
         sinks: functions called with every StepRecord.
 
     Raises:
@@ -67,6 +70,7 @@ class GradientSplitter:
         rule: str = "bottom_up",
         on_nonfinite: str = "zero",
         cap_updates: bool = False,
+        process_group: Any = None,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
         if on_nonfinite not in ("zero", "raise"):
@@ -76,6 +80,7 @@ class GradientSplitter:
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout = layout_of(pairs)
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
+        self.process_group = process_group
         self.sinks = list(sinks)
         self.step_count = 0
         self._strategy, self._budget = plan, RelativeStep() if budget is None else budget
@@ -90,7 +95,12 @@ class GradientSplitter:
         call = "GradientSplitter"
         budgets = budgets_by_level(self._budget, plan, call=call)
         capped = [(level, budget) for level, budget in budgets if budget.bounds_update and self._cap_updates]
-        kernel = make_kernel(self.backend, plan, self.device, call=call)
+        kernel = kernel_for(
+            plan,
+            self.parameters,
+            lambda local: make_kernel(self.backend, local, self.device, call=call),
+            group=self.process_group,
+        )
         like = kernel.squares([None] * len(self.parameters))
         ledger = Ledger(plan, [pair for pair in budgets if pair not in capped], like, rule=self.rule, call=call)
         self.plan, self.kernel, self.ledger = plan, kernel, ledger

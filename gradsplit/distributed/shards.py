@@ -1,0 +1,85 @@
+"""What a rank holds of a sharded tensor: the one module that knows DTensor.
+
+A shard is a block of the tensor's matrix view. torch places it; here it is only asked where it lies.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Shard", "is_sharded", "local_of", "shard_of", "whole_of"]
+
+
+class Shard(NamedTuple):
+    """The block of a tensor's matrix view that this rank holds, half open, and its local shape."""
+
+    shape: tuple[int, ...]
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor; never imports torch.distributed.tensor, which whoever made one has done."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Any) -> Any:
+    """Return what this rank holds, sharing memory; anything but a DTensor is returned as it is.
+
+    DTensor operations in a step would gather once a bin; `data_ptr()` of a DTensor is 0.
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, gathered if it is sharded: once, for calibration, never in a step."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def shard_of(name: str, tensor: Any) -> Shard:
+    """Return where this rank's part of a tensor lies.
+
+    Raises:
+        ValueError: a placement whose part is no block of the matrix view (a shard of dim 2 or later), or a pending sum.
+    """
+    shape = tuple(int(size) for size in tensor.shape)
+    if not is_sharded(tensor):
+        rows, cols = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        return Shard(shape, 0, rows, 0, cols)
+    placements = tensor.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"shard_of({name!r}): expected a gradient that has been reduced, got placements {placements}. Split after the "
+            "reduction: after backward(), outside no_sync()."
+        )
+    if any(getattr(placement, "dim", 0) > 1 for placement in placements):
+        raise ValueError(
+            f"shard_of({name!r}): expected shards along dim 0 or 1, got placements {placements} of shape {shape}. A shard of a "
+            "later dim is no block of rows x columns; shard dim 0 instead."
+        )
+    local, offset = _local_shape_and_offset(tensor)
+    if len(shape) < 2:
+        start = offset[0] if offset else 0
+        size = math.prod(local)
+        return Shard(local, 0, 1 if size else 0, start, start + size)
+    behind = math.prod(shape[2:])
+    return Shard(local, offset[0], offset[0] + local[0], offset[1] * behind, (offset[1] + local[1]) * behind)
+
+
+def _local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Torch's own arithmetic of uneven, empty and strided shards.
+
+    It is private; the count of copies at set-up would not come out as integers if it changed its meaning.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(local), tuple(offset)
