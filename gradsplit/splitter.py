@@ -39,8 +39,8 @@ class GradientSplitter:
         on_nonfinite: "zero" sets a non-finite bin to zero; "raise" raises instead, which waits for the device.
         cap_updates: let `RelativeStep` cap the update itself behind any optimizer, at the price of one copy of the
             weights; needs `attach`.
-        process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel); None: all. One
-            all-reduce a step, none where nothing is sharded.
+        process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel); None:
+            all. One all-reduce a step, none where nothing is sharded.
         sinks: functions called with every StepRecord.
 
     Raises:
@@ -113,9 +113,10 @@ class GradientSplitter:
     def _read_rates_of(self, optimizer: torch.optim.Optimizer) -> None:
         if self._needs_rates and self._cap is None and not follows_gradient(optimizer):
             raise ValueError(
-                f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but here a limit on "
-                "the gradient says nothing about the step. Use gradsplit.GSO instead of the optimizer, or cap_updates=True "
-                "(one copy of the weights), or another budget, for example budget=gradsplit.Relative(0.2)."
+                f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but here a limit "
+                "on the gradient says nothing about the step. Use gradsplit.GSO instead of the optimizer, or "
+                "cap_updates=True (one copy of the weights), or another budget, for example "
+                "budget=gradsplit.Relative(0.2)."
             )
         self._rates = Rates(self.plan, self.parameters, optimizer, call="GradientSplitter")
         self.optimizer = optimizer

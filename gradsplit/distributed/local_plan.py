@@ -13,8 +13,8 @@ __all__ = ["LocalPlan"]
 class LocalPlan(Plan):
     """A plan over local shards: every kernel runs on it as on a whole one.
 
-    Bins keep their global numbers; one that lies elsewhere has no box here and its sum is 0. So sums over ranks are sums
-    over bins, and state per bin does not depend on the number of ranks.
+    Bins keep their global numbers; one that lies elsewhere has no box here and its sum is 0. So sums over ranks are
+    sums over bins, and state per bin does not depend on the number of ranks.
 
     Args:
         plan: over the global shapes.

@@ -57,12 +57,14 @@ def shard_of(name: str, tensor: Any) -> Shard:
     placements = tensor.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
-            f"shard_of({name!r}): expected a gradient that has been reduced, got placements {placements}. Split after the "
+            f"shard_of({name!r}): expected a gradient that has been reduced, got placements {placements}. Split "
+            "after the "
             "reduction: after backward(), outside no_sync()."
         )
     if any(getattr(placement, "dim", 0) > 1 for placement in placements):
         raise ValueError(
-            f"shard_of({name!r}): expected shards along dim 0 or 1, got placements {placements} of shape {shape}. A shard of a "
+            f"shard_of({name!r}): expected shards along dim 0 or 1, got placements {placements} of shape {shape}. A "
+            "shard of a "
             "later dim is no block of rows x columns; shard dim 0 instead."
         )
     local, offset = _local_shape_and_offset(tensor)
