@@ -54,7 +54,9 @@ def apply_scale(signal: Tensor, scale: Tensor, finite: Tensor) -> Tensor | None:
     """The signal times its scale, zeros where it is not finite (never 0 * inf); None for "unchanged" on the CPU."""
     if scale.device.type == "cpu" and bool((scale == 1).all()):
         return None  # reading a CPU tensor waits for nobody, and most signals are within their limit
-    if scale.dim():
+    if scale.numel() == 1:
+        scale, finite = scale.reshape(()), finite.reshape(())  # a scalar signal must stay one
+    else:
         shape = (-1,) + (1,) * (signal.dim() - 1)
         scale, finite = scale.reshape(shape), finite.reshape(shape)
     return torch.where(

@@ -28,6 +28,7 @@ class Link:
         finite_out: whether its output was.
         signal_in_finite: whether the entering signal was finite.
         signal_out_finite: whether the leaving signal was.
+        above: name of the link that sends it the largest signal, "" for the loss.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Link:
     finite_out: bool
     signal_in_finite: bool
     signal_out_finite: bool
+    above: str = ""
 
     @property
     def share(self) -> float:
@@ -102,6 +104,14 @@ class Chain:
             if link.name == name:
                 return link
         raise KeyError(f"no link {name!r}; the chain has {', '.join(link.name for link in self.links)}")
+
+    def way(self, name: str) -> list[Link]:
+        """The links that the strongest signal passes from the loss down to one link, both included."""
+        by_name = {link.name: link for link in self.links}
+        way = [self.link(name)]
+        while way[-1].above in by_name and len(way) <= len(self.links):
+            way.append(by_name[way[-1].above])
+        return way[::-1]
 
     def worst(self, k: int = 5) -> list[Link]:
         """The links with the largest gains, the loss left out."""

@@ -71,7 +71,8 @@ def gradient_chain(
     if not bool(torch.isfinite(loss)):
         return Chain(float(loss.detach()), _broken_links(record), [], {}, record.plain)
     factors, gradients = apply_factors(record, loss)
-    links = [_link(factor, operator_norms, gradients, model) for factor in factors]
+    above = _strongest_consumers(factors)
+    links = [_link(factor, operator_norms, gradients, model, above.get(factor.cut.name, "")) for factor in factors]
     top = links[0].leaving
     for link in links:
         link.cumulative = math.log10(link.signal / top) if link.signal > 0 and top > 0 else math.nan
@@ -156,7 +157,20 @@ def apply_factors(record: CutForward, loss: Tensor) -> tuple[list[Factor], dict[
     return factors, gradients
 
 
-def _link(factor: Factor, with_operator_norm: bool, gradients: dict[int, Tensor], model: nn.Module) -> Link:
+def _strongest_consumers(factors: list[Factor]) -> dict[str, str]:
+    """For each link the name of the factor that sends it the largest signal."""
+    owner = {id(leaf): factor.cut.name for factor in factors for leaf in factor.cut.leaves}
+    best: dict[str, tuple[float, str]] = {}
+    for factor in factors:
+        for leaf, grad in factor.leaving:
+            name = owner.get(id(leaf), INPUT)
+            size = float(torch.linalg.vector_norm(grad.detach().double()))
+            if name not in best or size > best[name][0]:
+                best[name] = (size, factor.cut.name)
+    return {name: entry[1] for name, entry in best.items()}
+
+
+def _link(factor: Factor, with_operator_norm: bool, gradients: dict[int, Tensor], model: nn.Module, above: str) -> Link:
     cut = factor.cut
     signal = _sum_of_squares(factor.signals) ** 0.5
     leaving = _sum_of_squares([grad for _, grad in factor.leaving]) ** 0.5
@@ -183,6 +197,7 @@ def _link(factor: Factor, with_operator_norm: bool, gradients: dict[int, Tensor]
         finite_out=math.isfinite(activation),
         signal_in_finite=factor.clean,
         signal_out_finite=all(bool(torch.isfinite(grad).all()) for _, grad in factor.leaving),
+        above=above,
     )
 
 

@@ -153,8 +153,10 @@ class ForkWatch:
             fork = next((f for f in found if node is not None and f.producer == (index.get(node), output)), None)
             if fork is None:
                 raise ValueError(
-                    f"ChainSplitter(forks=({name!r},)): expected a module whose output has several consumers before the "
-                    f"model's outputs, got one consumer or none at {name!r}. gs.joints(model, batch) lists the branches."
+                    f"ChainSplitter(forks=({name!r},)): expected a module whose output has several consumers before "
+                    f"the "
+                    f"model's outputs, got one consumer or none at {name!r}. gs.joints(model, batch) lists the "
+                    f"branches."
                 )
             if fork not in forks:
                 forks.append(fork)

@@ -22,10 +22,12 @@ class Branch:
     Attributes:
         name: the module that sets this branch apart from its siblings.
         inputs: (node, index of its input) of every consumer on this branch, as numbers in the graph.
+        modules: modules that run on this branch and on no other, in the order of the forward pass; tasks only.
     """
 
     name: str
     inputs: tuple[tuple[int, int], ...]
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ def find_forks(graph: Graph, trace: CallTrace) -> list[Fork]:
         owning = [task for task in tasks if _owns_parameters(task, tasks, reach, own_N)]
         if len(owning) >= 2:
             members = [tuple(users[i] for i in task) for task in owning]
-            names = _branch_names(graph, trace, [[reach[i] for i in task] for task in owning], members)
-            forks.append(Fork(module, "task", producer, _branches(names, members)))
+            private = _private([[reach[i] for i in task] for task in owning])
+            inside = [_modules(graph, trace, mask) for mask in private]
+            names = _branch_names(graph, trace, inside, members)
+            forks.append(Fork(module, "task", producer, _branches(names, members, inside)))
         else:
             meet = reach[0]
             for bits in reach[1:]:
@@ -79,7 +83,8 @@ def find_forks(graph: Graph, trace: CallTrace) -> list[Fork]:
             adds = first >= 0 and "Add" in type(graph.nodes_N[first]).__name__
             members = [(user,) for user in users]
             names = [trace.module_of(_number(graph, user)) or "(loss)" for user, _ in users]
-            forks.append(Fork(module, "residual" if adds else "merge", producer, _branches(names, members)))
+            role = "residual" if adds else "merge"
+            forks.append(Fork(module, role, producer, _branches(names, members, [()] * len(members))))
     return forks
 
 
@@ -112,7 +117,7 @@ def _wide_mask(graph: Graph) -> int:
     `torch.stack([loss_a, loss_b])` has two entries but is still the sum of the losses.
     """
     mask = 0
-    tail_N = []
+    tail_N: list[bool] = []
     for node, producers in enumerate(graph.producers_N):
         tail = graph.scalar_N[node] or (bool(producers) and all(tail_N[below] for below in producers))
         tail_N.append(tail)
@@ -161,22 +166,36 @@ def _owns_parameters(task: list[int], tasks: list[list[int]], reach: list[int], 
     return bool(mine & ~others & own)
 
 
-def _branch_names(graph: Graph, trace: CallTrace, reach: list[list[int]], members: list[Any]) -> list[str]:
+def _private(reach: list[list[int]]) -> list[int]:
+    """For each task, as bits, what depends on it and on no other task."""
+    unions = []
+    for task in reach:
+        union = 0
+        for bits in task:
+            union |= bits
+        unions.append(union)
+    private = []
+    for number, mine in enumerate(unions):
+        for other, bits in enumerate(unions):
+            if other != number:
+                mine &= ~bits
+        private.append(mine)
+    return private
+
+
+def _modules(graph: Graph, trace: CallTrace, mask: int) -> tuple[str, ...]:
+    """Modules whose operations are in a mask, in the order of the forward pass."""
+    found = dict.fromkeys(
+        trace.module_of(_number(graph, node)) for node in range(len(graph.nodes_N)) if mask >> node & 1
+    )
+    return tuple(name for name in found if name)
+
+
+def _branch_names(graph: Graph, trace: CallTrace, inside: list[tuple[str, ...]], members: list[Any]) -> list[str]:
     """Name each task by the module that sets it apart: the first part of the path where the tasks differ."""
-    shared = -1
-    for bits in reach:
-        union = 0
-        for entry in bits:
-            union |= entry
-        shared &= union
     paths = []
-    for bits, users in zip(reach, members, strict=True):
-        union = 0
-        for entry in bits:
-            union |= entry
-        private = union & ~shared
-        modules = [trace.module_of(_number(graph, node)) for node in range(len(graph.nodes_N)) if private >> node & 1]
-        deepest = next((name for name in modules if name), "")
+    for modules, users in zip(inside, members, strict=True):
+        deepest = modules[0] if modules else ""
         own = trace.module_of(_number(graph, users[0][0]))
         paths.append((own if own not in ("", _common([own, deepest])) else deepest).split("."))
     common = 0
@@ -195,11 +214,11 @@ def _common(paths: list[str]) -> str:
     return ".".join(parts)
 
 
-def _branches(names: list[str], members: list[Any]) -> tuple[Branch, ...]:
+def _branches(names: list[str], members: list[Any], inside: list[tuple[str, ...]]) -> tuple[Branch, ...]:
     seen: dict[str, int] = {}
     branches = []
-    for name, inputs in zip(names, members, strict=True):
+    for name, inputs, modules in zip(names, members, inside, strict=True):
         seen[name] = seen.get(name, 0) + 1
         label = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        branches.append(Branch(label, tuple(inputs)))
+        branches.append(Branch(label, tuple(inputs), modules))
     return tuple(branches)

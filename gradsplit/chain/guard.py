@@ -1,52 +1,66 @@
-"""The guard of an ordinary joint: 3 times a running median of the joint's own norm.
-
-Pure functions of 0-d tensors on the device; no host sync. The running median is the geometric quantile
-tracker of Andrew et al. 2019 (arXiv 1905.03871) at quantile one half: each signal counts as "above" or
-"below" and nothing more, so a spike of any size moves the median by one small step.
-"""
+"""Guard: the budget of an ordinary joint, 3 times a running median of the joint's own norm."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
 
-import torch
-from torch import Tensor
+from gradsplit.budget.base import Budget, Reading, State
+from gradsplit.xp import Array
+
+__all__ = ["Guard"]
 
 
-def follow_median(median: Tensor, norm: Tensor, step: int) -> Tensor:
-    """Move a running median towards the norm by a fixed factor.
+@dataclass(frozen=True)
+class Guard(Budget):
+    """A signal keeps a norm of at most ``factor`` times the running median of its own norms.
 
-        C <- C exp(-eta (b - 1/2)),  b = share of norms at or below C,  eta = max(0.05, 1 / (1 + step))
+        limit = factor * C;        C <- C exp(eta / 2) where n > C, else C exp(-eta / 2);        C = n at first
+
+    Meant for joints: it leaves a healthy run as it is and stops a sudden explosion. The median counts each signal as
+    above or below and nothing more, so a spike of any size moves it by one small step; a *persistent* explosion it
+    follows upwards.
 
     Args:
-        median: (), L2 norm, units of the signal; 0 before the first signal.
-        norm: () or (samples,), the norms of this step, before any bound; entries that are not finite, or
-            zero, do not count.
-        step: how many signals the joint has seen; the first ones move the median further.
+        factor: no unit, >= 1; inf measures only.
+        eta: size of a step, in (0, 1].
+        early: how many first observations move the median ten times as far (at most by exp(1/4)).
 
-    Returns:
-        (), the new median; the median of the first step's norms at the first step.
+    Raises:
+        ValueError: a constant out of its range.
 
-    Deviations from the source: eta falls from 1 to 0.05, since a training run starts without a guess of the
-        norm.
+    Deviation from the source, the geometric quantile tracker at one half of Andrew et al. 2019 (arXiv 1905.03871):
+    the first steps are larger, since a run starts without a guess of the norm.
 
-    >>> follow_median(torch.tensor(2.0), torch.tensor(1e9), 1000).item() == torch.tensor(2.0 *
-    math.exp(0.025)).item() True
+    >>> import numpy as np
+    >>> from gradsplit.budget.base import limits_after
+    >>> limits_after(Guard(3.0), [np.array([2.0])])
+    array([6.])
     """
-    counts = torch.isfinite(norm) & (norm > 0)
-    number = counts.sum()
-    below = ((norm <= median) & counts).sum() / number.clamp(min=1)
-    eta = max(0.05, 1.0 / (1 + step))
-    moved = median * torch.exp(-eta * (below - 0.5))
-    first = torch.where(counts, norm, torch.full_like(norm, math.nan)).nanmedian()
-    new = torch.where(median > 0, moved, first)
-    return torch.where(number > 0, new, median)
 
+    name: ClassVar[str] = "guard"
+    factor: float = 3.0
+    eta: float = 0.05
+    early: int = 20
 
-def guard_limit(median: Tensor, factor: float = 3.0) -> Tensor:
-    """The limit of an ordinary joint: `factor` times the running median, inf before the first signal.
+    def __post_init__(self) -> None:
+        self._check("factor", self.factor >= 1, "a factor >= 1 over the running median, for example 3.0")
+        self._check("eta", 0 < self.eta <= 1, "a step in (0, 1], for example 0.05")
+        self._check("early", self.early >= 0, "a number of observations >= 0")
 
-    >>> guard_limit(torch.tensor(2.0)).item()
-    6.0
-    """
-    return torch.where(median > 0, factor * median, torch.full_like(median, math.inf))
+    def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
+        return (like * 0.0, like * 0.0)  # C (0 before the first observation), number of observations
+
+    def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
+        median, _ = state
+        return xp.where(median > 0, self.factor * median, xp.full(len(median), float("inf"), median))
+
+    def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
+        median, count = state
+        small, large = math.exp(self.eta / 2), math.exp(min(10 * self.eta, 0.5) / 2)
+        rate = xp.where(count < self.early, xp.full(len(count), large, count), xp.full(len(count), small, count))
+        moved = xp.where(reading.norm > median, median * rate, median / rate)
+        new = xp.where(median > 0, moved, reading.norm)
+        return xp.where(kept > 0, new, median), xp.where(kept > 0, count + 1.0, count)

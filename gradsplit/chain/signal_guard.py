@@ -1,4 +1,4 @@
-"""The guard of ordinary joints during training: which outputs are watched in this pass, and what is done to their signals."""
+"""The budget of ordinary joints at work: which outputs are watched in this pass, and what is done to their signals."""
 
 from __future__ import annotations
 
@@ -9,48 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsplit.budget.base import Budget, Reading, State
 from gradsplit.chain.bound import apply_scale, scale_within, signal_norm
-from gradsplit.chain.guard import follow_median, guard_limit
+from gradsplit.xp import torch_xp
 
 
 @dataclass
 class JointMemory:
-    """What one joint remembers, as 0-d tensors on its device."""
+    """What one joint remembers, as (1,) tensors on its device: the budget's history and what is shown to the user."""
 
-    median: Tensor
+    state: State
     norm: Tensor
+    limit: Tensor
     bounded: Tensor
     nonfinite: Tensor
-    seen: int = 0
 
     @classmethod
-    def new(cls, device: torch.device) -> JointMemory:
-        """Before the first signal: everything zero."""
-        return cls(*(torch.zeros((), device=device) for _ in range(4)))
+    def new(cls, budget: Budget, device: torch.device) -> JointMemory:
+        """Before the first signal."""
+        zero = torch.zeros(1, device=device)
+        return cls(budget.init(torch_xp, zero), zero, zero + float("inf"), zero, zero)
 
     def on(self, device: torch.device) -> JointMemory:
         """The same memory on another device."""
-        values = (self.median, self.norm, self.bounded, self.nonfinite)
-        return JointMemory(*(value.to(device) for value in values), self.seen)
+        shown = (self.norm, self.limit, self.bounded, self.nonfinite)
+        return JointMemory(tuple(part.to(device) for part in self.state), *(part.to(device) for part in shown))
 
 
 class SignalGuard:
-    """Bounds the signal of each watched module output by a multiple of the running median of its own norm.
+    """Bounds the signal of each watched module output by a budget of its own.
 
     Args:
-        factor: multiple of the median.
-        per_sample: judge each sample by itself.
+        budget: limits from the joint's own norms.
+        per_sample: judge each sample by itself; the history takes the largest norm over the samples.
         steps: whether modules that run several times in one pass are bounded too.
         zero_nonfinite: whether signals that are not finite are replaced by zeros.
     """
 
-    def __init__(self, factor: float, per_sample: bool, steps: bool, zero_nonfinite: bool) -> None:
-        self.factor, self.per_sample, self.steps, self.zero_nonfinite = (
-            factor,
-            per_sample,
-            steps,
-            zero_nonfinite,
-        )
+    def __init__(self, budget: Budget, per_sample: bool, steps: bool, zero_nonfinite: bool) -> None:
+        self.budget, self.per_sample, self.steps, self.zero_nonfinite = budget, per_sample, steps, zero_nonfinite
         self.memories: dict[str, JointMemory] = {}
         self.made_by: dict[str, tuple[Any, int]] = {}
         self.repeated: set[str] = set()
@@ -88,7 +85,7 @@ class SignalGuard:
             self._watch(name, f"{name}{place}{call}", tensor, alive)
 
     def leave_alone(self, producers: set[tuple[Any, int]]) -> None:
-        """The activations made by these nodes are task forks: the fork rule bounds them, not the guard."""
+        """The activations made by these nodes are task forks: the fork rule bounds them, not the budget of a joint."""
         self._forked.update(name for name, made in self.made_by.items() if made in producers)
 
     def _watch(self, name: str, joint: str, tensor: Tensor, alive: Callable[[], bool]) -> None:
@@ -103,17 +100,22 @@ class SignalGuard:
     def _bound(self, joint: str, signal: Tensor) -> Tensor | None:
         memory = self.memories.get(joint)
         if memory is None:
-            memory = self.memories[joint] = JointMemory.new(signal.device)
-        elif memory.median.device != signal.device:  # a state saved elsewhere
+            memory = self.memories[joint] = JointMemory.new(self.budget, signal.device)
+        elif memory.norm.device != signal.device:  # a state saved elsewhere
             memory = self.memories[joint] = memory.on(signal.device)
         with torch.no_grad():
-            norm = signal_norm(signal, self.per_sample)
-            scale, finite = scale_within(norm, guard_limit(memory.median, self.factor))
-            memory.norm = norm.amax() if norm.dim() else norm
-            memory.median = follow_median(memory.median, norm, memory.seen)
+            norm = signal_norm(signal, self.per_sample).reshape(-1)
+            whole = norm.amax().reshape(1) if len(norm) > 1 else norm
+            usable = torch.where(torch.isfinite(whole), whole, torch.zeros_like(whole))
+            one = torch.ones_like(whole)
+            reading = Reading(usable, None, one, one)
+            memory.limit = self.budget.limits(torch_xp, reading, memory.state)
+            scale, finite = scale_within(norm, memory.limit)
+            kept = torch.minimum(usable, memory.limit)
+            memory.state = self.budget.learn(torch_xp, reading, kept, memory.state)
+            memory.norm = whole
             memory.bounded = memory.bounded + (finite & (scale < 1)).any()
             memory.nonfinite = memory.nonfinite + (~finite).any()
-            memory.seen += 1
             if not self.zero_nonfinite:
                 scale = torch.where(finite, scale, torch.ones_like(scale))
                 finite = torch.ones_like(finite)

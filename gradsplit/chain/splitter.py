@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsplit.budget.base import Budget
 from gradsplit.chain.fork_watch import ForkWatch
+from gradsplit.chain.guard import Guard
 from gradsplit.chain.joints import bare, checked_names, layers_of
 from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
 from gradsplit.chain.signal_guard import SignalGuard
@@ -19,29 +21,28 @@ from gradsplit.chain.structure import carries_signal, tensors_in
 from gradsplit.chain.walk import CallTrace, tracing
 
 _ALONE = (
-    "ChainSplitter bounds a task fork ({forks}) without per-module limits on the parameters. Alone, or with a global clip "
-    "beside it, the fork rule trained worse than nothing in the project's trials, since the heads themselves stay unbounded. "
-    "Use .attach(optimizer), call .bound_parameters() before optimizer.step(), or put a GradientSplitter with more than one bin "
-    "in front of the optimizer and pass it as parameters=."
+    "ChainSplitter bounds a task fork ({forks}) without per-module limits on the parameters. Alone, or with a global "
+    "clip beside it, the fork rule trained worse than nothing in the project's trials, since the heads themselves stay "
+    "unbounded. Use .attach(optimizer), call .bound_parameters() before optimizer.step(), or put a GradientSplitter "
+    "with more than one bin in front of the optimizer and pass it as parameters=."
 )
 
 
 class ChainSplitter:
-    """Bound the norm of the signal (the gradient of an activation) where it passes from one part of a model to the next.
+    """Bound the signal (the gradient of an activation) where it passes from one part of a model to the next.
 
         d <- d min(1, limit / ||d||)        at every joint;  zeros where d is not finite
 
-    Ordinary joints have a guard: limit = 3 x a running median of the joint's own norm, so that only a
-        sudden explosion is
-    bounded. Task forks have the fork rule: limit = the smallest over the branches of a slowly decaying
-    maximum of each branch's norm. Residual adds are never bounded as forks. The statistics live on the
-    signals' device and are those of this process's part of the batch: under DistributedDataParallel and
-    FSDP2 each rank bounds its own signals.
+    Ordinary joints have a guard: limit = 3 x a running median of the joint's own norm, so that only a sudden
+    explosion is bounded. Task forks have the fork rule: limit = the smallest over the branches of a slowly decaying
+    maximum of each branch's norm. Residual adds are never bounded as forks. The statistics live on the signals'
+    device and are those of this process's part of the batch: under DistributedDataParallel and FSDP2 each rank
+    bounds its own signals. Every backward pass is one observation, so accumulated micro-batches count one by one.
 
     Args:
         model: the module to control; DDP wrappers are seen through.
         at: "auto" (task forks and layers), "forks", "layers", or names of modules whose outputs are guarded.
-        budget: factor of the guard over the running median, no unit; `math.inf` measures only.
+        budget: limits of ordinary joints from their own norms; None: `Guard(3.0)`. `Guard(inf)` measures only.
         forks: modules whose output is a task fork, declared where the structure does not show it.
         parameters: what bounds the parameters beside a task fork: "modules" (`total` / sqrt(number of
             modules) each, through `.attach(optimizer)` or `.bound_parameters()`), a GradientSplitter or GSO
@@ -67,7 +68,7 @@ class ChainSplitter:
         self,
         model: nn.Module,
         at: str | Sequence[str] = "auto",
-        budget: float = 3.0,
+        budget: Budget | None = None,
         *,
         forks: Sequence[str] = (),
         parameters: Any = "modules",
@@ -80,8 +81,11 @@ class ChainSplitter:
             raise ValueError(f"ChainSplitter(at={at!r}): expected 'auto', 'forks', 'layers' or a list of module names.")
         if on_nonfinite not in ("zero", "pass"):
             raise ValueError(f"ChainSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'pass'.")
-        if not budget >= 1:
-            raise ValueError(f"ChainSplitter(budget={budget!r}): expected a factor >= 1 over the running median.")
+        if budget is not None and (not isinstance(budget, Budget) or budget.reads_weights or budget.bounds_update):
+            raise ValueError(
+                f"ChainSplitter(budget={budget!r}): expected a budget of norms alone, since a joint has no weights. "
+                "Use Guard(3.0), Fixed, Ema, ZScore or Percentile."
+            )
         self.model = bare(model)
         if isinstance(at, str):
             self.names = [] if at == "forks" else layers_of(self.model)
@@ -89,7 +93,7 @@ class ChainSplitter:
             self.names = checked_names(self.model, at, f"ChainSplitter(at={list(at)!r})")
         declared = checked_names(self.model, forks, f"ChainSplitter(forks={list(forks)!r})")
         zero = on_nonfinite == "zero"
-        self.guard = SignalGuard(budget, per_sample, steps, zero)
+        self.guard = SignalGuard(budget or Guard(), per_sample, steps, zero)
         self.watch = ForkWatch(declared, at in ("auto", "forks"), per_sample, zero)
         self.parameters, self.total = parameters, total
         self.owners = modules_with_parameters(self.model)
@@ -143,13 +147,13 @@ class ChainSplitter:
         self.remove()
 
     def bound_parameters(self) -> None:
-        """Bound the parameters' gradients by module, where a task fork is bounded and `parameters="modules"`; no host sync."""
+        """Bound the parameters' gradients by module if a task fork is bounded and `parameters="modules"`."""
         self._unbounded = 0
         if self.watch.memories and self.parameters == "modules":
             self.module_norms = bound_modules(self.owners.values(), self.total)
 
     def rows(self) -> list[JointRow]:
-        """One row a joint with its last norm, its limit and how often it was bounded or not finite; waits for the device."""
+        """One row a joint: last norm, limit, how often bounded or not finite; waits for the device."""
         return rows_of(self.guard, self.watch)
 
     def worst(self, k: int = 5) -> list[JointRow]:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from gradsplit.chain.fork_watch import ForkMemory, ForkWatch
 from gradsplit.chain.signal_guard import JointMemory, SignalGuard
 
@@ -20,7 +18,7 @@ class JointRow:
         name: the joint; `fork->branch` for a branch.
         role: "layer" or "task".
         norm: L2 norm of the last signal before any bound.
-        limit: the limit that the next signal meets, inf for none.
+        limit: the limit that the last signal met, inf for none.
         bounded: in how many backward passes the signal was scaled.
         nonfinite: in how many it was not finite.
     """
@@ -37,8 +35,7 @@ def rows_of(guard: SignalGuard, watch: ForkWatch) -> list[JointRow]:
     """All joints that have carried a signal, as host values."""
     rows = []
     for name, m in sorted(guard.memories.items()):
-        limit = guard.factor * float(m.median) if m.median > 0 else math.inf
-        rows.append(JointRow(name, "layer", float(m.norm), limit, int(m.bounded), int(m.nonfinite)))
+        rows.append(JointRow(name, "layer", float(m.norm), float(m.limit), int(m.bounded), int(m.nonfinite)))
     for fork in watch.memories:
         if not fork.maximum_K:
             continue
@@ -52,14 +49,7 @@ def rows_of(guard: SignalGuard, watch: ForkWatch) -> list[JointRow]:
 def dump_state(guard: SignalGuard, watch: ForkWatch) -> dict[str, Any]:
     """Everything that a continued run needs, as plain containers of tensors and numbers."""
     joints = {
-        name: {
-            "median": m.median,
-            "norm": m.norm,
-            "bounded": m.bounded,
-            "nonfinite": m.nonfinite,
-            "seen": m.seen,
-        }
-        for name, m in guard.memories.items()
+        name: {"state": list(m.state), **{key: getattr(m, key) for key in _SHOWN}} for name, m in guard.memories.items()
     }
     forks = [
         {
@@ -79,10 +69,7 @@ def load_state(guard: SignalGuard, watch: ForkWatch, state: dict[str, Any]) -> N
         KeyError: the dictionary is not one of a ChainSplitter.
     """
     guard.memories = {
-        name: JointMemory(
-            *(torch.as_tensor(entry[key]).clone() for key in ("median", "norm", "bounded", "nonfinite")),
-            entry["seen"],
-        )
+        name: JointMemory(tuple(entry["state"]), *(entry[key] for key in _SHOWN))
         for name, entry in state["joints"].items()
     }
     guard.repeated = set(state["repeated"])
@@ -92,4 +79,5 @@ def load_state(guard: SignalGuard, watch: ForkWatch, state: dict[str, Any]) -> N
     watch.forget_plan()
 
 
+_SHOWN = ("norm", "limit", "bounded", "nonfinite")
 _LISTS = ("maximum_K", "norm_K", "bounded_K", "nonfinite_K")

@@ -1,0 +1,95 @@
+"""diagnose: one batch in, findings in plain words out, worst first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gradsplit.chain.chain import Chain
+from gradsplit.chain.joints import LossFn, bare
+from gradsplit.diagnose.evidence import Evidence, ForkShare, gather
+from gradsplit.diagnose.finding import Finding
+from gradsplit.diagnose.head_share import loss_weights
+from gradsplit.diagnose.registry import REGISTRY
+from gradsplit.diagnose.undisturbed import undisturbed
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong with the gradient of a net on one batch.
+
+    Attributes:
+        findings: worst first; empty for a sound net.
+        chain: the factored gradient that they were read from.
+        forks: signals of the task heads at each fork.
+        loss: the loss.
+    """
+
+    findings: tuple[Finding, ...]
+    chain: Chain
+    forks: tuple[ForkShare, ...]
+    loss: float
+
+    def text(self, limit: int = 10) -> str:
+        """The findings as numbered paragraphs; then, for several heads, the loss weights that would equalise them."""
+        lines = [f"loss {self.loss:.4g}, {len(self.findings)} findings"]
+        for number, finding in enumerate(self.findings[:limit], 1):
+            lines.append(f"{number}. [{finding.kind}] {finding.text()}")
+        if len(self.findings) > limit:
+            lines.append(f"... and {len(self.findings) - limit} more")
+        for fork in self.forks:
+            if min(fork.norms.values(), default=0.0) > 0:
+                weights = ", ".join(f"{name} {weight:.3g}" for name, weight in loss_weights(fork.norms).items())
+                lines.append(f"loss weights that would equalise the heads' signals at {fork.module}: {weights}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "loss": self.loss if abs(self.loss) < float("inf") else str(self.loss),
+            "findings": [finding.to_dict() for finding in self.findings],
+            "forks": [{"module": fork.module, "norms": fork.norms} for fork in self.forks],
+            "chain": self.chain.to_dict(),
+        }
+
+
+def diagnose(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any = None) -> Diagnosis:
+    """Say in plain words what is wrong with the gradient of a net, worst first.
+
+    Explosion is a product of gains above one; this measures the gains, so it can name where the growth *begins* instead
+    of where the gradient is large. The model's parameters, buffers, gradients and mode are left as they were.
+
+    Args:
+        model: any module, in the mode in which it trains.
+        loss_fn: `loss_fn(model, batch) -> scalar tensor`; it may not be finite.
+        batch: what the loss takes.
+        optimizer: with one, its learning rate is held against the sharpness of the loss (20 more backward passes).
+
+    Returns:
+        A `Diagnosis`: `.text()`, `.to_dict()`, `.findings`, `.chain`.
+
+    Raises:
+        ValueError: the loss is no scalar, or does not depend on the parameters.
+
+    >>> import torch
+    >>> model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
+    >>> _ = model[2].weight.data.mul_(100)
+    >>> diagnose(model, lambda m, x: m(x).square().mean(), torch.ones(4, 8)).findings[0].name
+    '2'
+    """
+    model = bare(model)
+    with undisturbed(model):
+        evidence = gather(model, loss_fn, batch, optimizer)
+        findings = judge(evidence)
+    return Diagnosis(tuple(findings), evidence.chain, tuple(evidence.forks), evidence.chain.loss)
+
+
+def judge(evidence: Evidence) -> list[Finding]:
+    """All findings of the registry, worst first; equal ones in the registry's order."""
+    findings = []
+    for kind in REGISTRY:
+        if evidence.finite or kind.reads_broken:
+            findings.extend(kind.find(evidence))
+    return sorted(findings, key=lambda finding: -finding.severity)
