@@ -28,7 +28,7 @@ KINDS: dict[torch.dtype, Any] = {
 }
 """Each dtype's kind."""
 
-ir: Any = cgutils.ir  # llvmlite's, as numba itself uses it
+ir: Any = vars(cgutils)["ir"]  # llvmlite's, as numba itself uses it
 _intrinsic: Any = intrinsic
 _BF16, _F16 = types.uint16, types.int16
 

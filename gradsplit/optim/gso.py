@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..budget import Relative, RelativeStep
 from .planned import Planned
-from .reference_update import ReferenceUpdate
+from .registry import Update, make_update
 
 __all__ = ["DEFAULT_BUDGET", "GSO"]
 
@@ -91,7 +91,7 @@ class GSO(Optimizer):
         }
         self._overrides: list[dict[str, Any]] = []
         self._shared_groups = 0
-        self._parts: list[ReferenceUpdate] = []
+        self._parts: list[Update] = []
         if isinstance(params, nn.Module):
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -121,7 +121,7 @@ class GSO(Optimizer):
         parts = [self._part(shared, {})] if shared else []
         self._parts = parts + [self._part([i], self._overrides[i]) for i in alone]
 
-    def _part(self, groups: list[int], override: dict[str, Any]) -> ReferenceUpdate:
+    def _part(self, groups: list[int], override: dict[str, Any]) -> Update:
         names, owners = [], []
         for i in groups:
             group = self.param_groups[i]
@@ -140,7 +140,7 @@ class GSO(Optimizer):
                 "over several. Use a "
                 "plan by rows or tensors, or second_moment='element'."
             )
-        return ReferenceUpdate(planned)
+        return make_update(planned)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -161,8 +161,8 @@ class GSO(Optimizer):
             owners = part.planned.owners
             groups = [group_of[id(p)] for p in owners]
             gradients: list[Tensor | None] = []
-            for owner, group in zip(owners, groups, strict=True):
-                gradients.append(None if owner.grad is None else _gradient(owner, maximize=group["maximize"]))
+            for owner in owners:
+                gradients.append(None if owner.grad is None else _gradient(owner))
             states = [self._state_of(owner, part.planned, t) for t, owner in enumerate(owners)]
             part.step(gradients, states, groups)
         return loss
@@ -246,8 +246,8 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _gradient(owner: Tensor, *, maximize: bool) -> Tensor:
-    """The gradient as a real view; negated on a copy, never in place."""
+def _gradient(owner: Tensor) -> Tensor:
+    """The gradient as a real view."""
     gradient = owner.grad
     assert gradient is not None
     if gradient.is_sparse:
@@ -256,8 +256,7 @@ def _gradient(owner: Tensor, *, maximize: bool) -> Tensor:
             "sparse=False, or "
             "put GradientSplitter in front of SparseAdam."
         )
-    gradient = _real(gradient)
-    return -gradient if maximize else gradient
+    return _real(gradient)
 
 
 def _check_numbers(options: dict[str, Any]) -> None:

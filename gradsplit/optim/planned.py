@@ -47,6 +47,7 @@ class Planned:
         like = self.kernel.squares([None] * len(parameters))
         of_gradient = [pair for pair in budgets if not pair[1].bounds_update]
         of_update = [pair for pair in budgets if pair[1].bounds_update]
+        self.gradient_budgets, self.update_budgets = of_gradient, of_update
         self.gradient = Ledger(self.plan, of_gradient, like, rule=rule, call="GSO")
         self.update = Ledger(self.plan, of_update, like, rule=rule, call="GSO") if of_update else None
         self.rates = Rates(self.plan, owners, optimizer, call="GSO")

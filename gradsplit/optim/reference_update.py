@@ -29,6 +29,7 @@ class ReferenceUpdate:
 
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
+        self.decision: Decision | None = None
         kernel = planned.kernel
         self.shapes = (
             kernel
@@ -36,17 +37,19 @@ class ReferenceUpdate:
             else EagerKernel(planned.plan, kernel.squares([None] * len(planned.parameters)).device)
         )
 
-    def step(
-        self, gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]
-    ) -> Decision:
-        """Update the parameters in place; return the decision on the gradient.
+    def step(self, gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+        """Update the parameters in place; afterwards `decision` is that on the gradient.
 
         Args:
-            gradients: one a parameter, already negated under ``maximize``; None: the parameter is passed over.
+            gradients: one a parameter, as backward left it; None: the parameter is passed over.
             states: each parameter's moments, from `GSO`.
             groups: each parameter's hyper-parameters.
         """
         planned, num_bins = self.planned, self.planned.plan.num_bins
+        # Under maximize a copy is negated, never the gradient itself.
+        gradients = [
+            -g if g is not None and group["maximize"] else g for g, group in zip(gradients, groups, strict=True)
+        ]
         parameters: list[Tensor | None] = list(planned.parameters)
         squares_B = planned.kernel.squares(gradients)
         weights_B = planned.kernel.squares(parameters) if planned.reads_weights else None
@@ -71,7 +74,7 @@ class ReferenceUpdate:
                     shrink = 1 - group["lr"] * group["weight_decay"]
                     parameter.copy_(torch.where(live, parameter * shrink, parameter))
                 parameter.sub_(update.to(parameter.dtype))
-        return decision
+        self.decision = decision
 
     def _update(
         self, t: int, gradient: Tensor, state: dict[str, Any], group: dict[str, Any], decision: Decision
