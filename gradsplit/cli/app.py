@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import typer
-from rich.console import Console
 
 import gradsplit
 
@@ -65,11 +64,10 @@ def _teaching(call: Callable[[], Any]) -> None:
     try:
         call()
     except KeyboardInterrupt:
-        Console(stderr=True).print("\ninterrupted; what is finished is kept")
+        typer.echo("\ninterrupted; what is finished is kept", err=True)
         sys.exit(130)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         if type(error).__module__ not in ("builtins", "gradsplit.workloads.task"):
             raise
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"gradsplit: {error}", style="red", markup=False)
+        typer.secho(f"gradsplit: {error}", fg="red", err=True)
         sys.exit(2)

@@ -39,7 +39,8 @@ def _sections(scene: Mapping[str, Any]) -> Iterable[Section]:
     yield Section(
         f"{name}: the table",
         f"{scene['title'][:1].upper()}{scene['title'][1:]}. {scene['expect']} {scene['steps']} steps with "
-        f"{scene['optimizer']}; {scene['metric']}: {way}. To target: steps until the training loss is down to where the tuned global clip ends.",
+        f"{scene['optimizer']}; {scene['metric']}: {way}. To target: steps until "
+        "the training loss is down to where the tuned global clip ends.",
         [_table(scene)],
     )
     yield Section(

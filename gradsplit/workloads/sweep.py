@@ -34,7 +34,7 @@ def one_thread() -> None:
 
 def worker_pool(jobs: int, initializer: Callable[..., None], *arguments: Any) -> ProcessPoolExecutor:
     """Processes that start anew, since a forked torch may hang; they must know the thread count before importing it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(jobs, mp_context=context, initializer=initializer, initargs=arguments)
 

@@ -1,0 +1,77 @@
+"""`gradsplit plan`: what each strategy makes of a model, with counts and bytes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gradsplit.cli.factory import layout_from
+
+__all__ = ["run"]
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="module:factory, or the name of a workload.")],
+    strategy: Annotated[str, typer.Option(help="The strategy whose tensors are listed.")] = "xsp",
+    lines: Annotated[int, typer.Option(help="Tensors listed at the most; 0: none.")] = 20,
+) -> None:
+    """Show how a model is split: bins, nodes and bytes of every strategy, and the tensors of one.
+
+    Nothing is trained, and weights are not allocated where the factory allows it.
+
+    Example: gradsplit plan train:make_model --strategy xsp
+    """
+    from gradsplit.plan import STRATEGIES
+    from gradsplit.plan.registry import strategy_named
+
+    strategy_named(strategy, call=f"plan(strategy={strategy!r})")
+    layout = layout_from(model)
+    console = Console(highlight=False, emoji=False)
+    console.print(
+        f"[bold]{escape(model)}[/]: {len(layout)} tensors, {layout.num_elements:,} elements, "
+        f"{_bytes(4 * layout.num_elements)} in float32"
+    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("strategy", no_wrap=True)
+    for heading in ("bins", "nodes", "a limit each", "Adam's v", "v, one a bin"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("what it does")
+    plans: dict[str, Any] = {}
+    for row in STRATEGIES.values():
+        if row.needs_energy:
+            table.add_row(row.name, "up to 256", "", _bytes(8 * 256), "", "", f"{row.summary}; needs a calibration")
+            continue
+        plan = plans[row.name] = row.make(layout)
+        table.add_row(
+            row.name, f"{plan.num_bins:,}", f"{plan.num_nodes:,}", _bytes(8 * plan.num_bins),
+            _bytes(4 * layout.num_elements), _bytes(4 * plan.num_bins), row.summary,
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "a limit each: one float64 a bin; Adam's v: second moments an element in float32, and one a bin with "
+        'GSO(second_moment="bin")\n'
+    )
+    if lines > 0:
+        shown = plans.get(strategy)
+        text = "needs a calibration: GradientSplitter.calibrate" if shown is None else shown.describe(max_lines=lines)
+        console.print(f"[bold]{strategy}[/]: ", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _bytes(count: int) -> str:
+    """Bytes in the largest unit that keeps at least one digit before the point.
+
+    >>> _bytes(8), _bytes(4 * 10**6), _bytes(4 * 10**27)
+    ('8 B', '4.0 MB', '4.0e+27 B')
+    """
+    if count >= 10**18:
+        return f"{float(count):.1e} B"
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
