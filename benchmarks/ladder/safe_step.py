@@ -1,9 +1,9 @@
 """Is the loss that the series predicts the true one? Random models, batches and bins.
 
-A draw: one of six families with random sizes and a random gain of its initialisation, trained for 0 to 40 random steps,
-a random batch, a random bin (row) of its XSP plan, d = minus the gradient on that bin. At 0.5 radius (at the safe step
-where the radius is infinite) the predicted loss is compared with the true one; at the safe step the true loss is
-compared with the one it started from.
+A draw: one of seven families with random sizes and a random gain of its initialisation, trained for 0 to 40 steps, a
+random batch, a random bin (row) of its XSP plan, d = minus the gradient on that bin. At half the radius (of radius and
+kink the smaller; at the safe step where both are infinite) the predicted loss is compared with the true one; at the
+safe step the true loss is compared with the one it started from.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ def measure(seed: int, family: str, order: int) -> dict:
         moved = {name: p + step * direction[name] if name in direction else p for name, p in params.items()}
         return float(loss_of_params(moved))
 
-    radius, safe = float(ladder.radius_B[0]), float(ladder.safe_step_B[0])
-    step = 0.5 * radius if math.isfinite(radius) else safe
+    radius, kink, safe = float(ladder.radius_B[0]), float(ladder.kink_B[0]), float(ladder.safe_step_B[0])
+    reach = min(radius, kink)
+    step = 0.5 * reach if math.isfinite(reach) else safe
     step = step if math.isfinite(step) else 1.0
     predicted, at_step = float(ladder.predict(step)[0]), true(step)
     at_safe = true(safe) if math.isfinite(safe) else ladder.loss
@@ -160,6 +161,7 @@ def measure(seed: int, family: str, order: int) -> dict:
         "loss": ladder.loss,
         "length": float(ladder.length_B[0]),
         "radius": radius if math.isfinite(radius) else "inf",
+        "kink": kink if math.isfinite(kink) else "inf",
         "spread": ladder.radii[0].spread if math.isfinite(ladder.radii[0].spread) else "inf",
         "step": step,
         "predicted": predicted,
@@ -179,7 +181,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     names = list(FAMILIES)
-    rows = [measure(seed, names[seed % len(names)], options.order) for seed in range(options.draws)]
+    rows = []
+    for seed in range(options.draws):
+        rows.append(measure(seed, names[seed % len(names)], options.order))
     table = [summary(name, [r for r in rows if r["family"] == name]) for name in names]
     smooth = [r for r in rows if r["family"] not in PIECEWISE]
     table += [summary("all smooth", smooth), summary("all", rows)]

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from gradsplit.ladder.directions import Batch, per_bin, single
+from gradsplit.ladder.kinks import kink_of
 from gradsplit.ladder.radius import Radius, crude_log_radius, radius_of
 from gradsplit.ladder.recipe import Climb, RecipeStep, climb
 from gradsplit.ladder.safe import increase, safe_step
@@ -36,7 +37,8 @@ class Ladder:
         length_B: ‖d‖.
         radii: radius of convergence of each series.
         safe_step_B: largest step with no predicted increase of the loss.
-        limited_by: what ends the safe step: "increase", "radius" or "no descent".
+        kink_B: step at which the first branches (ReLU, max) have changed sides, inf without any; see ``kinks``.
+        limited_by: what ends the safe step: "increase", "radius", "kink" or "no descent".
         climb: the recipe, if one was asked for.
     """
 
@@ -45,6 +47,7 @@ class Ladder:
     coefficient: SignedLog
     length_B: Floats
     radii: tuple[Radius, ...]
+    kink_B: Floats
     safe_step_B: Floats
     limited_by: tuple[str, ...]
     climb: Climb | None = None
@@ -64,6 +67,11 @@ class Ladder:
         """Radius of convergence, in units of the step."""
         return np.array([radius.value for radius in self.radii])
 
+    @cached_property
+    def reach_B(self) -> Floats:
+        """As far as the series can describe the loss: the smaller of radius and kink."""
+        return np.minimum(self.radius_B, self.kink_B)
+
     def predict(self, step: float | Floats, order: int | None = None) -> Floats:
         """Loss that the series, cut after ``order``, predicts after a step of each bin alone, (B,).
 
@@ -79,10 +87,10 @@ class Ladder:
     def findings(self, step: float, count: int = 5) -> list[str]:
         """Bins for which ``step`` is beyond the safe step or the radius, worst first, in words."""
         with np.errstate(divide="ignore"):
-            excess_B = step / np.minimum(self.radius_B, self.safe_step_B)
+            excess_B = step / np.minimum(self.reach_B, self.safe_step_B)
         worst = [b for b in np.argsort(-excess_B, kind="stable")[:count] if excess_B[b] > 1]
         return [
-            f"{self.names[b]}: radius {self.radius_B[b]:.3g}, safe step {self.safe_step_B[b]:.3g}, "
+            f"{self.names[b]}: radius {self.reach_B[b]:.3g}, safe step {self.safe_step_B[b]:.3g}, "
             f"your step is {step:.3g}"
             for b in worst
         ]
@@ -150,21 +158,24 @@ def taylor_ladder(
         else:
             batches = per_bin(bins, point, gradient, traced, order, memory)
     names: list[str] = []
-    parts, lengths = [], []
+    parts, lengths, kinks = [], [], []
     for batch in batches:
+        kinks.append(kink_of(traced.crossings(point, batch.tensors), len(batch.names)))
         names += batch.names
         lengths.append(batch.length_B)
         parts.append(_coefficients(traced, point, batch, order))
     coefficient = SignedLog(*(np.concatenate([getattr(p, field) for p in parts], axis=1) for field in ("sign", "log")))
     length_B = np.concatenate(lengths)
+    kink_B = np.concatenate(kinks)
     radii = tuple(radius_of(coefficient[:, b]) for b in range(len(names)))
-    safe = [safe_step(coefficient[:, b], radius.value) for b, radius in enumerate(radii)]
+    safe = [safe_step(coefficient[:, b], radius.value, kink_B[b]) for b, radius in enumerate(radii)]
     return Ladder(
         names=tuple(names),
         loss=float(coefficient[0, 0].to_float()),
         coefficient=coefficient,
         length_B=length_B,
         radii=radii,
+        kink_B=kink_B,
         safe_step_B=np.array([step for step, _ in safe]),
         limited_by=tuple(reason for _, reason in safe),
         climb=None if recipe is None else climb(recipe, coefficient, length_B),

@@ -34,18 +34,25 @@ def increase(coefficient: SignedLog, step: Floats | float) -> Floats:
     return np.where(steps == 0, 0.0, terms.sum(axis=0).to_float())
 
 
-def safe_step(coefficient: SignedLog, radius: float) -> tuple[float, str]:
+def safe_step(coefficient: SignedLog, radius: float, kink: float = math.inf) -> tuple[float, str]:
     """Largest T with L(t) <= L(0) predicted for all 0 < t <= T, and what ends it.
 
-    The search stops at ``reach_of(order)`` of the radius, since beyond it the cut-off series says nothing.
+    The search stops at ``reach_of(order)`` of the radius, since beyond it the cut-off series says nothing, and at the
+    kink, since beyond it the series follows branches that no longer hold.
 
     Returns:
-        T in units of the step, and "increase" (the loss is predicted to come back up to where it was), "radius" (the
-        series ends first) or "no descent" (the loss rises at once, T = 0). A loss that does not move: (inf, "radius").
+        T in units of the step, and "increase" (the loss is predicted to come back up to where it was), "radius" or
+        "kink" (that ends first) or "no descent" (the loss rises at once, T = 0). A loss that does not move:
+        (inf, "radius").
 
     >>> safe_step(SignedLog.of(np.array([0.0, -2.0, 1.0])), math.inf)  # (1 - t)^2 - 1
     (2.0, 'increase')
     """
+    step, reason = _before_kinks(coefficient, radius)
+    return (float(kink), "kink") if kink < step else (step, reason)
+
+
+def _before_kinks(coefficient: SignedLog, radius: float) -> tuple[float, str]:
     moving = np.flatnonzero(coefficient.sign[1:]) + 1
     if len(moving) == 0:
         return math.inf, "radius"

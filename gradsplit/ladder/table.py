@@ -9,16 +9,16 @@ import numpy as np
 from gradsplit.ladder.ladder import Ladder
 from gradsplit.ladder.recipe import Climb
 
-COLUMNS = ("bin", "gradient", "safe step", "ended by", "radius", "spread", "2nd", "3rd", "last")
+COLUMNS = ("bin", "gradient", "safe step", "ended by", "radius", "spread", "kink", "2nd", "3rd", "last")
 
 
 def ladder_rows(ladder: Ladder, count: int | None = None) -> list[dict[str, str]]:
     """One row per bin, the smallest safe step first.
 
-    Columns: length of the direction, safe step and what ends it, radius and its spread (steps are learning rates of
-    plain gradient descent), and the derivatives of order 2, 3 and K with respect to that step.
+    Columns: length of the direction, safe step and what ends it, radius and its spread, the kink (steps are learning
+    rates of plain gradient descent), and the derivatives of order 2, 3 and K with respect to that step.
     """
-    order_B = np.argsort(np.minimum(ladder.safe_step_B, ladder.radius_B), kind="stable")[:count]
+    order_B = np.argsort(np.minimum(ladder.safe_step_B, ladder.reach_B), kind="stable")[:count]
     return [
         dict(
             zip(
@@ -30,6 +30,7 @@ def ladder_rows(ladder: Ladder, count: int | None = None) -> list[dict[str, str]
                     ladder.limited_by[b],
                     f"{ladder.radius_B[b]:.3g}",
                     f"{100 * ladder.radii[b].spread:.0f} %",
+                    f"{ladder.kink_B[b]:.3g}",
                     *(ladder.derivative.text((k, int(b))) if k <= ladder.order else "" for k in (2, 3)),
                     ladder.derivative.text((ladder.order, int(b))),
                 ),
@@ -84,7 +85,7 @@ def ladder_figure(ladder: Ladder, count: int = 8) -> dict[str, Any]:
     """
     k = np.arange(1, ladder.order + 1)
     traces = []
-    for b in np.argsort(np.minimum(ladder.safe_step_B, ladder.radius_B), kind="stable")[:count]:
+    for b in np.argsort(np.minimum(ladder.safe_step_B, ladder.reach_B), kind="stable")[:count]:
         radius = ladder.radius_B[b] if np.isfinite(ladder.radius_B[b]) else 1.0
         size = ladder.coefficient.log10[1:, b] + k * np.log10(radius)
         traces.append(_line(k, size, f"{ladder.names[b]} (R = {radius:.3g})"))

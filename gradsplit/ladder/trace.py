@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from gradsplit.ladder.kinks import noting_crossings
 from gradsplit.ladder.rules import rule_of
 from gradsplit.ladder.series import Series, series_leaves
 
@@ -75,6 +76,12 @@ class TracedLoss:
         coef = torch.zeros(order + 1, num_bins, dtype=torch.float64)
         coef[: out.degree + 1] = out.coef.reshape(out.degree + 1, -1)
         return coef
+
+    def crossings(self, params: Params, directions: Mapping[str, Tensor]) -> list[Tensor]:
+        """First-order steps at which the comparisons of the graph change their outcome, each (B, decisions)."""
+        with noting_crossings() as found:
+            self.series(params, directions, 1)
+        return found
 
     def gradient(self, params: Params) -> dict[str, Tensor]:
         """Gradient of the loss, zero for a parameter that does not reach it."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsplit.ladder.kinks import note_gap
 from gradsplit.ladder.rules.registry import Rule, rule
 from gradsplit.ladder.series import Series, Value, aligned, map_orders, padded, promote, scale
 
@@ -26,6 +27,7 @@ def sign_for_small_steps(a: Value, b: Value) -> Tensor:
     first = a.value if isinstance(a, Series) else a
     second = b.value if isinstance(b, Series) else b
     # No subtraction: masked attention scores are -inf, and -inf is compared with -inf.
+    _note(a, b, first, second, shape)
     above, below = torch.as_tensor(first > second), torch.as_tensor(first < second)
     sign = (above.double() - below.double()).expand(1, *shape)
     undecided = torch.as_tensor(first == second).expand(1, *shape)
@@ -48,6 +50,26 @@ def sign_for_small_steps(a: Value, b: Value) -> Tensor:
         sign = torch.where(undecided, coefficient.sign(), sign)
         undecided = undecided & (coefficient == 0)
     return sign
+
+
+def _note(a: Value, b: Value, first: Value, second: Value, shape: torch.Size) -> None:
+    slopes = [
+        sign * aligned(x.coef[1:2], len(shape))[0]
+        for x, sign in ((a, 1), (b, -1))
+        if isinstance(x, Series) and x.degree > 0 and x.coef.is_floating_point()
+    ]
+    if slopes:
+        slope_B = sum(slopes[1:], slopes[0])
+        gap = torch.as_tensor(first, dtype=slope_B.dtype) - torch.as_tensor(second, dtype=slope_B.dtype)
+        note_gap(gap, slope_B.expand(slope_B.shape[0], *shape))
+
+
+def _note_runners_up(coef: Tensor, index: Tensor, axis: int) -> None:
+    """Where another element of the axis would overtake the leader; ``coef`` (degree + 1, B, *shape)."""
+    if coef.shape[0] > 1:
+        lead = coef[:2].take_along_dim(index[None], axis)
+        gap, slope = (lead - coef[:2]).unbind()
+        note_gap(torch.where(gap > 0, gap, torch.nan), slope)
 
 
 def _shared(decision_B: Tensor, order: int) -> Value:
@@ -205,6 +227,7 @@ def _leader(x: Series, dim: int, largest: bool = True) -> Tensor:
 def _extreme(x: Series, dim: int, keepdim: bool, largest: bool) -> tuple[Series, Tensor]:
     index = _leader(x, dim, largest)
     axis = dim % x.ndim + 2
+    _note_runners_up(x.coef, index, axis)
     coef = x.coef.take_along_dim(index[None], axis)
     return x.like(coef if keepdim else coef.squeeze(axis)), index[0] if keepdim else index[0].squeeze(axis - 2)
 
@@ -265,10 +288,26 @@ def _topk(
     return map_orders(torch.gather, (x, dim, index), {}), index
 
 
+def _windows(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """(channels, window, place): the elements that each place of a pooling chooses from; padding counts as zero."""
+    channels = x.reshape(-1, 1, *x.shape[-2:])
+    return torch.nn.functional.unfold(channels, kernel, dilation, padding, stride)
+
+
 @rule(aten.max_pool2d_with_indices)
-def _max_pool2d(x: Series, *geometry: Any) -> tuple[Series, Tensor]:
+def _max_pool2d(
+    x: Series,
+    kernel: list[int],
+    stride: Sequence[int] = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> tuple[Series, Tensor]:
     """The element that is largest at t = 0; of equal ones the first, as in the ordinary forward pass."""
-    _, index = aten.max_pool2d_with_indices(x.value, *geometry)
+    _, index = aten.max_pool2d_with_indices(x.value, kernel, stride, padding, dilation, ceil_mode)
+    if not ceil_mode and x.degree > 0:
+        windows = map_orders(_windows, (x.like(x.coef[:2]), kernel, stride or kernel, padding, dilation), {})
+        _note_runners_up(windows.coef, windows.coef[0].argmax(-2, keepdim=True), -2)
     flat = map_orders(torch.flatten, (x, -2), {})
     picked = map_orders(torch.gather, (flat, -1, index.flatten(-2)), {})
     return picked.like(picked.coef.unflatten(-1, index.shape[-2:])), index
