@@ -1,4 +1,8 @@
-"""Text as character ids: the Python language reference, or a file of the user's."""
+"""Text as character ids: the Python language reference, or a file of the user's.
+
+The reference quotes itself: of 357 validation windows of 65 characters 120 also stand in the training part (CPython
+3.11). It is kept as it is, since every CPython has it; `text_file` is for a corpus without repetitions.
+"""
 
 from __future__ import annotations
 
