@@ -70,4 +70,6 @@ def _teaching(call: Callable[[], Any]) -> None:
         if type(error).__module__ not in ("builtins", "gradsplit.workloads.task"):
             raise
         typer.secho(f"gradsplit: {error}", fg="red", err=True)
+        if not isinstance(error, ValueError):
+            typer.echo("GRADSPLIT_DEBUG=1 shows where it arose.", err=True)
         sys.exit(2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -69,7 +70,7 @@ class Method:
 
 @dataclass
 class Arrangement:
-    """A task ready to be trained: call `update` after every backward.
+    """A task ready to be trained: call `mode(training=True)`, then `update` after every backward.
 
     Attributes:
         optimizer: updates the task's model.
@@ -87,6 +88,12 @@ class Arrangement:
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
+
+    def mode(self, *, training: bool) -> None:
+        """Schedule-free optimizers keep two sets of weights, and must be told which one the model is to hold."""
+        switch: Any = getattr(self.optimizer, "train" if training else "eval", None)
+        if switch is not None:
+            switch()
 
 
 def arrange(method: Method, task: Task, lr: float, strength: float | None, settings: Settings) -> Arrangement:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +85,7 @@ def train(
     losses: list[float] = []
     unread: list[Tensor] = []
     bad_for, start = 0, time.perf_counter()
-    _mode(arrangement, training=True)
+    arrangement.mode(training=True)
     for step in range(settings.steps):
         arrangement.optimizer.zero_grad()
         loss = task.loss(model, task.batch(step))
@@ -102,7 +100,7 @@ def train(
             if bad_for >= patience:
                 break
     seconds = time.perf_counter() - start
-    _mode(arrangement, training=False)
+    arrangement.mode(training=False)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     result = Result(task.evaluate(model), losses, bad_for >= patience or not finite, seconds)
     _count(result, arrangement.control.tally)
@@ -117,12 +115,6 @@ def _update(arrangement: Arrangement, watcher: NormWatch | None, step: int) -> N
     watcher.before(step)
     arrangement.update()
     watcher.after()
-
-
-def _mode(arrangement: Arrangement, *, training: bool) -> None:
-    """Schedule-free optimizers keep two sets of weights, and must be told which one is wanted."""
-    switch: Any = getattr(arrangement.optimizer, "train" if training else "eval", nullcontext)
-    switch()
 
 
 def _bad_at_the_end(losses: list[float]) -> int:
