@@ -162,6 +162,11 @@ class Session:
                 stacklevel=3,
             )
 
+    def close(self) -> None:
+        """End the recording, if one was begun."""
+        if self._recorder is not None:
+            self._recorder.close()
+
     def farewell(self) -> None:
         """Say on stderr where the recording is, in the process that the user started."""
         if self.settings.quiet or os.getpid() != self.settings.pid:
