@@ -150,6 +150,49 @@ def segment_leaves(ends: list[Tensor]) -> list[Tensor]:
     return list(leaves.values())
 
 
+def pull(
+    ends: list[Tensor], leaves: list[Tensor], signals: list[Tensor], parameters: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Apply the transposed factor: signals at the ends to (leaf, gradient) for every leaf that they reach.
+
+    Nothing is accumulated in `.grad` and no hook on an accumulated gradient runs (an optimizer that steps inside the
+    backward pass must not step here), but for reentrant checkpoints, which refuse that way.
+
+    Args:
+        ends: outputs of the factor.
+        leaves: of `segment_leaves(ends)`.
+        signals: one an end.
+        parameters: of the model; a reentrant checkpoint reads some that the graph does not show.
+    """
+    if not _reentrant(ends):
+        grads = torch.autograd.grad(ends, leaves, signals, retain_graph=True, allow_unused=True)
+        return [(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True) if grad is not None]
+    every = list({id(tensor): tensor for tensor in [*leaves, *parameters]}.values())
+    before = [tensor.grad for tensor in every]
+    for tensor in every:
+        tensor.grad = None
+    try:
+        torch.autograd.backward(ends, signals, retain_graph=True)
+        return [(tensor, tensor.grad) for tensor in every if tensor.grad is not None]
+    finally:
+        for tensor, grad in zip(every, before, strict=True):
+            tensor.grad = grad
+
+
+def _reentrant(ends: list[Tensor]) -> bool:
+    seen: set[Any] = set()
+    stack = [end.grad_fn for end in ends if end.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return True
+        stack.extend(below for below, _ in node.next_functions if below is not None)
+    return False
+
+
 def rms(tensors: list[Tensor]) -> float:
     """Root mean square over all entries of some tensors, NaN without entries."""
     number = sum(tensor.numel() for tensor in tensors)
@@ -161,4 +204,4 @@ def rms(tensors: list[Tensor]) -> float:
 
 def _level(value: Any) -> tuple[float, bool]:
     floating = [t for _, t in tensors_in(value) if t.is_floating_point() and t.numel()]
-    return rms(floating), all(bool(torch.isfinite(t).all()) for t in floating)
+    return rms(floating), all(bool(torch.isfinite(t.detach()).all()) for t in floating)

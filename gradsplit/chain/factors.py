@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsplit.chain.chain import Chain, Link
-from gradsplit.chain.cut import INPUT, LOSS, Cut, CutForward, cutting, rms, segment_leaves
+from gradsplit.chain.cut import INPUT, LOSS, Cut, CutForward, cutting, pull, rms, segment_leaves
 from gradsplit.chain.joints import LossFn, bare, checked_names
 from gradsplit.chain.operator_norm import operator_norm
 from gradsplit.chain.through_time import recurrences_of
@@ -70,7 +70,7 @@ def gradient_chain(
     record, loss = cut_forward(model, loss_fn, batch, names, recurrent)
     if not bool(torch.isfinite(loss)):
         return Chain(float(loss.detach()), _broken_links(record), [], {}, record.plain)
-    factors, gradients = apply_factors(record, loss)
+    factors, gradients = apply_factors(record, loss, list(model.parameters()))
     above = _strongest_consumers(factors)
     links = [_link(factor, operator_norms, gradients, model, above.get(factor.cut.name, "")) for factor in factors]
     top = links[0].leaving
@@ -97,7 +97,7 @@ def factored_gradients(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[st
     """
     model = bare(model)
     record, loss = cut_forward(model, loss_fn, batch)
-    _, gradients = apply_factors(record, loss)
+    _, gradients = apply_factors(record, loss, list(model.parameters()))
     return {name: gradients[id(p)] for name, p in model.named_parameters() if id(p) in gradients}
 
 
@@ -126,8 +126,13 @@ def cut_forward(
     return record, loss.reshape(())
 
 
-def apply_factors(record: CutForward, loss: Tensor) -> tuple[list[Factor], dict[int, Tensor]]:
+def apply_factors(record: CutForward, loss: Tensor, parameters: list[Tensor]) -> tuple[list[Factor], dict[int, Tensor]]:
     """Apply the transposed factors from the loss down.
+
+    Args:
+        record: of `cut_forward`.
+        loss: likewise.
+        parameters: of the model.
 
     Returns:
         The factors in that order, and id(parameter) -> gradient.
@@ -145,8 +150,7 @@ def apply_factors(record: CutForward, loss: Tensor) -> tuple[list[Factor], dict[
         leaves = segment_leaves(cut.made)
         below: list[tuple[Tensor, Tensor]] = []
         if leaves and any(bool((signal != 0).any()) for signal in signals):
-            grads = torch.autograd.grad(cut.made, leaves, signals, retain_graph=True, allow_unused=True)
-            below = [(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True) if grad is not None]
+            below = pull(cut.made, leaves, signals, parameters)
         for leaf, grad in below:
             store = arrived if id(leaf) in cut_ids else gradients
             store[id(leaf)] = store[id(leaf)] + grad if id(leaf) in store else grad

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from gradsplit.chain.bound import signal_norm
+
 
 def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every module that owns trainable parameters itself, with these parameters; a tied one counts once.
@@ -51,8 +53,7 @@ def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0) -> T
         if not grads:
             norms.append(torch.zeros(()))
             continue
-        per_tensor = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(per_tensor[0].device) for n in per_tensor]))
+        norm = torch.linalg.vector_norm(torch.stack([signal_norm(grad).to(grads[0].device) for grad in grads]))
         norms.append(norm)
         finite = torch.isfinite(norm)
         scale = torch.where(finite, (limit / norm.clamp(min=1e-38)).clamp(max=1.0), torch.zeros_like(norm))

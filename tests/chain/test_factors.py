@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gradsplit.chain import factored_gradients, gradient_chain
+from tests.chain.nets import NAMES, build
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_product_of_factors_is_autograds_gradient(name: str) -> None:
+    model, loss_fn, batch = build(name)
+    factored = factored_gradients(model, loss_fn, batch)
+    assert all(p.grad is None for p in model.parameters())
+    loss_fn(model, batch).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert factored.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(factored[key], grad, rtol=1e-10, atol=1e-14)
+
+
+def test_gains_of_a_linear_chain_are_those_of_its_matrices() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4))).double()
+    batch = torch.randn(3, 5).double()
+    chain = gradient_chain(model, lambda m, x: m(x).square().sum(), batch, operator_norms=True)
+    signal = 2 * model(batch).detach()
+    expected = {}
+    for k in (3, 2, 1, 0):
+        below = signal @ model[k].weight.detach()
+        expected[str(k)] = (float(signal.norm()), float(below.norm() / signal.norm()))
+        sigma = float(torch.linalg.matrix_norm(model[k].weight.detach(), 2))
+        assert chain.link(str(k)).operator_norm == pytest.approx(sigma, rel=1e-2)
+        assert 0 < chain.link(str(k)).share <= 1 + 1e-2
+        signal = below
+    for name, (norm, gain) in expected.items():
+        assert chain.link(name).signal == pytest.approx(norm, rel=1e-10)
+        assert chain.link(name).gain == pytest.approx(gain, rel=1e-10)
+    assert chain.ends["(input)"] == pytest.approx(float(signal.norm()), rel=1e-10)
+
+
+def test_cumulative_gain_is_the_sum_of_the_logarithms_of_the_gains() -> None:
+    model, loss_fn, batch = build("rnn")
+    sequence = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).double()
+    chain = gradient_chain(sequence, lambda m, x: m(x).square().sum(), torch.randn(2, 4).double())
+    total = 0.0
+    for link, below in zip(chain.links[1:], chain.links[2:], strict=False):
+        total += math.log10(link.gain)
+        assert below.cumulative == pytest.approx(total, abs=1e-9)
+        assert below.above == link.name
+    assert [link.name for link in chain.way("0")] == ["(loss)", "5", "4", "3", "2", "1", "0"]
+    assert gradient_chain(model, loss_fn, batch).recurrences[0].name == "rnn"
+
+
+def test_a_second_call_of_a_module_is_a_link_of_its_own() -> None:
+    model, loss_fn, batch = build("residual")
+    names = [link.name for link in gradient_chain(model, loss_fn, batch).links]
+    assert "norm" in names and "norm#2" in names
+
+
+def test_forward_and_backward_explosion_are_told_apart() -> None:
+    forward = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh()).double()
+    with torch.no_grad():
+        forward[1].weight.mul_(1e3)
+    link = gradient_chain(forward, lambda m, x: m(x).sum(), torch.randn(3, 4).double()).link("1")
+    assert link.forward_gain > 100 and link.gain > 100
+
+
+def test_dictionary_is_plain_and_text_has_a_line_a_link() -> None:
+    model, loss_fn, batch = build("lstm")
+    chain = gradient_chain(model, loss_fn, batch)
+    assert json.loads(json.dumps(chain.to_dict(), allow_nan=False))["links"][0]["name"] == "(loss)"
+    assert len(chain.text().splitlines()) == 1 + len(chain.links) + len(chain.recurrences)
+    assert len(chain.recurrences) == 4
+
+
+def test_a_loss_that_is_not_finite_still_shows_the_activations() -> None:
+    model, _, batch = build("two heads")
+    chain = gradient_chain(model, lambda m, x: m(x)[0].sum() * float("inf"), batch)
+    assert not math.isfinite(chain.loss) and len(chain.links) > 3
+    json.dumps(chain.to_dict(), allow_nan=False)
+
+
+def test_errors_name_the_remedy() -> None:
+    model, loss_fn, batch = build("two heads")
+    with pytest.raises(ValueError, match=r"'trunk\.9'.*Nearest: trunk"):
+        gradient_chain(model, loss_fn, batch, at=["trunk.9"])
+    with pytest.raises(ValueError, match=r"one scalar tensor, got shape \(5, 3\)"):
+        gradient_chain(model, lambda m, x: m(x)[0], batch)
+    with pytest.raises(ValueError, match="without a graph"):
+        gradient_chain(model, lambda m, x: m(x)[0].detach().sum(), batch)
+    with pytest.raises(KeyError, match="the chain has"):
+        gradient_chain(model, loss_fn, batch).link("nowhere")
+
+
+def test_the_figure_draws_every_link() -> None:
+    model, loss_fn, batch = build("residual")
+    chain = gradient_chain(model, loss_fn, batch)
+    figure = chain.figure()
+    assert len(figure.data) == sum(math.isfinite(link.cumulative) for link in chain.links)
+    assert "log10" in figure.layout.yaxis.title.text
