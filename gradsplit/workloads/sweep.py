@@ -80,9 +80,14 @@ class RawFile:
                 f"one with {_pairs(held, differing)}. Choose another folder, or remove this one."
             )
         for line in lines:
-            if line.endswith("}"):  # a line that was cut off is run again
+            try:
                 row = json.loads(line)
-                self.rows[cell_of(row)] = row
+            except json.JSONDecodeError:  # cut off when a sweep was ended; its run is done again
+                continue
+            self.rows[cell_of(row)] = row
+        if len(self.rows) < len(lines):  # or the next row would be joined to what is left of the line
+            kept = [json.dumps({"what_is_trained": held}), *map(json.dumps, self.rows.values())]
+            self.path.write_text("\n".join(kept) + "\n", encoding="utf8")
 
     def add(self, cell: Cell, row: Row) -> None:
         """Write one finished run."""

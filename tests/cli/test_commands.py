@@ -1,0 +1,127 @@
+"""Each command prints what it promises, and its pages need no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+import gradsplit as gs
+from gradsplit.cli import main
+from gradsplit.workloads.demo import SCENES
+from gradsplit.workloads.methods import METHODS
+from gradsplit.workloads.registry import REGISTRY
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+
+
+def _run(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert not ended.value.code
+
+
+def _loads_from_elsewhere(page: str) -> list[str]:
+    """Scripts, styles and pictures that the page itself (not plotly's own text) asks a server for."""
+    own = re.sub(r"<script\b.*?</script>", lambda m: m[0][: m[0].index(">") + 1], page, flags=re.DOTALL)
+    return re.findall(r"""(?:src|href)=["']?(?:https?:)?//[^"'\s>]+|url\(\s*["']?https?:|@import""", own)
+
+
+def test_compare_prints_both_tables_and_writes_a_page(capsys, tmp_path):
+    _run(
+        "compare", "plain-stack", "--methods", "none,clip,default", "--strategies", "tree_sp", "--lr", "0.01,0.1",
+        "--strengths", "0.1", "--seeds", "1", "--steps", "4", "--option", "depth=2", "--option", "channels=2",
+        "--jobs", "0", "--out", str(tmp_path),
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    for name in ("none", "clip", "default", "tree_sp", "tree_sp-relative"):
+        assert out.count(f"\n {name} ") == 2, out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf8"))
+    assert results["grid"]["options"] == {"depth": 2, "channels": 2}
+    page = (tmp_path / "compare.html").read_text(encoding="utf8")
+    assert _loads_from_elsewhere(page) == []
+    assert results["conditions"]["date"] in page and "torch" in page
+    svg = ElementTree.fromstring((tmp_path / "learning-rate.svg").read_text(encoding="utf8"))
+    labels = {node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"none", "clip", "default", "0.01", "0.1"} <= labels
+
+
+def test_a_page_that_loads_from_elsewhere_is_noticed():
+    page = '<link href="https://cdn.example/x.css"><script src="//cdn.example/p.js">"http://inside"</script>'
+    assert len(_loads_from_elsewhere(page)) == 2
+
+
+@pytest.mark.slow
+def test_demo_ends_with_a_table_and_a_page(capsys, tmp_path):
+    _run("demo", "--quick", "--out", str(tmp_path), "--jobs", "1")
+    out = capsys.readouterr().out
+    for heading in ("score", "val_loss", "to target", "diverged", "scaled", "worst bin"):
+        assert heading in out
+    raw = json.loads((tmp_path / "demo.json").read_text(encoding="utf8"))
+    assert [scene["workload"] for scene in raw["scenes"]] == ["detection", "gpt"]
+    page = (tmp_path / "demo.html").read_text(encoding="utf8")
+    assert str(tmp_path / "demo.html") in out.replace("\n", "")
+    assert _loads_from_elsewhere(page) == []
+    for scene in raw["scenes"]:
+        for row in scene["rows"]:
+            assert row["label"] in page and row["steps_run"] == 20
+
+
+def test_the_demo_shows_what_it_promises():
+    assert [scene.workload for scene in SCENES] == ["detection", "gpt"]
+    for scene in SCENES:
+        assert scene.settings.optimizer == REGISTRY[scene.workload].optimizer
+        methods = [row.method for row in scene.rows]
+        strategies = {METHODS[name].strategy for name in methods}
+        assert {"none", "clip", "default", "gso"} <= set(methods) and {"xsp", "lbf", "tree_sp"} <= strategies
+        for row in scene.rows:
+            assert (row.strength is not None) == bool(METHODS[row.method].strengths)
+
+
+def test_plan_counts_bins_and_bytes(capsys, tmp_path, monkeypatch):
+    (tmp_path / "planned_model.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))\n"
+        "SHAPES = {'huge': (7_000_000, 1000)}\n",
+        encoding="utf8",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    _run("plan", "planned_model:make")
+    out = capsys.readouterr().out
+    assert "4 tensors, 32 elements, 128 B in float32" in out
+    cells = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if line.startswith(" ")}
+    assert cells["whole"][0] == "1" and cells["per_tensor"][0] == "4"
+    assert cells["xsp"][0] == str(5 + 1 + 2 + 1)
+    assert cells["lbf"] == ["up", "to"]
+    _run("plan", "planned_model:SHAPES", "--lines", "0", "--strategy", "whole")
+    assert "28.0 GB" in capsys.readouterr().out
+
+
+def test_doctor_names_versions_backends_and_data(capsys):
+    from gradsplit.kernels import BACKENDS
+
+    _run("doctor")
+    out = capsys.readouterr().out
+    assert f"gradsplit {gs.__version__}" in out and "cores" in out
+    for name in (*BACKENDS, "sklearn", "deepforest", "schedulefree"):
+        assert f" {name} " in out
+
+
+def test_doctor_says_what_to_install(capsys, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in ("sklearn", "numba") else found(name, *rest)
+    )
+    _run("doctor")
+    out = capsys.readouterr().out
+    assert "missing: pip install scikit-learn" in out
+    assert "no: it needs the package numba: pip install numba" in " ".join(out.split())
