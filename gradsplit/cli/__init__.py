@@ -12,6 +12,9 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Train detection and text with and without splitting."),
     "compare": ("compare", "Sweep a workload over methods and rates."),
+    "run": ("run", "Run a training script, measured or bounded."),
+    "report": ("report", "Show what a run file says; write its page."),
+    "watch": ("watch", "Show a run while it goes on."),
     "plan": ("plan", "Show how a model is split: bins and bytes."),
     "doctor": ("doctor", "Show versions, backends and data found."),
 }

@@ -87,7 +87,7 @@ def _stream(stream: StreamAccount, *, several: bool) -> list[str]:
         said.append(f"{name}: some tensor was out of its history at {len(stream.left_steps)} steps: {steps}{more}.")
     if stream.own_scaled:
         said.append(
-            f"{name}: the script's own clip_grad_norm_ scaled all gradients on {stream.own_scaled:.1%} of the steps, at "
+            f"{name}: the script's own clip_grad_norm_ scaled all gradients on {stream.own_scaled:.1%} of steps, at "
             f"the median by {stream.own_median:.3g}. Norms here are from before it."
         )
     skipped = int((stream.series.skipped_R != 0).sum())

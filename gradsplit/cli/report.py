@@ -1,0 +1,89 @@
+"""`gradsplit report`: what a run file says, in the terminal and as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["FAILURES", "run"]
+
+FAILURES = {
+    "explosion": "a norm left its own history, or was not finite",
+    "nonfinite": "a gradient was not finite",
+    "exception": "the script ended with an exception",
+}
+"""What ``--fail-on`` knows, and when it ends the command with code 1."""
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="A run file; it may still be written to.")] = Path("run.db"),
+    html: Annotated[Path | None, typer.Option(help="Where the page goes; by default beside the run file.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the page.")] = True,
+    jsonl: Annotated[Path | None, typer.Option(help="Also write every step as a line of JSON.")] = None,
+    fail_on: Annotated[
+        list[str] | None, typer.Option(help="explosion, nonfinite or exception: exit code 1 if so; may be repeated.")
+    ] = None,
+) -> None:
+    """Print what left its history first, what that did and what to change; write it as one HTML page.
+
+    Example: gradsplit report run.db --fail-on explosion
+    """
+    from gradsplit.record import RunFile, RunFileError
+    from gradsplit.report.run_account import account_of
+    from gradsplit.report.run_text import report_text
+
+    for word in fail_on or []:
+        if word not in FAILURES:
+            raise ValueError(f"gradsplit report --fail-on {word}: expected one of {', '.join(FAILURES)}.")
+    try:
+        with RunFile(file) as opened:
+            account = account_of(opened)
+            if jsonl is not None:
+                _write_lines(opened, jsonl)
+    except RunFileError as error:
+        raise ValueError(str(error)) from error
+    typer.echo(report_text(account))
+    if page:
+        from gradsplit.report.run_page import write_run_page
+
+        typer.echo(f"\nPage: {write_run_page(account, html or file.with_suffix('.html'))}")
+    failed = [word for word in fail_on or [] if _failed(word, account)]
+    if failed:
+        typer.echo(
+            f"gradsplit report: failed on {', '.join(f'{word} ({FAILURES[word]})' for word in failed)}", err=True
+        )
+        raise typer.Exit(1)
+
+
+def _failed(word: str, account: object) -> bool:
+    import numpy as np
+
+    from gradsplit.report.run_account import Account
+
+    assert isinstance(account, Account)
+    if word == "explosion":
+        return account.first is not None
+    if word == "nonfinite":
+        return any(not np.isfinite(stream.norm_WT).all() for stream in account.streams)
+    return "exception" in account.meta
+
+
+def _write_lines(opened: object, place: Path) -> None:
+    """Write numbers of which there is one a step; norms of nodes are for the page and for `RunFile`."""
+    from gradsplit.record import RunFile
+
+    assert isinstance(opened, RunFile)
+    columns = ("step", "time", "loss", "lr", "own_scale", "skipped", "total")
+    with place.open("w", encoding="utf8") as out:
+        for stream in opened.streams:
+            series = opened.series(stream)
+            for row in zip(*(getattr(series, f"{name}_R").tolist() for name in columns), strict=True):
+                values = {name: value if value == value else None for name, value in zip(columns, row, strict=True)}
+                out.write(json.dumps({"optimizer": stream.index, **values}) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(run)
