@@ -23,15 +23,21 @@ class Handle:
 
 
 def attach_to(
-    optimizer: torch.optim.Optimizer, *, before: Callable[[], None], after: Callable[[], None] | None = None
+    optimizer: torch.optim.Optimizer,
+    *,
+    before: Callable[[], Any],
+    after: Callable[[], Any] | None = None,
+    start: Callable[[], Any] | None = None,
 ) -> Handle:
-    """Call ``before`` when the gradients of a step are complete, and ``after`` when it has updated.
+    """Call ``start`` when a step begins, ``before`` when its gradients are complete, ``after`` when it has updated.
 
     With a closure (LBFGS, Lightning) backward runs inside ``step``: then ``before`` runs at the end of the closure,
-    every time it is called.
+    every time it is called; ``start`` and ``after`` run once.
     """
 
     def pre(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if start is not None:
+            start()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             before()

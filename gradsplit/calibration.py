@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .distributed import whole_of
+from .kernels.gradients import gradients_of
 from .plan import STRATEGIES, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int
             parameter.grad = None
         with torch.enable_grad():
             closure()
-        gradients = splitter._gradients()
+        gradients = gradients_of(splitter.layout.names, splitter.parameters, call="GradientSplitter.calibrate(…)")
         squares.append(splitter.kernel.squares(gradients))
         if not cuts_anew:
             continue

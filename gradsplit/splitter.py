@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from .attach import Handle, attach_to
 from .budget import Ledger, RelativeStep, budgets_by_level
 from .distributed import kernel_for
 from .kernels import make_kernel, squares_of
-from .plan import Layout, Plan, layout_of, make_plan, named_trainable
+from .kernels.gradients import gradients_of
+from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Rates, follows_gradient
 from .record import StepRecord
 from .update_cap import UpdateCap
@@ -84,8 +84,10 @@ class GradientSplitter:
         self.sinks = list(sinks)
         self.step_count = 0
         self._strategy, self._budget = plan, RelativeStep() if budget is None else budget
-        self._cap_updates = cap_updates
+        self._after_updates = cap_updates
         self.optimizer: torch.optim.Optimizer | None = None
+        self._rates: Rates | None = None
+        self._saved_tops: list[float] = []  # largest rates of a state loaded before there was an optimizer
         self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
         if optimizer is not None:
             self._read_rates_of(optimizer)
@@ -94,7 +96,7 @@ class GradientSplitter:
         """Start on a plan: its kernel, and budgets without history."""
         call = "GradientSplitter"
         budgets = budgets_by_level(self._budget, plan, call=call)
-        capped = [(level, budget) for level, budget in budgets if budget.bounds_update and self._cap_updates]
+        capped = [(level, budget) for level, budget in budgets if budget.bounds_update and self._after_updates]
         kernel = kernel_for(
             plan,
             self.parameters,
@@ -106,28 +108,28 @@ class GradientSplitter:
         self.plan, self.kernel, self.ledger = plan, kernel, ledger
         self._needs_rates = any(budget.bounds_update for _, budget in budgets)
         self._cap = UpdateCap(plan, capped, kernel, self.parameters, like) if capped else None
-        self._rates: Rates | None = None
-        if self.optimizer is not None:
-            self._rates = Rates(plan, self.parameters, self.optimizer, call=call)
+        if self._rates is not None:
+            self._saved_tops, optimizer, self._rates = self._rates.state(), self._rates.optimizer, None
+            self._read_rates_of(optimizer)
 
     def _read_rates_of(self, optimizer: torch.optim.Optimizer) -> None:
         if self._needs_rates and self._cap is None and not follows_gradient(optimizer):
             raise ValueError(
-                f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but here a limit "
-                "on the gradient says nothing about the step. Use gradsplit.GSO instead of the optimizer, or "
-                "cap_updates=True (one copy of the weights), or another budget, for example "
-                "budget=gradsplit.Relative(0.2)."
+                f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but a limit on "
+                "the gradient here says nothing about it. Use gradsplit.GSO instead of the optimizer, or "
+                "cap_updates=True (one copy of the weights), or another budget, for example Relative(0.2)."
             )
-        self._rates = Rates(self.plan, self.parameters, optimizer, call="GradientSplitter")
+        if self._rates is None or self._rates.optimizer is not optimizer:
+            self._rates = Rates(self.plan, self.parameters, optimizer, call="GradientSplitter")
+            self._rates.load(self._saved_tops)
         self.optimizer = optimizer
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
         """Run `step` before every step of an optimizer, inside its closure if any; ``handle.remove()`` detaches."""
         self._read_rates_of(optimizer)
-        return attach_to(optimizer, before=self._before_update, after=self._after_update)
+        return attach_to(optimizer, start=self._remember, before=self.step, after=self._after_update)
 
-    def _before_update(self) -> None:
-        self.step()
+    def _remember(self) -> None:
         if self._cap is not None:
             self._cap.remember()
 
@@ -149,10 +151,14 @@ class GradientSplitter:
         if self._needs_rates and self._rates is None:
             raise ValueError(
                 "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
-                "attach(optimizer), or a "
-                "budget of gradients, for example budget=gradsplit.Relative(0.02)."
+                "attach(optimizer), or a budget of gradients, for example budget=gradsplit.Relative(0.02)."
             )
-        gradients = self._gradients()
+        if self._cap is not None and self.step_count and not self._cap.remembers:
+            raise ValueError(
+                "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it. Call "
+                "attach(optimizer) once instead of step()."
+            )
+        gradients = gradients_of(self.layout.names, self.parameters)
         reads = [gradients, self.parameters] if self.ledger.reads_weights else [gradients]
         squares_B, *weights_B = squares_of(self.kernel, *reads)
         if self.on_nonfinite == "raise" and not bool(squares_B.isfinite().all()):
@@ -175,21 +181,6 @@ class GradientSplitter:
         for sink in self.sinks:
             sink(record)
         return record
-
-    def _gradients(self) -> list[Tensor | None]:
-        """The gradients in the layout's order; sparse ones coalesced, so that every stored row is there once."""
-        for parameter in self.parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse and not parameter.grad.is_coalesced():
-                parameter.grad = parameter.grad.coalesce()
-        gradients = [parameter.grad for parameter in self.parameters]
-        if all(gradient is None for gradient in gradients):
-            warnings.warn(
-                "GradientSplitter.step(): no parameter has a gradient. Call it after backward() and before "
-                "zero_grad().",
-                UserWarning,
-                stacklevel=3,
-            )
-        return gradients
 
     @torch.no_grad()
     def calibrate(self, closure: Callable[[], Any], steps: int = 8) -> Plan:
@@ -226,36 +217,22 @@ class GradientSplitter:
             ValueError: the state of another plan or of other budgets; nothing is taken over then.
         """
         call = "GradientSplitter.load_state_dict(…)"
-        if state.get("plan") is not None and self._strategy == "lbf":
-            self._adopt(make_plan(Plan.from_dict(state["plan"]), self.layout, call=call))
-        if state["fingerprint"] != self.plan.fingerprint:
-            raise ValueError(
-                f"{call}: expected the state of plan {self.plan.fingerprint}, got that of plan "
-                f"{state['fingerprint']}. Make the "
-                "splitter with the model and plan of the saved run."
-            )
-        self.ledger.load_state_dict(state["history"], call=call)
-        self.step_count = int(state["step_count"])
+        missing = {"fingerprint", "step_count", "history", "top_lr"} - set(state)
+        if missing:
+            raise ValueError(f"{call}: expected what state_dict() returned, got a mapping without {sorted(missing)}.")
+        before = dict(vars(self))
+        try:
+            if state.get("plan") is not None and self._strategy == "lbf":
+                self._adopt(make_plan(Plan.from_dict(state["plan"]), self.layout, call=call))
+            if state["fingerprint"] != self.plan.fingerprint:
+                raise ValueError(
+                    f"{call}: expected the state of plan {self.plan.fingerprint}, got that of plan "
+                    f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
+                )
+            self.ledger.load_state_dict(state["history"], call=call)
+        except Exception:
+            vars(self).update(before)
+            raise
+        self.step_count, self._saved_tops = int(state["step_count"]), list(state["top_lr"])
         if self._rates is not None:
-            self._rates.load(state["top_lr"])
-
-
-def one_device(pairs: list[tuple[str, Tensor]], *, call: str) -> torch.device:
-    """Return the device of all tensors.
-
-    Raises:
-        ValueError: tensors on several devices; names the first that differs.
-        TypeError: a tensor that is neither floating point nor complex.
-    """
-    device = pairs[0][1].device
-    for name, tensor in pairs:
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(
-                f"{call}(…): expected floating-point parameters, got {tensor.dtype} at {name!r}. Leave it out."
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{call}(…): expected all parameters on one device, got {pairs[0][0]!r} on {device} and {name!r} on "
-                f"{tensor.device}. Make one splitter a device from the pairs (name, parameter) that live there."
-            )
-    return device
+            self._rates.load(self._saved_tops)

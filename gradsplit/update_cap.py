@@ -31,6 +31,11 @@ class UpdateCap:
         self.ledger = Ledger(plan, budgets, like, call="GradientSplitter")
         self._before: list[Tensor] = []
 
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a copy of the weights to compare with."""
+        return bool(self._before)
+
     @torch.no_grad()
     def remember(self) -> None:
         """Copy the weights before the update."""
@@ -51,4 +56,5 @@ class UpdateCap:
         self.kernel.scale_(moved, decision.scale_B, ~decision.finite_B)
         for parameter, before, step in zip(self.parameters, self._before, moved, strict=True):
             assert step is not None
-            parameter.copy_(before + step)
+            kept = step == parameter - before  # a bin within its limit keeps the optimizer's bits
+            parameter.copy_(torch.where(kept, parameter, before + step))

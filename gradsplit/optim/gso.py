@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..budget import Relative, RelativeStep
+from ..distributed import local_of
+from ..plan import one_device
+from .cyclic import Cyclic
+from .in_backward import InBackward, check_budget, check_model, plan_of_one
 from .planned import Planned
 from .registry import Update, make_update
 
@@ -18,7 +23,9 @@ __all__ = ["DEFAULT_BUDGET", "GSO"]
 DEFAULT_BUDGET = (Relative(0.2), RelativeStep(0.03))
 """Before the moments, since one huge gradient would poison them for thousands of steps; and on the update."""
 
-_OWN_OPTIONS = ("plan", "budget", "rule", "backend", "second_moment")
+
+_KEPT = ("_options", "_overrides", "_shared_groups", "_one_tensor_a_part", "_cyclic")
+"""What a copy takes over; parts and hooks are made anew, for its own parameters."""
 
 
 class GSO(Optimizer):
@@ -51,7 +58,11 @@ class GSO(Optimizer):
         second_moment: "element", or "bin": one a bin, which saves a copy of the weights.
         rule: "bottom_up" or "nearest", see `project`.
         maximize: ascend.
-        backend: see `GradientSplitter`.
+        backend, process_group: see `GradientSplitter`.
+        in_backward: update each parameter as soon as backward has completed its gradient, and free the gradient; needs
+            limits that look at one tensor each. ``step()`` then only ends the step; see `accumulating`.
+        schedule: "all", or "cyclic": one block of tensors after the other, moments for the active block alone.
+        switch_every, order, seed: of the cycle, see `Cyclic`.
 
     Raises:
         ValueError: a constant out of its range, no parameters, an unknown name; "bin" with bins over several tensors.
@@ -79,16 +90,35 @@ class GSO(Optimizer):
         rule: str = "bottom_up",
         maximize: bool = False,
         backend: str = "auto",
+        process_group: Any = None,
+        in_backward: bool = False,
+        schedule: str = "all",
+        switch_every: int = 100,
+        order: str = "fixed",
+        seed: int = 0,
     ) -> None:
         if second_moment not in ("element", "bin"):
             raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
+        if schedule not in ("all", "cyclic"):
+            raise ValueError(f"GSO(schedule={schedule!r}): expected 'all' or 'cyclic'.")
+        if in_backward:
+            check_model(params)
+            if schedule == "cyclic":
+                raise ValueError(
+                    "GSO(in_backward=True, schedule='cyclic'): expected one of the two, since a waiting block's gradients "
+                    "would never be freed. Leave one out."
+                )
         self._options = {
             "plan": plan,
             "budget": budget,
             "rule": rule,
             "backend": backend,
             "second_moment": second_moment,
+            "process_group": process_group,
         }
+        self._one_tensor_a_part = in_backward
+        self._in_backward: InBackward | None = None
+        self._cyclic: Cyclic | None = None
         self._overrides: list[dict[str, Any]] = []
         self._shared_groups = 0
         self._parts: list[Update] = []
@@ -98,9 +128,21 @@ class GSO(Optimizer):
         super().__init__(params, defaults)
         self._shared_groups = len(self.param_groups)
         self._build()
+        if in_backward:
+            self._in_backward = InBackward(self)
+            # GradScaler then calls step() without unscaling first, and step() can say what is wrong.
+            self._step_supports_amp_scaling = True
+        if schedule == "cyclic":
+            names = [name for part in self._parts for name in part.planned.plan.layout.names]
+            self._cyclic = Cyclic(names, switch_every=switch_every, order=order, seed=seed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, under the optimizer's options or under their own ``plan`` and ``budget``."""
+        if self._in_backward is not None or self._cyclic is not None:
+            raise ValueError(
+                "GSO.add_param_group(…): expected all parameters at construction with in_backward=True or "
+                "schedule='cyclic'. Make a second GSO for the new ones."
+            )
         group = dict(param_group)
         override: dict[str, Any] = {key: group.pop(key) for key in ("plan", "budget") if key in group}
         _check_numbers({**self.defaults, **group})
@@ -120,6 +162,19 @@ class GSO(Optimizer):
         alone = [i for i in range(len(self.param_groups)) if i not in shared]
         parts = [self._part(shared, {})] if shared else []
         self._parts = parts + [self._part([i], self._overrides[i]) for i in alone]
+        if self._one_tensor_a_part:
+            self._parts = [one for part in self._parts for one in self._split(part)]
+
+    def _split(self, part: Update) -> list[Update]:
+        """One part a tensor, for updates that see one tensor at a time."""
+        planned = part.planned
+        check_budget(planned)
+        parts = []
+        for t, name in enumerate(planned.plan.layout.names):
+            if planned.parameters[t].numel():
+                made = planned.of_one(t, plan_of_one(planned.plan, t), name)
+                parts.append(make_update(made))
+        return parts
 
     def _part(self, groups: list[int], override: dict[str, Any]) -> Update:
         names, owners = [], []
@@ -130,8 +185,6 @@ class GSO(Optimizer):
             owners += group["params"]
         options = {**self._options, **override}
         second_moment = options.pop("second_moment")
-        from ..splitter import one_device
-
         one_device(list(zip(names, owners, strict=True)), call="GSO")
         planned = Planned(names, [_real(p) for p in owners], owners, optimizer=self, **options)
         if second_moment == "bin" and not planned.bins_in_one_tensor:
@@ -156,21 +209,66 @@ class GSO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.finish()
+        if self._cyclic is not None:
+            self._begin_cyclic(self._cyclic)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        seen = 0
         for part in self._parts:
-            owners = part.planned.owners
-            groups = [group_of[id(p)] for p in owners]
-            gradients: list[Tensor | None] = []
-            for owner in owners:
-                gradients.append(None if owner.grad is None else _gradient(owner))
-            states = [self._state_of(owner, part.planned, t) for t, owner in enumerate(owners)]
-            part.step(gradients, states, groups)
+            self._step_part(part, group_of, seen)
+            seen += len(part.planned.owners)
         return loss
+
+    def _step_part(self, part: Update, group_of: dict[int, dict[str, Any]], seen: int = 0) -> None:
+        """Update one part; ``seen`` tensors stand before it in the cycle of blocks."""
+        owners = part.planned.owners
+        gradients: list[Tensor | None] = []
+        for t, owner in enumerate(owners):
+            waits = owner.grad is None or (self._cyclic is not None and not self._cyclic.is_active(seen + t))
+            gradients.append(None if waits else _gradient(owner))
+        if all(gradient is None for gradient in gradients):
+            return
+        states = [
+            {} if gradients[t] is None else self._state_of(owner, part.planned, t) for t, owner in enumerate(owners)
+        ]
+        part.step(gradients, states, [group_of[id(p)] for p in owners])
+
+    def _step_of(self, owner: Tensor) -> None:
+        """Update the one parameter whose gradient is complete, from inside backward."""
+        (part,) = [part for part in self._parts if part.planned.owners[0] is owner]
+        (group,) = [group for group in self.param_groups if any(p is owner for p in group["params"])]
+        self._step_part(part, {id(owner): group})
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Let gradients add up over backward passes without updates, with ``in_backward=True``.
+
+        All passes but the last go under it; the last one, outside, updates with the sum.
+
+        Raises:
+            ValueError: without ``in_backward=True``, where gradients add up anyway.
+        """
+        if self._in_backward is None:
+            raise ValueError("GSO.accumulating(): expected in_backward=True; else gradients add up until step().")
+        return self._in_backward.accumulating()
+
+    def _begin_cyclic(self, cyclic: Cyclic) -> None:
+        """Enter a step of the cycle; a block that has become idle loses its moments."""
+        owners = [owner for part in self._parts for owner in part.planned.owners]
+        before = cyclic.active
+        cyclic.begin_step(
+            lambda: [
+                0.0 if p.grad is None else float(torch.linalg.vector_norm(_gradient(p), dtype=torch.float64) ** 2)
+                for p in owners
+            ]
+        )
+        if cyclic.active != before:
+            for t, owner in enumerate(owners):
+                if not cyclic.is_active(t):
+                    self.state.pop(owner, None)
 
     def _state_of(self, owner: Tensor, planned: Planned, t: int) -> dict[str, Any]:
         """Return a parameter's moments as real views; made at its first gradient, its step counted here."""
-        if owner.grad is None:
-            return {}
         state = self.state[owner]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -181,12 +279,14 @@ class GSO(Optimizer):
             else:
                 state["exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
         state["step"] += 1
-        return {k: _real(v) if k in ("exp_avg", "exp_avg_sq") else v for k, v in state.items()}
+        return {k: local_of(_real(v)) if k in ("exp_avg", "exp_avg_sq") else v for k, v in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state, and under "gradsplit" the budgets' history."""
         state = super().state_dict()
         state["gradsplit"] = [part.planned.state() for part in self._parts]
+        if self._cyclic is not None:
+            state["gradsplit_cycle"] = self._cyclic.state()
         return state
 
     @torch.no_grad()
@@ -197,6 +297,8 @@ class GSO(Optimizer):
             ValueError: the state of another plan or of other budgets.
         """
         history = state_dict.get("gradsplit")
+        if self._cyclic is not None and "gradsplit_cycle" in state_dict:
+            self._cyclic.load(state_dict["gradsplit_cycle"])
         if history is not None:
             if len(history) != len(self._parts):
                 raise ValueError(
@@ -224,7 +326,7 @@ class GSO(Optimizer):
                 self.state[owner]["bin_sq"] = saved_state["bin_sq"].to(owner.device, torch.float32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_options", "_overrides", "_shared_groups")}
+        own = {key: self.__dict__[key] for key in _KEPT}
         if callable(self._options["plan"]) and self._parts:  # a function may not be picklable; the plan it made is
             own["_options"] = {**self._options, "plan": self._parts[0].planned.plan}
         base: dict[str, Any] = super().__getstate__()
@@ -238,6 +340,7 @@ class GSO(Optimizer):
                 group.setdefault(key, value)
         if history is not None:  # a copy or an unpickled one; load_state_dict keeps its parts
             self._build()
+            self._in_backward = InBackward(self) if self._one_tensor_a_part else None
             for part, saved in zip(self._parts, history, strict=True):
                 part.planned.load(saved)
 
@@ -256,7 +359,7 @@ def _gradient(owner: Tensor) -> Tensor:
             "sparse=False, or "
             "put GradientSplitter in front of SparseAdam."
         )
-    return _real(gradient)
+    return local_of(_real(gradient))
 
 
 def _check_numbers(options: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from .baselines import per_tensor, whole
 from .boxes import Boxes
-from .layout import Layout, layout_of, named_trainable
+from .layout import Layout, layout_of, named_trainable, one_device
 from .lbf import lbf, log_likelihood
 from .plan import Bin, Box, Node, Plan
 from .registry import STRATEGIES, Strategy, make_plan
@@ -26,6 +26,7 @@ __all__ = [
     "log_likelihood",
     "make_plan",
     "named_trainable",
+    "one_device",
     "per_tensor",
     "tree_sp",
     "whole",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-__all__ = ["Layout", "layout_of"]
+__all__ = ["Layout", "layout_of", "named_trainable", "one_device"]
 
 
 @dataclass(frozen=True)
@@ -166,3 +166,24 @@ def layout_of(model: Any) -> Layout:
         tuple(name for name, _ in pairs),
         tuple(tuple(int(size) for size in parameter.shape) for _, parameter in pairs),
     )
+
+
+def one_device(pairs: list[tuple[str, Any]], *, call: str) -> Any:
+    """Return the device of all tensors.
+
+    Raises:
+        ValueError: tensors on several devices; names the first that differs.
+        TypeError: a tensor that is neither floating point nor complex.
+    """
+    device = pairs[0][1].device
+    for name, tensor in pairs:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(
+                f"{call}(…): expected floating-point parameters, got {tensor.dtype} at {name!r}. Leave it out."
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"{call}(…): expected all parameters on one device, got {pairs[0][0]!r} on {device} and {name!r} on "
+                f"{tensor.device}. Make one splitter a device from the pairs (name, parameter) that live there."
+            )
+    return device
