@@ -18,7 +18,6 @@ TASKS = {
     "healthy-heads": "benchmarks.chain.healthy_heads",
     "temporal-order": "benchmarks.chain.temporal_order",
     "deep-stack": "benchmarks.chain.deep_stacks",
-    "residual-stack": "benchmarks.chain.residual_stack",
     "healthy-runs": "benchmarks.chain.healthy_runs",
     "cost": "benchmarks.chain.cost",
 }

@@ -131,7 +131,7 @@ def cutting(model: nn.Module, names: list[str] | None = None) -> Iterator[CutFor
             handle.remove()
 
 
-def segment_leaves(ends: list[Tensor]) -> list[Tensor]:
+def leaves_below(ends: list[Tensor]) -> list[Tensor]:
     """The leaves (cuts and parameters) that a factor's graph reads."""
     seen: set[Any] = set()
     leaves: dict[int, Tensor] = {}
@@ -160,7 +160,7 @@ def pull(
 
     Args:
         ends: outputs of the factor.
-        leaves: of `segment_leaves(ends)`.
+        leaves: of `leaves_below(ends)`.
         signals: one an end.
         parameters: of the model; a reentrant checkpoint reads some that the graph does not show.
     """

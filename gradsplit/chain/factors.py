@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsplit.chain.chain import Chain, Link
-from gradsplit.chain.cut import INPUT, LOSS, Cut, CutForward, cutting, pull, rms, segment_leaves
+from gradsplit.chain.cut import INPUT, LOSS, Cut, CutForward, cutting, leaves_below, pull, rms
 from gradsplit.chain.joints import LossFn, bare, checked_names
 from gradsplit.chain.operator_norm import operator_norm
 from gradsplit.chain.through_time import recurrences_of
@@ -147,7 +147,7 @@ def apply_factors(record: CutForward, loss: Tensor, parameters: list[Tensor]) ->
             signals = [torch.ones_like(loss)]
         else:
             signals = [arrived.pop(id(leaf), torch.zeros_like(leaf)) for leaf in cut.leaves]
-        leaves = segment_leaves(cut.made)
+        leaves = leaves_below(cut.made)
         below: list[tuple[Tensor, Tensor]] = []
         if leaves and any(bool((signal != 0).any()) for signal in signals):
             below = pull(cut.made, leaves, signals, parameters)

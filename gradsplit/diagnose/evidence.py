@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsplit.chain.chain import Chain
-from gradsplit.chain.cut import pull, segment_leaves
+from gradsplit.chain.cut import leaves_below, pull
 from gradsplit.chain.factors import gradient_chain
 from gradsplit.chain.forks import find_forks
 from gradsplit.chain.joints import LossFn
@@ -116,7 +116,7 @@ def gather(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any) -> Evi
     kept: dict[tuple[int, int], Tensor] = {}
     breaks: list[tuple[int, float]] = []
     _listen(graph, {pair for fork in forks for branch in fork.branches for pair in branch.inputs}, kept, breaks)
-    pull([loss], segment_leaves([loss]), [torch.ones_like(loss)], list(model.parameters()))
+    pull([loss], leaves_below([loss]), [torch.ones_like(loss)], list(model.parameters()))
     for fork in forks:
         norms = {}
         for branch in fork.branches:

@@ -265,9 +265,8 @@ def test_declared_forks_and_their_errors() -> None:
     with ChainSplitter(model, at="layers", forks=["stem"], parameters="modules") as chain:
         model(torch.randn(3, 4)).sum().backward()
     assert {row.role for row in chain.rows()} == {"layer", "task"}
-    with pytest.raises(ValueError, match="expected a module whose output has several consumers"):
-        with ChainSplitter(model, forks=["out"]):
-            model(torch.randn(3, 4)).sum().backward()
+    with pytest.raises(ValueError, match="several consumers"), ChainSplitter(model, forks=["out"]):
+        model(torch.randn(3, 4)).sum().backward()
     model(torch.randn(3, 4))  # the hooks of the failed block are gone
 
 

@@ -1,0 +1,242 @@
+"""Every kind of finding: planted, it names the guilty module; sound nets have none that explodes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradsplit.diagnose
+from gradsplit.diagnose import diagnose
+from gradsplit.diagnose.head_share import loss_weights
+from gradsplit.diagnose.registry import EXPLODING, REGISTRY
+from gradsplit.diagnose.unstable_rate import sharpness
+from gradsplit.diagnose.weights import weight_gains
+from tests.chain.nets import NAMES, Recurrent, TwoHeads, build
+
+
+class Operation(nn.Module):
+    def __init__(self, change: object) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+def stack(depth: int = 6, width: int = 16, between: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), between()]
+    return nn.Sequential(*layers, nn.Linear(width, 3))
+
+
+def square(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def top(model: nn.Module, batch: Tensor, loss_fn: object = square, optimizer: object = None) -> tuple[str, str]:
+    finding = diagnose(model, loss_fn, batch, optimizer).findings[0]
+    return finding.kind, finding.name
+
+
+X = torch.linspace(-1, 1, 128).reshape(8, 16)
+
+
+@pytest.mark.parametrize("factor", [10, 1000])
+@pytest.mark.parametrize("layer", [0, 4, 12])
+def test_a_hot_layer_is_named_with_the_factor_that_mends_it(layer: int, factor: float) -> None:
+    model = stack()
+    before = model[layer].weight.detach().clone()
+    with torch.no_grad():
+        model[layer].weight.mul_(factor)
+    finding = diagnose(model, square, X).findings[0]
+    assert (finding.kind, finding.name) == ("hot layer", str(layer))
+    mend = float(finding.change.split(" by ")[1].split(",")[0])
+    assert float((model[layer].weight * mend).norm() / before.norm()) == pytest.approx(1.0, rel=0.5)
+
+
+def test_weights_of_one_sign_are_hot() -> None:
+    model = stack()
+    with torch.no_grad():
+        model[4].weight.uniform_(0, 1)
+    assert top(model, X) == ("hot layer", "4")
+
+
+def test_an_even_explosion_has_first_and_last_layer_and_gain_a_link() -> None:
+    model = stack(24, between=nn.Identity)
+    with torch.no_grad():
+        for layer in list(model)[:-1:2]:
+            layer.weight.normal_(std=1.5 / 4)
+            layer.bias.zero_()
+    found = {finding.kind: finding for finding in diagnose(model, square, X).findings}
+    assert found["forward explosion"].severity > found["explosion"].severity
+    assert "1.5 a link" in found["explosion"].sentence or "1.4" in found["explosion"].sentence
+    assert found["explosion"].sentence.endswith("links") and "to 0," in found["explosion"].sentence
+
+
+def test_vanishing() -> None:
+    model = stack(24)
+    with torch.no_grad():
+        for layer in list(model)[:-1:2]:
+            layer.weight.normal_(std=0.4 / 4)
+    assert top(model, X) == ("vanishing", "0")
+
+
+def test_a_head_that_drowns_the_trunk_and_the_weight_that_mends_it() -> None:
+    model = TwoHeads()
+    batch = torch.randn(6, 4)
+
+    def loss(model: nn.Module, batch: Tensor, weight: float = 500.0) -> Tensor:
+        cls, box = model(batch)
+        return cls.square().mean() + weight * box.square().mean()
+
+    result = diagnose(model, loss, batch)
+    assert (result.findings[0].kind, result.findings[0].name) == ("head share", "box")
+    weights = loss_weights(result.forks[0].norms)
+    mended = diagnose(model, lambda m, b: loss(m, b, 500.0 * weights["box"]), batch).forks[0].norms
+    assert mended["box"] == pytest.approx(mended["cls"], rel=1e-4)
+    assert "loss weights that would equalise" in result.text()
+
+
+BREAKS = {
+    "forward, log": lambda x: x + (x - x.detach()).abs().log(),
+    "forward, 0/0": lambda x: x + (x - x) / (x - x),
+    "backward, sqrt": lambda x: x + (x - x.detach()).abs().sqrt(),
+}
+
+
+@pytest.mark.parametrize("label", BREAKS)
+def test_the_first_producer_of_a_nan_is_named(label: str) -> None:
+    model = stack()
+    model[5] = Operation(BREAKS[label])
+    finding = diagnose(model, square, X).findings[0]
+    assert (finding.kind, finding.name) == ("nonfinite", "5")
+    if "sqrt" in label:
+        assert "SqrtBackward" in finding.evidence
+
+
+def test_other_sources_of_nan() -> None:
+    assert top(stack(), X * float("nan")) == ("nonfinite", "(input)")
+    assert top(stack(), X, lambda m, b: m(b).sum() / (m(b).sum() * 0)) == ("nonfinite", "(loss)")
+    model = stack()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("inf")
+    assert top(model, X) == ("nonfinite", "2")
+
+
+def test_dead_and_saturated_layers() -> None:
+    model = stack(between=nn.ReLU)
+    with torch.no_grad():
+        model[4].bias.fill_(-50)
+    assert top(model, X) == ("dead units", "5")
+    model = stack()
+    with torch.no_grad():
+        model[4].bias.fill_(8)
+    assert ("saturation", "5") in [(f.kind, f.name) for f in diagnose(model, square, X).findings]
+
+
+def test_a_missing_normalisation_in_a_sequence_and_in_blocks() -> None:
+    layers: list[nn.Module] = []
+    for _ in range(5):
+        layers += [nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU()]
+    layers[7] = nn.Identity()
+    assert top(nn.Sequential(*layers, nn.Linear(16, 2)), X) == ("missing normalisation", "7")
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.lin = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.lin(self.norm(x))
+
+    blocks = nn.ModuleList(Block() for _ in range(4))
+    blocks[2].norm = nn.Identity()
+    assert top(nn.Sequential(*blocks), X) == ("missing normalisation", "2.norm")
+
+
+def test_a_recurrence_that_explodes_through_time() -> None:
+    model = Recurrent(nn.RNN, nonlinearity="relu")
+    with torch.no_grad():
+        model.rnn.weight_hh_l0.copy_(1.5 * torch.eye(4))
+        model.rnn.bias_ih_l0.fill_(0.5)
+    found = [f for f in diagnose(model, square, torch.rand(3, 40, 3)).findings if f.kind == "explosion through time"]
+    assert found[0].name == "rnn" and "mean gain 1.5" in found[0].evidence
+
+
+def test_a_module_that_no_signal_reaches() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(16, 16), nn.Linear(16, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).detach())
+
+    found = {f.name: f.sentence for f in diagnose(Detached(), square, X).findings if f.kind == "no signal"}
+    assert found == {"a": "a: no signal reaches it", "unused": "unused: it is never called"}
+
+
+def test_a_rate_beyond_stability() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    x = torch.randn(32, 4)
+    value = 2 * float(torch.linalg.eigvalsh(x.T @ x / 32)[-1])
+    assert sharpness(model, square, x, iterations=200) == pytest.approx(value, rel=1e-3)
+    for momentum in (0.0, 0.9):
+        stable = 2 * (1 + momentum) / value
+        fast = torch.optim.SGD(model.parameters(), lr=1.1 * stable, momentum=momentum)
+        slow = torch.optim.SGD(model.parameters(), lr=0.9 * stable, momentum=momentum)
+        assert top(model, x, optimizer=fast) == ("unstable rate", "(optimizer)")
+        assert not [f for f in diagnose(model, square, x, slow).findings if f.kind == "unstable rate"]
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    square(model, x).backward()
+    adam.step()
+    assert not [f for f in diagnose(model, square, x, adam).findings if f.kind == "unstable rate"]
+    adam.param_groups[0]["lr"] = 1e3
+    assert top(model, x, optimizer=adam)[0] == "unstable rate"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sound_nets_have_no_finding_of_explosion_and_are_left_as_they_were(name: str) -> None:
+    model, loss_fn, batch = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    result = diagnose(model, loss_fn, batch)
+    assert not [f for f in result.findings if f.kind in EXPLODING]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_running_statistics_and_gradients_survive() -> None:
+    model = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    square(model, X).backward()
+    grads, mean = [p.grad for p in model.parameters()], model[1].running_mean.clone()
+    diagnose(model, square, X)
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_an_optimizer_that_steps_inside_the_backward_pass_does_not_step() -> None:
+    model = stack(2)
+    called = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: called.append(p))
+    diagnose(model, square, X)
+    assert not called
+
+
+def test_tied_tables_are_judged_as_maps() -> None:
+    model, _, _ = build("tied")
+    (first, *_) = weight_gains(model)
+    assert first.module == "table" and first.gain == pytest.approx(float(model.out.weight.square().mean().sqrt()) * 2)
+
+
+def test_the_package_is_the_function() -> None:
+    model = stack(2)
+    assert gradsplit.diagnose(model, square, X).loss == diagnose(model, square, X).loss
+    assert len({kind.name for kind in REGISTRY}) == len(REGISTRY)
