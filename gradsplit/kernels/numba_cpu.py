@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +56,7 @@ class NumbaKernel:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
         self._tables: list[_Tables] = []  # most recent first: gradients and weights, few layouts in a run
+        self._measured: tuple[list[Tensor | None], _Tables] | None = None
         self._warned = False
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -68,8 +70,10 @@ class NumbaKernel:
         calls: list[Call] = []
         results: list[tuple[list[np.ndarray], list[Lowered], Tensor | None]] = []
         num_elements = 0
+        self._measured = None
         for tensors in lists:
             tables = self._tables_of(tensors)
+            self._measured = self._measured or (list(tensors), tables)
             bases = _addresses(tensors, tables)
             slots = [np.zeros(table.num_slots) for _, table in tables.lowered]
             for (dtype, table), out in zip(tables.lowered, slots, strict=True):
@@ -94,7 +98,7 @@ class NumbaKernel:
         """See `ReferenceKernel.scale_`. Bins with a scale of 1 are neither read nor written."""
         if torch.compiler.is_compiling():
             return self.eager.scale_(tensors, scale_B, zero_B)
-        tables = self._tables_of(tensors)
+        tables = self._just_measured(tensors) or self._tables_of(tensors)
         if tables.eager_T:
             self.eager.scale_(_only(tensors, tables.eager_T), scale_B, zero_B)
         scale = np.ascontiguousarray(scale_B.detach().to(torch.float64).numpy())
@@ -113,6 +117,13 @@ class NumbaKernel:
     def eager(self) -> Kernel:
         """The kernel for what cannot be walked by address."""
         return BACKENDS["eager"].make(self.plan, self.device)
+
+    def _just_measured(self, tensors: Sequence[Tensor | None]) -> _Tables | None:
+        """The tables of tensors that were measured just before; strides may have changed by the time they are again."""
+        measured, self._measured = self._measured, None
+        if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
+            return None
+        return measured[1]
 
     def _tables_of(self, tensors: Sequence[Tensor | None]) -> _Tables:
         """The tables for tensors of these dtypes and strides; None in the signature: the eager kernel, or nothing."""
@@ -170,7 +181,7 @@ class NumbaKernel:
         warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "device": self.device, "_tables": [], "_warned": self._warned}
+        return {"plan": self.plan, "device": self.device, "_tables": [], "_measured": None, "_warned": self._warned}
 
 
 def _addresses(tensors: Sequence[Tensor | None], tables: _Tables) -> np.ndarray:

@@ -47,6 +47,23 @@ def square_entries(kind, entries, chunks, bases, slots, counter):
 
 
 @_reduced
+def _add_four_rows(memory, start, row_step, length, columns):
+    """Add the squares of four rows to the columns, which are then read and written once instead of four times."""
+    second, third, fourth = start + row_step, start + 2 * row_step, start + 3 * row_step
+    for j in range(length):
+        x0, x1 = np.float64(load(memory, start + j)), np.float64(load(memory, second + j))
+        x2, x3 = np.float64(load(memory, third + j)), np.float64(load(memory, fourth + j))
+        columns[j] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+
+
+@_reduced
+def _add_row(memory, start, length, columns):
+    for j in range(length):
+        x = np.float64(load(memory, start + j))
+        columns[j] += x * x
+
+
+@_reduced
 def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
     """Add up squares by columns over each band's rows, then by cuts into its slots."""
     counting = pointer(counter.ctypes.data, np.int64(0))
@@ -62,18 +79,9 @@ def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
             columns[:length] = 0.0
             whole = rows - rows % 4
             for r in range(0, whole, 4):
-                a = offset + r * row_step
-                for j in range(length):
-                    x0 = np.float64(load(memory, a + j))
-                    x1 = np.float64(load(memory, a + row_step + j))
-                    x2 = np.float64(load(memory, a + 2 * row_step + j))
-                    x3 = np.float64(load(memory, a + 3 * row_step + j))
-                    columns[j] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+                _add_four_rows(memory, offset + r * row_step, row_step, length, columns)
             for r in range(whole, rows):
-                a = offset + r * row_step
-                for j in range(length):
-                    x = np.float64(load(memory, a + j))
-                    columns[j] += x * x
+                _add_row(memory, offset + r * row_step, length, columns)
             lo = 0
             for i in range(num_cuts):
                 total = 0.0
@@ -126,6 +134,14 @@ def scale_entries(kind, entries, chunks, bases, scale, zero, counter):
 
 
 @_plain
+def _scale_row(memory, start, first, last, factors):
+    for j in range(first, last):
+        factor = narrow(memory, factors[j])
+        x = load(memory, start + j)
+        store(memory, start + j, x * factor if factors[j] != 0.0 else narrow(memory, 0.0))
+
+
+@_plain
 def scale_bands(kind, bands, chunks, stops, bins, widest, bases, scale, zero, counter):
     """The same for bands: a factor a column, over the rows of those bands that have something to do."""
     counting = pointer(counter.ctypes.data, np.int64(0))
@@ -150,8 +166,4 @@ def scale_bands(kind, bands, chunks, stops, bins, widest, bases, scale, zero, co
             if first < 0:
                 continue
             for r in range(rows):
-                a = offset + r * row_step
-                for j in range(first, last):
-                    factor = narrow(memory, factors[j])
-                    x = load(memory, a + j)
-                    store(memory, a + j, x * factor if factor != 0.0 else narrow(memory, 0.0))
+                _scale_row(memory, offset + r * row_step, first, last, factors)

@@ -21,17 +21,16 @@ class FallbackWarning(UserWarning):
 
 def obstacle(tensor: Tensor) -> str:
     """Say why a tensor must not be touched by address; empty if it may. Strides are judged by the lowering."""
-    if type(tensor) not in _PLAIN and type(tensor).__torch_function__ is not torch._C._disabled_torch_function_impl:
+    plain = type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+    if plain and not (tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())):  # nearly always: be quick
+        return "" if tensor.data_ptr() else "it has no memory"
+    if type(tensor) not in _PLAIN:
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"
     if not tensor.is_cpu:
         return f"it lives on {tensor.device}"
-    if tensor.is_neg() or tensor.is_conj():
-        return "its memory holds the negative or conjugate of its values"
-    if type(tensor) not in _PLAIN:
-        return f"it is a {type(tensor).__name__}, whose memory may not be its own"
-    return "" if tensor.data_ptr() else "it has no memory"
+    return "its memory holds the negative or conjugate of its values"
 
 
 def warn_of_fallback(what: str, name: str, reason: str, remedy: str) -> None:

@@ -37,7 +37,7 @@ Table = tuple[Any, Lowered]
 
 
 class FusedUpdate:
-    """One step of a `Planned`'s parameters in compiled loops; where that cannot be, by the reference, with one warning."""
+    """One step in compiled loops; where that cannot be, by the reference, with one warning."""
 
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
@@ -160,8 +160,9 @@ class FusedUpdate:
         weights: list[Tensor | None] = []
         moments: list[Tensor | None] = []
         spreads: list[Tensor | None] = []
+        parameters = self.planned.parameters
         for t, gradient in enumerate(gradients):
-            p = self.planned.parameters[t]
+            p = parameters[t]
             if gradient is None or p.numel() == 0:
                 gradients[t] = None
                 weights.append(None)

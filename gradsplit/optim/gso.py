@@ -105,8 +105,8 @@ class GSO(Optimizer):
             check_model(params)
             if schedule == "cyclic":
                 raise ValueError(
-                    "GSO(in_backward=True, schedule='cyclic'): expected one of the two, since a waiting block's gradients "
-                    "would never be freed. Leave one out."
+                    "GSO(in_backward=True, schedule='cyclic'): expected one of the two, since the gradients of blocks "
+                    "that wait would never be freed. Leave one out."
                 )
         self._options = {
             "plan": plan,
@@ -329,6 +329,7 @@ class GSO(Optimizer):
         own = {key: self.__dict__[key] for key in _KEPT}
         if callable(self._options["plan"]) and self._parts:  # a function may not be picklable; the plan it made is
             own["_options"] = {**self._options, "plan": self._parts[0].planned.plan}
+        own["_options"] = {**own["_options"], "process_group": None}  # a group ends with its process
         base: dict[str, Any] = super().__getstate__()
         return {**base, **own, "_history": [part.planned.state() for part in self._parts]}
 

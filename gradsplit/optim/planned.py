@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..budget import Ledger, budgets_by_level
+from ..distributed import kernel_for, local_of
 from ..kernels import make_kernel
-from ..plan import Layout, make_plan
+from ..plan import Layout, Plan, make_plan
 from ..rates import Rates
 
 __all__ = ["Planned"]
@@ -21,9 +22,9 @@ class Planned:
 
     Args:
         names: one a parameter.
-        parameters: on one device; complex ones already as real views.
+        parameters: on one device; complex ones already as real views, sharded ones whole as DTensors.
         owners: the parameters as the optimizer holds them, for their learning rates.
-        plan, budget, rule, backend: as in `GSO`.
+        plan, budget, rule, backend, process_group: as in `GSO`.
         optimizer: read for learning rates at every step.
     """
 
@@ -37,13 +38,23 @@ class Planned:
         budget: Any,
         rule: str,
         backend: str,
+        process_group: Any,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.parameters, self.owners = parameters, owners
+        self._parameters, self.owners = parameters, owners
+        self._options = {"budget": budget, "rule": rule, "backend": backend, "process_group": process_group}
         layout = Layout(tuple(names), tuple(tuple(int(s) for s in p.shape) for p in parameters))
         self.plan = make_plan(plan, layout, call="GSO")
         budgets = budgets_by_level(budget, self.plan, call="GSO")
-        self.kernel = make_kernel(backend, self.plan, parameters[0].device, call="GSO")
+        device = parameters[0].device
+        self.kernel = kernel_for(
+            self.plan,
+            parameters,
+            lambda local: make_kernel(backend, local, device, call="GSO"),
+            group=process_group,
+        )
+        # What this rank holds of the plan; the plan itself where nothing is sharded.
+        self.local_plan: Plan = getattr(self.kernel, "local_plan", self.plan)
         like = self.kernel.squares([None] * len(parameters))
         of_gradient = [pair for pair in budgets if not pair[1].bounds_update]
         of_update = [pair for pair in budgets if pair[1].bounds_update]
@@ -55,6 +66,28 @@ class Planned:
         bounds = self.plan.boxes.slices_T(len(layout))
         self.bins_of_tensor = [np.unique(self.plan.bin_K[bounds[t] : bounds[t + 1]]) for t in range(len(layout))]
         self.bins_in_one_tensor = sum(len(bins) for bins in self.bins_of_tensor) == self.plan.num_bins
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters as this rank holds them, sharing memory."""
+        return [local_of(parameter) for parameter in self._parameters]
+
+    def update_squares(self, updates: list[Tensor | None]) -> Tensor:
+        """Return the squares of this rank's updates, added over the ranks only where a limit needs the others.
+
+        Where every rank that holds a part of a bin holds all of it, a bound on bins alone is decided where they lie.
+        """
+        alone = all(level == "bin" for level, _ in self.update_budgets) and not (
+            self.update and self.update.state_dict()
+        )
+        whole = alone and getattr(self.kernel, "bins_are_local", False)
+        kernel = self.kernel.local if whole else self.kernel
+        return kernel.squares(updates)
+
+    def of_one(self, t: int, plan: Plan, name: str) -> Planned:
+        """Return tensor t under its own part of the plan, with budgets and history of its own."""
+        one, owner = [self._parameters[t]], [self.owners[t]]
+        return Planned([name], one, owner, plan=plan, optimizer=self.rates.optimizer, **self._options)
 
     @property
     def reads_weights(self) -> bool:

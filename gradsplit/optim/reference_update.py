@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Decision
+from ..kernels import squares_of
 from ..kernels.eager import EagerKernel
 from .planned import Planned
 
@@ -31,11 +32,7 @@ class ReferenceUpdate:
         self.planned = planned
         self.decision: Decision | None = None
         kernel = planned.kernel
-        self.shapes = (
-            kernel
-            if isinstance(kernel, EagerKernel)
-            else EagerKernel(planned.plan, kernel.squares([None] * len(planned.parameters)).device)
-        )
+        self.shapes = kernel if isinstance(kernel, EagerKernel) else EagerKernel(planned.local_plan, kernel.device)
 
     def step(self, gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Update the parameters in place; afterwards `decision` is that on the gradient.
@@ -50,9 +47,10 @@ class ReferenceUpdate:
         gradients = [
             -g if g is not None and group["maximize"] else g for g, group in zip(gradients, groups, strict=True)
         ]
-        parameters: list[Tensor | None] = list(planned.parameters)
-        squares_B = planned.kernel.squares(gradients)
-        weights_B = planned.kernel.squares(parameters) if planned.reads_weights else None
+        parameters = planned.parameters
+        reads: list[list[Tensor | None]] = [gradients, [*parameters]] if planned.reads_weights else [gradients]
+        squares_B, *weights = squares_of(planned.kernel, *reads)
+        weights_B = weights[0] if weights else None
         decision = planned.gradient.decide(squares_B, weights_B)
         if any("bin_sq" in state for state in states):
             self._learn_bin_squares(squares_B, decision, gradients, states, groups)
@@ -64,11 +62,11 @@ class ReferenceUpdate:
                 updates.append(self._update(t, gradient, states[t], groups[t], decision))
         if planned.update is not None:
             pace_B = planned.rates.pace_B(num_bins)
-            cap = planned.update.decide(planned.kernel.squares(updates), weights_B, pace_B)
+            cap = planned.update.decide(planned.update_squares(updates), weights_B, pace_B)
             planned.kernel.scale_(updates, cap.scale_B, ~cap.finite_B)
         for t, update in enumerate(updates):
             if update is not None:
-                parameter, group = planned.parameters[t], groups[t]
+                parameter, group = parameters[t], groups[t]
                 if group["weight_decay"] != 0:
                     live = self.shapes.factor(t, decision.finite_B, parameter.dtype)
                     shrink = 1 - group["lr"] * group["weight_decay"]

@@ -34,6 +34,7 @@ class Update(Protocol):
 
 def make_update(planned: Planned) -> Update:
     """Import and make the update that belongs to the kernel of a `Planned`."""
-    module, name = UPDATES.get(planned.kernel.name, UPDATES["reference"])
+    whole = planned.local_plan is planned.plan  # the fused updates know nothing of shards
+    module, name = UPDATES.get(planned.kernel.name if whole else "reference", UPDATES["reference"])
     made: Update = getattr(importlib.import_module(module, __package__), name)(planned)
     return made

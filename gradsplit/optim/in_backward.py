@@ -1,0 +1,147 @@
+"""GSO inside backward: every parameter is updated as soon as its gradient is complete, and the gradient is freed.
+
+Gradients then never stand in memory all at once. That is possible only where a bin's limits need no other tensor's
+gradient of this step, so a global clip can never do it, and `GSO` can with its default budget.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import Plan
+from .planned import Planned
+
+if TYPE_CHECKING:
+    from .gso import GSO
+
+__all__ = ["InBackward", "check_budget", "check_model", "plan_of_one"]
+
+_CALL = "GSO(in_backward=True)"
+
+
+class InBackward:
+    """The hooks of one optimizer, and what has been updated since its last ``step()``.
+
+    Raises, from inside backward:
+        RuntimeError: a second gradient of a parameter before ``step()``; several processes without FSDP2.
+    """
+
+    def __init__(self, optimizer: GSO) -> None:
+        self._done: set[int] = set()
+        self._accumulating = False
+        self._optimizer = weakref.ref(optimizer)
+        self._names = {}
+        for part in optimizer._parts:
+            (owner,), (name,) = part.planned.owners, part.planned.plan.layout.names
+            self._names[id(owner)] = name
+            owner.register_post_accumulate_grad_hook(self._hook)
+
+    def _hook(self, owner: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None or self._accumulating or owner.grad is None:
+            return
+        name = self._names[id(owner)]
+        if id(owner) in self._done:
+            raise RuntimeError(
+                f"{_CALL}: expected one complete gradient of {name!r} between two calls of step(), got a second one; "
+                "the first has been applied already. Accumulating: run all backward passes but the last under `with "
+                "optimizer.accumulating():`. Reentrant checkpointing of shared weights: use "
+                "checkpoint(…, use_reentrant=False). Otherwise: call step() after every backward."
+            )
+        _check_processes(owner, name)
+        self._done.add(id(owner))
+        with torch.no_grad():
+            optimizer._step_of(owner)
+        owner.grad = None
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Let gradients add up without an update."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    def finish(self) -> None:
+        """End the step.
+
+        Raises:
+            RuntimeError: called by a GradScaler, whose scaled gradients have been applied already.
+        """
+        optimizer = self._optimizer()
+        self._done.clear()
+        if optimizer is not None and getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                f"{_CALL}: expected unscaled gradients, got a step() by GradScaler: it unscales after backward, when "
+                "the update has been made. Train in bfloat16 without a scaler, or use in_backward=False."
+            )
+
+
+def _check_processes(owner: Tensor, name: str) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    if not hasattr(owner, "device_mesh"):
+        raise RuntimeError(
+            f"{_CALL}: expected one process, or parameters sharded by FSDP2, got {name!r} as a plain tensor in "
+            f"{distributed.get_world_size()} processes. Hooks run before DDP has averaged the gradients: use "
+            "in_backward=False."
+        )
+
+
+def check_model(model: object) -> None:
+    """Refuse a model whose gradients are not complete when its hooks run.
+
+    Raises:
+        ValueError: DistributedDataParallel.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{_CALL}: expected a model of one process, or FSDP2, got DistributedDataParallel, whose gradients are "
+            "averaged after the hooks have run. Use in_backward=False."
+        )
+
+
+def check_budget(planned: Planned) -> None:
+    """Refuse budgets that need other tensors' gradients of the same step.
+
+    Raises:
+        ValueError: a limit above the tensors, or a bin over several tensors.
+    """
+    above = [
+        (level, b) for level, b in planned.gradient_budgets + planned.update_budgets if level in ("root", "module")
+    ]
+    if above:
+        level, budget = above[0]
+        raise ValueError(
+            f"{_CALL}: expected budgets of bins or tensors, got {budget!r} at level {level!r}, which needs the "
+            "gradients of all its tensors at once; here each is freed before the next is there. Use "
+            "in_backward=False, or a budget per bin."
+        )
+    if not planned.bins_in_one_tensor:
+        raise ValueError(
+            f"{_CALL}: expected bins inside one tensor each, got {planned.plan!r} with bins over several. Use a plan "
+            "by rows or tensors, or in_backward=False."
+        )
+
+
+def plan_of_one(plan: Plan, t: int) -> Plan:
+    """Return the part of a plan that lies in tensor t, as a plan of that tensor alone."""
+    import numpy as np
+
+    from ..plan import Layout
+    from ..plan.boxes import Boxes
+
+    first, last = plan.boxes.slices_T(len(plan.layout))[t : t + 2]
+    columns = [column[first:last].copy() for column in vars(plan.boxes).values()]
+    columns[0][:] = 0
+    columns[5] = np.unique(columns[5], return_inverse=True)[1].reshape(-1)
+    layout = Layout((plan.layout.names[t],), (plan.layout.shapes[t],))
+    return Plan(layout, Boxes.from_columns(*columns), modules=plan.modules)
