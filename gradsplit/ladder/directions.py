@@ -35,7 +35,7 @@ class Batch:
     def scaled(self, log_scale_B: Floats) -> dict[str, Tensor]:
         """Every direction times its own factor."""
         factor_B = torch.from_numpy(np.exp(log_scale_B))
-        return {name: x * factor_B.reshape(-1, *[1] * (x.ndim - 1)) for name, x in self.tensors.items()}
+        return {name: x * factor_B.to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for name, x in self.tensors.items()}
 
 
 def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
@@ -120,7 +120,7 @@ def _bins(plan: Plan, params: Params, gradient: Mapping[str, Tensor], bins: rang
         b = int(boxes.bin_K[k]) - bins.start
         part = gradient[name].reshape(view)[rows, columns]
         if name not in tensors:
-            tensors[name] = torch.zeros(len(bins), *params[name].shape, dtype=torch.float64)
+            tensors[name] = gradient[name].new_zeros(len(bins), *params[name].shape)
         tensors[name][b].view(view)[rows, columns] = -part
         square_B[b] += float(part.square().sum())
         weight_B[b] += float(params[name].detach().double().reshape(view)[rows, columns].square().sum())

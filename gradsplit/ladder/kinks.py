@@ -57,7 +57,7 @@ def kink_of(crossings: list[Tensor], num_bins: int, share: float = SHARE) -> Flo
     """
     if not crossings:
         return np.full(num_bins, np.inf)
-    steps = np.concatenate([c.expand(num_bins, -1).numpy() for c in crossings], axis=1)
+    steps = np.concatenate([c.expand(num_bins, -1).cpu().numpy() for c in crossings], axis=1)
     kinks = np.full(num_bins, np.inf)
     for b in range(num_bins):
         decided = steps[b][~np.isnan(steps[b])]

@@ -175,7 +175,7 @@ def test_order_99_of_a_transformer_block_reaches_its_true_loss():
 
 
 def test_layer_norm_is_right_where_nested_autograd_is_not():
-    """torch's double backward of layer_norm takes the saved mean and deviation for constants; the formula does not."""
+    """torch's double backward of layer_norm takes the saved mean and deviation for constants (pytorch#175754)."""
     x, d = torch.randn(2, 4, 3, dtype=torch.float64)
     norm = PlainLayerNorm(3).double()
 
