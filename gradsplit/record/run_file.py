@@ -23,7 +23,7 @@ def create(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> sqlite3.Con
     """Make a new run file and return a connection that may be used from any one thread at a time.
 
     A write-ahead log with ``synchronous=NORMAL``: a commit does not wait for the disk, a reader never blocks the
-    writer, and a process that is killed leaves every committed transaction (docs/decisions/0010-run-file.md). Where
+    writer, and a process that is killed leaves every committed transaction (docs/decisions/0008-the-run-file.md). Where
     the file system cannot share memory (some network drives) SQLite keeps its rollback journal instead.
 
     Raises:

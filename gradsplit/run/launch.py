@@ -1,7 +1,7 @@
 """Replacing this process by the script, in a fresh interpreter that attaches by itself.
 
 The script gets an interpreter as if it had been started by hand: its own ``__main__``, arguments, path, signals, exit
-code and tracebacks. The same way reaches the workers of a launcher (docs/decisions/0011-a-fresh-interpreter.md).
+code and tracebacks. The same way reaches the workers of a launcher (docs/decisions/0009-a-fresh-interpreter.md).
 """
 
 from __future__ import annotations
