@@ -32,7 +32,7 @@ def run(
 
     Example: gradsplit demo --out runs/demo
     """
-    from gradsplit.workloads.demo import CHOSEN_BY, SCENES, collect, run_demo
+    from gradsplit.workloads.demo import SCENES, collect, run_demo
     from gradsplit.workloads.demo import quick as smaller
     from gradsplit.workloads.evidence import conditions
 
@@ -71,10 +71,7 @@ def run(
     for scene in collected:
         console.print()
         console.print(scene_table(scene))
-    evidence = {
-        **conditions(), "seed": seed, "seconds": round(time.perf_counter() - start, 1),
-        "tuned rows": f"learning rate and strength chosen by {CHOSEN_BY}",
-    }  # fmt: skip
+    evidence = {**conditions(), "seed": seed, "seconds": round(time.perf_counter() - start, 1)}
     for path in _write(collected, evidence, out):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

@@ -28,8 +28,8 @@ def demo_page(scenes: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) 
     sections = [section for scene in scenes for section in _sections(scene)]
     lead = (
         "The same model, data, seed and number of steps for every row. Tuned rows stand at the learning rate and "
-        "strength that a sweep chose for that method; untuned rows have nothing to choose but the learning rate. "
-        "Methods that do not help are shown as they are."
+        "strength that a sweep chose for that method; untuned rows have nothing to choose but the learning rate. The "
+        "last column of each table says what chose. Methods that do not help are shown as they are."
     )
     return page("gradsplit demo", lead, sections, evidence)
 
@@ -90,6 +90,7 @@ def _table(scene: Mapping[str, Any]) -> str:
             _percent(row["zeroed_share"]),
             "" if worst is None else f"{worst[0]} × {worst[1]:.1g}",
             f"{row['seconds']:.1f}",
+            row["chosen_by"],
         ])  # fmt: skip
     return html_table(headings, rows, bold=[at for at, row in enumerate(scene["rows"]) if row["ours"]])
 
