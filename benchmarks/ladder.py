@@ -5,7 +5,8 @@ Each subcommand writes raw values to benchmarks/results/ladder-<name>.json and p
     python benchmarks/ladder.py cost --threads 2      # orders 1 to 99 and nested autograd, about 4 minutes
     python benchmarks/ladder.py safe-step             # 200 draws, about 3 minutes on one core
     python benchmarks/ladder.py recipe                # seconds
-    python benchmarks/ladder.py weights               # parameters for benchmarks/ladder_jet.py, which needs JAX
+    python benchmarks/ladder.py weights FILE.npz      # parameters for benchmarks/ladder_jet.py, which needs JAX
+    python benchmarks/ladder.py page                  # writes the tables of docs/ladder.md from the raw results
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ TASKS = {
     "safe-step": "benchmarks.ladder.safe_step",
     "recipe": "benchmarks.ladder.recipe",
     "weights": "benchmarks.ladder.weights",
+    "page": "benchmarks.ladder.page",
 }
 
 

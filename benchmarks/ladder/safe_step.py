@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import statistics
 from collections.abc import Callable
 
@@ -178,12 +179,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--order", type=int, default=30)
+    parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     names = list(FAMILIES)
-    rows = []
-    for seed in range(options.draws):
-        rows.append(measure(seed, names[seed % len(names)], options.order))
+    jobs = [(seed, names[seed % len(names)], options.order) for seed in range(options.draws)]
+    if options.workers > 1:
+        with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
+            rows = pool.starmap(measure, jobs, chunksize=1)
+    else:
+        rows = [measure(*job) for job in jobs]
     table = [summary(name, [r for r in rows if r["family"] == name]) for name in names]
     smooth = [r for r in rows if r["family"] not in PIECEWISE]
     table += [summary("all smooth", smooth), summary("all", rows)]

@@ -142,10 +142,17 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
     # Attention is traced as the matrix products and the softmax that define it: the fused kernels have no series.
     with torch.no_grad(), _default_float64(), _one_draw(), sdpa_kernel(SDPBackend.MATH):
         decomposed = make_fx(flat, decomposition_table=dict(core_aten_decompositions()))(*inputs)
-        # A second pass, because decompositions of recurrent cells themselves write in place.
-        graph = make_fx(functionalize(decomposed, remove="mutations"))(*inputs)
+        # A second pass where it is needed: decompositions of recurrent cells, and models, may write in place.
+        graph = make_fx(functionalize(decomposed, remove="mutations"))(*inputs) if _writes(decomposed) else decomposed
     graph.graph.eliminate_dead_code()
     return TracedLoss(names, graph)
+
+
+def _writes(module: fx.GraphModule) -> bool:
+    """Whether an operation of the graph changes one of its arguments."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in module.graph.nodes
+    )
 
 
 @contextmanager

@@ -1,0 +1,118 @@
+"""Writes the tables of docs/ladder.md from the raw results, so that the page cannot say anything else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "ladder.md"
+RESULTS = ROOT / "benchmarks" / "results"
+RECIPE_STEPS = (*range(1, 15), 20, 50, 54, 90, 119, 120, 200, 292)
+
+
+def recipe(raw: dict[str, Any]) -> str:
+    """Some steps of the recipe on the first bin, and the steps at which other arithmetic died on all bins."""
+    rows = raw["rows_of_first_bin"]
+    table = _table(list(rows[0]), [list(rows[step - 1].values()) for step in RECIPE_STEPS])
+    died = [f"`{name}` {b['float32_dies_at']} and {b['float64_dies_at']}" for name, b in raw["bins"].items()]
+    known = [v for b in raw["bins"].values() for v in b["log10_true_derivative_of_said_order"] if v is not None]
+    return (
+        f"{table}\n\nThe step after which float32 and float64 hold nothing but 0: {', '.join(died)}. "
+        f"The true derivatives of the said orders stay between 10^{min(known):.0f} and 10^{max(known):.0f}."
+    )
+
+
+def safe_step(raw: dict[str, Any]) -> str:
+    """One row per family of networks."""
+    rows = [
+        [
+            row["family"],
+            str(row["n"]),
+            f"{100 * row['within']:.1f} %",
+            f"{row['median_error']:.0e}",
+            f"{row['worst_error']:.0e}",
+            f"{100 * row['safe']:.1f} %",
+        ]
+        for row in raw["table"]
+    ]
+    head = ["network", "n", "within 1 %", "median error", "worst", "true loss at the safe step not above the start"]
+    order = raw["order"]
+    return f"{_table(head, rows)}\n\n{_source(raw, f'Order {order}')}"
+
+
+def cost(raw: dict[str, Any]) -> str:
+    """Order by order: the ladder beside nested autograd."""
+    ladder = {row["order"]: row for row in raw["ladder"]}
+    nested = {row["order"]: row for row in raw["nested"]}
+    rows = [
+        [str(k), *(cell for found in (ladder.get(k), nested.get(k)) for cell in _cost_cells(found))]
+        for k in sorted(ladder.keys() | nested.keys())
+    ]
+    head = ["order", "ladder: s of CPU", "s on the clock", "GB", "nested autograd: s of CPU", "s on the clock", "GB"]
+    text = f"{_table(head, rows)}\n\n{_source(raw, raw['model'])}"
+    if nested:
+        limits = raw["nested_limits"]
+        worst = max(raw["relative_difference_to_nested"].values(), default=0.0)
+        text += (
+            f" Nested autograd got to order {max(nested)} within {limits['seconds']} s of CPU and {limits['gb']} GB; "
+            f"the derivatives agree to {worst:.0e}."
+        )
+    return text
+
+
+def jet(raw: dict[str, Any]) -> str:
+    """jax.experimental.jet, order by order."""
+    rows = [
+        [row["way"], str(row["order"]), *_cost_cells(row), f"{max(row['relative_difference']):.0e}"]
+        for row in raw["rows"]
+    ]
+    head = ["jet", "order", "s of CPU", "s on the clock", "GB", "largest difference to the ladder"]
+    ended = "; ".join(f"{way}: {why}" for way, why in raw["ended"].items()) or "stopped by hand"
+    return f"{_table(head, rows)}\n\nJAX {raw['jax']}, {raw['date']}, one thread. Ended: {ended}."
+
+
+TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "recipe": (recipe, "python benchmarks/ladder.py recipe"),
+    "safe-step-order-30": (safe_step, "python benchmarks/ladder.py safe-step"),
+    "cost-1-threads": (cost, "python benchmarks/ladder.py cost --threads 1"),
+    "cost-2-threads": (cost, "python benchmarks/ladder.py cost --threads 2"),
+    "jet": (jet, "python benchmarks/ladder_jet.py weights.npz"),
+}
+
+
+def with_tables(text: str) -> str:
+    """The page with every table between its markers written anew; a table without raw results says so."""
+    for name, (render, command) in TABLES.items():
+        path = RESULTS / f"ladder-{name}.json"
+        body = (
+            render(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else f"Not measured yet: `{command}`."
+        )
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = marked.sub(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
+    return text
+
+
+def main(arguments: list[str]) -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf8")), encoding="utf8")
+    print(PAGE)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
+
+
+def _cost_cells(row: dict[str, Any] | None) -> list[str]:
+    return [f"{row['cpu_seconds']:.1f}", f"{row['seconds']:.1f}", f"{row['peak_gb']:.1f}"] if row else ["", "", ""]
+
+
+def _source(raw: dict[str, Any], what: str) -> str:
+    at = raw["conditions"]
+    hardware = at.get("hardware", "")
+    return f"{what}. {hardware}, {raw['threads']} thread(s), {at.get('date', '')}; `{raw['command']}`."
