@@ -97,7 +97,7 @@ def test_descending_the_penalty_draws_the_gain_to_one() -> None:
         penalty.backward()
         optimizer.step()
         values.append(float(penalty.detach()))
-    assert values[-1] < 0.2 * values[0]
+    assert values[-1] < 0.3 * values[0]
 
 
 def test_the_penalty_without_signals_is_explained() -> None:

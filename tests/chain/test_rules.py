@@ -44,7 +44,8 @@ def test_the_guard_is_three_times_a_geometric_median(seen: list[float]) -> None:
     median = 0.0
     for count, norm in enumerate(seen):
         eta = 0.5 if count < 20 else 0.05
-        median = norm if median == 0 else median * math.exp(eta / 2 if norm > median else -eta / 2)
+        rate = math.exp(eta / 2)
+        median = norm if median == 0 else median * rate if norm > median else median / rate
     (limit,) = limits_after(Guard(3.0), [np.array([value]) for value in seen])
     assert limit == pytest.approx(3 * median, rel=1e-9)
 

