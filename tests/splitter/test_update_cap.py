@@ -1,0 +1,94 @@
+"""cap_updates: behind any optimizer no row moves by more than a share of its length, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gradsplit as gs
+
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.3),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.3, weight_decay=0.0),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.3),
+    "SGD": lambda p: torch.optim.SGD(p, lr=30.0, momentum=0.9),
+}
+
+
+def model_of(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Conv1d(2, 3, 2)).to(dtype)
+
+
+def rows(p):
+    return p.detach().reshape(p.shape[0], -1) if p.dim() > 1 else p.detach().reshape(1, -1)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rows_move_by_a_share_of_their_length(make, dtype):
+    model = model_of(dtype)
+    optimizer = make(model.parameters())
+    gs.GradientSplitter(model, cap_updates=True).attach(optimizer)
+    moved_at_all = False
+    for step in range(4):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * 10.0**step
+        before = [rows(p).clone().double() for p in model.parameters()]
+        optimizer.step()
+        for old, p in zip(before, model.parameters(), strict=True):
+            length, moved = old.norm(dim=1), (rows(p).double() - old).norm(dim=1)
+            bound = 0.03 * torch.maximum(length, torch.full_like(length, 0.01 * old.shape[1] ** 0.5))
+            assert (moved <= bound * (1 + 1e-6) + 2 * torch.finfo(dtype).eps * length).all()
+            moved_at_all |= bool((moved > 0.5 * bound).any())
+    assert moved_at_all
+
+
+def test_within_the_cap_every_bit_is_the_optimizers():
+    finals = []
+    for capped in (True, False):
+        model = model_of(torch.float32)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+        if capped:
+            gs.GradientSplitter(model, cap_updates=True).attach(optimizer)
+        for step in range(5):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step()
+        finals.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+def test_an_update_that_is_not_finite_is_undone_and_the_other_rows_move():
+    model = model_of(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gs.GradientSplitter(model, budget=(gs.RelativeStep(), gs.Fixed(float("inf"))), cap_updates=True).attach(optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.register_step_pre_hook(lambda *_: model[0].weight.grad[1].fill_(float("inf")))
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    after = model[0].weight.detach()
+    assert torch.equal(after[1], before[1])
+    assert (after[[0, 2, 3, 4, 5]] != before[[0, 2, 3, 4, 5]]).all()
+
+
+def test_with_a_closure_the_whole_step_is_bounded_and_not_its_last_trial():
+    """LBFGS moves the weights inside its closure; what counts is where the step began."""
+    model = model_of()
+    x = torch.randn(8, 5, dtype=torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model[0](x) - 100).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer = torch.optim.LBFGS(model[0].parameters(), lr=1.0, max_iter=8)
+    gs.GradientSplitter(model[0], cap_updates=True).attach(optimizer)
+    before = rows(model[0].weight).clone()
+    optimizer.step(closure)
+    moved = (rows(model[0].weight) - before).norm(dim=1)
+    assert (moved <= 0.03 * before.norm(dim=1) * (1 + 1e-9)).all()
+    assert (moved > 0).any()
