@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +66,7 @@ def train(method: str, optimizer: str, rate: float, strength: float, seed: int, 
     for step in range(steps):
         opt.zero_grad()
         loss = task.loss(weighted, task.batch(step))
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(float(loss.detach())):
             break
         loss.backward()
         if method == "global clip":
@@ -84,10 +86,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--grid", help="take the tuning grid from the printed output of an earlier run")
+    parser.add_argument("--only", nargs="+", help="fresh seeds for these methods only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began, grid, fresh = time.time(), [], []
-    for method, strengths in STRENGTHS.items():
+    if options.grid:
+        lines = Path(options.grid).read_text().splitlines()
+        grid = [ast.literal_eval(line) for line in lines if line.startswith("{'method'")]
+    for method, strengths in STRENGTHS.items() if not options.grid else ():
         for rate, strength in itertools.product(RATES[options.optimizer], strengths):
             scores = [
                 train(method, options.optimizer, rate, strength, seed, options.steps, options.variant)["score"]
@@ -104,7 +111,22 @@ def main(arguments: list[str]) -> None:
         key=lambda cell: middle(cell["scores"]),
     )
     chosen["fork rule + module limits, total 1"] = {**untuned, "method": "fork rule + module limits, total 1"}
+    name = f"chain_detector_{options.variant}_{options.optimizer}"
+    command = f"OMP_NUM_THREADS=1 python benchmarks/chain_tasks.py detector --optimizer {options.optimizer}"
+
+    def keep() -> Path:
+        facts = {
+            "seconds": time.time() - began,
+            "options": {**vars(options), "grid": bool(options.grid)},
+            "grid": grid,
+            "fresh": fresh,
+        }
+        return save(name, command, facts)
+
+    keep()
     for label, cell in chosen.items():
+        if options.only and label not in options.only:
+            continue
         for seed in range(100, 100 + options.seeds):
             scores = train(
                 label, options.optimizer, cell["rate"], cell["strength"], seed, options.steps, options.variant
@@ -116,7 +138,5 @@ def main(arguments: list[str]) -> None:
             f"median {middle(values):.3f} [{min(values):.3f} to {max(values):.3f}]",
             flush=True,
         )
-    name = f"chain_detector_{options.variant}_{options.optimizer}"
-    command = f"OMP_NUM_THREADS=1 python benchmarks/chain_tasks.py detector --optimizer {options.optimizer}"
-    path = save(name, command, {"seconds": time.time() - began, "options": vars(options), "grid": grid, "fresh": fresh})
-    print(path)
+        keep()
+    print(keep())
