@@ -53,21 +53,22 @@ def _add_four_rows(memory, start, row_step, length, columns):
     for j in range(length):
         x0, x1 = np.float64(load(memory, start + j)), np.float64(load(memory, second + j))
         x2, x3 = np.float64(load(memory, third + j)), np.float64(load(memory, fourth + j))
-        columns[j] += (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)
+        store(columns, j, load(columns, j) + (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3))
 
 
 @_reduced
 def _add_row(memory, start, length, columns):
     for j in range(length):
         x = np.float64(load(memory, start + j))
-        columns[j] += x * x
+        store(columns, j, load(columns, j) + x * x)
 
 
 @_reduced
 def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
     """Add up squares by columns over each band's rows, then by cuts into its slots."""
     counting = pointer(counter.ctypes.data, np.int64(0))
-    columns = np.empty(widest, dtype=np.float64)
+    sums = np.empty(widest, dtype=np.float64)
+    columns = pointer(sums.ctypes.data, 0.0)
     while True:
         c = fetch_add(counting)
         if c >= len(chunks) - 1:
@@ -76,7 +77,7 @@ def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
             offset, rows, row_step, length = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 4]
             cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
             memory = pointer(bases[bands[d, 0]], kind)
-            columns[:length] = 0.0
+            sums[:length] = 0.0
             whole = rows - rows % 4
             for r in range(0, whole, 4):
                 _add_four_rows(memory, offset + r * row_step, row_step, length, columns)
@@ -86,7 +87,7 @@ def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
             for i in range(num_cuts):
                 total = 0.0
                 for j in range(lo, stops[cut + i]):
-                    total += columns[j]
+                    total += load(columns, j)
                 slots[slot + i] = total
                 lo = stops[cut + i]
 
@@ -136,16 +137,17 @@ def scale_entries(kind, entries, chunks, bases, scale, zero, counter):
 @_plain
 def _scale_row(memory, start, first, last, factors):
     for j in range(first, last):
-        factor = narrow(memory, factors[j])
+        factor = narrow(memory, load(factors, j))
         x = load(memory, start + j)
-        store(memory, start + j, x * factor if factors[j] != 0.0 else narrow(memory, 0.0))
+        store(memory, start + j, x * factor if load(factors, j) != 0.0 else narrow(memory, 0.0))
 
 
 @_plain
 def scale_bands(kind, bands, chunks, stops, bins, widest, bases, scale, zero, counter):
     """The same for bands: a factor a column, over the rows of those bands that have something to do."""
     counting = pointer(counter.ctypes.data, np.int64(0))
-    factors = np.empty(widest, dtype=np.float64)
+    columns = np.empty(widest, dtype=np.float64)
+    factors = pointer(columns.ctypes.data, 0.0)
     while True:
         c = fetch_add(counting)
         if c >= len(chunks) - 1:
@@ -158,7 +160,7 @@ def scale_bands(kind, bands, chunks, stops, bins, widest, bases, scale, zero, co
                 b = bins[cut + i]
                 factor = 0.0 if zero[b] else min(1.0, scale[b])
                 for j in range(lo, stops[cut + i]):
-                    factors[j] = factor
+                    store(factors, j, factor)
                 if factor < 1.0:
                     first = lo if first < 0 else first
                     last = stops[cut + i]

@@ -33,6 +33,12 @@ NUMBERS = (
 )
 """The columns of ``numbers``."""
 
+BLOCK = 512
+"""Squares of so many elements are added in the memory's own precision before they go into a float64 sum."""
+
+TINY, HUGE = 1e-25, 1e37
+"""A float32 sum of squares outside may have lost small terms or overflowed, and is taken again in float64."""
+
 _reduced = compiled(fastmath={"reassoc", "contract"})
 
 
@@ -46,9 +52,40 @@ def _limit(rules, floors, b, weight):
 
 
 @_reduced
-def _element_row(g, m, v, start, length, s, w1, b2, w2, step, root, eps, kept, at):
-    """Enter a row into both moments, keep its update, return the update's sum of squares."""
+def _quick_square(memory, start, length):
+    """The sum of squares, in blocks in the memory's own precision: half the work where no block over- or underflows."""
     total = 0.0
+    for lo in range(0, length, BLOCK):
+        total += _block_square(memory, start + lo, min(BLOCK, length - lo))
+    return total
+
+
+@_reduced
+def _block_square(memory, start, length):
+    part = narrow(memory, 0.0)
+    for j in range(length):
+        x = load(memory, start + j)
+        part += x * x
+    return np.float64(part)
+
+
+@_reduced
+def _bin_square(memory, start, rows, row_step, length):
+    """The sum of squares of a bin; in float64 where the quick sum may have lost something."""
+    total = 0.0
+    for r in range(rows):
+        total += _quick_square(memory, start + r * row_step, length)
+    if TINY < total < HUGE:
+        return total
+    total = 0.0
+    for r in range(rows):
+        total += _square_row(memory, start + r * row_step, length)
+    return total
+
+
+@_reduced
+def _element_block(g, m, v, start, length, s, w1, b2, w2, step, root, eps, kept, at):
+    part = narrow(g, 0.0)
     for j in range(length):
         x = load(g, start + j) * s
         m0 = load(m, start + j)
@@ -57,22 +94,51 @@ def _element_row(g, m, v, start, length, s, w1, b2, w2, step, root, eps, kept, a
         u = m1 * step / (math.sqrt(v1) * root + eps)
         store(m, start + j, m1)
         store(v, start + j, v1)
-        kept[at + j] = u
-        wide = np.float64(u)
-        total += wide * wide
+        store(kept, at + j, u)
+        part += u * u
+    return np.float64(part)
+
+
+@_reduced
+def _element_row(g, m, v, start, length, s, w1, b2, w2, step, root, eps, kept, at):
+    """Enter a row into both moments, keep its update, return the update's sum of squares."""
+    total = 0.0
+    for lo in range(0, length, BLOCK):
+        size = min(BLOCK, length - lo)
+        total += _element_block(g, m, v, start + lo, size, s, w1, b2, w2, step, root, eps, kept, at + lo)
     return total
 
 
 @_reduced
 def _take_row(p, start, length, shrink, cap, kept, at):
     for j in range(length):
-        store(p, start + j, load(p, start + j) * shrink - cap * kept[at + j])
+        store(p, start + j, load(p, start + j) * shrink - cap * load(kept, at + j))
 
 
 @_reduced
 def _shrink_row(p, start, length, shrink):
     for j in range(length):
         store(p, start + j, load(p, start + j) * shrink)
+
+
+@_reduced
+def _mean_block(g, m, start, length, s, w1):
+    part = narrow(g, 0.0)
+    for j in range(length):
+        m0 = load(m, start + j)
+        m1 = m0 + w1 * (load(g, start + j) * s - m0)
+        store(m, start + j, m1)
+        part += m1 * m1
+    return np.float64(part)
+
+
+@_reduced
+def _quick_mean_row(g, m, start, length, s, w1):
+    """As `_mean_row`, with quick sums."""
+    total = 0.0
+    for lo in range(0, length, BLOCK):
+        total += _mean_block(g, m, start + lo, min(BLOCK, length - lo), s, w1)
+    return total
 
 
 @_reduced
@@ -149,7 +215,7 @@ def one_pass_element(
 ):
     """Update whole bins with a second moment an element; write squares of gradient and weights as they were."""
     counting = pointer(counter.ctypes.data, np.int64(0))
-    kept = np.empty(longest, dtype=like.dtype)
+    updates = np.empty(longest, dtype=like.dtype)
     while True:
         c = fetch_add(counting)
         if c >= len(chunks) - 1:
@@ -159,15 +225,15 @@ def one_pass_element(
             rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
             p, g = pointer(bases[0, t], kind), pointer(bases[1, t], kind)
             m, v = pointer(bases[2, t], kind), pointer(bases[3, t], kind)
+            # By address, as all else: an index into an array may be negative for all that the compiler knows.
+            kept = pointer(updates.ctypes.data, narrow(p, 0.0))
             w1, b2, w2 = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 1]), narrow(p, numbers[t, 2])
             rate, root, eps = narrow(p, numbers[t, 3]), narrow(p, numbers[t, 4]), narrow(p, numbers[t, 5])
             shrink = narrow(p, numbers[t, 6])
             for i in range(count):
                 b, at = first + i, offset + i * step
-                gradient2, weight2 = 0.0, 0.0
-                for r in range(rows):
-                    gradient2 += _square_row(g, at + r * row_step, length)
-                    weight2 += _square_row(p, at + r * row_step, length)
+                gradient2 = _bin_square(g, at, rows, row_step, length)
+                weight2 = _bin_square(p, at, rows, row_step, length)
                 squares[b], weights[b] = gradient2, weight2
                 if not math.isfinite(gradient2):
                     continue
@@ -180,6 +246,8 @@ def one_pass_element(
                     moved2 += _element_row(g, m, v, start, length, s, w1, b2, w2, rate, root, eps, kept, r * length)
                 cap = 1.0
                 if len(caps):
+                    if not TINY < moved2 < HUGE:
+                        moved2 = _square_row(kept, 0, rows * length)
                     moved, most = math.sqrt(moved2), pace[b] * _limit(caps, cap_floors, b, weight)
                     cap = most / moved if moved > most else 1.0
                     if not math.isfinite(moved2):
@@ -208,10 +276,8 @@ def one_pass_bin(
             w1, shrink = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 6])
             for i in range(count):
                 b, at = first + i, offset + i * step
-                gradient2, weight2 = 0.0, 0.0
-                for r in range(rows):
-                    gradient2 += _square_row(g, at + r * row_step, length)
-                    weight2 += _square_row(p, at + r * row_step, length)
+                gradient2 = _bin_square(g, at, rows, row_step, length)
+                weight2 = _bin_square(p, at, rows, row_step, length)
                 squares[b], weights[b] = gradient2, weight2
                 if not math.isfinite(gradient2):
                     continue
@@ -224,8 +290,10 @@ def one_pass_bin(
                 rate = numbers[t, 3] / (math.sqrt(v1) * numbers[t, 4] + numbers[t, 5])
                 moment2 = 0.0
                 for r in range(rows):
-                    moment2 += _mean_row(g, m, at + r * row_step, length, narrow(p, s * numbers[t, 7]), w1)
+                    moment2 += _quick_mean_row(g, m, at + r * row_step, length, narrow(p, s * numbers[t, 7]), w1)
                 if len(caps):
+                    if not TINY < moment2 < HUGE:
+                        moment2 = _bin_square(m, at, rows, row_step, length)
                     moved, most = rate * math.sqrt(moment2), pace[b] * _limit(caps, cap_floors, b, weight)
                     if not math.isfinite(moved):
                         for r in range(rows):
