@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from .budget import RelativeStep as RelativeStep
     from .budget import ZScore as ZScore
     from .budget import project as project
+    from .chain import ChainSplitter as ChainSplitter
+    from .chain import balance_ as balance_
+    from .chain import gain_penalty as gain_penalty
+    from .chain import gradient_chain as gradient_chain
+    from .chain import joints as joints
+    from .diagnose import diagnose as diagnose
+    from .ladder import Ladder as Ladder
+    from .ladder import taylor_ladder as taylor_ladder
     from .optim import GSO as GSO
     from .plan import Layout as Layout
     from .plan import Plan as Plan
@@ -39,6 +47,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "record": ("StepRecord",),
     "splitter": ("GradientSplitter",),
     "optim": ("GSO",),
+    "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
+    "diagnose": ("diagnose",),
+    "ladder": ("Ladder", "taylor_ladder"),
 }
 """Module -> the public names it defines; a module is imported when one of its names is first used."""
 

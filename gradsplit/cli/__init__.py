@@ -15,7 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "Run a training script, measured or bounded."),
     "report": ("report", "Show what a run file says; write its page."),
     "watch": ("watch", "Show a run while it goes on."),
+    "diagnose": ("diagnose", "Say in words what is wrong with a gradient."),
+    "ladder": ("ladder", "Show how far each bin may step."),
     "plan": ("plan", "Show how a model is split: bins and bytes."),
+    "bench": ("bench", "Time a step beside clip and fused AdamW."),
     "doctor": ("doctor", "Show versions, backends and data found."),
 }
 """Command -> (module of this package, one line for the list of commands)."""

@@ -65,17 +65,18 @@ def run(
         options=options(option or []),
     )
     folder = out or Path("runs") / "compare" / workload
-    console = Console()
+    num_runs = len(list(grid.cells())) + len(grid.methods) * grid.fresh_seeds
+    minutes = num_runs * row.expected.seconds * grid.settings.steps / row.steps / max(jobs, 1) / 60
+    console = Console(highlight=False)
     console.print(
-        f"[bold]{workload}[/]: {row.title}\n{len(list(grid.cells()))} runs of {grid.settings.steps} steps "
-        f"in {jobs or 1} process{'es' if jobs > 1 else ''}; raw results in {folder}",
-        highlight=False,
+        f"[bold]{workload}[/]: {row.title}\n{num_runs} runs of {grid.settings.steps} steps, {max(jobs, 1)} at a time: "
+        f"{'about ' + format(minutes, '.0f') if minutes >= 2 else 'some'} minutes; raw results in {folder}"
     )
     with Progress(
         TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), console=console,
     ) as bar:  # fmt: skip
-        shown = bar.add_task("starting", total=None)
+        shown = bar.add_task("starting", total=num_runs)
 
         def on_cell(cell: Any, result: dict[str, Any], done: int, total: int) -> None:
             bar.update(shown, description=f"{cell.method} lr {cell.lr:.3g}", completed=done, total=total)
@@ -84,7 +85,7 @@ def run(
     console.print(best_table(results))
     console.print(curve_table(results))
     for path in write_pages(results, folder):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def _of(strategies: str, methods_of: Any) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def run(
     ) as bar:  # fmt: skip
         ids = {
             (at, row_at): bar.add_task(
-                f"{scene.workload:<9} {row.label:<21}", total=scene.settings.steps, note="", start=False
+                f"{scene.workload:<9} {row.label:<21}", total=scene.settings.steps, note="waiting", start=False
             )
             for at, scene in enumerate(scenes)
             for row_at, row in enumerate(scene.rows)
@@ -56,7 +56,7 @@ def run(
 
         def on_progress(at: int, row_at: int, step: int, loss: float) -> None:
             bar.start_task(ids[at, row_at])
-            bar.update(ids[at, row_at], completed=step, note=f"loss {loss:.3g}")
+            bar.update(ids[at, row_at], completed=step, note=f"loss {loss:.3g}" if step else "building")
 
         def on_result(at: int, row_at: int, result: Any) -> None:
             from gradsplit.workloads import workload

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["layout_from"]
+__all__ = ["layout_from", "problem_from"]
 
 
 def layout_from(place: str) -> Any:
@@ -32,18 +32,49 @@ def layout_from(place: str) -> Any:
                 f"{', '.join(REGISTRY)}."
             )
         return gs.layout_of(REGISTRY[place].build(seed=0).model)
+    return _layout(_named(place, module_name, name), place)
+
+
+def problem_from(place: str) -> tuple[Any, Any, Any]:
+    """The model, loss function and batch that `place` names.
+
+    Args:
+        place: "module:factory", where the factory is a function without arguments that returns (model, loss_fn, batch)
+            with ``loss_fn(model, batch) -> scalar``; or the name of a workload.
+
+    Raises:
+        ValueError: no such module or name, or a factory that returns something else.
+    """
+    module_name, colon, name = place.partition(":")
+    if not colon:
+        from gradsplit.workloads.registry import workload
+
+        task = workload(place).build(seed=0)
+        return task.model, task.loss, task.batch(0)
+    found = _named(place, module_name, name)
+    made = found() if callable(found) else found
+    if not (isinstance(made, tuple) and len(made) == 3):
+        raise ValueError(
+            f"{place}: expected a function without arguments that returns (model, loss_fn, batch), got "
+            f"{type(made).__name__}. loss_fn(model, batch) must return a scalar tensor."
+        )
+    return made
+
+
+def _named(place: str, module_name: str, name: str) -> Any:
+    """Import a module from the working folder, or an installed one, and return what a name in it is."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"plan {place}: expected a module {module_name!r} here or installed, got: {error}. Give its dotted name "
+            f"{place}: expected a module {module_name!r} here or installed, got: {error}. Give its dotted name "
             "without .py, from the folder it is in."
         ) from error
     if not hasattr(module, name):
         offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"plan {place}: expected a name in {module_name}, got none. It has {', '.join(offered[:12])}.")
-    return _layout(getattr(module, name), place)
+        raise ValueError(f"{place}: expected a name in {module_name}, got none. It has {', '.join(offered[:12])}.")
+    return getattr(module, name)
 
 
 def _layout(found: Any, place: str) -> Any:
