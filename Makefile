@@ -45,8 +45,8 @@ format: $(INSTALLED) ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED) ## compare every strategy on the text model, raw results kept
-	$(BIN)/gradsplit compare gpt $(ARGS)
+bench: $(INSTALLED) ## what a step costs here, beside a global clip and a fused AdamW
+	$(BIN)/gradsplit bench $(ARGS)
 
 clean: ## remove caches and build products; .venv stays
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -19,6 +19,7 @@ from tests.docs.markdown import blocks_of, pages, prose_of
 # The history may show what is gone; the twin's blocks are those of README.md (test_readme_pair.py).
 _LEFT_OUT = {"CHANGELOG.md", "README.zh-CN.md"}
 _PAGES = [page for page in pages() if page.name not in _LEFT_OUT]
+_MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf8")
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -65,17 +66,25 @@ def _user_script() -> dict:
     }
 
 
-@pytest.mark.parametrize(("page", "number"), _blocks("diff"))
-def test_a_diff_is_right_before_and_after(page, number):
-    """The lines without the additions are a script that trains; so are the lines with them."""
-    block = blocks_of(page)[number]
-    lines = block.text.splitlines()
+def _sides(diff: str) -> tuple[str, str]:
+    """The code before and after."""
+    lines = diff.splitlines()
     before = "\n".join(line[2:] for line in lines if not line.startswith("+"))
-    after = "\n".join(line[2:] for line in lines if not line.startswith("-"))
-    for code in (before, after):
+    return before, "\n".join(line[2:] for line in lines if not line.startswith("-"))
+
+
+@pytest.mark.parametrize(("page", "number"), _blocks("diff"))
+def test_both_sides_of_a_diff_are_code(page, number):
+    for code in _sides(blocks_of(page)[number].text):
+        assert compile(code, relative(page), "exec"), code
+
+
+def test_the_diff_of_the_readme_trains_before_and_after():
+    (diff,) = [block for block in blocks_of(ROOT / "README.md") if block.language == "diff"]
+    for code in _sides(diff.text):
         script = _user_script()
         start = [p.detach().clone() for p in script["model"].parameters()]
-        _run(code, f"{relative(page)}:{block.line}", script)
+        _run(code, "README.md", script)
         moved = [not torch.equal(a, b) for a, b in zip(start, script["model"].parameters(), strict=True)]
         assert all(moved), "the script leaves some parameters where they were"
 
@@ -89,18 +98,19 @@ def test_the_readme_asks_for_three_lines():
 
 
 def _commands() -> list[tuple[str, ...]]:
-    """Every `make …` and `gradsplit …` command of the documentation, in a block or a line, once."""
+    """Every `make …` and `gradsplit …` command of the documentation and the Makefile, once."""
     lines = []
     for page in _PAGES:
         shell = [block.text for block in blocks_of(page) if block.language in {"bash", "sh", "console"}]
         lines += "".join(shell).splitlines() + re.findall(r"`([^`\n]+)`", prose_of(page))
+    lines += re.findall(r"^\t\$\(BIN\)/(gradsplit .*?)(?: \$\(ARGS\))?$", _MAKEFILE, re.MULTILINE)
     words = [tuple(re.sub(r"\s#.*$", "", line).removeprefix("$ ").split()) for line in lines]
     return sorted({w for w in words if len(w) > 1 and w[0].rpartition("/")[2] in {"make", "gradsplit"}})
 
 
 @pytest.mark.parametrize("command", [c for c in _commands() if c[0] == "make"], ids=" ".join)
 def test_a_make_target_that_is_named_exists(command):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z]+):", _MAKEFILE, re.MULTILINE))
     named = {word for word in command[1:] if "=" not in word}
     assert named <= targets, f"{' '.join(command)}: the Makefile has no {sorted(named - targets)}"
 
