@@ -86,8 +86,8 @@ def scene_table(scene: dict[str, Any]) -> Group:
     title = f"{scene['workload']}: {scene['metric']} after {scene['steps']} steps of {scene['optimizer']} ({way})"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True, min_width=20)
-    for heading, width in ((scene["metric"], 8), ("to target", 9), ("diverged", 8), ("scaled", 7)):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for heading, width in ((scene["metric"], 8), ("to target", 9), ("diverged", 12), ("scaled", 7)):
+        table.add_column(heading, justify="right", min_width=width, max_width=12)
     table.add_column("worst bin", overflow="fold", min_width=10)
     for row in scene["rows"]:
         steps = row["steps_to_target"]
@@ -95,12 +95,23 @@ def scene_table(scene: dict[str, Any]) -> Group:
             row["label"],
             number(row["score"]),
             "never" if steps is None else str(steps),
-            f"step {row['steps_run']}" if row["diverged"] else "no",
+            _verdict(row),
             share(row["scaled_share"]),
             escape(row["worst"][0][0]) if row["worst"] else "",
             style="bold" if row["ours"] else None,
         )
     return Group(Text(title, "bold"), Text(scene["expect"]), table)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """Whether a run was lost: not finite to the end, or finite and no better than untrained.
+
+    >>> _verdict({"diverged": False, "ends_above_start": True, "steps_run": 500})
+    'worse than at start'
+    """
+    if row["diverged"]:
+        return f"at step {row['steps_run']}"
+    return "worse than at start" if row["ends_above_start"] else "no"
 
 
 def _write(scenes: list[dict[str, Any]], evidence: dict[str, Any], out: Path) -> list[Path]:

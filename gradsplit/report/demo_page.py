@@ -84,7 +84,7 @@ def _table(scene: Mapping[str, Any]) -> str:
             "" if row["strength"] is None else f"{row['strength']:g}",
             "–" if row["score"] is None else f"{row['score']:.3f}",
             "never" if row["steps_to_target"] is None else f"{row['steps_to_target']}",
-            f"at step {row['steps_run']}" if row["diverged"] else "no",
+            _verdict(row),
             f"{row['num_bins']}" if row["num_bins"] else "",
             _percent(row["scaled_share"]),
             _percent(row["zeroed_share"]),
@@ -93,6 +93,12 @@ def _table(scene: Mapping[str, Any]) -> str:
             row["chosen_by"],
         ])  # fmt: skip
     return html_table(headings, rows, bold=[at for at, row in enumerate(scene["rows"]) if row["ours"]])
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["diverged"]:
+        return f"at step {row['steps_run']}"
+    return "worse than at start" if row["ends_above_start"] else "no"
 
 
 def _percent(share: float | None) -> str:

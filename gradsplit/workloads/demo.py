@@ -120,7 +120,7 @@ def quick(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:
 
 
 Progress = Callable[[int, int, int, float], None]
-"""(scene, row, steps done, last loss)."""
+"""(scene, row, steps done, last loss); 0 steps: its task is being built."""
 
 _progress_queue: Any = None  # this worker's end of the queue
 
@@ -133,6 +133,7 @@ def _start_worker(progress: Any) -> None:
 
 def _train_row(scene: Scene, scene_at: int, row_at: int, seed: int) -> Result:
     row = scene.rows[row_at]
+    _progress_queue.put((scene_at, row_at, 0, float("nan")))
     task = workload(scene.workload).build(seed=seed, **dict(scene.options))
     return train(
         task, row.method, lr=row.lr, strength=row.strength, settings=scene.settings, watch=True,
@@ -234,6 +235,7 @@ def _described(row: Row, result: Result, metric: str, target: float | None) -> M
         "score": result.metrics[metric],
         "metrics": result.metrics,
         "diverged": result.diverged,
+        "ends_above_start": not smoothed(result.losses)[-1] <= result.losses[0],
         "steps_run": len(result.losses),
         "steps_to_target": None if target is None else steps_to(result.losses, target),
         "final_loss": statistics.fmean(result.losses[-25:]),
