@@ -1,9 +1,10 @@
 """Does the account name the right tensor and step? 100 injected explosions and 40 healthy runs over four models.
 
-Each run trains a workload with its usual optimizer and learning rate while `gradsplit run --watch`'s own recorder writes a
-run file; the account is made from that file alone. In an injected run one parameter's gradient is multiplied by a factor
-between 30 and 1e6, or one of its entries becomes nan, from a random step on: for that step only, or for all that follow.
-Every second run also calls torch's clip_grad_norm_ as most scripts do.
+Each run trains a workload with its usual optimizer and learning rate while the recorder of `gradsplit run --watch`
+writes a run file; the account is made from that file alone. In an injected run one parameter's gradient is multiplied by
+a factor between 30 and 1e6, or one of its entries becomes nan, from a random step on: for that step only, or for all
+that follow. About every second run also calls torch's clip_grad_norm_ as most scripts do. The statistic's constants were
+chosen on seeds 0 to 9 and 1000 to 1024 (--first-seed 0); the published table is from other seeds.
 
 Run: python benchmarks/account.py --out benchmarks/results/account.json
 """
@@ -105,7 +106,10 @@ def judged(account: Account, done: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table of right answers by model."""
-    lines = ["| model | explosions named (tensor and step) | NaN among them | healthy runs left alone |", "|---|---|---|---|"]
+    lines = [
+        "| model | explosions named (tensor and step) | NaN among them | healthy runs left alone |",
+        "|---|---|---|---|",
+    ]
     for model in [*MODELS, "all"]:
         mine = [row for row in rows if model in (row["model"], "all")]
         bad = [row for row in mine if "tensor" in row]
@@ -122,6 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--explosions", type=int, default=100, help="injected runs over all models")
     parser.add_argument("--healthy", type=int, default=40, help="healthy runs over all models")
+    parser.add_argument("--first-seed", type=int, default=5000)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     began, rows = time.time(), []
@@ -129,7 +134,11 @@ def main() -> None:
         for inject, count in ((True, asked.explosions), (False, asked.healthy)):
             for i in range(count):
                 model = list(MODELS)[i % len(MODELS)]
-                rows.append(judged(*run(model, 1000 * inject + i // len(MODELS), Path(folder), inject=inject)))
+                rows.append(
+                    judged(
+                        *run(model, asked.first_seed + 1000 * inject + i // len(MODELS), Path(folder), inject=inject)
+                    )
+                )
                 if not rows[-1]["right"]:
                     print("wrong:", rows[-1], flush=True)
     print(table(rows))
@@ -140,6 +149,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
             "steps": STEPS,
+            "first_seed": asked.first_seed,
             "models": {model: {"workload": name, **options} for model, (name, options) in MODELS.items()},
         }
         text = json.dumps({"about": about, "table": table(rows).splitlines(), "runs": rows}, indent=1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..record import RunFile, Series, Stream
-from .run_departures import Scores, scores_of
+from .run_departures import HISTORY, RISEN, Scores, scores_of
 
 __all__ = ["Account", "Departure", "Neighbour", "NodeUse", "StreamAccount", "account_of"]
 
@@ -254,16 +254,19 @@ def _first(
 
 
 def _rows(series: Series, leaves: np.ndarray, w: int) -> tuple[tuple[str, float], ...]:
-    """Return the leaves that rose where they are at most half of the tensor's, most first."""
+    """Return the leaves that rose, most first, where they are at most half of the tensor's."""
     names = series.stream.outline.leaf_names
     if len(leaves) < 2:
         return ()
-    scores = scores_of(series.norm(leaves)[max(0, w - 200) : w + 1], series.peak(leaves)[max(0, w - 200) : w + 1])
-    left = np.flatnonzero(scores.left_WT[-1])
+    history = series.norm(leaves)[max(0, w - HISTORY) : w]
+    usual = np.median(np.where(np.isfinite(history), history, 0.0), axis=0) if len(history) else np.zeros(len(leaves))
+    now = series.peak(leaves)[w].astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = np.where(np.isfinite(now), np.where(usual > 0, now / usual, 1.0), np.inf)
+    # Half of the largest rise, on the scale on which a rise is a sum.
+    left = np.flatnonzero(times > max(RISEN, float(np.sqrt(min(times.max(), 1e300)))))
     if not len(left) or len(left) > len(leaves) / 2:
         return ()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.nan_to_num(series.peak(leaves)[w] / scores.usual_WT[-1], nan=np.inf)
     order = left[np.argsort(-times[left], kind="stable")]
     return tuple((names[leaves[i]], float(times[i])) for i in order)
 

@@ -11,11 +11,13 @@ from typing import Any
 from .page import Section, html_table, page, text
 from .run_account import Account, StreamAccount
 from .run_advice import advice_of, number
-from .run_departures import FACTOR, HISTORY, SCORE
+from .run_departures import ALONE, FACTOR, HISTORY, SCORE
 from .run_figures import COLUMNS, curves, heat_map
 from .run_text import USE_HEADINGS, findings, headline, use_rows
 
 __all__ = ["run_page", "write_run_page"]
+
+_TOLD = ("argv", "folder", "mode", "gradsplit", "torch", "python", "platform", "git_commit", "rank", "world_size")
 
 
 def write_run_page(account: Account, path: str | Path) -> Path:
@@ -139,8 +141,9 @@ def _evidence(account: Account) -> dict[str, Any]:
             + (f"; {about.get('strategy')}, {about.get('budget')}" if stream.stream.controlled else "")
         )
     evidence["change point"] = (
-        f"a norm leaves its history at a score of {SCORE:g} or more, (ln norm − median) / max(1.4826 MAD, 0.25) over "
-        f"the {HISTORY} rows before, if it is also {FACTOR:g} times their largest"
+        f"over the {HISTORY} rows before, excess = ln norm − median and spread = max(1.4826 MAD, 0.25); a tensor leaves "
+        f"its history alone (excess over its neighbours' above ln {ALONE:g} and 3 spreads) or with the whole "
+        f"gradient (score {SCORE:g} and {FACTOR:g} times its largest)"
     )
     evidence["page made with"] = f"Python {platform.python_version()} on {platform.system()}"
     return evidence

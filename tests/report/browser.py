@@ -1,4 +1,4 @@
-"""Headless Chromium over its DevTools pipe: pages are opened, moved over and looked at, with nothing but the browser."""
+"""Headless Chromium over its DevTools pipe: pages are opened, moved over and looked at; needs only the browser."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-renderer-backgrounding",  # or the page gets no time on a busy machine
+    "--disable-backgrounding-occluded-windows",
     "--hide-scrollbars",
     "--window-size=1280,1000",
     "--remote-debugging-pipe",
@@ -31,7 +33,8 @@ FLAGS = (
 
 def chromium() -> str | None:
     """The browser's program, None where there is none."""
-    return next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
 
 
 class Browser:
@@ -64,6 +67,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.bringToFront")
 
     def __enter__(self) -> Browser:
         return self
