@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from ..kernels.addresses import compiled, fetch_add, load, narrow, pointer, store
+from ..kernels.addresses import compiled, fetch_add, load, narrow, pointer, prefetch, store
 from ..kernels.numba_loops import _square_row
 
 __all__ = ["learn_bins", "moments_bin", "moments_element", "one_pass_bin", "one_pass_element", "update_bin"]
@@ -35,6 +35,9 @@ NUMBERS = (
 
 BLOCK = 512
 """Squares of so many elements are added in the memory's own precision before they go into a float64 sum."""
+
+LINE = 16
+"""Elements between two prefetches: one cache line of float32."""
 
 TINY, HUGE = 1e-25, 1e37
 """A float32 sum of squares outside may have lost small terms or overflowed, and is taken again in float64."""
@@ -67,6 +70,13 @@ def _block_square(memory, start, length):
         x = load(memory, start + j)
         part += x * x
     return np.float64(part)
+
+
+@_reduced
+def _ask_for(memory, start, length):
+    """Prefetch a row, a cache line of 64 bytes at a time."""
+    for j in range(0, length, LINE):
+        prefetch(memory, start + j)
 
 
 @_reduced
@@ -232,6 +242,9 @@ def one_pass_element(
             shrink = narrow(p, numbers[t, 6])
             for i in range(count):
                 b, at = first + i, offset + i * step
+                if rows == 1:
+                    _ask_for(m, at, length)
+                    _ask_for(v, at, length)
                 gradient2 = _bin_square(g, at, rows, row_step, length)
                 weight2 = _bin_square(p, at, rows, row_step, length)
                 squares[b], weights[b] = gradient2, weight2
@@ -240,6 +253,9 @@ def one_pass_element(
                 norm, weight = math.sqrt(gradient2), math.sqrt(weight2)
                 limit = _limit(rules, floors, b, weight)
                 s = narrow(p, numbers[t, 7] * (limit / norm if norm > limit else 1.0))
+                if rows == 1 and i + 1 < count:
+                    _ask_for(g, at + step, length)
+                    _ask_for(p, at + step, length)
                 moved2 = 0.0
                 for r in range(rows):
                     start = at + r * row_step
@@ -276,6 +292,8 @@ def one_pass_bin(
             w1, shrink = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 6])
             for i in range(count):
                 b, at = first + i, offset + i * step
+                if rows == 1:
+                    _ask_for(m, at, length)
                 gradient2 = _bin_square(g, at, rows, row_step, length)
                 weight2 = _bin_square(p, at, rows, row_step, length)
                 squares[b], weights[b] = gradient2, weight2
@@ -288,6 +306,9 @@ def one_pass_bin(
                 v1 = np.float32(numbers[t, 1] * load(v, places[b]) + numbers[t, 2] * mean)
                 store(v, places[b], v1)
                 rate = numbers[t, 3] / (math.sqrt(v1) * numbers[t, 4] + numbers[t, 5])
+                if rows == 1 and i + 1 < count:
+                    _ask_for(g, at + step, length)
+                    _ask_for(p, at + step, length)
                 moment2 = 0.0
                 for r in range(rows):
                     moment2 += _quick_mean_row(g, m, at + r * row_step, length, narrow(p, s * numbers[t, 7]), w1)
