@@ -42,7 +42,8 @@ def style_of(summary: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]
 def rate_curve_svg(results: Mapping[str, Any]) -> str:
     """Draw medians as lines and ranges as bands over a logarithmic axis of learning rates.
 
-    A median that is not finite ends its line at a cross on the axis: the method was lost there.
+    A median that is not finite ends its line at a cross on the axis: the method was lost there. One beyond the scale is
+    drawn at its edge, with its value.
 
     Args:
         results: what a comparison's `results.json` holds.
@@ -70,6 +71,7 @@ def rate_curve_svg(results: Mapping[str, Any]) -> str:
         parts += [
             f'<circle cx="{x:.1f}" cy="{at:.1f}" r="3" fill="{colour}"/>' for (x, _), at in zip(held, y, strict=True)
         ]
+        parts += [_beyond(x, y_of(p["median"]), p["median"], colour) for x, p in held]
         bottom = HEIGHT - BOTTOM if higher else TOP
         parts += [_cross(x, bottom, colour) for x, p in points if p["median"] is None]
         if held:
@@ -150,6 +152,14 @@ def _frame(
 
 def _cross(x: float, y: float, colour: str) -> str:
     return f'<path d="M{x - 4:.1f} {y - 4:.1f} l8 8 m-8 0 l8 -8" stroke="{colour}" stroke-width="2"/>'
+
+
+def _beyond(x: float, y: float, value: float, colour: str) -> str:
+    """The value in figures where a point lies beyond the scale and is drawn at its edge; else nothing."""
+    if TOP <= y <= HEIGHT - BOTTOM:
+        return ""
+    place, arrow = (TOP + 18, "↑") if y < TOP else (HEIGHT - BOTTOM - 8, "↓")
+    return f'<text x="{x:.1f}" y="{place}" text-anchor="middle" style="fill:{colour}">{value:.3g} {arrow}</text>'
 
 
 def _labels(ends: list[tuple[float, float, str, str]]) -> list[str]:
