@@ -69,6 +69,16 @@ def healthy(model_name: str, seed: int) -> dict:
     }
 
 
+def as_markdown(data: dict) -> str:
+    """The table of the documentation from the raw results."""
+    models = list(dict.fromkeys(row["model"] for row in data["rows"]))
+    lines = [f"| fault | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for fault, by_model in data["table"].items():
+        cells = ["{} of {}".format(*by_model[name]) if name in by_model else "" for name in models]
+        lines.append(f"| {fault} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="one model")

@@ -97,10 +97,14 @@ def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel, so that names carry no prefix."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
+    """The user's module inside DistributedDataParallel or torch.compile, so that names carry no prefix."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

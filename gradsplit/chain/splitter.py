@@ -18,7 +18,7 @@ from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
 from gradsplit.chain.signal_guard import SignalGuard
 from gradsplit.chain.splitter_state import JointRow, dump_state, load_state, rows_of
 from gradsplit.chain.structure import carries_signal, tensors_in
-from gradsplit.chain.walk import CallTrace, tracing
+from gradsplit.chain.walk import CallTrace, tracing, untraced
 
 _ALONE = (
     "ChainSplitter bounds a task fork ({forks}) without per-module limits on the parameters. Alone, or with a global "
@@ -121,12 +121,12 @@ class ChainSplitter:
         self.guard.new_pass()
         modules = dict(self.model.named_modules())
         for name in dict.fromkeys([*self.names, *self.watch.declared]):
-            self._handles.append(modules[name].register_forward_hook(self._output_hook(name)))
+            self._handles.append(modules[name].register_forward_hook(untraced(self._output_hook(name))))
         if self.watch.automatic or self.watch.declared:
             self._tracing = tracing(self.model)
             self._trace = self._tracing.__enter__()
-        self._handles.append(self.model.register_forward_pre_hook(self._start))
-        self._handles.append(self.model.register_forward_hook(self._finish))
+        self._handles.append(self.model.register_forward_pre_hook(untraced(self._start)))
+        self._handles.append(self.model.register_forward_hook(untraced(self._finish)))
         if optimizer is not None:
             self._bounds = True
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))

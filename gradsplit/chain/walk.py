@@ -6,6 +6,7 @@ and nowhere else. Nodes are numbered 0 (oldest) to N-1 (newest). `_N` marks one 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,15 @@ class CallTrace:
         return best
 
 
+def untraced(hook: Any) -> Any:
+    """The hook, kept out of `torch.compile`'s graphs: a joint in a compiled model is a graph break, never retraced.
+
+    Where nothing has been compiled yet the compiler is not imported (it costs a second); code compiled later finds the
+    mark all the same if its modules were hooked after the import.
+    """
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[CallTrace]:
     """Record the calls of every module of the model while the context is open."""
@@ -52,8 +62,8 @@ def tracing(model: nn.Module) -> Iterator[CallTrace]:
             if open_calls:
                 trace.calls.append((open_calls.pop(), sequence_number(), name))
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
+        handles.append(module.register_forward_pre_hook(untraced(enter)))
+        handles.append(module.register_forward_hook(untraced(leave)))
     try:
         yield trace
     finally:
