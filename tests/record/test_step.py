@@ -22,7 +22,7 @@ def record_of(budget=None):
 
 def test_norms_before_and_after():
     record = record_of()
-    assert record.norm_B.tolist() == [5.0, 0.5, 50.0, math.inf]
+    assert record.norm_B.tolist() == pytest.approx([5.0, 0.5, 50.0, math.inf])
     assert record.norm_after_B().tolist() == pytest.approx([1.0, 0.5, 1.0, 0.0])
     assert record.total_norm() == math.inf
     assert record.decision.outcome_B.tolist() == [1, 0, 1, 2]
