@@ -33,5 +33,7 @@ def run(
     ladder = ladder_of_model(model, loss_fn, batch, bins=plan, order=order)
     typer.echo(ladder_table(ladder, count))
     if page is not None:
-        page.write_text(ladder_figure(ladder).to_html(include_plotlyjs=True, full_html=True), encoding="utf8")
+        from plotly.io import to_html
+
+        page.write_text(to_html(ladder_figure(ladder), include_plotlyjs=True, full_html=True), encoding="utf8")
         typer.echo(f"the figure: {page}")
