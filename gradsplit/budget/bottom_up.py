@@ -12,8 +12,8 @@ __all__ = ["bin_scales", "bottom_up"]
 def bin_scales(norm: Array, limit: Array) -> Array:
     """Return ``min(1, limit / norm)``, and 1 where the norm is 0; a limit of inf keeps."""
     xp = namespace(norm)
-    over = norm > limit
-    return xp.where(over, limit / xp.where(over, norm, xp.full(len(norm), 1.0, norm)), xp.full(len(norm), 1.0, norm))
+    over, ones = norm > limit, xp.full(len(norm), 1.0, norm)
+    return xp.where(over, limit / xp.where(over, norm, ones), ones)
 
 
 def bottom_up(plan: Plan, norm_B: Array, limit_N: Array) -> Array:
@@ -24,15 +24,20 @@ def bottom_up(plan: Plan, norm_B: Array, limit_N: Array) -> Array:
     kept = nodes.spread((norm_B * bin_scale) ** 2, 0.0)  # squares kept so far, depth by depth
     factors: list[Array] = []
     for depth in range(len(kept) - 1, -1, -1):
-        # At a bin's node this factor is 1 up to rounding, for the bin has been scaled already.
-        factor = bin_scales(xp.sqrt(kept[depth]), limits[depth])
-        factors.append(factor)
+        if nodes.only_bins[depth]:  # these have been scaled to their limits already
+            factors.append(None)
+            held = kept[depth]
+        else:
+            # At a bin's node among others this factor is 1 up to rounding.
+            factors.append(bin_scales(xp.sqrt(kept[depth]), limits[depth]))
+            held = kept[depth] * factors[-1] ** 2
         if depth:
             lo, hi = nodes.depths[depth - 1]
-            sums = xp.segment_sum(kept[depth] * factor**2, nodes.parents[depth - 1], hi - lo)
-            kept[depth - 1] = kept[depth - 1] + sums
+            kept[depth - 1] = kept[depth - 1] + xp.segment_sum(held, nodes.parents[depth - 1], hi - lo)
     factors.reverse()
-    path = [factors[0]]  # product of the factors from the root down to each node
+    # The product of the factors from the root down to each node; the root is never a bin.
+    path = [factors[0]]
     for depth in range(1, len(factors)):
-        path.append(xp.take(path[-1], nodes.parents[depth - 1]) * factors[depth])
+        above = xp.take(path[-1], nodes.parents[depth - 1])
+        path.append(above if factors[depth] is None else above * factors[depth])
     return bin_scale * xp.take(xp.concatenate(path), nodes.bin_nodes_B)

@@ -69,9 +69,10 @@ class Ema(Budget):
         mean, seen, bounded = state
         observed = kept > 0
         # The plain mean while warming up, the exponential one afterwards: the larger of the two weights.
-        weight = xp.maximum(xp.full(len(mean), 1 - self.beta, mean), 1.0 / (seen + 1.0))
-        weight = xp.where(seen >= self.warmup, xp.full(len(mean), 1 - self.beta, mean), weight)
-        over = (seen >= self.warmup) & (reading.norm > self.ratio * mean)
+        settled = seen >= self.warmup
+        steady = xp.full(len(mean), 1 - self.beta, mean)
+        weight = xp.where(settled, steady, xp.maximum(steady, 1.0 / (seen + 1.0)))
+        over = settled & (reading.norm > self.ratio * mean)
         run = xp.where(over, bounded + 1.0, bounded * 0.0)
         fresh = mean + weight * (kept - mean)
         fresh = xp.where(run > self.patience, xp.maximum(fresh, self.growth * mean), fresh)

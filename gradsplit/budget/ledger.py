@@ -88,6 +88,11 @@ class _Account:
     ids: Array | None  # None: the bins, whose vectors need no tree
     budget: Budget
     state: State
+    numel: Array | None = None  # elements of its nodes, above the bins; summed when first asked for
+
+
+_Columns = tuple[Array, "Array | None", "Array | None", "Array | None"]
+"""(B,) or (N,) norms or squares of the gradient, squares of the weights, pace and gain."""
 
 
 class Ledger:
@@ -158,9 +163,12 @@ class Ledger:
         norm_B = xp.sqrt(xp.where(finite_B, squares_B, zero))
         if weight_squares_B is not None:  # a broken weight must not make its ancestors' limits NaN
             weight_squares_B = xp.where(xp.isfinite(weight_squares_B), weight_squares_B, zero)
-        columns = (norm_B, weight_squares_B, ones if pace_B is None else pace_B, gain_B)
-        at_bins = self._reading(None, columns)
-        readings = [at_bins if a.ids is None else self._reading(a.ids, columns) for a in self._accounts]
+        columns = (norm_B, weight_squares_B, pace_B, gain_B)
+        pace = ones if pace_B is None else pace_B
+        weight_norm_B = None if weight_squares_B is None else xp.sqrt(weight_squares_B)
+        at_bins = Reading(norm_B, weight_norm_B, self.numel_B, pace), gain_B
+        above = None if self._bins_only else self._sums(columns)
+        readings = [at_bins if above is None or a.ids is None else self._reading(a, *above) for a in self._accounts]
         limits = []
         for account, (reading, gain) in zip(self._accounts, readings, strict=True):
             limit = account.budget.limits(xp, reading, account.state)
@@ -184,24 +192,30 @@ class Ledger:
             account.state = account.budget.learn(xp, reading, kept, account.state)
         return decision
 
-    def _reading(
-        self, ids: Array | None, columns: tuple[Array, Array | None, Array, Array | None]
-    ) -> tuple[Reading, Array | None]:
-        """Return what the nodes show; above the bins squares and sizes add, pace and gain are means by size."""
+    def _sums(self, columns: _Columns) -> _Columns:
+        """Sums over each node, of what accounts above the bins show: taken once, whatever their number."""
         norm_B, weight_squares_B, pace_B, gain_B = columns
-        xp = namespace(norm_B)
-        if ids is None:
-            weight_norm = None if weight_squares_B is None else xp.sqrt(weight_squares_B)
-            return Reading(norm_B, weight_norm, self.numel_B, pace_B), gain_B
         nodes = Nodes.of(self.plan, norm_B)
 
-        def at(values_B: Array) -> Array:
-            return xp.take(nodes.sums_N(values_B), ids)
+        def of(values_B: Array | None) -> Array | None:
+            return None if values_B is None else nodes.sums_N(values_B)
 
-        numel = at(self.numel_B)
-        weight_norm = None if weight_squares_B is None else xp.sqrt(at(weight_squares_B))
-        gain = None if gain_B is None else at(gain_B * self.numel_B) / numel
-        return Reading(xp.sqrt(at(norm_B**2)), weight_norm, numel, at(pace_B * self.numel_B) / numel), gain
+        by_size = (None if values_B is None else values_B * self.numel_B for values_B in (pace_B, gain_B))
+        return of(norm_B**2), of(weight_squares_B), *(of(values_B) for values_B in by_size)
+
+    def _reading(
+        self, account: _Account, squares_N: Array, weight_squares_N: Array | None, pace_N: Any, gain_N: Any
+    ) -> tuple[Reading, Array | None]:
+        """Return what the account's nodes show; squares and sizes add, pace and gain are means by size."""
+        xp = namespace(squares_N)
+        if account.numel is None:
+            account.numel = xp.take(Nodes.of(self.plan, squares_N).sums_N(self.numel_B), account.ids)
+        numel = account.numel
+        weight_norm = None if weight_squares_N is None else xp.sqrt(xp.take(weight_squares_N, account.ids))
+        gain = None if gain_N is None else xp.take(gain_N, account.ids) / numel
+        ones = xp.full(len(numel), 1.0, squares_N)
+        pace = ones if pace_N is None else xp.take(pace_N, account.ids) / numel
+        return Reading(xp.sqrt(xp.take(squares_N, account.ids)), weight_norm, numel, pace), gain
 
     def state_dict(self) -> dict[str, list[Array]]:
         """Return the history: ``{"level/budget/position": arrays}``."""

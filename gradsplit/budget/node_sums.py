@@ -9,6 +9,8 @@ import itertools
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from ..plan import Plan
 from ..xp import Array, namespace
 
@@ -26,6 +28,8 @@ class Nodes:
         self.num_bins, self.num_nodes = plan.num_bins, plan.num_nodes
         self.depths = list(itertools.pairwise(starts))
         self.bin_nodes_B = xp.index(plan.bin_nodes_B, like)
+        bins_at = np.bincount(np.searchsorted(starts, plan.bin_nodes_B, side="right") - 1, minlength=len(self.depths))
+        self.only_bins = [int(n) == hi - lo for n, (lo, hi) in zip(bins_at, self.depths, strict=True)]
         self.parents = [  # per depth below the root: each node's parent, counted within the depth above
             xp.index(plan.parents_N[lo:hi] - self.depths[d][0], like) for d, (lo, hi) in enumerate(self.depths[1:])
         ]
