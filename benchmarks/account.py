@@ -1,9 +1,9 @@
 """Does the account name the right tensor and step? 100 injected explosions and 40 healthy runs over four models.
 
 Each run trains a workload with its usual optimizer and learning rate while the recorder of `gradsplit run --watch`
-writes a run file; the account is made from that file alone. In an injected run one parameter's gradient is multiplied by
-a factor between 30 and 1e6, or one of its entries becomes nan, from a random step on: for that step only, or for all
-that follow. About every second run also calls torch's clip_grad_norm_ as most scripts do. The statistic's constants were
+writes a run file; the account is made from that file alone. In an injected run one parameter's gradient is multiplied
+by a factor between 30 and 1e6, or one of its entries becomes nan, from a random step on: for that step only, or for all
+that follow. About every second run calls torch's clip_grad_norm_ as most scripts do. The statistic's constants were
 chosen on seeds 0 to 9 and 1000 to 1024 (--first-seed 0); the published table is from other seeds.
 
 Run: python benchmarks/account.py --out benchmarks/results/account.json

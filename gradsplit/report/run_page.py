@@ -141,8 +141,8 @@ def _evidence(account: Account) -> dict[str, Any]:
             + (f"; {about.get('strategy')}, {about.get('budget')}" if stream.stream.controlled else "")
         )
     evidence["change point"] = (
-        f"over the {HISTORY} rows before, excess = ln norm − median and spread = max(1.4826 MAD, 0.25); a tensor leaves "
-        f"its history alone (excess over its neighbours' above ln {ALONE:g} and 3 spreads) or with the whole "
+        f"over the {HISTORY} rows before, excess = ln norm − median and spread = max(1.4826 MAD, 0.25); a tensor "
+        f"leaves its history alone (excess over its neighbours' above ln {ALONE:g} and 3 spreads) or with the whole "
         f"gradient (score {SCORE:g} and {FACTOR:g} times its largest)"
     )
     evidence["page made with"] = f"Python {platform.python_version()} on {platform.system()}"
