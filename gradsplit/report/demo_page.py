@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from gradsplit.report.page import Section, figure_html, html_table, page
+from gradsplit.report.page import Section, figure_html, html_table, page, text
 from gradsplit.report.rate_curve import line_style
 
 __all__ = ["demo_page", "heat_figure", "loss_figure"]
@@ -28,8 +28,8 @@ def demo_page(scenes: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) 
     sections = [section for scene in scenes for section in _sections(scene)]
     lead = (
         "The same model, data, seed and number of steps for every row. Tuned rows stand at the learning rate and "
-        "strength that a sweep chose for that method; untuned rows have nothing to choose but the learning rate. The "
-        "last column of each table says what chose. Methods that do not help are shown as they are."
+        "strength that a sweep chose for that method; untuned rows have nothing to choose but the learning "
+        "rate. Methods that do not help are shown as they are."
     )
     return page("gradsplit demo", lead, sections, evidence)
 
@@ -41,7 +41,7 @@ def _sections(scene: Mapping[str, Any]) -> Iterable[Section]:
         f"{scene['title'][:1].upper()}{scene['title'][1:]}. {scene['expect']} {scene['steps']} steps with "
         f"{scene['optimizer']}; {scene['metric']}: {way}. To target: steps until "
         "the training loss is down to where the tuned global clip ends.",
-        [_table(scene)],
+        [_table(scene), text("What chose learning rate and strength: " + _choices(scene["rows"]))],
     )
     yield Section(
         f"{name}: training loss",
@@ -72,7 +72,7 @@ def _table(scene: Mapping[str, Any]) -> str:
         "bins",
         "scaled",
         "not finite",
-        "worst bin",
+        "worst bin × mean scale",
         "s",
     ]
     rows = []
@@ -90,9 +90,16 @@ def _table(scene: Mapping[str, Any]) -> str:
             _percent(row["zeroed_share"]),
             "" if worst is None else f"{worst[0]} × {worst[1]:.1g}",
             f"{row['seconds']:.1f}",
-            row["chosen_by"],
         ])  # fmt: skip
     return html_table(headings, rows, bold=[at for at, row in enumerate(scene["rows"]) if row["ours"]])
+
+
+def _choices(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What chose, each with its rows in brackets, in the order of the table."""
+    chosen: dict[str, list[str]] = {}
+    for row in rows:
+        chosen.setdefault(row["chosen_by"], []).append(row["label"])
+    return "; ".join(f"{source} ({' / '.join(labels)})" for source, labels in chosen.items()) + "."
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -136,7 +143,8 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
         rows: with "label" and "norms": names, levels, steps, before and after as lists.
     """
     maps = [(_powers(row["norms"]["before"]), _powers(row["norms"]["after"])) for row in rows]
-    finite = np.concatenate([part[np.isfinite(part)] for pair in maps for part in pair] or [np.zeros(1)])
+    live = [part[np.isfinite(part) & (part > np.log10(_NOTHING))] for pair in maps for part in pair]
+    finite = np.concatenate([*live, np.zeros(1)])
     low, high = np.floor(np.quantile(finite, 0.01)), np.ceil(np.quantile(finite, 0.995))
     shown = next((at for at, row in enumerate(rows) if row["method"] == "default"), 0)
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=("before", "after"))

@@ -119,7 +119,7 @@ def _flat(value: Any) -> str:
 _CSS = """
 :root{color-scheme:light}
 body{margin:0;background:#fafafa;color:#1c1c1c;font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 20px 64px}
+main{max-width:1180px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.7rem;margin:.2em 0}h2{font-size:1.2rem;margin:0 0 .3em}
 p{max-width:75ch;margin:.3em 0 .8em}
 nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin:12px 0}nav a{color:#0059a3;text-decoration:none}
@@ -128,7 +128,7 @@ section{background:#fff;border:1px solid #e3e3e3;border-radius:8px;padding:18px 
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;width:100%}
 th,td{padding:5px 10px;text-align:left;border-bottom:1px solid #ececec;vertical-align:top}
 th{font-weight:600;color:#444;white-space:nowrap}td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-tr.ours td:first-child{font-weight:600}
+tr.ours td:first-child{font-weight:600}thead~tbody td:first-child{white-space:nowrap}
 td{overflow-wrap:anywhere;min-width:2.2em}td:nth-child(2):not(.num){min-width:13em}
 .figure{margin:8px -6px}
 @media print{section{break-inside:avoid;border:0}nav{display:none}}

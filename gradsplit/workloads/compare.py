@@ -11,7 +11,7 @@ from typing import Any
 from gradsplit.workloads.cells import Cell, Grid
 from gradsplit.workloads.evidence import conditions
 from gradsplit.workloads.registry import workload
-from gradsplit.workloads.summary import fresh_cells, summarise
+from gradsplit.workloads.summary import fresh_cells, reference_method, summarise
 from gradsplit.workloads.sweep import RawFile, Row, finite_or_none, sweep
 from gradsplit.workloads.task import Workload
 
@@ -59,6 +59,7 @@ def compare(
             "fresh_seeds": grid.fresh_seeds,
         },
         "workload": _described(workload(grid.workload)),
+        "target_method": reference_method(grid),
         "summary": summarise(grid, rows),
         "cells": rows,
     }

@@ -13,7 +13,7 @@ from gradsplit.workloads.registry import workload
 from gradsplit.workloads.sweep import Row
 from gradsplit.workloads.train import smoothed
 
-__all__ = ["fresh_cells", "median_score", "summarise"]
+__all__ = ["fresh_cells", "median_score", "reference_method", "summarise"]
 
 
 def median_score(rows: Iterable[Row], *, higher_is_better: bool) -> float:
@@ -57,12 +57,17 @@ def _best(grid: Grid, method: str, rows: Iterable[Row]) -> Key:
     return _first_best(_choosing_rows(grid, method, rows), higher=workload(grid.workload).higher_is_better)
 
 
+def reference_method(grid: Grid) -> str:
+    """The method whose training loss at the end is the others' target: the global clip, else the nearest to it."""
+    return next((name for name in ("clip", "adamw+clip+warmup") if name in grid.methods), grid.methods[0])
+
+
 def summarise(grid: Grid, rows: list[Row]) -> list[dict[str, Any]]:
     """One entry a method: its best cell, that cell's scores on choosing and on fresh seeds, and its curve over rates.
 
     "curve" has for every learning rate the best strength there and its scores. "steps_to_target" counts steps until
-    the running mean of the training loss is down to where the tuned global clip ends with the same seed (without a clip
-    in the grid: the first method); the median over runs, None where most never get there.
+    the running mean of the training loss is down to where `reference_method` ends with the same seed; the median over
+    runs, None where most never get there.
     """
     higher = workload(grid.workload).higher_is_better
     best = {name: _best(grid, name, rows) for name in grid.methods}
@@ -70,8 +75,7 @@ def summarise(grid: Grid, rows: list[Row]) -> list[dict[str, Any]]:
         name: [row for row in rows if row["method"] == name and (row["strength"], row["lr"]) == best[name]]
         for name in grid.methods
     }
-    reference = "clip" if "clip" in grid.methods else grid.methods[0]
-    target_of_seed = {row["seed"]: _final_loss(row) for row in of_best[reference]}
+    target_of_seed = {row["seed"]: _final_loss(row) for row in of_best[reference_method(grid)]}
     entries = []
     for name in grid.methods:
         cells = _choosing_rows(grid, name, rows)
