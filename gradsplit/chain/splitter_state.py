@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gradsplit.chain.fork_watch import ForkMemory, ForkWatch
 from gradsplit.chain.signal_guard import JointMemory, SignalGuard
 
@@ -35,7 +37,8 @@ def rows_of(guard: SignalGuard, watch: ForkWatch) -> list[JointRow]:
     """All joints that have carried a signal, as host values."""
     rows = []
     for name, m in sorted(guard.memories.items()):
-        rows.append(JointRow(name, "layer", float(m.norm), float(m.limit), int(m.bounded), int(m.nonfinite)))
+        bounded, nonfinite = int(m.bounded[0]), int(m.nonfinite[0])
+        rows.append(JointRow(name, "layer", float(m.norm[0]), float(m.limit[0]), bounded, nonfinite))
     for fork in watch.memories:
         if not fork.maximum_K:
             continue
@@ -49,7 +52,11 @@ def rows_of(guard: SignalGuard, watch: ForkWatch) -> list[JointRow]:
 def dump_state(guard: SignalGuard, watch: ForkWatch) -> dict[str, Any]:
     """Everything that a continued run needs, as plain containers of tensors and numbers."""
     joints = {
-        name: {"state": list(m.state), **{key: getattr(m, key) for key in _SHOWN}} for name, m in guard.memories.items()
+        name: {
+            "state": [torch.as_tensor(part) for part in m.state],
+            **{key: torch.as_tensor(getattr(m, key)) for key in _SHOWN},
+        }
+        for name, m in guard.memories.items()
     }
     forks = [
         {

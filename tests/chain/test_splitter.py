@@ -10,6 +10,8 @@ from torch import nn
 from gradsplit.budget import Fixed, Relative
 from gradsplit.chain import ChainSplitter, Guard
 from gradsplit.chain.module_limits import modules_with_parameters
+from gradsplit.chain.signal_guard import JointMemory, SignalGuard
+from gradsplit.xp import torch_xp
 from tests.chain.nets import Recurrent, Residual, TwoHeads, build
 
 
@@ -286,3 +288,19 @@ def test_bad_arguments_are_explained() -> None:
     with pytest.raises(RuntimeError, match=r"Call \.remove\(\) first"):
         chain.attach()
     chain.remove()
+
+
+@pytest.mark.parametrize("scales", [[1.0, 1.0, 50.0, 1.0, 1e-3], [1.0, math.nan, 2.0, math.inf, 100.0]])
+def test_the_path_for_the_cpu_decides_as_the_one_for_devices(scales: list[float]) -> None:
+    signal = torch.randn(4, 3)
+    on_cpu, on_device = (SignalGuard(Guard(3.0), False, False, True) for _ in range(2))
+    zero = torch.zeros(1)
+    memory = JointMemory(Guard(3.0).init(torch_xp, zero), zero, zero, zero, zero)
+    for scale in scales:
+        ours = on_cpu._bound("a", signal * scale)
+        theirs = on_device.on_device(memory, signal * scale)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+    assert float(on_cpu.memories["a"].bounded[0]) == float(memory.bounded[0])
+    assert float(on_cpu.memories["a"].nonfinite[0]) == float(memory.nonfinite[0])
