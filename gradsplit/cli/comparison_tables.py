@@ -70,9 +70,7 @@ def best_table(results: Mapping[str, Any]) -> Group:
             escape(entry["worst_bin"] or ""),
             style="bold" if entry["ours"] else None,
         )
-    caption = (
-        f"to target: steps until the training loss is where {results['target_method']} ends; scaled: share of bins"
-    )
+    caption = f"to target: steps until the training loss is where {results.get('target_method', 'clip')} ends; scaled: share of bins"
     return Group(Text(title, "bold"), table, Text(caption, "dim"))
 
 
