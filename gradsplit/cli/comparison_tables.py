@@ -70,7 +70,8 @@ def best_table(results: Mapping[str, Any]) -> Group:
             escape(entry["worst_bin"] or ""),
             style="bold" if entry["ours"] else None,
         )
-    caption = f"to target: steps until the training loss is where {results.get('target_method', 'clip')} ends; scaled: share of bins"
+    target = results.get("target_method", "clip")
+    caption = f"to target: steps until the training loss is where {target} ends; scaled: share of bins"
     return Group(Text(title, "bold"), table, Text(caption, "dim"))
 
 

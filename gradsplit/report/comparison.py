@@ -28,7 +28,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
         Section(
             "Best cell of each method",
             f"{about['metric']} ({way}): median [range], {seeds}. Bold: gradsplit's. Steps to target count until "
-            f"the training loss is down to where the best {results.get('target_method', 'clip')} ends with the same seed.",
+            f"the training loss is down to where the best {results.get('target_method', 'clip')} ends, seed by seed.",
             [_best_table(results)],
         ),
         Section(
