@@ -32,7 +32,8 @@ def recording_plan(layout: Layout, *, max_nodes: int = 1000) -> Plan:
     >>> recording_plan(Layout.from_shapes({"w": (6, 2)}), max_nodes=5).num_bins
     4
     """
-    above = tree_sp(layout).num_nodes
+    tree = tree_sp(layout)
+    above = tree.num_nodes - tree.num_bins
     for parts in _PARTS:
         leaves = sum(min(rows, parts) for rows in layout.rows)
         if parts == 1 or above + leaves <= max_nodes + 1:
@@ -71,7 +72,8 @@ class Outline:
         num_tensors = len(plan.layout)
         counts_T = np.bincount(tensor_B[tensor_B >= 0], minlength=num_tensors)
         alone = np.flatnonzero(tensor_B < 0)
-        above = tree_sp(plan.layout).num_nodes
+        tree = tree_sp(plan.layout)
+        above = tree.num_nodes - tree.num_bins
         for parts in (1 << 62, *_PARTS):
             leaves_T = np.minimum(counts_T, parts)
             if parts == 1 or above + int(leaves_T.sum()) + len(alone) <= max_nodes + 1:

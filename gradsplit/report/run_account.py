@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..record import RunFile, Series, Stream
-from .run_departures import HISTORY, RISEN, Scores, scores_of
+from .run_departures import HISTORY, RISEN, SCORE, Scores, scores_of
 
 __all__ = ["Account", "Departure", "Neighbour", "NodeUse", "StreamAccount", "account_of"]
 
@@ -219,11 +219,11 @@ def _first(
     everything = bool(len(tensors) > 1 and bad_T.mean() >= SPREAD)
     ranked = np.where(scores.left_WT[w], scores.score_WT[w], -np.inf)
     t = int(np.argmax(np.where(bad_T, np.inf, ranked)))
-    after = slice(w + 1, w + 1 + AFTERMATH)
     with np.errstate(divide="ignore", invalid="ignore"):
         times_WT = norm_WT[w : w + 1 + AFTERMATH] / scores.usual_WT[w]
     times_T = np.where(np.isfinite(times_WT).all(axis=0), times_WT.max(axis=0), np.inf)
-    left_WT = scores.left_WT[w : w + 1 + AFTERMATH]
+    # Once something has left its history its neighbours no longer need to rise alone.
+    left_WT = (scores.score_WT[w : w + 1 + AFTERMATH] >= SCORE) & ~(times_WT <= RISEN)
     others = [u for u in range(len(tensors)) if u != t and left_WT[:, u].any()]
     others.sort(key=lambda u: (int(np.argmax(left_WT[:, u])), -times_T[u]))
     neighbours = tuple(
@@ -244,7 +244,7 @@ def _first(
         norm=float(norm_WT[w, t]),
         usual=float(scores.usual_WT[w, t]),
         score=float(scores.score_WT[w, t]),
-        lasting=int(scores.left_WT[after, t].sum()),
+        lasting=int(left_WT[1:, t].sum()),
         neighbours=neighbours,
         num_neighbours=len(others),
         num_tensors=len(tensors),

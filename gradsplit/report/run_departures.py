@@ -5,10 +5,10 @@ For a tensor whose norm at row t is n_t, with the last 64 earlier rows as its hi
     excess_t = ln n_t - median,    spread_t = max(1.4826 MAD, 0.25),    median and MAD of ln n over the history,
     alone_t  = excess_t - max(0, the largest excess of its four neighbours in the model at row t).
 
-A tensor has left its history where it rose *alone*, alone_t > ln 12 and alone_t >= 3 spread_t, or where it rose with
-*everything*: the norm of the whole gradient has a score excess / spread of 7 or more and is above 10 times the largest
-in its own history, and the tensor's excess is above ln 4. A norm that is not finite has left it by definition. Rows
-before the eighth, zeros and non-finite norms are no history.
+A tensor has left its history where it rose *alone*, alone_t > ln 12 and alone_t >= 3 spread_t (7 if it is the only
+tensor), or where it rose with *everything*: the norm of the whole gradient has a score excess / spread of 7 or more and
+is above 10 times the largest in its own history, and the tensor's excess is above ln 4. A norm that is not finite has
+left it by definition. Rows before the eighth, zeros and non-finite norms are no history.
 
 On a logarithmic scale an explosion is a sum; median and median absolute deviation do not follow a few spikes. Why the
 neighbours: in healthy training a layer's tensors rise and fall together, in a small GPT a hundredfold from one step to
@@ -68,7 +68,8 @@ def scores_of(norm_WT: np.ndarray, peak_WT: np.ndarray | None = None) -> Scores:
     excess_WT, spread_WT, usual_WT, _ = _against_history(norm_WT, judged_WT)
     with np.errstate(invalid="ignore"):
         alone_WT = excess_WT - np.maximum(0.0, _largest_beside(excess_WT))
-        left = (alone_WT > np.log(ALONE)) & (alone_WT >= ALONE_SPREADS * spread_WT)
+        needed = ALONE_SPREADS if norm_WT.shape[1] > 1 else SCORE  # a tensor without neighbours is always alone
+        left = (alone_WT > np.log(ALONE)) & (alone_WT >= needed * spread_WT)
         left |= _with_everything(norm_WT, judged_WT)[:, None] & (excess_WT > np.log(RISEN))
         score = excess_WT / spread_WT
     finite = np.isfinite(judged_WT)

@@ -127,7 +127,7 @@ def _controlled(path, share, *, zeroed=0, budget="bin: RelativeStep(tau=0.03, fl
 @pytest.mark.parametrize(
     ("share", "words", "reason", "command"),
     [
-        (0.9, (), "is tight: 90%", "--plan xsp --budget relative_step:tau=0.06"),
+        (0.9, (), "is tight: 91%", "--plan xsp --budget relative_step:tau=0.06"),
         (0.0, (), "was never used", "--plan xsp --budget relative_step:tau=0.015"),
         (0.0, ("root@fixed:limit=4",), "was never used", "--plan xsp --budget root@fixed:limit=2"),
         (0.9, ("ema:ratio=1.5:beta=0.9",), "is tight", "--budget ema:ratio=3:beta=0.9"),
