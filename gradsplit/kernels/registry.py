@@ -74,6 +74,14 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend("eager", (".eager", "EagerKernel"), "eager torch, vectorised; every device"),
         Backend(
+            "triton",
+            (".triton_gpu", "TritonKernel"),
+            "one launch a dtype by pointer table; checked in Triton's interpreter, never on a graphics card",
+            automatic=False,
+            devices=("cuda",),
+            needs="triton",
+        ),
+        Backend(
             "reference",
             (".reference", "ReferenceKernel"),
             "the definition, box by box; slow",

@@ -1,0 +1,52 @@
+"""The Triton programs equal the definition in Triton's interpreter; no graphics card has run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.architecture.sources import ROOT
+
+pytest.importorskip("triton", reason="needs the package triton: pip install triton")
+
+# Triton decides between interpreter and compiler when it is imported, so the check has a process of its own.
+_CHECK = """
+import torch, gradsplit as gs
+from gradsplit.kernels.reference import ReferenceKernel
+from gradsplit.kernels.triton_gpu import TritonKernel
+cpu = torch.device("cpu")
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    torch.manual_seed(0)
+    ours = [torch.randn(3, 70).to(dtype), torch.randn(9, 3).t().to(dtype), torch.randn(2500).to(dtype)]
+    assert ours[1].stride() == (1, 3)
+    truth = [t.clone() for t in ours]
+    layout = gs.Layout.from_shapes({"a": (3, 70), "b": (3, 9), "c": (2500,)})
+    for plan in (gs.xsp(layout), gs.xsp(layout, axis=1, parts=2), gs.whole(layout)):
+        kernel, reference = TritonKernel(plan, cpu), ReferenceKernel(plan, cpu)
+        torch.testing.assert_close(kernel.squares(ours), reference.squares(truth), rtol=1e-12, atol=0)
+        scale = torch.linspace(0.5, 1.5, plan.num_bins, dtype=torch.float64).clamp(max=1.0)
+        zero = torch.arange(plan.num_bins) == 1
+        kernel.scale_(ours, scale, zero)
+        reference.scale_(truth, scale, zero)
+        for mine, true in zip(ours, truth, strict=True):
+            # The interpreter rounds bfloat16 towards zero: one unit in the last place.
+            rtol = {torch.float64: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-6)
+            torch.testing.assert_close(mine, true, rtol=rtol, atol=0)
+            mine.copy_(true)
+print("equal")
+"""
+
+
+def test_equals_the_definition_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-c", _CHECK],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
