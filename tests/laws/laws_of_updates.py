@@ -59,6 +59,7 @@ def check_equals_the_formulas(make: Make, plan: Plan, options: dict[str, Any], s
         tau=0.03 if bounded else None,
         per_bin=options.get("second_moment") == "bin",
     )
+    rtol = 1e-5 if oracle.per_bin else 1e-9  # one second moment a bin is kept in float32
     optimizer = make(pairs, lr=0.02, plan=plan, **options)
     for step in range(steps):
         gradients: list[torch.Tensor | None] = list(_gradients(step, torch.float64, size=30.0 if step == 5 else 1.0))
@@ -69,7 +70,9 @@ def check_equals_the_formulas(make: Make, plan: Plan, options: dict[str, Any], s
         optimizer.step()
         oracle.step([None if g is None else to_numpy(g, tuple(g.shape)) for g in gradients])
         for (name, p), want in zip(pairs, oracle.weights, strict=True):
-            np.testing.assert_allclose(to_numpy(p, want.shape), want, rtol=1e-9, err_msg=f"step {step}, {name}")
+            np.testing.assert_allclose(
+                to_numpy(p, want.shape), want, rtol=rtol, atol=rtol * 1e-3, err_msg=f"step {step}, {name}"
+            )
 
 
 def check_rows_move_by_a_share_of_their_length(make: Make, plan: Plan, dtype: torch.dtype) -> None:

@@ -75,8 +75,9 @@ def test_a_hundred_steps_of_two_groups_ascending_under_a_schedule_with_a_tensor_
         oracle.step([None if g is None else to_numpy(g, tuple(g.shape)) for g in kept])
         for old, (_, p) in zip(kept, pairs, strict=True):
             assert old is None or torch.equal(old, p.grad), "the optimizer wrote to a gradient"
+    rtol = 1e-5 if second_moment == "bin" else 1e-8  # one second moment a bin is kept in float32
     for (name, p), want in zip(pairs, oracle.weights, strict=True):
-        np.testing.assert_allclose(to_numpy(p, want.shape), want, rtol=1e-8, err_msg=name)
+        np.testing.assert_allclose(to_numpy(p, want.shape), want, rtol=rtol, atol=rtol * 1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("strategy", ["xsp", "per_tensor", "lbf"])
