@@ -89,9 +89,10 @@ def with_tables(text: str) -> str:
     """The page with every table between its markers written anew; a table without raw results says so."""
     for name, (render, command) in TABLES.items():
         path = RESULTS / f"ladder-{name}.json"
-        body = (
-            render(json.loads(path.read_text(encoding="utf8"))) if path.is_file() else f"Not measured yet: `{command}`."
-        )
+        body = f"Not measured yet: `{command}`."
+        if path.is_file():
+            evidence = f"<!-- evidence: {path.relative_to(ROOT).as_posix()} -->"
+            body = f"{evidence}\n\n{render(json.loads(path.read_text(encoding='utf8')))}"
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = marked.sub(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
     return text

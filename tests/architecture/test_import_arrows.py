@@ -51,7 +51,7 @@ OWNERS = {
     "triton": {"kernels", "optim", "cli"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "plotly": {"report", "cli"},
+    "plotly": {"chain", "report", "cli"},
     "sklearn": {"workloads"},
     "pycocotools": {"workloads"},
     "PIL": {"workloads"},
