@@ -200,8 +200,9 @@ class Ledger:
         def of(values_B: Array | None) -> Array | None:
             return None if values_B is None else nodes.sums_N(values_B)
 
-        by_size = (None if values_B is None else values_B * self.numel_B for values_B in (pace_B, gain_B))
-        return of(norm_B**2), of(weight_squares_B), *(of(values_B) for values_B in by_size)
+        pace = None if pace_B is None else pace_B * self.numel_B
+        gain = None if gain_B is None else gain_B * self.numel_B
+        return of(norm_B**2), of(weight_squares_B), of(pace), of(gain)
 
     def _reading(
         self, account: _Account, squares_N: Array, weight_squares_N: Array | None, pace_N: Any, gain_N: Any
