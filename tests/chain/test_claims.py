@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.attribution import as_markdown
+from benchmarks.chain.tables import measured
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,3 +29,7 @@ def test_every_result_says_how_it_was_made(path: Path) -> None:
     data = json.loads(path.read_text())
     assert "benchmarks/chain_tasks.py" in data["command"]
     assert {"date", "cpu", "threads", "torch", "source"} <= data["conditions"].keys()
+
+
+def test_the_measured_section_is_the_raw_results() -> None:
+    assert measured() in (ROOT / "docs" / "chain.md").read_text()
