@@ -120,6 +120,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _plain(value: Any) -> Any:
+    """JSON has no nan and no inf: their names instead."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main() -> None:
     """Run the campaign, print the table, keep every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,8 +157,9 @@ def main() -> None:
             "first_seed": asked.first_seed,
             "models": {model: {"workload": name, **options} for model, (name, options) in MODELS.items()},
         }
-        text = json.dumps({"about": about, "table": table(rows).splitlines(), "runs": rows}, indent=1)
-        asked.out.write_text(text.replace("NaN", '"nan"') + "\n", encoding="utf8")
+        plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
+        text = json.dumps({"about": about, "table": table(rows).splitlines(), "runs": plain}, indent=1)
+        asked.out.write_text(text + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""The table in the documentation is the one in the raw results, and follows from the runs kept there."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from benchmarks.account import table
+from tests.architecture.sources import ROOT
+
+
+def _results():
+    return json.loads((ROOT / "benchmarks" / "results" / "account.json").read_text(encoding="utf8"))
+
+
+def test_the_page_shows_the_table_of_the_raw_results():
+    results = _results()
+    page = (ROOT / "docs" / "run.md").read_text(encoding="utf8")
+    assert "\n".join(results["table"]) in page
+    assert results["about"]["date"] in page
+    assert results["about"]["machine"] in page
+
+
+def test_the_table_follows_from_the_runs():
+    results = _results()
+    runs = [{**run, "factor": math.nan} if run.get("factor") == "nan" else run for run in results["runs"]]
+    assert table(runs).splitlines() == results["table"]
+    injected = [run for run in runs if "tensor" in run]
+    assert (len(injected), len(runs) - len(injected)) == (100, 40)
+    assert sum(run["right"] for run in injected) >= 98
+    assert all(run["right"] for run in runs if "tensor" not in run)
+
+
+def test_the_cost_of_watching_is_the_one_measured():
+    results = json.loads((ROOT / "benchmarks" / "results" / "run_overhead.json").read_text(encoding="utf8"))
+    share = results["about"]["in_hook_share"]
+    page = (ROOT / "docs" / "run.md").read_text(encoding="utf8")
+    assert f"Watching costs {share:.1%} of a step's processor time" in page
+    assert share <= 0.03
