@@ -64,10 +64,8 @@ def main() -> None:
     alone, watched = (statistics.median(seconds[kind]) for kind in (False, True))
     hook = statistics.median(inside[2:])
     print(f"{numel / 1e6:.1f} M parameters, median of {asked.pairs} steps each, processor time")
-    print(
     print(f"alone {alone * 1e3:.1f} ms, watched {watched * 1e3:.1f} ms")
     print(f"in the hook {hook * 1e3:.1f} ms, {hook / alone:.2%} of a step")
-    )
     if asked.out:
         about = {
             "command": "python benchmarks/run_overhead.py",
