@@ -25,8 +25,8 @@ __all__ = ["Lowered", "lower", "walks"]
 SLOT, BIN, COUNT, TENSOR, OFFSET, STEP, ROWS, ROW_STEP, LENGTH = range(9)
 """The columns of an entry."""
 
-NARROW = 24
-"""Rows with fewer elements are read in bands: the time of a short row goes into starting it."""
+NARROW = 96
+"""Bins beside each other with shorter rows are read in bands: the time of a short row goes into starting it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def lower(
             return None
         runs = int((table[:, COUNT] * table[:, ROWS]).sum())
         across = plan.layout.rows[t] if memory.turned else plan.layout.cols[t]
-        if bands and not memory.mixed and across >= NARROW and plan.layout.numels[t] < NARROW * runs:
+        mean_length = plan.layout.numels[t] / max(runs, 1)
+        if bands and not memory.mixed and mean_length < NARROW and 2 * mean_length <= across:
             rows, cut_stop, cut_bin = bands_of(plan, part, memory, t, num_cuts)
             band_tables.append(rows)
             stops.append(cut_stop)
