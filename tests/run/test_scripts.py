@@ -28,7 +28,8 @@ def _check_recording(path, script):
         series = [file.series(stream) for stream in streams]
     for one, (_, rows) in zip(series, script.streams, strict=True):
         assert one.num_rows == rows or rows < 0
-        assert np.isfinite(one.loss_R[one.skipped_R == 0]).all(), "the loss was seen at every step"
+        # The loss of a backward pass that GradScaler let no step follow is counted with the next step's: inf, not nan.
+        assert not np.isnan(one.loss_R[one.skipped_R == 0]).any(), "the loss was seen at every step"
         assert (one.total_R[one.skipped_R == 0] > 0).all()
         assert (one.lr_R >= 0).all()
     assert set(script.names) <= set(streams[0].outline.names_N), streams[0].outline.names_N
