@@ -76,7 +76,7 @@ def limits_of(
 ) -> Array:
     """Return the limits (n,) that a budget sets for norms (n,), at its beginning or after a given history."""
     xp = namespace(norm)
-    ones = xp.full(len(norm), 1.0, norm)
+    ones = xp.full(norm.shape[0], 1.0, norm)
     reading = Reading(norm, weight_norm, ones if numel is None else numel, ones)
     return budget.limits(xp, reading, budget.init(xp, norm) if state is None else state)
 
@@ -86,7 +86,7 @@ def limits_after(
 ) -> Array:
     """Return the limits that a budget sets after a history of norms, for ``norm`` or for the last one again."""
     xp = namespace(norms[0])
-    state, ones = budget.init(xp, norms[0]), xp.full(len(norms[0]), 1.0, norms[0])
+    state, ones = budget.init(xp, norms[0]), xp.full(norms[0].shape[0], 1.0, norms[0])
     for seen in norms:
         reading = Reading(seen, weight_norm, ones, ones)
         state = budget.learn(xp, reading, xp.minimum(seen, budget.limits(xp, reading, state)), state)

@@ -12,7 +12,7 @@ __all__ = ["bin_scales", "bottom_up"]
 def bin_scales(norm: Array, limit: Array) -> Array:
     """Return ``min(1, limit / norm)``, and 1 where the norm is 0; a limit of inf keeps."""
     xp = namespace(norm)
-    over, ones = norm > limit, xp.full(len(norm), 1.0, norm)
+    over, ones = norm > limit, xp.full(norm.shape[0], 1.0, norm)
     return xp.where(over, limit / xp.where(over, norm, ones), ones)
 
 

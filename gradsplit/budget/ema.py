@@ -62,7 +62,7 @@ class Ema(Budget):
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         mean, seen, _ = state
-        unbounded = xp.full(len(mean), float("inf"), mean)
+        unbounded = xp.full(mean.shape[0], float("inf"), mean)
         return xp.where(seen >= self.warmup, self.ratio * mean, unbounded)
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
@@ -70,7 +70,7 @@ class Ema(Budget):
         observed = kept > 0
         # The plain mean while warming up, the exponential one afterwards: the larger of the two weights.
         settled = seen >= self.warmup
-        steady = xp.full(len(mean), 1 - self.beta, mean)
+        steady = xp.full(mean.shape[0], 1 - self.beta, mean)
         weight = xp.where(settled, steady, xp.maximum(steady, 1.0 / (seen + 1.0)))
         over = settled & (reading.norm > self.ratio * mean)
         run = xp.where(over, bounded + 1.0, bounded * 0.0)

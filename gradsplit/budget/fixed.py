@@ -54,5 +54,5 @@ class Fixed(Budget):
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         if isinstance(self.limit, float):
-            return xp.full(len(reading.norm), self.limit, reading.norm)
+            return xp.full(reading.norm.shape[0], self.limit, reading.norm)
         return xp.asarray(self.limit, reading.norm)

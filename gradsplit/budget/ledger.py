@@ -76,7 +76,7 @@ class Decision:
     def limit_B(self) -> Array:
         """(B,) the limits at level "bin"."""
         xp = namespace(self.scale_B)
-        limit_B = xp.full(len(self.scale_B), float("inf"), self.scale_B)
+        limit_B = xp.full(self.scale_B.shape[0], float("inf"), self.scale_B)
         for level, _, values in self.limits:
             limit_B = xp.minimum(limit_B, values) if level == "bin" else limit_B
         return limit_B
@@ -214,7 +214,7 @@ class Ledger:
         numel = account.numel
         weight_norm = None if weight_squares_N is None else xp.sqrt(xp.take(weight_squares_N, account.ids))
         gain = None if gain_N is None else xp.take(gain_N, account.ids) / numel
-        ones = xp.full(len(numel), 1.0, squares_N)
+        ones = xp.full(numel.shape[0], 1.0, squares_N)
         pace = ones if pace_N is None else xp.take(pace_N, account.ids) / numel
         return Reading(xp.sqrt(xp.take(squares_N, account.ids)), weight_norm, numel, pace), gain
 

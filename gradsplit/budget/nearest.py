@@ -51,7 +51,7 @@ def _critical_scales(depth: _Depth, norm_B: Array, scale_B: Array, limit: Array)
     kept_before = _sums_within(depth, kept) - kept  # bins with a smaller m stay at m ...
     n2_from_here = xp.flip(_sums_within(depth, xp.flip(n2), flipped=True))  # ... the others go to t
     limit2 = xp.take(limit, depth.sorted_owner_B) ** 2
-    one, zero = xp.full(len(m), 1.0, m), xp.full(len(m), 0.0, m)
+    one, zero = xp.full(m.shape[0], 1.0, m), xp.full(m.shape[0], 0.0, m)
     below = xp.where(kept_before + m**2 * n2_from_here < limit2, one, zero)
     # Inside a segment `below` falls from 1 to 0 once; the first 0 is where t lies.
     count = xp.segment_sum(below, depth.sorted_owner_B, depth.num + 1)

@@ -51,7 +51,7 @@ class Percentile(Budget):
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         (c,) = state
-        return xp.where(c > 0, c, xp.full(len(c), float("inf"), c))
+        return xp.where(c > 0, c, xp.full(c.shape[0], float("inf"), c))
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
         (c,) = state

@@ -55,11 +55,11 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
             raise ValueError(f"project({name}=…): expected shape ({num},), one a {unit}, got {tuple(array.shape)}.")
     bad = ~(limit_N >= 0)
     if bool(bad.any()):
-        at = int(xp.argsort(xp.where(bad, xp.full(len(bad), 1.0, norm_B), xp.full(len(bad), 0.0, norm_B)))[-1])
+        at = int(xp.argsort(xp.where(bad, xp.full(bad.shape[0], 1.0, norm_B), xp.full(bad.shape[0], 0.0, norm_B)))[-1])
         raise ValueError(
             f"project(limit_N=…): expected limits >= 0, got {float(limit_N[at])} at {plan.nodes[at].name!r}. inf "
             "means unbounded."
         )
     finite = xp.isfinite(norm_B)
-    zero = xp.full(len(norm_B), 0.0, norm_B)
+    zero = xp.full(norm_B.shape[0], 0.0, norm_B)
     return xp.where(finite, RULES[rule](plan, xp.where(finite, norm_B, zero), limit_N), zero)

@@ -47,5 +47,5 @@ class Relative(Budget):
         self._check("eps", self.eps > 0, "eps > 0, for example 1e-3")
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
-        floor = xp.full(len(reading.norm), self.eps, reading.norm)
+        floor = xp.full(reading.norm.shape[0], self.eps, reading.norm)
         return self.factor * xp.maximum(reading.weight_norm, floor)

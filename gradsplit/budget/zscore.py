@@ -57,16 +57,16 @@ class ZScore(Budget):
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         mean, variance, seen = state
         sigma = xp.maximum(xp.sqrt(variance), 1e-6 * mean)
-        score = (reading.norm - mean) / xp.where(sigma > 0, sigma, xp.full(len(mean), 1.0, mean))
+        score = (reading.norm - mean) / xp.where(sigma > 0, sigma, xp.full(mean.shape[0], 1.0, mean))
         over = (seen >= self.warmup) & (score > self.z)
-        drawn = mean + self.z**2 / xp.where(over, score, xp.full(len(mean), 1.0, mean)) * sigma
-        return xp.where(over, drawn, xp.full(len(mean), float("inf"), mean))
+        drawn = mean + self.z**2 / xp.where(over, score, xp.full(mean.shape[0], 1.0, mean)) * sigma
+        return xp.where(over, drawn, xp.full(mean.shape[0], float("inf"), mean))
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
         mean, variance, seen = state
         observed = kept > 0
         warming = seen < self.warmup
-        weight = xp.where(warming, 1.0 / (seen + 1.0), xp.full(len(mean), 1 - self.beta, mean))
+        weight = xp.where(warming, 1.0 / (seen + 1.0), xp.full(mean.shape[0], 1 - self.beta, mean))
         fresh = mean + weight * (kept - mean)
         # Welford's product while warming up gives the population variance; afterwards the new mean, as in ZClip.
         square = xp.where(warming, (kept - mean) * (kept - fresh), (kept - fresh) ** 2)

@@ -15,7 +15,7 @@ __all__ = ["NAMESPACES", "Array", "namespace"]
 Array = Any
 """An array of any of the frameworks below."""
 
-NAMESPACES: dict[str, str] = {"numpy": "numpy_xp", "torch": "torch_xp"}
+NAMESPACES: dict[str, str] = {"numpy": "numpy_xp", "torch": "torch_xp", "tensorflow": "tensorflow_xp"}
 """Root package of an array's type -> module of this package."""
 
 

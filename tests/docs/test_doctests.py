@@ -13,7 +13,7 @@ _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _MODULES = [module_of(path) for path in package_files() if path.name != "__main__.py"]
 
 # A module that wraps an optional package can be imported only where that package is installed.
-_OPTIONAL = {"triton"}
+_OPTIONAL = {"tensorflow", "triton"}
 
 
 @pytest.mark.parametrize("name", _MODULES)
