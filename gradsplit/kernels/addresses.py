@@ -18,7 +18,7 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["KINDS", "compiled", "fetch_add", "load", "narrow", "pointer", "prefetch", "store"]
+__all__ = ["KINDS", "compiled", "fetch_add", "load", "narrow", "pointer", "store"]
 
 KINDS: dict[torch.dtype, Any] = {
     torch.float32: np.float32(0),
@@ -115,22 +115,6 @@ def narrow(context, memory, value):
 
     def generate(ctx, builder, sig, args):
         return args[1] if compute == types.float64 else builder.fptrunc(args[1], ir.FloatType())
-
-    return signature, generate
-
-
-@_intrinsic
-def prefetch(context, memory, index):
-    """Ask for the cache line of an element, without waiting for it; any address is allowed."""
-    signature = types.void(memory, index)
-
-    def generate(ctx, builder, sig, args):
-        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        builder.call(function, [place, ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)])
-        return ctx.get_dummy_value()
 
     return signature, generate
 

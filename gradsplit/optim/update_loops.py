@@ -22,8 +22,8 @@ from .update_rows import (
     TINY,
     _adam_row,
     _apply_row,
-    _ask_for,
     _bin_square,
+    _bin_squares,
     _element_row,
     _enter_row,
     _limit,
@@ -71,7 +71,9 @@ def one_pass_element(
 ):
     """Update whole bins with a second moment an element; write squares of gradient and weights as they were."""
     counting = pointer(counter.ctypes.data, np.int64(0))
-    updates = np.empty(longest, dtype=like.dtype)
+    updates = np.empty(longest + 16, dtype=like.dtype)
+    # At a multiple of 64: stores of whole vectors that cross cache lines take twice the time.
+    keeping = (updates.ctypes.data + 63) & -64
     while True:
         c = fetch_add(counting)
         if c >= len(chunks) - 1:
@@ -82,26 +84,19 @@ def one_pass_element(
             p, g = pointer(bases[0, t], kind), pointer(bases[1, t], kind)
             m, v = pointer(bases[2, t], kind), pointer(bases[3, t], kind)
             # By address, as all else: an index into an array may be negative for all that the compiler knows.
-            kept = pointer(updates.ctypes.data, narrow(p, 0.0))
+            kept = pointer(keeping, narrow(p, 0.0))
             w1, b2, w2 = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 1]), narrow(p, numbers[t, 2])
             rate, root, eps = narrow(p, numbers[t, 3]), narrow(p, numbers[t, 4]), narrow(p, numbers[t, 5])
             shrink = narrow(p, numbers[t, 6])
             for i in range(count):
                 b, at = first + i, offset + i * step
-                if rows == 1:
-                    _ask_for(m, at, length)
-                    _ask_for(v, at, length)
-                gradient2 = _bin_square(g, at, rows, row_step, length)
-                weight2 = _bin_square(p, at, rows, row_step, length)
+                gradient2, weight2 = _bin_squares(g, p, at, rows, row_step, length)
                 squares[b], weights[b] = gradient2, weight2
                 if not math.isfinite(gradient2):
                     continue
                 norm, weight = math.sqrt(gradient2), math.sqrt(weight2)
                 limit = _limit(rules, floors, b, weight)
                 s = narrow(p, numbers[t, 7] * (limit / norm if norm > limit else 1.0))
-                if rows == 1 and i + 1 < count:
-                    _ask_for(g, at + step, length)
-                    _ask_for(p, at + step, length)
                 moved2 = 0.0
                 for r in range(rows):
                     start = at + r * row_step
@@ -138,10 +133,7 @@ def one_pass_bin(
             w1, shrink = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 6])
             for i in range(count):
                 b, at = first + i, offset + i * step
-                if rows == 1:
-                    _ask_for(m, at, length)
-                gradient2 = _bin_square(g, at, rows, row_step, length)
-                weight2 = _bin_square(p, at, rows, row_step, length)
+                gradient2, weight2 = _bin_squares(g, p, at, rows, row_step, length)
                 squares[b], weights[b] = gradient2, weight2
                 if not math.isfinite(gradient2):
                     continue
@@ -152,9 +144,6 @@ def one_pass_bin(
                 v1 = np.float32(numbers[t, 1] * load(v, places[b]) + numbers[t, 2] * mean)
                 store(v, places[b], v1)
                 rate = numbers[t, 3] / (math.sqrt(v1) * numbers[t, 4] + numbers[t, 5])
-                if rows == 1 and i + 1 < count:
-                    _ask_for(g, at + step, length)
-                    _ask_for(p, at + step, length)
                 moment2 = 0.0
                 for r in range(rows):
                     moment2 += _quick_mean_row(g, m, at + r * row_step, length, narrow(p, s * numbers[t, 7]), w1)

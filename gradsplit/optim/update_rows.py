@@ -7,14 +7,14 @@ import math
 
 import numpy as np
 
-from ..kernels.addresses import compiled, load, narrow, prefetch, store
+from ..kernels.addresses import compiled, load, narrow, store
 from ..kernels.numba_loops import _square_row
 
 __all__ = [
     "_adam_row",
     "_apply_row",
-    "_ask_for",
     "_bin_square",
+    "_bin_squares",
     "_element_row",
     "_enter_row",
     "_limit",
@@ -27,9 +27,6 @@ __all__ = [
 
 BLOCK = 512
 """Squares of so many elements are added in the memory's own precision before they go into a float64 sum."""
-
-LINE = 16
-"""Elements between two prefetches: one cache line of float32."""
 
 TINY, HUGE = 1e-25, 1e37
 """A float32 sum of squares outside may have lost small terms or overflowed, and is taken again in float64."""
@@ -65,13 +62,6 @@ def _block_square(memory, start, length):
 
 
 @_reduced
-def _ask_for(memory, start, length):
-    """Prefetch a row, a cache line of 64 bytes at a time."""
-    for j in range(0, length, LINE):
-        prefetch(memory, start + j)
-
-
-@_reduced
 def _bin_square(memory, start, rows, row_step, length):
     """The sum of squares of a bin; in float64 where the quick sum may have lost something."""
     total = 0.0
@@ -83,6 +73,32 @@ def _bin_square(memory, start, rows, row_step, length):
     for r in range(rows):
         total += _square_row(memory, start + r * row_step, length)
     return total
+
+
+@_reduced
+def _block_squares(g, p, start, length):
+    of_g, of_p = narrow(g, 0.0), narrow(p, 0.0)
+    for j in range(length):
+        x, y = load(g, start + j), load(p, start + j)
+        of_g += x * x
+        of_p += y * y
+    return np.float64(of_g), np.float64(of_p)
+
+
+@_reduced
+def _bin_squares(g, p, start, rows, row_step, length):
+    """The sums of squares of a bin in two tensors, read side by side: memory serves two streams faster than one."""
+    total_g, total_p = 0.0, 0.0
+    for r in range(rows):
+        for lo in range(0, length, BLOCK):
+            of_g, of_p = _block_squares(g, p, start + r * row_step + lo, min(BLOCK, length - lo))
+            total_g += of_g
+            total_p += of_p
+    if not TINY < total_g < HUGE:
+        total_g = _bin_square(g, start, rows, row_step, length)
+    if not TINY < total_p < HUGE:
+        total_p = _bin_square(p, start, rows, row_step, length)
+    return total_g, total_p
 
 
 @_reduced
