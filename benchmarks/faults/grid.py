@@ -1,0 +1,80 @@
+"""The trials of the campaign in the order in which they are run, and the raw file they are appended to.
+
+A run that is cut short is even over methods and workloads; started again, it goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.faults.events import FAULTS
+from benchmarks.faults.methods import METHODS
+from benchmarks.faults.trial import CLEAN, Trial, run
+from benchmarks.faults.workloads import WORKLOADS
+
+__all__ = ["HEADLINE", "RATES", "RAW", "done", "trials"]
+
+RAW = Path(__file__).resolve().parents[1] / "results" / "faults-runs.csv"
+RATES = (0.01, 0.05, 0.2)
+HEADLINE = tuple(f"{value} in one element" for value in ("nan", "inf", "3e38"))
+HEADLINE_SEEDS, SEEDS = 7, 3
+SUDDEN = "sudden"
+
+
+def trials(methods: tuple[str, ...] = tuple(METHODS)) -> Iterator[Trial]:
+    """Clean runs, the headline over more seeds, then every fault at every rate, seed by seed."""
+    workloads = [name for name in WORKLOADS if name != SUDDEN]
+    for seed in range(HEADLINE_SEEDS):
+        for workload in WORKLOADS:
+            for method in methods:
+                yield Trial(workload, method, CLEAN, 0.0, seed)
+                for fault in HEADLINE[:1] if workload == SUDDEN else HEADLINE:
+                    yield Trial(workload, method, fault, 0.05, seed)
+    for seed in range(SEEDS):
+        for rate in (0.05, 0.2, 0.01):
+            for fault in FAULTS:
+                for workload in workloads:
+                    for method in methods:
+                        yield Trial(workload, method, fault, rate, seed)
+
+
+def done(path: Path = RAW) -> dict[Trial, dict[str, str]]:
+    """The rows of the raw file by their trial."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {Trial(r["workload"], r["method"], r["fault"], float(r["rate"]), int(r["seed"])): r for r in rows}
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is missing; ctrl-C loses the run at hand only."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--most", type=int, default=None, help="runs, at most")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    known = set(done())
+    wanted = [trial for trial in dict.fromkeys(trials(tuple(asked.methods))) if trial not in known][: asked.most]
+    print(f"{len(known)} runs done, {len(wanted)} to go")
+    for trial in wanted:
+        append(run(trial))
+
+
+def append(row: dict[str, Any], path: Path = RAW) -> None:
+    """Add one row, with the day it was measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = row | {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")}
+    fresh = not path.is_file()
+    with path.open("a", encoding="utf8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
