@@ -58,17 +58,18 @@ def main(arguments: list[str]) -> None:
     """Run what is missing; ctrl-C loses the run at hand only."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--raw", type=Path, default=RAW, help="where the rows go")
     parser.add_argument("--most", type=int, default=None, help="runs, at most")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    known = set(done())
+    known = set(done(asked.raw))
     wanted = [trial for trial in dict.fromkeys(trials(tuple(asked.methods))) if trial not in known][: asked.most]
     print(f"{len(known)} runs done, {len(wanted)} to go")
     for trial in wanted:
-        append(run(trial))
+        append(run(trial), asked.raw)
 
 
-def append(row: dict[str, Any], path: Path = RAW) -> None:
+def append(row: dict[str, Any], path: Path) -> None:
     """Add one row, with the day it was measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row = row | {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")}

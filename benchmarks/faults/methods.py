@@ -91,6 +91,7 @@ class ZClip(Alone):
         self.mean = self.variance = 0.0
 
     def bound(self) -> bool:
+        """Scale all gradients by one factor."""
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         limit = min(self._limit(norm), self.max_norm)
         if norm > limit:
