@@ -60,6 +60,9 @@ OWNERS = {
     "keras": {"integrations", "xp"},
     "jax": {"integrations", "xp"},
     "optax": {"integrations"},
+    "accelerate": {"integrations"},
+    "lightning": {"integrations"},
+    "transformers": {"integrations"},
 }
 
 # The backends stand beside each other: what they share lives in a module that is not one of them.
