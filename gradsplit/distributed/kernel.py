@@ -45,7 +45,7 @@ class ShardedKernel:
         self._numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
         self._counts: dict[bytes, Tensor] = {}
         copies_B = (
-            self._sum(torch.as_tensor(self.local_plan.held_B(), dtype=like.dtype, device=like.device)) / self._numel_B
+            self.add_(torch.as_tensor(self.local_plan.held_B(), dtype=like.dtype, device=like.device)) / self._numel_B
         )
         bad = (copies_B < 0.5) | ((copies_B - copies_B.round()).abs() > 1e-6)
         if bool(bad.any()):
@@ -54,10 +54,11 @@ class ShardedKernel:
                 f"ShardedKernel(…): expected the ranks to hold a whole number of copies, got {float(copies_B[b]):g} of "
                 f"{plan.bins[b].name!r}. Pass process_group= with the ranks that share these parameters."
             )
-        mine = torch.as_tensor(self.local_plan.held_B(), dtype=like.dtype, device=like.device)
-        split_up = ((mine > 0) & (mine < self._numel_B)).any().to(like.dtype)
-        self.bins_are_local = not bool(self._sum(split_up.reshape(1)))
-        """Whether every rank that holds a part of a bin holds all of it, as for rows under FSDP."""
+        mine = self.local_plan.held_B()
+        parts_B = torch.as_tensor((mine > 0) & (mine < plan.numel_B), dtype=like.dtype, device=like.device)
+        self.spread_B: np.ndarray = self.add_(parts_B).cpu().numpy() > 0
+        """(B,) whether some rank holds a part of a bin and not all of it, as of a bias under FSDP."""
+        self.bins_are_local = not bool(self.spread_B.any())
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `ReferenceKernel.squares`; one all-reduce."""
@@ -69,7 +70,7 @@ class ShardedKernel:
         many = getattr(self.local, "squares_many", None)
         sums = [self.local.squares(tensors) for tensors in locals_] if many is None else many(locals_)
         counts = [self._held(tensors) for tensors in lists]
-        total = self._sum(torch.stack([*sums, *counts]))
+        total = self.add_(torch.stack([*sums, *counts]))
         squares, held = total[: len(lists)], total[len(lists) :]
         share = self._numel_B / held.clamp(min=1.0)
         return list(torch.where(held > 0, squares * share, torch.zeros_like(squares)))
@@ -87,8 +88,19 @@ class ShardedKernel:
             self._counts[key] = held.to(self.device)
         return self._counts[key]
 
-    def _sum(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self.group)
+    def add_(self, values: Tensor) -> Tensor:
+        """Add a tensor over the ranks in place: one all-reduce.
+
+        Raises:
+            RuntimeError: a rank has ended, or does not take part in time.
+        """
+        try:
+            dist.all_reduce(values, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"ShardedKernel.add_(…): expected every rank to take part in the sum over {values.numel()} numbers, "
+                f"got {error}. A rank has probably ended: read its log; then start all ranks again from a checkpoint."
+            ) from error
         return values
 
 

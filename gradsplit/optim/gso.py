@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from ..budget import Relative, RelativeStep
 from ..distributed import local_of
-from ..plan import one_device
+from ..plan import one_device, part_of
 from .cyclic import Cyclic
-from .in_backward import InBackward, check_budget, check_model, plan_of_one
+from .in_backward import InBackward, check_budget, check_model
 from .planned import Planned
 from .registry import Update, make_update
 
@@ -171,8 +171,8 @@ class GSO(Optimizer):
         check_budget(planned)
         parts = []
         for t, name in enumerate(planned.plan.layout.names):
-            if planned.parameters[t].numel():
-                made = planned.of_one(t, plan_of_one(planned.plan, t), name)
+            if planned.plan.layout.numels[t]:  # of the whole tensor: a rank without a piece still takes part
+                made = planned.of_one(t, part_of(planned.plan, [t])[0], name)
                 parts.append(make_update(made))
         return parts
 
@@ -227,7 +227,9 @@ class GSO(Optimizer):
         for t, owner in enumerate(owners):
             waits = owner.grad is None or (self._cyclic is not None and not self._cyclic.is_active(seen + t))
             gradients.append(None if waits else _gradient(owner))
-        if all(gradient is None for gradient in gradients):
+        # Where ranks hold shards, one without gradients takes part all the same, or the others would wait for it.
+        alone = not part.planned.is_sharded or self._one_tensor_a_part
+        if alone and all(gradient is None for gradient in gradients):
             return
         states = [
             {} if gradients[t] is None else self._state_of(owner, part.planned, t) for t, owner in enumerate(owners)

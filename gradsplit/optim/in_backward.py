@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan
 from .planned import Planned
 
 if TYPE_CHECKING:
     from .gso import GSO
 
-__all__ = ["InBackward", "check_budget", "check_model", "plan_of_one"]
+__all__ = ["InBackward", "check_budget", "check_model"]
 
 _CALL = "GSO(in_backward=True)"
 
@@ -130,18 +129,3 @@ def check_budget(planned: Planned) -> None:
             f"{_CALL}: expected bins inside one tensor each, got {planned.plan!r} with bins over several. Use a plan "
             "by rows or tensors, or in_backward=False."
         )
-
-
-def plan_of_one(plan: Plan, t: int) -> Plan:
-    """Return the part of a plan that lies in tensor t, as a plan of that tensor alone."""
-    import numpy as np
-
-    from ..plan import Layout
-    from ..plan.boxes import Boxes
-
-    first, last = plan.boxes.slices_T(len(plan.layout))[t : t + 2]
-    columns = [column[first:last].copy() for column in vars(plan.boxes).values()]
-    columns[0][:] = 0
-    columns[5] = np.unique(columns[5], return_inverse=True)[1].reshape(-1)
-    layout = Layout((plan.layout.names[t],), (plan.layout.shapes[t],))
-    return Plan(layout, Boxes.from_columns(*columns), modules=plan.modules)

@@ -68,6 +68,11 @@ class Planned:
         self.bins_in_one_tensor = sum(len(bins) for bins in self.bins_of_tensor) == self.plan.num_bins
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the parameters; then all of them take part in every step."""
+        return self.local_plan is not self.plan
+
+    @property
     def parameters(self) -> list[Tensor]:
         """The parameters as this rank holds them, sharing memory."""
         return [local_of(parameter) for parameter in self._parameters]
@@ -88,6 +93,18 @@ class Planned:
         """Return tensor t under its own part of the plan, with budgets and history of its own."""
         one, owner = [self._parameters[t]], [self.owners[t]]
         return Planned([name], one, owner, plan=plan, optimizer=self.rates.optimizer, **self._options)
+
+    def over(self, tensors: list[Tensor], plan: Plan, at: list[int]) -> Planned:
+        """Return plain tensors that stand for the parameters ``at``, under a plan of their own with budgets of bins.
+
+        Rates are shared. The list is kept: an entry that is replaced in it is replaced here.
+        """
+        names, owners = [self.plan.layout.names[t] for t in at], [self.owners[t] for t in at]
+        budgets = {"bin": tuple(budget for _, budget in self.gradient_budgets + self.update_budgets)}
+        options = {**self._options, "budget": budgets, "process_group": None}
+        made = Planned(names, tensors, owners, plan=plan, optimizer=self.rates.optimizer, **options)
+        made.rates.top = self.rates.top
+        return made
 
     @property
     def reads_weights(self) -> bool:

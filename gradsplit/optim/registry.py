@@ -33,8 +33,14 @@ class Update(Protocol):
 
 
 def make_update(planned: Planned) -> Update:
-    """Import and make the update that belongs to the kernel of a `Planned`."""
-    whole = planned.local_plan is planned.plan  # the fused updates know nothing of shards
-    module, name = UPDATES.get(planned.kernel.name if whole else "reference", UPDATES["reference"])
+    """Import and make the update that belongs to the kernel of a `Planned`, around shards if there are any."""
+    if planned.is_sharded:
+        sharded = importlib.import_module(".sharded_update", __package__)
+        if sharded.can_update(planned):
+            around: Update = sharded.ShardedUpdate(planned, make_update)
+            return around
+    module, name = (
+        UPDATES["reference"] if planned.is_sharded else UPDATES.get(planned.kernel.name, UPDATES["reference"])
+    )
     made: Update = getattr(importlib.import_module(module, __package__), name)(planned)
     return made

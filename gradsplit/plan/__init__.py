@@ -4,6 +4,7 @@ from .baselines import per_tensor, whole
 from .boxes import Boxes
 from .layout import Layout, layout_of, named_trainable, one_device
 from .lbf import lbf, log_likelihood
+from .part import part_of
 from .plan import Bin, Box, Node, Plan
 from .registry import STRATEGIES, Strategy, make_plan
 from .tree import LEVELS, Tree
@@ -27,6 +28,7 @@ __all__ = [
     "make_plan",
     "named_trainable",
     "one_device",
+    "part_of",
     "per_tensor",
     "tree_sp",
     "whole",

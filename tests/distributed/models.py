@@ -68,3 +68,8 @@ def shard(net: Net, mode: str, world: int) -> nn.Module:
 def full(tensor: Any) -> Tensor:
     """The whole tensor on every rank."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by the names of the bare model."""
+    return {name.replace("module.", ""): full(p) for name, p in model.named_parameters()}

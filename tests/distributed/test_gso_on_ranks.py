@@ -1,115 +1,89 @@
-"""GSO on several ranks: the weights of one process, and state that moves between numbers of ranks."""
+"""GSO on several ranks: the weights of one process, by one all-reduce a step where each bin is bounded by itself."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 import gradsplit as gs
-from tests.distributed.models import batch, full, make_net, shard
-from tests.distributed.ranks import on_ranks
+from gradsplit.optim import sharded_update
+from tests.distributed.models import batch, make_net, shard, weights_of
+from tests.distributed.ranks import counted, on_ranks
 
-STEPS = 6
+STEPS, FEW = 20, 5
+ROOT = {"root": gs.Fixed(2.0), "bin": (gs.Relative(0.2), gs.RelativeStep(0.03))}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "one moment a row": {"second_moment": "bin"},
     "columns": {"plan": lambda layout: gs.xsp(layout, axis=1)},
+    "limit of the sum": {"plan": "tree_sp", "budget": ROOT},
+    "too much to carry": {},
+    "in backward": {"in_backward": True},
 }
-# All-reduces a step: one carries gradients and weights, one the updates, since a bias is one bin over all ranks.
-REDUCTIONS = {"ddp": 0, "fsdp": 2, "tp": 2, "hsdp": 2, "fsdp+tp": 2}
-MODES = {2: ("ddp", "fsdp", "tp"), 4: ("fsdp", "hsdp", "fsdp+tp")}
+MODES = {1: ("fsdp",), 2: ("ddp", "fsdp", "tp"), 4: ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")}
+
+
+def reductions(world: int, mode: str, variant: str) -> int:
+    """All-reduces a step: none for replicas; a second one where limits look beyond the bin, or too much is spread."""
+    if mode == "ddp" or variant == "in backward":  # the latter reduces inside backward
+        return 0
+    return 2 if world > 1 and variant in ("limit of the sum", "too much to carry") else 1
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[int]:
-    """Train and return our all-reduces of each step."""
-    reductions = []
+    """Train and return our collectives of each step."""
+    made = []
     for step in steps:
         x, y = batch(step)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()
-        calls = [0]
-        reduce = dist.all_reduce
-
-        def counted(*args: Any, reduce: Any = reduce, calls: list[int] = calls, **kwargs: Any) -> Any:
-            calls[0] += 1
-            return reduce(*args, **kwargs)
-
-        dist.all_reduce = counted
-        try:
+        calls: list[str] = []
+        with counted(calls):
             optimizer.step()
-        finally:
-            dist.all_reduce = reduce
-        reductions.append(calls[0])
-    return reductions
+        assert set(calls) <= {"all_reduce"}
+        made.append(len(calls))
+    return made
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name.replace("module.", ""): full(p) for name, p in model.named_parameters()}
+def run(model: torch.nn.Module, variant: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[int], Any]:
+    limits = sharded_update.CARRIED, sharded_update.CARRIED_A_BIN
+    if variant == "too much to carry":
+        sharded_update.CARRIED = sharded_update.CARRIED_A_BIN = 0
+    try:
+        optimizer = gs.GSO(model, 0.05, **VARIANTS[variant], **options)
+    finally:
+        sharded_update.CARRIED, sharded_update.CARRIED_A_BIN = limits
+    made = train(model, optimizer, range(STEPS if variant == "default" else FEW))
+    return weights_of(model), made, [part.decision.scale_B for part in optimizer._parts]
 
 
 def work(rank: int, world: int) -> dict[str, Any]:
     answers = {}
     for mode in MODES[world]:
-        for name, options in VARIANTS.items():
-            model = shard(make_net(), mode, world)
-            reductions = train(model, gs.GSO(model, 0.05, **options), range(STEPS))
-            answers[f"{mode}/{name}"] = weights_of(model), reductions
+        variants = ["default", "one moment a row"]
+        if mode == "fsdp" or world == 2:
+            variants += ["columns", "limit of the sum", "too much to carry"]
+        if mode not in ("ddp", "tp"):  # plain tensors in several processes are refused
+            variants += ["in backward"]
+        for variant in variants:
+            answers[mode, variant] = run(shard(make_net(), mode, world), variant)
     return answers
 
 
 @pytest.mark.parametrize("world", MODES)
 def test_equals_one_process(world: int) -> None:
-    alone = {}
-    for name, options in VARIANTS.items():
-        model = make_net()
-        train(model, gs.GSO(model, 0.05, backend="reference", **options), range(STEPS))
-        alone[name] = weights_of(model)
-    for answer in on_ranks(world, work):
-        for key, (weights, reductions) in answer.items():
-            mode, name = key.split("/")
-            assert reductions == [REDUCTIONS[mode]] * STEPS, key
-            for tensor, weight in alone[name].items():
+    alone = {variant: run(make_net(), variant, backend="reference") for variant in VARIANTS}
+    answers = on_ranks(world, work)
+    for answer in answers:
+        for key, (weights, made, scales) in answer.items():
+            true_weights, _, true_scales = alone[key[1]]
+            assert made == [reductions(world, *key)] * len(made), key
+            for mine, first, true in zip(scales, answers[0][key][2], true_scales, strict=True):
+                assert torch.equal(mine, first), key  # the same bits on every rank
+                torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+            for name, weight in true_weights.items():
                 torch.testing.assert_close(
-                    weights[tensor], weight, rtol=0, atol=1e-7, msg=lambda m, key=key, t=tensor: f"{key} {t}: {m}"
+                    weights[name], weight, rtol=0, atol=1e-7, msg=lambda m, key=key, n=name: f"{key} {n}: {m}"
                 )
-
-
-def save(rank: int, world: int) -> Any:
-    model = shard(make_net(), "fsdp", world)
-    optimizer = gs.GSO(model, 0.05, second_moment="bin")
-    train(model, optimizer, range(3))
-    options = StateDictOptions(full_state_dict=True)
-    # Plain tensors in the state are the optimizer's own; the run goes on, so they are copied.
-    saved = weights_of(model), copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    train(model, optimizer, range(3, STEPS))
-    return saved, weights_of(model)
-
-
-def resume(rank: int, world: int, weights: Any, state: Any) -> Any:
-    net = make_net()
-    net.load_state_dict(weights)
-    model = shard(net, "fsdp", world) if world > 1 else net
-    optimizer = gs.GSO(model, 0.05, second_moment="bin")
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
-    for p in model.parameters():
-        assert optimizer.state[p]["bin_sq"].dtype == torch.float32
-    train(model, optimizer, range(3, STEPS))
-    return weights_of(model)
-
-
-def test_saved_on_two_ranks_loads_on_four_and_on_one() -> None:
-    (saved, uninterrupted), _ = on_ranks(2, save)
-    weights, state = saved
-    for world in (4, 1):
-        for resumed in on_ranks(world, resume, weights, state):
-            for name, weight in uninterrupted.items():
-                torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-6)

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import gradsplit as gs
-from tests.distributed.models import batch, full, make_net, shard
-from tests.distributed.ranks import on_ranks
+from tests.distributed.models import batch, make_net, shard, weights_of
+from tests.distributed.ranks import counted, on_ranks
 
-STEPS = 8
+STEPS = 20
 
 
 def blocks(layout: gs.Layout) -> gs.Plan:
@@ -46,25 +45,16 @@ def train(model: torch.nn.Module, plan: str, steps: int = STEPS) -> tuple[dict[s
         x, y = batch(step)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), y).backward()
-        calls = [0]
-        reduce = dist.all_reduce
-
-        def counted(*args: Any, reduce: Any = reduce, calls: list[int] = calls, **kwargs: Any) -> Any:
-            calls[0] += 1
-            return reduce(*args, **kwargs)
-
-        dist.all_reduce = counted
-        try:
+        calls: list[str] = []
+        with counted(calls):
             scales.append(splitter.step().decision.scale_B.clone())
-        finally:
-            dist.all_reduce = reduce
-        collectives.append(calls[0])
+        assert set(calls) <= {"all_reduce"}
+        collectives.append(len(calls))
         optimizer.step()
-    names = [name.replace("module.", "") for name, _ in model.named_parameters()]
-    return {n: full(p) for n, p in zip(names, model.parameters(), strict=True)}, scales, collectives
+    return weights_of(model), scales, collectives
 
 
-MODES = {2: ("ddp", "fsdp", "tp"), 4: ("fsdp", "hsdp", "fsdp+tp")}
+MODES = {1: ("fsdp",), 2: ("ddp", "fsdp", "tp"), 4: ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")}
 
 
 def work(rank: int, world: int) -> dict[str, Any]:
