@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from .chain import gain_penalty as gain_penalty
     from .chain import gradient_chain as gradient_chain
     from .chain import joints as joints
+    from .checkpoint import Batches as Batches
+    from .checkpoint import CheckpointError as CheckpointError
+    from .checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoint import save_checkpoint as save_checkpoint
     from .diagnose import diagnose as diagnose
+    from .guard import DivergenceError as DivergenceError
+    from .guard import Guard as Guard
     from .ladder import Ladder as Ladder
     from .ladder import taylor_ladder as taylor_ladder
     from .optim import GSO as GSO
@@ -50,6 +56,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
     "diagnose": ("diagnose",),
     "ladder": ("Ladder", "taylor_ladder"),
+    "checkpoint": ("Batches", "CheckpointError", "load_checkpoint", "save_checkpoint"),
+    "guard": ("DivergenceError", "Guard"),
 }
 """Module -> the public names it defines; a module is imported when one of its names is first used."""
 

@@ -1,5 +1,6 @@
 """What a step leaves behind, and where it goes: step records, sinks, the run file."""
 
+from .actions import GuardAction
 from .outline import Outline, recording_plan
 from .reader import Event, RunFile, Series
 from .rows import Rows, Stream
@@ -11,6 +12,7 @@ from .writer import RunWriter
 __all__ = [
     "BinReport",
     "Event",
+    "GuardAction",
     "Outline",
     "Recorder",
     "Rows",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .actions import GuardAction
 from .buffer import RowBuffer
 from .outline import Outline
 from .rows import Rows, Stream
@@ -21,7 +22,10 @@ __all__ = ["Recorder", "RowSink", "summed_up"]
 
 
 class RowSink(Protocol):
-    """Takes rows on the host, a flush at a time: a run file, TensorBoard, Weights & Biases, MLflow, JSON lines."""
+    """Takes rows on the host, a flush at a time: a run file, TensorBoard, Weights & Biases, MLflow, JSON lines.
+
+    A sink that also has ``note(action)`` is told what a guard did.
+    """
 
     def write(self, batch: Sequence[Rows]) -> None:
         """Take the rows of one flush."""
@@ -88,6 +92,14 @@ class Recorder:
             self.open(Stream(0, "", outline, True, about), squares_B.device)
             self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
         self.add(0, record.step, **summed_up(record, self._leaf_of_bin_B, self._buffers[0].stream.outline.num_leaves))
+
+    def note(self, action: GuardAction) -> None:
+        """Hand what a guard did to the sinks that keep it, at once and behind the rows before it."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self.flush()
+        with self._flush:
+            self._to_sinks(lambda sink: sink.note(action) if hasattr(sink, "note") else None)
 
     def flush(self) -> None:
         """Hand everything to the sinks now. Waits for the device."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .actions import GuardAction
 from .codec import pack_counts, pack_exact, pack_wide
 from .rows import Rows
 from .run_file import create, finish
@@ -57,6 +58,7 @@ class RunWriter:
         self._connection: sqlite3.Connection | None = create(path, about)
         self._pid = os.getpid()
         self._rows: dict[int, int] = {}
+        self._actions: list[dict[str, Any]] = []
         self._thinning = Thinning(max_bytes=int(max_megabytes * 1e6))
 
     def write(self, batch: Sequence[Rows]) -> None:
@@ -69,6 +71,18 @@ class RunWriter:
             for rows in batch:
                 self._add(connection, rows)
             self._thinning.apply(connection)
+
+    def note(self, action: GuardAction) -> None:
+        """Keep what a guard did: one event for whoever looks on, and the whole of it among what is known of the run."""
+        with self._transaction() as connection:
+            if connection is None:
+                return
+            self._actions.append(action.to_dict())
+            _set_meta(connection, {"guard": self._actions})
+            connection.execute(
+                "INSERT INTO event VALUES (NULL, 0, ?, ?, NULL, ?, ?)",
+                (action.step, action.time, action.kind, action.num_undone),
+            )
 
     def close(self, **meta: Any) -> None:
         """Write the end of the run and fold everything into one file."""

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"plan", "xp"},
     "record": {"budget", "plan", "xp"},  # a record holds the budget's decision
     "distributed": {"plan", "xp"},
+    "checkpoint": set(),  # whatever has a state_dict
 }
 _LOW = set(MAY_IMPORT)
 # What stands between an optimizer and the splitter or GSO.
@@ -32,7 +33,7 @@ MAY_IMPORT |= {
     "calibration": _LOW | {"splitter"},
 }
 _LOW = set(MAY_IMPORT)
-MAY_IMPORT |= dict.fromkeys(("splitter", "optim", "chain", "ladder"), _LOW)
+MAY_IMPORT |= dict.fromkeys(("splitter", "optim", "chain", "ladder", "guard"), _LOW)
 _MIDDLE = set(MAY_IMPORT)
 # Workloads are examples: like a user's script they may say `import gradsplit as gs`.
 MAY_IMPORT |= {name: _MIDDLE | {"gradsplit"} for name in ("workloads", "report", "run", "diagnose", "integrations")}

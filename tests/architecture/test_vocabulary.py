@@ -11,7 +11,9 @@ from tests.architecture.sources import module_of, package_files, relative, unit_
 
 # A limit is not a threshold, a bin is not a group or a segment, and bounding is not clipping. Beside each word stand
 # the parts of the package that deal with somebody else's thing of that name.
-_OPTIMIZER_GROUPS = {"attach", "diagnose", "distributed", "integrations", "optim", "rates", "splitter", "update_cap"}
+_OPTIMIZER_GROUPS = {
+    *("attach", "diagnose", "distributed", "guard", "integrations", "optim", "rates", "splitter", "update_cap"),
+}
 FOREIGN = {
     "clip": {"workloads"},  # a baseline is called what its users call it
     "threshold": set(),
