@@ -1,19 +1,24 @@
 """How large each node may be: one file a rule, `project` from limits to scales, and the ledger that keeps history."""
 
 from .base import Budget, Reading, State, limits_after, limits_of
+from .deciding import Term, begin, decide, terms_of
+from .decision import Decision, Outcome
 from .ema import Ema
 from .fixed import Fixed
-from .ledger import Decision, Ledger, Outcome
+from .ledger import Ledger, warn_of_idle_limits
+from .length_sums import LARGE, sums_for
 from .node_sums import Nodes
 from .percentile import Percentile
 from .project import RULES, project
-from .registry import BUDGETS, budgets_by_level
+from .registry import BUDGETS, DEFAULT_OF_GSO, budgets_by_level
 from .relative import Relative
 from .relative_step import RelativeStep
 from .zscore import ZScore
 
 __all__ = [
     "BUDGETS",
+    "DEFAULT_OF_GSO",
+    "LARGE",
     "RULES",
     "Budget",
     "Decision",
@@ -27,9 +32,15 @@ __all__ = [
     "Relative",
     "RelativeStep",
     "State",
+    "Term",
     "ZScore",
+    "begin",
     "budgets_by_level",
+    "decide",
     "limits_after",
     "limits_of",
     "project",
+    "sums_for",
+    "terms_of",
+    "warn_of_idle_limits",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..plan import Plan
 from ..xp import Array, namespace
+from .length_sums import sums_for
 from .node_sums import Nodes
 
 __all__ = ["bin_scales", "bottom_up"]
@@ -18,10 +19,10 @@ def bin_scales(norm: Array, limit: Array) -> Array:
 
 def bottom_up(plan: Plan, norm_B: Array, limit_N: Array) -> Array:
     """Scale bins to their limits, then each node, leaves to root, by min(1, limit / norm of what was kept)."""
-    xp, nodes = namespace(norm_B), Nodes.of(plan, norm_B)
+    xp, sums, nodes = namespace(norm_B), sums_for(norm_B), Nodes.of(plan, norm_B)
     limits = [limit_N[lo:hi] for lo, hi in nodes.depths]
     bin_scale = bin_scales(norm_B, xp.take(limit_N, nodes.bin_nodes_B))
-    kept = nodes.spread((norm_B * bin_scale) ** 2, 0.0)  # squares kept so far, depth by depth
+    kept = nodes.spread(sums.of(norm_B * bin_scale), 0.0)  # amounts kept so far, depth by depth
     factors: list[Array] = []
     for depth in range(len(kept) - 1, -1, -1):
         if nodes.only_bins[depth]:  # these have been scaled to their limits already
@@ -29,11 +30,11 @@ def bottom_up(plan: Plan, norm_B: Array, limit_N: Array) -> Array:
             held = kept[depth]
         else:
             # At a bin's node among others this factor is 1 up to rounding.
-            factors.append(bin_scales(xp.sqrt(kept[depth]), limits[depth]))
-            held = kept[depth] * factors[-1] ** 2
+            factors.append(bin_scales(sums.norm(kept[depth]), limits[depth]))
+            held = sums.times(kept[depth], factors[-1])
         if depth:
             lo, hi = nodes.depths[depth - 1]
-            kept[depth - 1] = kept[depth - 1] + xp.segment_sum(held, nodes.parents[depth - 1], hi - lo)
+            kept[depth - 1] = sums.plus(kept[depth - 1], sums.by_node(held, nodes.parents[depth - 1], hi - lo))
     factors.reverse()
     # The product of the factors from the root down to each node; the root is never a bin.
     path = [factors[0]]

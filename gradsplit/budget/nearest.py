@@ -9,6 +9,7 @@ import numpy as np
 from ..plan import Plan
 from ..xp import Array, namespace
 from .bottom_up import bin_scales
+from .length_sums import sums_for
 from .node_sums import Nodes
 
 __all__ = ["nearest"]
@@ -42,43 +43,43 @@ def nearest(plan: Plan, norm_B: Array, limit_N: Array) -> Array:
 
 def _critical_scales(depth: _Depth, norm_B: Array, scale_B: Array, limit: Array) -> Array:
     """Solve for t in every segment at once: sort by m, sums within segments, one square root."""
-    xp = namespace(norm_B)
+    xp, sums = namespace(norm_B), sums_for(norm_B)
     order = xp.argsort(scale_B)
     if depth.doublings >= 0:
         order = xp.take(order, xp.argsort(xp.take(depth.owner_B, order)))
-    m, n2 = xp.take(scale_B, order), xp.take(norm_B, order) ** 2
-    kept = n2 * m**2
-    kept_before = _sums_within(depth, kept) - kept  # bins with a smaller m stay at m ...
-    n2_from_here = xp.flip(_sums_within(depth, xp.flip(n2), flipped=True))  # ... the others go to t
-    limit2 = xp.take(limit, depth.sorted_owner_B) ** 2
+    m, whole = xp.take(scale_B, order), sums.of(xp.take(norm_B, order))
+    kept = sums.times(whole, m)
+    kept_before = sums.before(_sums_within(depth, kept), kept, depth.sorted_owner_B)  # a smaller m stays as it is ...
+    from_here = xp.flip(_sums_within(depth, xp.flip(whole), flipped=True))  # ... the others go to t
+    limit_in_order = sums.of(xp.take(limit, depth.sorted_owner_B))
     one, zero = xp.full(m.shape[0], 1.0, m), xp.full(m.shape[0], 0.0, m)
-    below = xp.where(kept_before + m**2 * n2_from_here < limit2, one, zero)
+    below = xp.where(sums.plus(kept_before, sums.times(from_here, m)) < limit_in_order, one, zero)
     # Inside a segment `below` falls from 1 to 0 once; the first 0 is where t lies.
     count = xp.segment_sum(below, depth.sorted_owner_B, depth.num + 1)
     last = xp.maximum(depth.start + depth.size - 1, depth.start * 0)
     first = xp.minimum(depth.start + xp.index(count, depth.start), last)
     ones, zeros = xp.full(depth.num + 1, 1.0, m), xp.full(depth.num + 1, 0.0, m)
-    spread = xp.take(n2_from_here, first)
-    binds = (count < xp.asarray(depth.size, m)) & (spread > 0)
-    room = xp.maximum(limit**2 - xp.take(kept_before, first), zeros)
-    t = xp.sqrt(xp.where(binds, room, ones) / xp.where(binds, spread, ones))
+    free = xp.take(from_here, first)
+    binds = (count < xp.asarray(depth.size, m)) & (free > 0)
+    fixed = xp.where(binds, xp.take(kept_before, first), zeros)
+    t = sums.factor_to(xp.where(binds, limit, ones), fixed, xp.where(binds, free, ones))
     return xp.minimum(t, ones)
 
 
-def _sums_within(depth: _Depth, values: Array, *, flipped: bool = False) -> Array:
-    """Running sums that restart at every segment, by doubling.
+def _sums_within(depth: _Depth, amount: Array, *, flipped: bool = False) -> Array:
+    """Running sums of amounts that restart at every segment, by doubling.
 
     One running sum minus its value at a segment's start would lose a small segment that follows a large one.
     """
-    xp = namespace(values)
+    xp, sums = namespace(amount), sums_for(amount)
     ids = xp.flip(depth.sorted_owner_B) if flipped else depth.sorted_owner_B
     if depth.doublings < 0:  # a single segment
-        return xp.cumsum(values)
+        return sums.running(amount)
     for i in range(depth.doublings):
         shift = 2**i
-        added = xp.where(ids[shift:] == ids[:-shift], values[:-shift], values[:-shift] * 0.0)
-        values = xp.concatenate([values[:shift], values[shift:] + added])
-    return values
+        added = xp.where(ids[shift:] == ids[:-shift], amount[:-shift], amount[:-shift] * 0.0)
+        amount = xp.concatenate([amount[:shift], sums.plus(amount[shift:], added)])
+    return amount
 
 
 def _depths_of(plan: Plan, like: Array) -> list[_Depth]:

@@ -1,4 +1,4 @@
-"""Sums over the plan's tree: squares add over a node's children, norms do not.
+"""Sums over the plan's tree: amounts (squares, see length_sums) add over a node's children, norms do not.
 
 `Nodes` holds the tree's index arrays on one device, made once a plan and device.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from ..plan import Plan
 from ..xp import Array, namespace
+from .length_sums import sums_for
 
 __all__ = ["Nodes"]
 
@@ -50,13 +53,19 @@ class Nodes:
         values_N = xp.put(xp.full(self.num_nodes, fill, values_B), self.bin_nodes_B, values_B)
         return [values_N[lo:hi] for lo, hi in self.depths]
 
-    def sums_N(self, squares_B: Array) -> Array:
-        """Return each node's sum of squares, shape (N,)."""
-        xp = namespace(squares_B)
-        by_depth = self.spread(squares_B, 0.0)
+    def sums_N(self, values_B: Array) -> Array:
+        """Return each node's sum of plain values, shape (N,)."""
+        return self._up(values_B, namespace(values_B).segment_sum, operator.add)
+
+    def amounts_N(self, amount_B: Array) -> Array:
+        """Return each node's amount, shape (N,)."""
+        sums = sums_for(amount_B)
+        return self._up(amount_B, sums.by_node, sums.plus)
+
+    def _up(self, values_B: Array, by_node: Callable[..., Array], plus: Callable[[Array, Array], Array]) -> Array:
+        by_depth = self.spread(values_B, 0.0)
         for depth in range(len(by_depth) - 1, 0, -1):
             lo, hi = self.depths[depth - 1]
-            by_depth[depth - 1] = by_depth[depth - 1] + xp.segment_sum(
-                by_depth[depth], self.parents[depth - 1], hi - lo
-            )
-        return xp.concatenate(by_depth)
+            from_below = by_node(by_depth[depth], self.parents[depth - 1], hi - lo)
+            by_depth[depth - 1] = plus(by_depth[depth - 1], from_below)
+        return namespace(values_B).concatenate(by_depth)

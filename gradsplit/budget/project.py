@@ -27,12 +27,13 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
 
     Args:
         plan: B bins, N nodes.
-        norm_B: (B,) L2 norms, gradient units; numpy or torch.
+        norm_B: (B,) L2 norms, gradient units; an array of any framework in `gradsplit.xp`.
         limit_N: (N,) largest norms, gradient units; inf = unbounded.
         rule: "bottom_up" or "nearest".
 
     Raises:
-        ValueError: another rule, wrong shapes, a limit that is negative or NaN (names the node).
+        ValueError: another rule, wrong shapes, a limit that is negative or NaN (names the node; not looked at inside a
+            compiled graph, where there are no values yet).
 
     >>> import numpy as np
     >>> from gradsplit.plan import Layout, per_tensor
@@ -53,9 +54,9 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
     ):
         if tuple(array.shape) != (num,):
             raise ValueError(f"project({name}=…): expected shape ({num},), one a {unit}, got {tuple(array.shape)}.")
-    bad = ~(limit_N >= 0)
-    if bool(bad.any()):
-        at = int(xp.argsort(xp.where(bad, xp.full(bad.shape[0], 1.0, norm_B), xp.full(bad.shape[0], 0.0, norm_B)))[-1])
+    if xp.is_readable(limit_N) and not bool(xp.every(limit_N >= 0)):
+        ones = xp.full(plan.num_nodes, 1.0, norm_B)
+        at = int(xp.argsort(xp.where(limit_N >= 0, ones * 0.0, ones))[-1])
         raise ValueError(
             f"project(limit_N=…): expected limits >= 0, got {float(limit_N[at])} at {plan.nodes[at].name!r}. inf "
             "means unbounded."

@@ -15,9 +15,12 @@ from .relative import Relative
 from .relative_step import RelativeStep
 from .zscore import ZScore
 
-__all__ = ["BUDGETS", "budgets_by_level"]
+__all__ = ["BUDGETS", "DEFAULT_OF_GSO", "budgets_by_level"]
 
 BUDGETS: dict[str, type[Budget]] = {row.name: row for row in (RelativeStep, Fixed, Relative, Ema, ZScore, Percentile)}
+
+DEFAULT_OF_GSO = (Relative(0.2), RelativeStep(0.03))
+"""Before the moments, since one huge gradient would poison them for thousands of steps; and on the update."""
 
 
 def budgets_by_level(budget: Any, plan: Plan, *, call: str) -> list[tuple[str, Budget]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..budget import Relative, RelativeStep
+from ..budget import DEFAULT_OF_GSO
 from ..distributed import local_of
 from ..plan import one_device, part_of
 from .cyclic import Cyclic
@@ -18,11 +18,7 @@ from .in_backward import InBackward, check_budget, check_model
 from .planned import Planned
 from .registry import Update, make_update
 
-__all__ = ["DEFAULT_BUDGET", "GSO"]
-
-DEFAULT_BUDGET = (Relative(0.2), RelativeStep(0.03))
-"""Before the moments, since one huge gradient would poison them for thousands of steps; and on the update."""
-
+__all__ = ["GSO"]
 
 _KEPT = ("_options", "_overrides", "_shared_groups", "_one_tensor_a_part", "_cyclic")
 """What a copy takes over; parts and hooks are made anew, for its own parameters."""
@@ -82,7 +78,7 @@ class GSO(Optimizer):
         lr: float | Tensor = 1e-2,
         *,
         plan: Any = "xsp",
-        budget: Any = DEFAULT_BUDGET,
+        budget: Any = DEFAULT_OF_GSO,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

@@ -15,7 +15,13 @@ __all__ = ["NAMESPACES", "Array", "namespace"]
 Array = Any
 """An array of any of the frameworks below."""
 
-NAMESPACES: dict[str, str] = {"numpy": "numpy_xp", "torch": "torch_xp", "tensorflow": "tensorflow_xp"}
+NAMESPACES: dict[str, str] = {
+    "numpy": "numpy_xp",
+    "torch": "torch_xp",
+    "jax": "jax_xp",
+    "jaxlib": "jax_xp",
+    "tensorflow": "tensorflow_xp",
+}
 """Root package of an array's type -> module of this package."""
 
 

@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy import concatenate, cumsum, exp, flip, isfinite, logical_or, maximum, minimum, sqrt, where
+from numpy import (
+    concatenate,
+    cumsum,
+    exp,
+    expm1,
+    flip,
+    isfinite,
+    logical_or,
+    maximum,
+    minimum,
+    reshape,
+    sqrt,
+    where,
+    zeros_like,
+)
 
 __all__ = [
+    "absolute",
+    "accumulator",
     "argsort",
     "asarray",
+    "cast",
     "concatenate",
     "cumsum",
     "device_key",
+    "every",
     "exp",
+    "expm1",
     "flip",
     "full",
+    "holds_squares",
+    "in_unit",
     "index",
+    "is_readable",
     "isfinite",
     "logical_or",
     "maximum",
     "minimum",
     "put",
+    "reshape",
     "segment_sum",
     "sqrt",
+    "sum_over",
     "take",
+    "times",
+    "when",
     "where",
+    "zeros_like",
 ]
 
 
 def device_key(array: np.ndarray) -> str:
     """Where an array lives, as a dictionary key."""
     return "cpu"
+
+
+def is_readable(array: np.ndarray) -> bool:
+    """Whether the values are there to be looked at."""
+    return True
+
+
+def holds_squares(array: np.ndarray) -> bool:
+    """Whether the square of every float32 fits; vectors here are float64."""
+    return True
 
 
 def asarray(values: Any, like: np.ndarray) -> np.ndarray:
@@ -69,3 +107,44 @@ def segment_sum(values: np.ndarray, ids: np.ndarray, num: int) -> np.ndarray:
 def argsort(values: np.ndarray) -> np.ndarray:
     """Indices that sort in ascending order, stable."""
     return np.argsort(values, kind="stable")
+
+
+def accumulator(arrays: list[np.ndarray]) -> np.ndarray:
+    """Return a zero in whose dtype squares of the arrays are added."""
+    return np.zeros((), dtype=np.float64)
+
+
+def cast(array: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return the array in the dtype of ``like``."""
+    return array.astype(like.dtype)
+
+
+def absolute(array: np.ndarray) -> np.ndarray:
+    """Modulus, entry by entry."""
+    return np.abs(array)
+
+
+def sum_over(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Sum over axes, which stay with length 1."""
+    return array.sum(axis=axes, keepdims=True)
+
+
+def every(flags: np.ndarray) -> np.ndarray:
+    """Whether all flags are set, 0-d."""
+    return np.asarray(np.all(flags))
+
+
+def when(flag: np.ndarray, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """Return ``yes()`` or ``no()``."""
+    return yes() if flag else no()
+
+
+def times(array: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """Return the product in the array's dtype; halves are multiplied in the factor's."""
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is replaced by the caller
+        return (array * factor).astype(array.dtype)
+
+
+def in_unit(array: np.ndarray, unit: float) -> np.ndarray:
+    """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
+    return array * (1.0 / unit)

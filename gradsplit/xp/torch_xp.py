@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, exp, isfinite, logical_or, maximum, minimum, sqrt
+from torch import Tensor, exp, expm1, isfinite, logical_or, maximum, minimum, reshape, sqrt, zeros_like
 
 __all__ = [
+    "absolute",
+    "accumulator",
     "argsort",
     "asarray",
+    "cast",
     "concatenate",
     "cumsum",
     "device_key",
+    "every",
     "exp",
+    "expm1",
     "flip",
     "full",
+    "holds_squares",
+    "in_unit",
     "index",
+    "is_readable",
     "isfinite",
     "logical_or",
     "maximum",
     "minimum",
     "put",
+    "reshape",
     "segment_sum",
     "sqrt",
+    "sum_over",
     "take",
+    "times",
+    "when",
     "where",
+    "zeros_like",
 ]
 
 
 def device_key(array: Tensor) -> str:
     """Where an array lives, as a dictionary key."""
     return f"{array.device}/{array.dtype}"
+
+
+def is_readable(array: Tensor) -> bool:
+    """Whether the values are there to be looked at."""
+    return True
+
+
+def holds_squares(array: Tensor) -> bool:
+    """Whether the dtype holds the square of every float32."""
+    return array.dtype == torch.float64
 
 
 def asarray(values: Any, like: Tensor) -> Tensor:
@@ -87,3 +111,44 @@ def segment_sum(values: Tensor, ids: Tensor, num: int) -> Tensor:
 def argsort(values: Tensor) -> Tensor:
     """Indices that sort in ascending order, stable."""
     return torch.sort(values, stable=True).indices
+
+
+def accumulator(arrays: list[Tensor]) -> Tensor:
+    """Return a zero in whose dtype squares of the arrays are added: float64 where the device has it."""
+    device = arrays[0].device
+    return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+def cast(array: Tensor, like: Tensor) -> Tensor:
+    """Return the array in the dtype of ``like``."""
+    return array.to(like.dtype)
+
+
+def absolute(array: Tensor) -> Tensor:
+    """Modulus, entry by entry."""
+    return array.abs()
+
+
+def sum_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum over axes, which stay with length 1."""
+    return array.sum(dim=axes, keepdim=True) if axes else array
+
+
+def every(flags: Tensor) -> Tensor:
+    """Whether all flags are set, 0-d."""
+    return flags.all()
+
+
+def when(flag: Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """Return ``yes()`` or ``no()``; looking at the flag waits for the device."""
+    return yes() if flag else no()
+
+
+def times(array: Tensor, factor: Tensor) -> Tensor:
+    """Return the product in the array's dtype; halves are multiplied in the factor's."""
+    return (array * factor).to(array.dtype)
+
+
+def in_unit(array: Tensor, unit: float) -> Tensor:
+    """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
+    return array * (1.0 / unit)

@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "xp": set(),
     "plan": {"xp"},
     "budget": {"plan", "xp"},
+    "functional": {"budget", "plan", "xp"},
     "kernels": {"plan", "xp"},
     "record": {"budget", "plan", "xp"},  # a record holds the budget's decision
     "distributed": {"plan", "xp"},
@@ -44,7 +45,8 @@ MAY_IMPORT["gradsplit"] = _MIDDLE | {"diagnose"}
 
 # Frameworks stay out of the parts that every framework shares; in xp each has one module, named after it.
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "numba", "triton"}
-FRAMEWORK_FREE = {"plan": {"load", "call"}, "budget": {"load", "call"}, "xp": {"load"}}
+_NEVER = {"load", "call"}
+FRAMEWORK_FREE = {"plan": _NEVER, "budget": _NEVER, "functional": _NEVER, "xp": {"load"}}
 
 # A heavy or optional package belongs to one layer, so that the others run without it.
 OWNERS = {

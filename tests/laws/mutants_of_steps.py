@@ -55,10 +55,10 @@ class LearnsFromBadBins(_Splitter):
 
     def step(self):
         record = super().step()
-        account = self.ledger._accounts[0]
-        if account.state:
-            mean, seen, *rest = account.state
-            account.state = (mean, seen + (~record.decision.finite_B).to(seen.dtype), *rest)
+        first, *others = self.ledger.history
+        if first:
+            mean, seen, *rest = first
+            self.ledger.history = ((mean, seen + (~record.decision.finite_B).to(seen.dtype), *rest), *others)
         return record
 
 

@@ -1,0 +1,144 @@
+"""How the lengths of parts add up to the length of the whole, in numbers that the dtype can hold.
+
+Squares add, and float64 holds the square of every float32. Where arrays are float32 (JAX by default, Apple's MPS) the
+square of 1e20 is inf already, so there an *amount* is the length itself and two of them add as a hypotenuse.
+"""
+
+from __future__ import annotations
+
+from ..xp import Array, namespace
+
+__all__ = ["LARGE", "Lengths", "Squares", "Sums", "sums_for"]
+
+LARGE = 2.0**80
+"""A unit in which the square of the largest float32 is 8e28, so that four billion of them can be added."""
+
+
+class Squares:
+    """Amounts are squares: for float64."""
+
+    @staticmethod
+    def of(norm: Array) -> Array:
+        """Return the amounts of lengths."""
+        return norm**2
+
+    @staticmethod
+    def of_squares(squares: Array) -> Array:
+        """Return the amounts of squared lengths."""
+        return squares
+
+    @staticmethod
+    def norm(amount: Array) -> Array:
+        """Return the lengths of amounts."""
+        return namespace(amount).sqrt(amount)
+
+    @staticmethod
+    def times(amount: Array, factor: Array) -> Array:
+        """Return the amounts after their parts were multiplied by a factor."""
+        return amount * factor**2
+
+    @staticmethod
+    def plus(a: Array, b: Array) -> Array:
+        """Add elementwise."""
+        return a + b
+
+    @staticmethod
+    def by_node(amount: Array, ids: Array, num: int) -> Array:
+        """Add over equal ids; shape (num,)."""
+        return namespace(amount).segment_sum(amount, ids, num)
+
+    @staticmethod
+    def running(amount: Array) -> Array:
+        """Running sum of a vector."""
+        return namespace(amount).cumsum(amount)
+
+    @staticmethod
+    def before(running: Array, own: Array, ids: Array) -> Array:
+        """Running sums without their own entry, restarting where ids change."""
+        return running - own
+
+    @staticmethod
+    def factor_to(limit: Array, fixed: Array, free: Array) -> Array:
+        """Return t such that ``fixed`` and t times ``free`` together are as long as ``limit``; 0 if fixed is more."""
+        xp = namespace(limit)
+        return xp.sqrt(xp.maximum(limit**2 - fixed, limit * 0.0) / free)
+
+
+class Lengths:
+    """Amounts are lengths: for float32. What overflows when squared is squared again in a large unit."""
+
+    @staticmethod
+    def of(norm: Array) -> Array:
+        """See `Squares.of`."""
+        return norm
+
+    @staticmethod
+    def of_squares(squares: Array) -> Array:
+        """See `Squares.of_squares`."""
+        return namespace(squares).sqrt(squares)
+
+    @staticmethod
+    def norm(amount: Array) -> Array:
+        """See `Squares.norm`."""
+        return amount
+
+    @staticmethod
+    def times(amount: Array, factor: Array) -> Array:
+        """See `Squares.times`."""
+        return amount * factor
+
+    @staticmethod
+    def plus(a: Array, b: Array) -> Array:
+        """See `Squares.plus`."""
+        xp = namespace(a)
+        large_a, large_b = xp.in_unit(a, LARGE), xp.in_unit(b, LARGE)
+        return _finite_of(xp.sqrt(a * a + b * b), xp.sqrt(large_a * large_a + large_b * large_b))
+
+    @staticmethod
+    def by_node(amount: Array, ids: Array, num: int) -> Array:
+        """See `Squares.by_node`."""
+        xp = namespace(amount)
+        large = xp.in_unit(amount, LARGE)
+        squares, large_squares = (xp.segment_sum(values * values, ids, num) for values in (amount, large))
+        return _finite_of(xp.sqrt(squares), xp.sqrt(large_squares))
+
+    @classmethod
+    def running(cls, amount: Array) -> Array:
+        """See `Squares.running`."""
+        xp, shift = namespace(amount), 1
+        while shift < amount.shape[0]:
+            amount = xp.concatenate([amount[:shift], cls.plus(amount[shift:], amount[:-shift])])
+            shift *= 2
+        return amount
+
+    @staticmethod
+    def before(running: Array, own: Array, ids: Array) -> Array:
+        """See `Squares.before`."""
+        xp = namespace(running)
+        return xp.concatenate([own[:1] * 0.0, xp.where(ids[1:] == ids[:-1], running[:-1], own[1:] * 0.0)])
+
+    @staticmethod
+    def factor_to(limit: Array, fixed: Array, free: Array) -> Array:
+        """See `Squares.factor_to`."""
+        xp = namespace(limit)
+        share = fixed / xp.where(limit > 0, limit, xp.zeros_like(limit) + 1.0)
+        return limit * xp.sqrt(xp.maximum((1.0 - share) * (1.0 + share), limit * 0.0)) / free
+
+
+def _finite_of(length: Array, in_large: Array) -> Array:
+    """The length where its square was finite, else what was measured in the large unit."""
+    xp = namespace(length)
+    return xp.where(xp.isfinite(length), length, in_large * LARGE)
+
+
+Sums = type[Squares] | type[Lengths]
+
+
+def sums_for(like: Array) -> Sums:
+    """Return how lengths are added in the dtype of an array.
+
+    >>> import numpy as np
+    >>> sums_for(np.zeros(1)).__name__
+    'Squares'
+    """
+    return Squares if namespace(like).holds_squares(like) else Lengths

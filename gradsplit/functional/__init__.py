@@ -1,0 +1,22 @@
+"""Splitting as pure functions of arrays, written once for every framework: gradients and state in, both out again.
+
+Nothing here imports a framework or keeps a value: what is known before the run (plan, patterns, constants) is fixed
+when the functions are made, everything else passes through them, so they may run inside a compiled graph.
+"""
+
+from .gso import GsoRule, GsoState, gso_rule
+from .oriented import Orientation, Oriented, orientation_of
+from .patterns import Patterns
+from .splitting import Splitting, splitting
+
+__all__ = [
+    "GsoRule",
+    "GsoState",
+    "Orientation",
+    "Oriented",
+    "Patterns",
+    "Splitting",
+    "gso_rule",
+    "orientation_of",
+    "splitting",
+]

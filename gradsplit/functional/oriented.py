@@ -1,0 +1,139 @@
+"""Rows mean output units in every framework: which axes of an array count them, and the layout that follows.
+
+PyTorch keeps output units first, (out, in) and (out, in, height, width). JAX and Keras keep them last, (in, out) and
+(height, width, in, out). Plans are made on PyTorch's order, so that one plan has the same bins everywhere; arrays
+themselves are never turned.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..plan import Layout
+
+__all__ = ["Orientation", "Oriented", "orientation_of"]
+
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """Which axes count output units, for arrays of two or more dimensions.
+
+    Attributes:
+        rows: the axes of an array that no pattern names.
+        named: (pattern of a dotted name, axes); the first that fits holds. Several axes count units together, in
+            their order: ``(0, -1)`` for layers stacked along axis 0, ``(1, 2)`` for heads and their dimensions,
+            ``(-2, -1)`` for a depthwise kernel (height, width, in, multiplier).
+    """
+
+    rows: Axes = (-1,)
+    named: tuple[tuple[str, Axes], ...] = ()
+
+    def order(self, name: str, shape: tuple[int, ...]) -> tuple[Axes, Axes]:
+        """Return the axes that count rows, and all others in the order of their columns.
+
+        An array that no pattern names and whose units are last is read as a convolution's kernel, (…, in, out): its
+        columns are in PyTorch's order, (in, …). One that a pattern names keeps the order of its other axes.
+
+        Raises:
+            ValueError: an axis that the array does not have, or one named twice.
+        """
+        named = [axes for pattern, axes in self.named if fnmatch.fnmatchcase(name, pattern)]
+        given, rank = (named or [self.rows])[0], len(shape)
+        if any(not -rank <= axis < rank for axis in given) or len({axis % rank for axis in given}) < len(given):
+            raise ValueError(
+                f"orientation={{{name!r}: {given}}}: expected different axes of an array of shape {shape}. Count from "
+                "0, or from -1 backwards."
+            )
+        rows = tuple(axis % rank for axis in given)
+        rest = tuple(axis for axis in range(rank) if axis not in rows)
+        if not named and rows == (rank - 1,):
+            rest = rest[-1:] + rest[:-1]
+        return rows, rest
+
+
+_TOKENS_FIRST = (("embedding", (0,)), ("*.embedding", (0,)), ("embeddings", (0,)), ("*.embeddings", (0,)))
+
+
+def orientation_of(value: Any, *, call: str) -> Orientation:
+    """Return the orientation that a user wrote.
+
+    ``"last"``: output units are the last axis, but rows of arrays named ``embedding`` or ``embeddings`` are tokens.
+    ``"first"``: PyTorch's order, for all. A mapping from name patterns to an axis or axes goes before ``"last"``.
+
+    Raises:
+        ValueError: another word.
+        TypeError: something else.
+
+    >>> orientation_of({"*.query.kernel": (1, 2)}, call="f").order("0.query.kernel", (64, 4, 16))
+    ((1, 2), (0,))
+    """
+    if isinstance(value, Orientation):
+        return value
+    if isinstance(value, Mapping):
+        named = tuple((pattern, (axes,) if isinstance(axes, int) else tuple(axes)) for pattern, axes in value.items())
+        return Orientation((-1,), named + _TOKENS_FIRST)
+    words = {"last": Orientation((-1,), _TOKENS_FIRST), "first": Orientation((0,))}
+    if isinstance(value, str) and value in words:
+        return words[value]
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(
+        f"{call}(orientation={value!r}): expected 'last' (kernels are (in, out)), 'first' (kernels are (out, in)), or "
+        "a mapping such as {'*.query.kernel': (1, 2)} from names to the axes that count output units."
+    )
+
+
+@dataclass(frozen=True)
+class Oriented:
+    """Named arrays of a framework beside their layout in PyTorch's order.
+
+    Attributes:
+        layout: names and turned shapes; plans are made on it.
+        shapes: the arrays' own shapes.
+        orders: per array the axes that count rows, and the others in the order of their columns.
+
+    >>> kernels = Oriented.of({"dense": (3, 8), "conv": (5, 5, 3, 16)}, Orientation())
+    >>> kernels.layout.shapes
+    ((8, 3), (16, 3, 5, 5))
+    """
+
+    layout: Layout
+    shapes: tuple[tuple[int, ...], ...]
+    orders: tuple[tuple[Axes, Axes], ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], orientation: Orientation) -> Oriented:
+        """Turn named shapes; a 0-d or 1-d array is a single row in every framework."""
+        orders, turned = [], {}
+        for name, shape in shapes.items():
+            order = orientation.order(name, shape) if len(shape) > 1 else ((), tuple(range(len(shape))))
+            rows, rest = order
+            sizes = tuple(shape[axis] for axis in rest)
+            turned[name] = (math.prod(shape[axis] for axis in rows), *(sizes or (1,))) if rows else shape
+            orders.append(order)
+        return cls(Layout.from_shapes(turned), tuple(tuple(shape) for shape in shapes.values()), tuple(orders))
+
+    @classmethod
+    def plain(cls, layout: Layout) -> Oriented:
+        """Arrays that are in PyTorch's order already."""
+        return cls.of(dict(zip(layout.names, layout.shapes, strict=True)), Orientation((0,)))
+
+    def own_order(self, t: int, cells: np.ndarray) -> np.ndarray:
+        """Return (rows, columns) numbers of array t, or one row or column of them, in the array's own axes."""
+        (rows, rest), shape = self.orders[t], self.shapes[t]
+        ones = (1,) * len(shape)
+        sizes = [shape[axis] for axis in rows] if cells.shape[0] > 1 else ones[: len(rows)]
+        sizes = [*sizes, *([shape[axis] for axis in rest] if cells.shape[1] > 1 else ones[: len(rest)])]
+        return cells.reshape(sizes).transpose(np.argsort((*rows, *rest)))
+
+    def turned(self, t: int, array: np.ndarray) -> np.ndarray:
+        """Return array t in the layout's shape, for what looks at values before the run, such as energies."""
+        rows, rest = self.orders[t]
+        return np.transpose(array, (*rows, *rest)).reshape(self.layout.shapes[t])

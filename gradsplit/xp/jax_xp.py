@@ -1,0 +1,161 @@
+"""The array namespace on JAX; every function may run inside a compiled graph.
+
+What is known before the run (indices, sizes, constant limits) stays numpy: a numpy array becomes a constant of each
+graph that uses it, where an array made inside one graph must not be kept for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.numpy import (
+    concatenate,
+    cumsum,
+    exp,
+    expm1,
+    flip,
+    isfinite,
+    logical_or,
+    maximum,
+    minimum,
+    sqrt,
+    where,
+    zeros_like,
+)
+
+__all__ = [
+    "absolute",
+    "accumulator",
+    "argsort",
+    "asarray",
+    "cast",
+    "concatenate",
+    "cumsum",
+    "device_key",
+    "every",
+    "exp",
+    "expm1",
+    "flip",
+    "full",
+    "holds_squares",
+    "in_unit",
+    "index",
+    "is_readable",
+    "isfinite",
+    "logical_or",
+    "maximum",
+    "minimum",
+    "put",
+    "reshape",
+    "segment_sum",
+    "sqrt",
+    "sum_over",
+    "take",
+    "times",
+    "when",
+    "where",
+    "zeros_like",
+]
+
+
+def device_key(array: Array) -> str:
+    """Where an array lives, as a dictionary key; constants live nowhere yet."""
+    return str(array.dtype)
+
+
+def is_readable(array: Array) -> bool:
+    """Whether the values are there to be looked at, and not only their shape inside a graph."""
+    return not isinstance(array, jax.core.Tracer)
+
+
+def holds_squares(array: Array) -> bool:
+    """Whether the dtype holds the square of every float32."""
+    return array.dtype == jnp.float64
+
+
+def asarray(values: Any, like: Array) -> Any:
+    """Return values as floating-point numbers beside ``like``."""
+    return values.astype(like.dtype) if isinstance(values, Array) else np.asarray(values, dtype=like.dtype)
+
+
+def index(values: Any, like: Array) -> Any:
+    """Return integer indices beside ``like``."""
+    return values.astype(jnp.int32) if isinstance(values, Array) else np.asarray(values, dtype=np.int32)
+
+
+def full(num: int, value: float, like: Array) -> Array:
+    """Return a vector of one value."""
+    return jnp.full(num, value, dtype=like.dtype)
+
+
+def take(values: Any, ids: Any) -> Array:
+    """Return ``values[ids]``."""
+    return jnp.asarray(values).at[ids].get(mode="promise_in_bounds")
+
+
+def put(values: Array, ids: Any, new: Any) -> Array:
+    """Return a copy of values with ``new`` at ``ids``."""
+    return values.at[ids].set(new, mode="promise_in_bounds", unique_indices=True)
+
+
+def segment_sum(values: Array, ids: Any, num: int) -> Array:
+    """Sum values over equal ids; shape (num,)."""
+    if num == 1:
+        return jnp.sum(values, keepdims=True)
+    return jnp.zeros(num, dtype=values.dtype).at[ids].add(values, mode="promise_in_bounds")
+
+
+def argsort(values: Array) -> Array:
+    """Indices that sort in ascending order, stable."""
+    return jnp.argsort(values, stable=True)
+
+
+def accumulator(arrays: list[Array]) -> Array:
+    """Return a zero in whose dtype squares of the arrays are added: float64 where one of them is, else float32."""
+    wide = any(jnp.finfo(array.dtype).bits > 32 for array in arrays)
+    return jnp.zeros((), dtype=jnp.float64 if wide else jnp.float32)
+
+
+def cast(array: Array, like: Any) -> Array:
+    """Return the array in the dtype of ``like``."""
+    return array.astype(like.dtype)
+
+
+def absolute(array: Array) -> Array:
+    """Modulus, entry by entry."""
+    return jnp.abs(array)
+
+
+def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
+    """Sum over axes, which stay with length 1."""
+    return jnp.sum(array, axis=axes, keepdims=True)
+
+
+def reshape(array: Array, shape: tuple[int, ...]) -> Array:
+    """Return the entries in row-major order in another shape."""
+    return jnp.reshape(array, shape)
+
+
+def every(flags: Array) -> Array:
+    """Whether all flags are set, 0-d."""
+    return jnp.all(flags)
+
+
+def when(flag: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """Return ``yes()`` or ``no()``; only that branch runs, inside the graph."""
+    return lax.cond(flag, yes, no)
+
+
+def times(array: Array, factor: Array) -> Array:
+    """Return the product in the array's dtype; halves are multiplied in the factor's."""
+    return (array * factor).astype(array.dtype)
+
+
+def in_unit(array: Array, unit: float) -> Array:
+    """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
+    return lax.optimization_barrier(array * (1.0 / unit))
