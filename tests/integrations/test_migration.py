@@ -1,0 +1,173 @@
+"""Each row of docs/migration.md is run as it stands there, theirs by the package itself or by its formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pytorch_optimizer import AdamMini
+from pytorch_optimizer.optimizer.agc import agc
+from torch import nn
+
+import gradsplit as gs
+from tests.architecture.sources import ROOT
+from tests.integrations import peer_rules as rules
+
+STEPS = 60
+NAMES = {"torch": torch, "agc": agc, "AdamMini": AdamMini, "gs": gs}
+
+BOUNDS = {
+    "adaptive_clip_grad(model.parameters(), clip_factor=0.01, eps=1e-3)": lambda: rules.agc_of_rows(0.01, 1e-3),
+    'dispatch_clip_grad(model_parameters(model, exclude_head=True), 0.01, mode="agc")': lambda: rules.agc_of_rows(
+        0.01, leave_out=2
+    ),
+    "optax.adaptive_grad_clip(0.01)": lambda: rules.agc_of_kernels(0.01),
+    "optax.clip_by_global_norm(1.0)": lambda: rules.global_clip(1.0),
+    "keras.optimizers.SGD(0.1, clipnorm=1.0)": lambda: rules.clip_each(1.0),
+    "keras.optimizers.SGD(0.1, global_clipnorm=1.0)": lambda: rules.global_clip(1.0),
+    "ZClip(alpha=0.97, z_thresh=2.5, max_grad_norm=None).step(model)": rules.ZClip,
+    "ZClip(alpha=0.97, z_thresh=2.5, max_grad_norm=1.0).step(model)": lambda: rules.ZClip(max_grad_norm=1.0),
+    "AutoClip(percentile=10).step(model)": rules.AutoClip,
+}
+"""Their line, where the package is not at hand -> the rule written out."""
+
+OPTIMIZERS = {
+    "Adam_mini(model.named_parameters(), lr=1e-3, weight_decay=0.0)": lambda model: rules.AdamMini(model, 1e-3),
+    "BlockOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), list(model.named_parameters()), "
+    'switch_block_every=50, switch_mode="ascending")': lambda model: rules.BAdam(model, 1e-3, 50),
+}
+
+
+def rows(heading):
+    """(theirs, ours, results) of the table below a heading of the page."""
+    text = (ROOT / "docs" / "migration.md").read_text(encoding="utf8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    return [(theirs.split("`")[1], ours.strip("`"), results) for theirs, ours, results in cells]
+
+
+def model_of():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def model_without_biases():
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(32, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False)
+    return nn.Sequential(*layers).double()
+
+
+def backward(model, step):
+    """Gradients of very different lengths over time and over layers; every tenth step is a spike."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+    model.zero_grad()
+    loss = (model(x) * (30.0 if step % 10 == 9 else 1.0)).square().mean() * 10.0 ** (0.3 * np.sin(step))
+    loss.backward()
+
+
+def ours_of(line, model):
+    names = {**NAMES, "model": model}
+    exec(line, names)
+    return names["splitter"] if "splitter" in names else names["optimizer"]
+
+
+def apply(rule, model):
+    """Let a rule in NumPy bound the gradients."""
+    pairs = list(model.named_parameters())
+    arrays = [p.detach().numpy() for _, p in pairs], [p.grad.numpy() for _, p in pairs]
+    for (_, p), bounded in zip(pairs, rule([n for n, _ in pairs], *arrays), strict=True):
+        p.grad = torch.from_numpy(np.ascontiguousarray(bounded))
+
+
+def theirs_of(line, model):
+    """What their line does to the gradients, once."""
+    if line in BOUNDS:
+        rule = BOUNDS[line]()
+        return lambda: apply(rule, model)
+
+    @torch.no_grad()
+    def act():
+        exec(line, {**NAMES, "model": model})
+
+    return act
+
+
+def norms_of(model):
+    return [float(p.grad.norm()) for p in model.parameters()]
+
+
+def both(theirs, ours):
+    """Run both on the same gradients and yield the two models after each step, and the norms before."""
+    one, other = model_of(), model_of()
+    act, splitter = theirs_of(theirs, one), ours_of(ours, other)
+    for step in range(STEPS):
+        backward(one, step)
+        backward(other, step)
+        before = norms_of(one)
+        act()
+        splitter.step()
+        yield one, other, before
+
+
+EQUAL = [row[:2] for row in rows("Bounding gradients") if row[2].startswith("equal")]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), EQUAL, ids=[f"{i}-{a[:30]}" for i, (a, _) in enumerate(EQUAL)])
+def test_gradients_are_equal_where_the_page_says_so(theirs, ours):
+    scaled = 0
+    for one, other, before in both(theirs, ours):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=2e-5 if "ZClip" in theirs else 2e-6, atol=0)
+        scaled += norms_of(one) != before
+    assert scaled >= 2, "nothing was bounded, so nothing was compared"
+    assert "ZClip" not in theirs or scaled < STEPS
+
+
+def test_zclips_second_limit_is_kept_too_but_enters_our_history():
+    (row,) = [row for row in rows("Bounding gradients") if "max_grad_norm=1.0" in row[0]]
+    assert row[2].startswith("not equal")
+    differs = 0
+    for one, other, _ in both(*row[:2]):
+        a, b = np.linalg.norm(norms_of(one)), np.linalg.norm(norms_of(other))
+        assert max(a, b) <= 1 + 1e-6
+        differs += abs(a - b) > 1e-3
+    assert differs
+
+
+def test_percentile_settles_at_autoclips_limit():
+    """Norms with a standard deviation of a third in logarithms, 4,000 steps; the tracker wavers by its step."""
+    (row,) = [row for row in rows("Bounding gradients") if "AutoClip" in row[0]]
+    assert row[2].startswith("not equal")
+    model = nn.Linear(1, 1, bias=False)
+    rule, splitter = rules.AutoClip(10), ours_of(row[1], model)
+    norms, limits = np.exp(np.random.default_rng(0).normal(0.0, 1 / 3, 4000)), []
+    for norm in norms:
+        model.weight.grad = torch.full((1, 1), norm)
+        limits.append(float(splitter.step().decision.limit_B))
+    rule.norms = list(norms)
+    rule(["w"], [np.ones(1)], [np.ones(1)])
+    assert np.median(limits[2000:]) == pytest.approx(np.percentile(rule.norms, 10), rel=0.05)
+
+
+def train(model, optimizer):
+    for step in range(2 * STEPS):
+        backward(model, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("theirs", "ours", "results"), rows("Optimizers"), ids=lambda text: text[:24])
+def test_weights_are_equal_after_120_steps_of_both_optimizers(theirs, ours, results):
+    assert results.startswith("equal")
+    make = model_without_biases if "biases" in results else model_of
+    dtype = torch.float32 if "AdamMini" in theirs else torch.float64  # its moments are float32 whatever the weights
+    one, other = make().to(dtype), make().to(dtype)
+    optimizer = OPTIMIZERS[theirs](one) if theirs in OPTIMIZERS else eval(theirs, {**NAMES, "model": one})
+    mine = ours_of(ours, other)
+    start = [p.detach().clone() for p in one.parameters()]
+    train(one, optimizer)
+    train(other, mine)
+    for s, p, q in zip(start, one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6 if dtype == torch.float64 else 1e-4, atol=1e-7)
+        assert not torch.equal(s, p)
