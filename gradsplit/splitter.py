@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Handle, attach_to
+from .bounding import Bounding
 from .budget import Ledger, RelativeStep, budgets_by_level
 from .distributed import kernel_for
-from .kernels import make_kernel, squares_of
+from .kernels import make_kernel
 from .kernels.gradients import gradients_of
 from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Rates, follows_gradient
@@ -104,8 +105,10 @@ class GradientSplitter:
             group=self.process_group,
         )
         like = kernel.squares([None] * len(self.parameters))
-        ledger = Ledger(plan, [pair for pair in budgets if pair not in capped], like, rule=self.rule, call=call)
+        of_gradient = [pair for pair in budgets if pair not in capped]
+        ledger = Ledger(plan, of_gradient, like, rule=self.rule, call=call)
         self.plan, self.kernel, self.ledger = plan, kernel, ledger
+        self._bounding = Bounding(plan, kernel, ledger, of_gradient)
         self._needs_rates = any(budget.bounds_update for _, budget in budgets)
         self._cap = UpdateCap(plan, capped, kernel, self.parameters, like) if capped else None
         if self._rates is not None:
@@ -159,28 +162,22 @@ class GradientSplitter:
                 "attach(optimizer) once instead of step()."
             )
         gradients = gradients_of(self.layout.names, self.parameters)
-        reads = [gradients, self.parameters] if self.ledger.reads_weights else [gradients]
-        squares_B, *weights_B = squares_of(self.kernel, *reads)
-        if self.on_nonfinite == "raise" and not bool(squares_B.isfinite().all()):
-            bad = [self.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
-            raise FloatingPointError(
-                f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
-                f"{self.step_count}. Use on_nonfinite='zero' to go on without them."
-            )
-        num_bins = self.plan.num_bins
         rates = self._rates if self._needs_rates else None
-        decision = self.ledger.decide(
-            squares_B,
-            weights_B[0] if weights_B else None,
-            None if rates is None else rates.pace_B(num_bins),
-            None if rates is None else rates.gain_B(num_bins),
-        )
-        self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
+        check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
+        squares_B, decision = self._bounding.apply(gradients, self.parameters, rates, check)
         record = StepRecord(self.step_count, squares_B, decision)
         self.step_count += 1
         for sink in self.sinks:
             sink(record)
         return record
+
+    def _raise_if_not_finite(self, squares_B: Tensor) -> None:
+        if not bool(squares_B.isfinite().all()):
+            bad = [self.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
+            raise FloatingPointError(
+                f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
+                f"{self.step_count}. Use on_nonfinite='zero' to go on without them."
+            )
 
     @torch.no_grad()
     def calibrate(self, closure: Callable[[], Any], steps: int = 8) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -38,9 +38,20 @@ class _Tables:
     lowered: list[tuple[torch.dtype, Lowered]]
     eager_T: tuple[int, ...]
 
-    @property
+    _known_apart: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
     def num_elements(self) -> int:
         return sum(table.num_elements for _, table in self.lowered)
+
+    def apart(self, tensors: Sequence[Tensor | None], bases: np.ndarray) -> bool:
+        """Whether no two tensors share memory; looked at once for the same addresses."""
+        known = self._known_apart.get("bases")
+        if known is None or not np.array_equal(known, bases):
+            if overlap([t for t, entry in zip(tensors, self.signature, strict=True) if t is not None and entry]):
+                return False
+            self._known_apart["bases"] = bases
+        return True
 
 
 class NumbaKernel:
@@ -112,6 +123,49 @@ class NumbaKernel:
         written = [t for at, t in enumerate(tensors) if t is not None and tables.signature[at] is not None]
         run(calls, 1 if overlap(written) else threads_for(tables.num_elements))
         return bump_versions(written)
+
+    def bound_(
+        self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Measure, bound and scale each bin in one go, while it is in cache.
+
+        Args:
+            gradients: one a tensor of the plan.
+            weights: the same for limits that depend on them, else None.
+            lines: (J, 3, T) slope, floor, root: the limit is the least of max(slope ||w_b||, floor + root sqrt(n_b)).
+
+        Returns:
+            Squares of gradients and weights as they were; None, with nothing done, where a bin does not lie in one
+            piece, or tensors share memory, or the eager kernel is needed.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        tables = self._tables_of(gradients)
+        if tables.eager_T or not all(table.whole_bins for _, table in tables.lowered):
+            return None
+        bases = _addresses(gradients, tables)
+        weight_bases = bases
+        if weights is not None:
+            for weight, entry in zip(weights, tables.signature, strict=True):
+                if entry and (obstacle(weight) or (weight.dtype, weight.stride()) != entry):
+                    return None
+            weight_bases = _addresses(weights, tables)
+        if not tables.apart(gradients, bases):
+            return None
+        squares, touched = np.zeros(self.plan.num_bins), np.zeros(1, dtype=np.int64)
+        of_weights = np.zeros(self.plan.num_bins if weights is not None else 0)
+        calls: list[Call] = []
+        for dtype, table in tables.lowered:
+            rows, out = (table.entries, table.chunks, bases, weight_bases, lines), (squares, of_weights, touched)
+            calls.append((loops.bound_entries, (KINDS[dtype], *rows, *out, _counter())))
+        run(calls, threads_for(tables.num_elements))
+        if touched[0]:
+            bump_versions([t for t, entry in zip(gradients, tables.signature, strict=True) if t is not None and entry])
+        if weights is None:
+            return torch.from_numpy(squares), None
+        alone = [None if entry else weight for weight, entry in zip(weights, tables.signature, strict=True)]
+        rest: Any = self.squares(alone) if any(weight is not None for weight in alone) else 0.0
+        return torch.from_numpy(squares), torch.from_numpy(of_weights) + rest
 
     @cached_property
     def eager(self) -> Kernel:

@@ -7,11 +7,13 @@ the sum is allowed to the compiler, which keeps inf and NaN and lets it use vect
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .addresses import compiled, fetch_add, load, narrow, pointer, store
 
-__all__ = ["fold", "scale_bands", "scale_entries", "square_bands", "square_entries", "touched"]
+__all__ = ["bound_entries", "fold", "scale_bands", "scale_entries", "square_bands", "square_entries", "touched"]
 
 _reduced = compiled(fastmath={"reassoc", "contract"})
 _plain = compiled()
@@ -28,6 +30,14 @@ def _square_row(memory, start, length):
 
 
 @_reduced
+def _square_rows(memory, start, rows, row_step, length):
+    total = 0.0
+    for r in range(rows):
+        total += _square_row(memory, start + r * row_step, length)
+    return total
+
+
+@_reduced
 def square_entries(kind, entries, chunks, bases, slots, counter):
     """Write the sum of squares of each entry's bins to its slots."""
     counting = pointer(counter.ctypes.data, np.int64(0))
@@ -40,10 +50,7 @@ def square_entries(kind, entries, chunks, bases, slots, counter):
             rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
             memory = pointer(bases[entries[e, 3]], kind)
             for i in range(count):
-                total = 0.0
-                for r in range(rows):
-                    total += _square_row(memory, offset + i * step + r * row_step, length)
-                slots[slot + i] = total
+                slots[slot + i] = _square_rows(memory, offset + i * step, rows, row_step, length)
 
 
 @_reduced
@@ -109,6 +116,21 @@ def touched(scale, zero):
 
 
 @_plain
+def _zero_rows(memory, start, rows, row_step, length):
+    for r in range(rows):
+        for j in range(length):
+            store(memory, start + r * row_step + j, narrow(memory, 0.0))
+
+
+@_plain
+def _multiply_rows(memory, start, rows, row_step, length, factor):
+    for r in range(rows):
+        for j in range(length):
+            at = start + r * row_step + j
+            store(memory, at, load(memory, at) * factor)
+
+
+@_plain
 def scale_entries(kind, entries, chunks, bases, scale, zero, counter):
     """Multiply bins with a scale below 1, write zeros where ``zero``; no other bin is written, or read."""
     counting = pointer(counter.ctypes.data, np.int64(0))
@@ -122,16 +144,51 @@ def scale_entries(kind, entries, chunks, bases, scale, zero, counter):
             memory = pointer(bases[entries[e, 3]], kind)
             for i in range(count):
                 if zero[at + i]:
-                    for r in range(rows):
-                        start = offset + i * step + r * row_step
-                        for j in range(length):
-                            store(memory, start + j, narrow(memory, 0.0))
+                    _zero_rows(memory, offset + i * step, rows, row_step, length)
                 elif scale[at + i] < 1.0:
-                    factor = narrow(memory, scale[at + i])
-                    for r in range(rows):
-                        start = offset + i * step + r * row_step
-                        for j in range(length):
-                            store(memory, start + j, load(memory, start + j) * factor)
+                    _multiply_rows(memory, offset + i * step, rows, row_step, length, narrow(memory, scale[at + i]))
+
+
+@_reduced
+def _limit(lines, t, weight, numel):
+    """The least of ``max(slope * weight, floor + root * sqrt(numel))`` over the lines (J, 3, T) of a tensor."""
+    limit = np.inf
+    for j in range(len(lines)):
+        limit = min(limit, max(lines[j, 0, t] * weight, lines[j, 1, t] + lines[j, 2, t] * math.sqrt(numel)))
+    return limit
+
+
+@_reduced
+def bound_entries(kind, entries, chunks, bases, weight_bases, lines, squares, weights, touched, counter):
+    """Measure each bin, and its weights if there is room for their squares; scale it at once if it is over its limit.
+
+    A bin that is not finite becomes zero; weights that are not finite count as zero. ``touched[0]`` becomes 1 where
+    anything was written.
+    """
+    counting = pointer(counter.ctypes.data, np.int64(0))
+    while True:
+        c = fetch_add(counting)
+        if c >= len(chunks) - 1:
+            return
+        for e in range(chunks[c], chunks[c + 1]):
+            at, count, t, offset, step = entries[e, 1], entries[e, 2], entries[e, 3], entries[e, 4], entries[e, 5]
+            rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+            memory, of_weights = pointer(bases[t], kind), pointer(weight_bases[t], kind)
+            for i in range(count):
+                b, start, weight = at + i, offset + i * step, 0.0
+                square = _square_rows(memory, start, rows, row_step, length)
+                squares[b] = square
+                if len(weights):
+                    weights[b] = _square_rows(of_weights, start, rows, row_step, length)
+                    weight = math.sqrt(weights[b]) if math.isfinite(weights[b]) else 0.0
+                if not math.isfinite(square):
+                    _zero_rows(memory, start, rows, row_step, length)
+                    touched[0] = 1
+                    continue
+                norm, limit = math.sqrt(square), _limit(lines, t, weight, rows * length)
+                if norm > limit:
+                    _multiply_rows(memory, start, rows, row_step, length, narrow(memory, limit / norm))
+                    touched[0] = 1
 
 
 @_plain

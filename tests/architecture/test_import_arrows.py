@@ -31,6 +31,7 @@ MAY_IMPORT |= {
     "attach": set(),
     "rates": {"plan"},
     "update_cap": _LOW | {"rates"},
+    "bounding": _LOW | {"rates"},
     "calibration": _LOW | {"splitter"},
 }
 _LOW = set(MAY_IMPORT)

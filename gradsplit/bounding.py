@@ -1,0 +1,90 @@
+"""One step over the gradients of a plan: measure, decide, scale; in one go where each bin can be decided alone.
+
+Where no budget looks above the bins or at the past, a bin's scale is known as soon as the bin has been read, so it is
+scaled while it is in cache; the decision as a whole is worked out only if somebody looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .budget import Budget, Decision, Ledger
+from .budget.deferred import DeferredDecision
+from .budget.lines import line_table, lines_of
+from .kernels import Kernel, squares_of
+from .plan import Plan
+from .rates import Rates
+
+__all__ = ["Bounding"]
+
+
+class Bounding:
+    """How the gradients of one plan are bounded.
+
+    Args:
+        plan: the bins.
+        kernel: reads and scales them.
+        ledger: decides.
+        budgets: the ledger's (level, budget) pairs.
+    """
+
+    def __init__(self, plan: Plan, kernel: Kernel, ledger: Ledger, budgets: Sequence[tuple[str, Budget]]) -> None:
+        self.plan, self.kernel, self.ledger = plan, kernel, ledger
+        self._lines = lines_of(budgets)
+        self._bound = getattr(kernel, "bound_", None)
+        bounds = plan.boxes.slices_T(len(plan.layout))[:-1]
+        self._bin_of_tensor = plan.bin_K[np.minimum(bounds, len(plan.bin_K) - 1)]
+
+    def apply(
+        self,
+        gradients: list[Tensor | None],
+        parameters: list[Tensor],
+        rates: Rates | None,
+        check: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, Decision]:
+        """Bound the gradients in place; return squares as measured and the decision.
+
+        Args:
+            gradients: one a tensor of the plan.
+            parameters: their weights.
+            rates: of the optimizer, for budgets that bound the update.
+            check: called with all squares before the first bin is scaled.
+        """
+        num_bins = self.plan.num_bins
+        pace_B = None if rates is None else rates.pace_B(num_bins)
+        gain_B = None if rates is None else rates.gain_B(num_bins)
+        if check is None and self._lines is not None and self._bound is not None:
+            done = self._bin_by_bin(gradients, parameters, pace_B, gain_B)
+            if done is not None:
+                return done
+        reads = [gradients, parameters] if self.ledger.reads_weights else [gradients]
+        squares_B, *weights_B = squares_of(self.kernel, *reads)
+        if check is not None:
+            check(squares_B)
+        decision = self.ledger.decide(squares_B, weights_B[0] if weights_B else None, pace_B, gain_B)
+        self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
+        return squares_B, decision
+
+    def _bin_by_bin(
+        self, gradients: list[Tensor | None], parameters: list[Tensor], pace_B: Tensor | None, gain_B: Tensor | None
+    ) -> tuple[Tensor, Decision] | None:
+        """The same in one go, or None where the kernel cannot, with nothing done."""
+        assert self._lines is not None and self._bound is not None
+        times_T = None
+        if pace_B is not None and gain_B is not None:
+            times_T = pace_B.numpy()[self._bin_of_tensor] / gain_B.numpy()[self._bin_of_tensor]
+        table = line_table(self._lines, len(gradients), times_T)
+        measured = self._bound(gradients, parameters if self.ledger.reads_weights else None, table)
+        if measured is None:
+            return None
+        squares_B, weight_squares_B = measured
+
+        def decide() -> Decision:
+            with torch.no_grad():
+                return self.ledger.decide(squares_B, weight_squares_B, pace_B, gain_B)
+
+        return squares_B, DeferredDecision(self.plan, decide)
