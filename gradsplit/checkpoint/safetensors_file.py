@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .plain import tensors_in
 
 __all__ = ["read", "write"]
 
@@ -30,8 +29,8 @@ def write(file: BinaryIO, tree: Any) -> None:
     _library("save_checkpoint")
     from safetensors.torch import save
 
-    named = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors_in(tree)}
-    text = json.dumps(_encoded(tree, ""), sort_keys=False)
+    named: dict[str, Tensor] = {}
+    text = json.dumps(_encoded(tree, "", named))
     file.write(save(named, metadata={"gradsplit": text, "sha256": _checksum(text, named)}))
 
 
@@ -86,15 +85,25 @@ def _checksum(text: str, named: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _encoded(tree: Any, place: str) -> Any:
-    """JSON has neither tensors nor tuples, and its keys are strings: each of these becomes a tagged object."""
+def _encoded(tree: Any, place: str, named: dict[str, Tensor]) -> Any:
+    """Return what JSON holds, and put tensors into ``named``.
+
+    JSON has neither tensors nor tuples, and its keys are strings: each of these becomes a tagged object.
+    """
     if isinstance(tree, Tensor):
-        return {"tensor": place}
+        name = place
+        while name in named:  # {1: …, "1": …}
+            name += "'"
+        named[name] = tree.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+
+    def inner(key: Any, value: Any) -> Any:
+        return _encoded(value, f"{place}.{key}" if place else str(key), named)
+
     if isinstance(tree, dict):
-        pairs = [[key, _encoded(value, f"{place}.{key}" if place else str(key))] for key, value in tree.items()]
-        return {"dict": pairs}
+        return {"dict": [[key, inner(key, value)] for key, value in tree.items()]}
     if isinstance(tree, (list, tuple)):
-        items = [_encoded(value, f"{place}.{i}" if place else str(i)) for i, value in enumerate(tree)]
+        items = [inner(i, value) for i, value in enumerate(tree)]
         return items if isinstance(tree, list) else {"tuple": items}
     return tree
 

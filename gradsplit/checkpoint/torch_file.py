@@ -16,7 +16,8 @@ from .errors import CheckpointError
 __all__ = ["read", "write"]
 
 _NAME = b"gradsplit sha256:"
-_COMMENT = len(_NAME) + 64
+# The last field of a zip file is the length of its comment, two bytes; the comment follows.
+_END = (len(_NAME) + 64).to_bytes(2, "little") + _NAME
 _AT_ONCE = 1 << 20
 
 
@@ -24,10 +25,8 @@ def write(file: BinaryIO, tree: Any) -> None:
     """Write a tree of plain data."""
     hashing = _Hashing(file)
     torch.save(tree, cast(IO[bytes], hashing))  # write and flush are all it needs
-    comment = _NAME + hashing.hash.hexdigest().encode()
-    # The zip ends with the length of its comment, two bytes that were 0.
     file.seek(-2, os.SEEK_END)
-    file.write(len(comment).to_bytes(2, "little") + comment)
+    file.write(_END + hashing.hash.hexdigest().encode())
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -39,14 +38,14 @@ def read(path: str | os.PathLike[str]) -> Any:
     call = f"load_checkpoint({os.fspath(path)!r})"
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - _COMMENT))
-        comment = file.read()
-        if not comment.startswith(_NAME):
+        file.seek(max(0, size - len(_END) - 64))
+        end = file.read()
+        if not end.startswith(_END):
             raise CheckpointError(
                 f"{call}: expected a file that ends with the checksum of save_checkpoint, got {size} bytes without "
                 "one. It was cut short or written by something else; take the checkpoint before it."
             )
-        expected, found = comment[len(_NAME) :].decode("ascii", "replace"), _checksum(file, size - _COMMENT - 2)
+        expected, found = end[len(_END) :].decode("ascii", "replace"), _checksum(file, size - len(end))
         if found != expected:
             raise CheckpointError(
                 f"{call}: expected SHA-256 {expected}, found {found}. The file has changed since it was written; "
