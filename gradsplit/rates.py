@@ -67,16 +67,17 @@ class Rates:
         return stacked.index_select(0, self._group_B)
 
     def pace_B(self, num_bins: int) -> Tensor:
-        """Return learning rate now / largest so far, (B,), in [0, 1]; 1 while the rate has been 0 throughout."""
+        """Return learning rate now / largest so far, (B,), in [0, 1]; 1 while the rate has been 0 throughout.
+
+        A scheduler's ``initial_lr`` and ``max_lr`` count from the start, so that the pace follows a warm-up too.
+        """
         paces: list[Any] = []
         groups = self.optimizer.param_groups
         self.top += [_positive(group["lr"]) for group in groups[len(self.top) :]]  # groups added since
         for i, group in enumerate(groups):
-            lr, start = _positive(group["lr"]), group.get("initial_lr", 0.0)
-            if isinstance(lr, Tensor):
-                self.top[i] = torch.maximum(torch.as_tensor(self.top[i], dtype=lr.dtype, device=lr.device), lr)
-            else:
-                self.top[i] = max(float(self.top[i]), lr, float(start))
+            lr = _positive(group["lr"])
+            seen = [self.top[i], lr, *(_positive(group[key]) for key in ("initial_lr", "max_lr") if key in group)]
+            self.top[i] = _largest(seen)
             paces.append(lr / self.top[i])
         return self._per_bin(paces, num_bins)
 
@@ -97,3 +98,12 @@ class Rates:
 def _positive(lr: Any) -> Any:
     """A rate of 0 stands for one too small to matter, so that ratios of rates stay defined."""
     return torch.clamp(lr.detach().to(torch.float64), min=1e-30) if isinstance(lr, Tensor) else max(float(lr), 1e-30)
+
+
+def _largest(rates: list[Any]) -> Any:
+    """The largest of some rates; a tensor where one of them is, so that nothing waits for a device."""
+    tensors = [rate for rate in rates if isinstance(rate, Tensor)]
+    if not tensors:
+        return max(rates)
+    like = tensors[0]
+    return torch.stack([torch.as_tensor(r, dtype=like.dtype, device=like.device).reshape(()) for r in rates]).amax()

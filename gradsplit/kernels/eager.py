@@ -64,6 +64,8 @@ class _Pattern:
         """Return the ids that belong to the stored rows of a sparse tensor."""
         if self.kind == "rows":
             return self.ids[rows]
+        if self.kind == "cols" and len(self.shape) == 1:
+            return self.ids[rows]
         if self.kind == "cells":
             return self.ids.view(self.shape[0], -1)[rows].reshape(-1)
         return self.ids

@@ -26,7 +26,7 @@ def gradients_of(
         gradient = parameter.grad
         if gradient is None or gradient.layout == torch.strided:
             continue
-        if not gradient.is_sparse or gradient.sparse_dim() != 1 or gradient.dim() < 2:
+        if not gradient.is_sparse or gradient.sparse_dim() != 1:
             raise ValueError(
                 f"{call}: expected a dense gradient or one of stored rows, got {gradient.layout} of shape "
                 f"{tuple(gradient.shape)} at {name!r}. Set parameter.grad = parameter.grad.to_dense() first."

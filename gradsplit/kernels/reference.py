@@ -65,15 +65,17 @@ class ReferenceKernel:
         """The rows x columns view, copied where strides forbid a view; of a sparse tensor the stored rows alone."""
         if tensor.is_sparse:
             values = tensor.coalesce().values()
-            return values.reshape(values.shape[0], -1)
+            return values.reshape(1, -1) if tensor.dim() == 1 else values.reshape(values.shape[0], -1)
         t = int(self.plan.tensor_K[k])
         return tensor.reshape(self.plan.layout.rows[t], self.plan.layout.cols[t])
 
-    def _box(self, tensor: Tensor, k: int) -> tuple[slice | Tensor, slice]:
+    def _box(self, tensor: Tensor, k: int) -> tuple[slice | Tensor, slice | Tensor]:
         plan = self.plan
-        start, stop = int(plan.row_start_K[k]), int(plan.row_stop_K[k])
-        rows: slice | Tensor = slice(start, stop)
-        if tensor.is_sparse:
-            stored = tensor.coalesce().indices()[0]
-            rows = ((stored >= start) & (stored < stop)).nonzero().flatten()
-        return rows, slice(int(plan.col_start_K[k]), int(plan.col_stop_K[k]))
+        rows = slice(int(plan.row_start_K[k]), int(plan.row_stop_K[k]))
+        cols = slice(int(plan.col_start_K[k]), int(plan.col_stop_K[k]))
+        if not tensor.is_sparse:
+            return rows, cols
+        stored = tensor.coalesce().indices()[0]
+        cut = cols if tensor.dim() == 1 else rows  # a vector is a single row: what is stored are columns
+        held = ((stored >= cut.start) & (stored < cut.stop)).nonzero().flatten()
+        return (rows, held) if tensor.dim() == 1 else (held, cols)

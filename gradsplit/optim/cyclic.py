@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributed import local_of
 
 __all__ = ["ORDERS", "Cyclic", "block_of"]
 
@@ -81,6 +85,12 @@ class Cyclic:
         self.steps_left -= 1
         return True
 
+    def begin(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Enter a step; return the parameters of the blocks that have just become idle, which lose their moments."""
+        before = self.active
+        self.begin_step(lambda: [_energy(p) for p in parameters])
+        return [] if self.active == before else [p for t, p in enumerate(parameters) if not self.is_active(t)]
+
     def is_active(self, t: int) -> bool:
         """Whether tensor t is optimised in this step."""
         return bool(self.block_T[t] == self.active)
@@ -109,3 +119,10 @@ class Cyclic:
         self.active, self.steps_left = int(state["active"]), int(state["steps_left"])
         self.waiting = [int(block) for block in state["waiting"]]
         self._random.bit_generator.state = state["random"]
+
+
+def _energy(parameter: Tensor) -> float:
+    """The sum of squares of what this rank holds of a gradient."""
+    if parameter.grad is None:
+        return 0.0
+    return float(torch.linalg.vector_norm(local_of(parameter.grad).abs(), dtype=torch.float64) ** 2)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..amp import Scaling
 from ..budget import Decision
 from ..kernels import squares_of
 from ..kernels.addresses import KINDS
@@ -67,11 +68,23 @@ class FusedUpdate:
             self._decision, self._measured = self.planned.gradient.decide(*self._measured), None
         return self._decision
 
-    def step(self, gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-        """See `ReferenceUpdate.step`."""
-        arrays = self._arrays(gradients, states)
+    def step(
+        self,
+        gradients: list[Tensor | None],
+        states: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
+        scaling: Scaling | None = None,
+    ) -> None:
+        """See `ReferenceUpdate.step`. Steps that are traced, and scaled float16 gradients, are the reference's."""
+        arrays = None
+        half = scaling is not None and any(g is not None and g.dtype == torch.float16 for g in gradients)
+        if not half and not torch.compiler.is_compiling():
+            if scaling is not None:
+                gradients = [None if g is None else scaling.plain(g) for g in gradients]
+                scaling = None
+            arrays = self._arrays(gradients, states)
         if arrays is None:
-            self.reference.step(gradients, states, groups)
+            self.reference.step(gradients, states, groups, scaling)
             self._measured, self._decision = None, self.reference.decision
             return
         tables, one_pass = self._tables_of(arrays[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ class Planned:
         names: one a parameter.
         parameters: on one device; complex ones already as real views, sharded ones whole as DTensors.
         owners: the parameters as the optimizer holds them, for their learning rates.
+        groups: the position of each parameter's group in the optimizer.
         plan, budget, rule, backend, process_group: as in `GSO`.
         optimizer: read for learning rates at every step.
     """
@@ -33,6 +36,7 @@ class Planned:
         names: list[str],
         parameters: list[Tensor],
         owners: list[Tensor],
+        groups: list[int],
         *,
         plan: Any,
         budget: Any,
@@ -41,7 +45,7 @@ class Planned:
         process_group: Any,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self._parameters, self.owners = parameters, owners
+        self._parameters, self.owners, self.groups = parameters, owners, groups
         self._options = {"budget": budget, "rule": rule, "backend": backend, "process_group": process_group}
         layout = Layout(tuple(names), tuple(tuple(int(s) for s in p.shape) for p in parameters))
         self.plan = make_plan(plan, layout, call="GSO")
@@ -91,8 +95,8 @@ class Planned:
 
     def of_one(self, t: int, plan: Plan, name: str) -> Planned:
         """Return tensor t under its own part of the plan, with budgets and history of its own."""
-        one, owner = [self._parameters[t]], [self.owners[t]]
-        return Planned([name], one, owner, plan=plan, optimizer=self.rates.optimizer, **self._options)
+        one, owner, group = [self._parameters[t]], [self.owners[t]], [self.groups[t]]
+        return Planned([name], one, owner, group, plan=plan, optimizer=self.rates.optimizer, **self._options)
 
     def over(self, tensors: list[Tensor], plan: Plan, at: list[int]) -> Planned:
         """Return plain tensors that stand for the parameters ``at``, under a plan of their own with budgets of bins.
@@ -102,7 +106,8 @@ class Planned:
         names, owners = [self.plan.layout.names[t] for t in at], [self.owners[t] for t in at]
         budgets = {"bin": tuple(budget for _, budget in self.gradient_budgets + self.update_budgets)}
         options = {**self._options, "budget": budgets, "process_group": None}
-        made = Planned(names, tensors, owners, plan=plan, optimizer=self.rates.optimizer, **options)
+        groups = [self.groups[t] for t in at]
+        made = Planned(names, tensors, owners, groups, plan=plan, optimizer=self.rates.optimizer, **options)
         made.rates.top = self.rates.top
         return made
 
@@ -111,25 +116,33 @@ class Planned:
         """Whether a step needs the norms of the weights."""
         return self.gradient.reads_weights or (self.update is not None and self.update.reads_weights)
 
+    @cached_property
+    def partition(self) -> str:
+        """Sixteen hexadecimal digits that name the shapes and the bins, in this order, whatever the tensors' names."""
+        digest = hashlib.sha256(repr(self.plan.layout.shapes).encode())
+        for column in vars(self.plan.boxes).values():
+            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+        return digest.hexdigest()[:16]
+
     def state(self) -> dict[str, Any]:
         """Return what the next step depends on and no parameter holds."""
         return {
-            "fingerprint": self.plan.fingerprint,
+            "fingerprint": self.partition,
             "gradient": self.gradient.state_dict(),
             "update": {} if self.update is None else self.update.state_dict(),
             "top_lr": self.rates.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a saved state.
+        """Take over a saved state; as in torch, names do not count, only shapes and bins.
 
         Raises:
             ValueError: the state of another plan or of other budgets.
         """
         call = "GSO.load_state_dict(…)"
-        if state["fingerprint"] != self.plan.fingerprint:
+        if state["fingerprint"] not in (self.partition, self.plan.fingerprint):  # with the names: an older version's
             raise ValueError(
-                f"{call}: expected the state of plan {self.plan.fingerprint}, got that of plan "
+                f"{call}: expected the state of plan {self.partition}, got that of plan "
                 f"{state['fingerprint']}. Make GSO with "
                 "the model and plan of the saved run."
             )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..amp import Scaling
 from ..budget import Decision
 from ..distributed import Carried
 from ..plan import part_of
@@ -66,8 +67,16 @@ class ShardedUpdate:
         )
         self._like = torch.empty(0, dtype=wide, device=planned.kernel.device)
 
-    def step(self, gradients: _Gradients, states: _States, groups: list[dict[str, Any]]) -> None:
+    def step(
+        self,
+        gradients: _Gradients,
+        states: _States,
+        groups: list[dict[str, Any]],
+        scaling: Scaling | None = None,
+    ) -> None:
         """See `ReferenceUpdate.step`; every rank takes part, with whatever gradients it has."""
+        if scaling is not None:
+            gradients = [None if gradient is None else scaling.plain(gradient) for gradient in gradients]
         planned, num_bins = self.planned, self.planned.plan.num_bins
         num_carried = 0 if self._whole is None else len(self._whole.carried)
         message = self._like.new_zeros(4 * num_bins + 5 * num_carried)

@@ -24,6 +24,9 @@ NAMESPACES: dict[str, str] = {
 }
 """Root package of an array's type -> module of this package."""
 
+_LOADED: dict[str, ModuleType] = {}
+"""Those imported already; a traced step finds its namespace here, since imports cannot be traced."""
+
 
 def namespace(array: Array) -> ModuleType:
     """Return the namespace module for an array.
@@ -37,8 +40,11 @@ def namespace(array: Array) -> ModuleType:
     """
     for kind in type(array).__mro__:
         root = kind.__module__.partition(".")[0]
+        if root in _LOADED:
+            return _LOADED[root]
         if root in NAMESPACES:
-            return importlib.import_module(f".{NAMESPACES[root]}", __name__)
+            _LOADED[root] = importlib.import_module(f".{NAMESPACES[root]}", __name__)
+            return _LOADED[root]
     raise TypeError(
         f"namespace(array): expected an array of {', '.join(NAMESPACES)}, got "
         f"{type(array).__module__}.{type(array).__name__}. "

@@ -1,0 +1,91 @@
+"""What a GradScaler has done to the gradients: the scale they still carry, and whether they overflowed.
+
+The one module that knows torch's `GradScaler`. Nothing here waits for the device. Since scales are powers of two,
+limits in unscaled units come out the same bit for bit, whatever the scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Scaling"]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How gradients stand to a GradScaler.
+
+    Attributes:
+        scale: 0-d, what the gradients are still multiplied by; None: they have been unscaled.
+        found_inf: 0-d, above 0 where the scaler found a value that is not finite; None: it has not looked yet.
+    """
+
+    scale: Tensor | None
+    found_inf: Tensor | None
+
+    @classmethod
+    def of_step(cls, optimizer: torch.optim.Optimizer) -> Scaling | None:
+        """Return what a GradScaler tells an optimizer that handles scales by itself, while it steps; None: no scaler.
+
+        torch's protocol of ``_step_supports_amp_scaling``: the scaler sets ``grad_scale`` and ``found_inf`` around
+        ``step()``, whether or not there was an overflow; ``grad_scale`` is None after an explicit ``unscale_``.
+        """
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            return None
+        scale = getattr(optimizer, "grad_scale", None)
+        # Without any gradient the scaler's sum of findings is the number 0.
+        return cls(None if scale is None else torch.as_tensor(scale), torch.as_tensor(found_inf))
+
+    @classmethod
+    def of_scaler(cls, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Scaling | None:
+        """Return how an optimizer's gradients stand to a scaler between ``backward()`` and ``scaler.step()``.
+
+        Whether ``unscale_`` has been called is on record in the scaler alone, in an attribute that torch keeps private.
+        """
+        if not scaler.is_enabled():
+            return None
+        found = scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device")
+        if not found:
+            return cls(scaler.scale(torch.ones((), device=_device_of(optimizer))), None)
+        return cls(None, torch.stack([t.reshape(()) for t in found.values()]).sum())
+
+    def overflow(self, squares_B: Tensor | None = None) -> Tensor:
+        """Return whether this step will be left out, 0-d bool; where the scaler has not looked, the bins tell."""
+        if self.found_inf is not None:
+            device = self.found_inf.device if squares_B is None else squares_B.device
+            return self.found_inf.to(device).reshape(()) > 0
+        assert squares_B is not None
+        return ~squares_B.isfinite().all()
+
+    def unscaled_squares(self, squares_B: Tensor) -> Tensor:
+        """Return squares in unscaled units, from those of gradients that may still carry the scale."""
+        if self.scale is None:
+            return squares_B
+        inverse: Any = self._inverse(squares_B)
+        return squares_B * inverse * inverse
+
+    def unscaled(self, gradient: Tensor) -> Tensor:
+        """Return a gradient in unscaled units: itself, or a copy."""
+        if self.scale is None:
+            return gradient
+        unscaled: Tensor = gradient * self._inverse(gradient)
+        return unscaled
+
+    def plain(self, gradient: Tensor) -> Tensor:
+        """Return a gradient for code that knows no scaler: in unscaled units, and all nan on an overflow."""
+        return torch.where(self.overflow(gradient), torch.nan, self.unscaled(gradient))
+
+    def _inverse(self, like: Tensor) -> Tensor:
+        assert self.scale is not None
+        # The reciprocal first: the usual scale, 65536, is itself above float16.
+        return self.scale.to(like.device).reshape(()).float().reciprocal().to(like.dtype)
+
+
+def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    parameter: Tensor = optimizer.param_groups[0]["params"][0]
+    return parameter.device

@@ -1,0 +1,60 @@
+"""Each parameter's gradient and moments as an update reads them; moments are made at the first gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import local_of
+from .parts import real
+
+__all__ = ["advance", "local_gradient", "local_moments", "new_moments"]
+
+
+def new_moments(owner: Tensor, num_bins: int | None, *, capturable: bool) -> dict[str, Tensor]:
+    """Return zeros for a parameter that has its first gradient.
+
+    Args:
+        owner: the parameter.
+        num_bins: bins that share one second moment each; None: one an element.
+        capturable: the counter lives beside the parameter; else on the CPU, where reading it waits for nothing.
+    """
+    state = {"step": torch.zeros((), dtype=torch.float32, device=owner.device if capturable else "cpu")}
+    state["exp_avg"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
+    if num_bins is None:
+        state["exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
+    else:
+        state["bin_sq"] = torch.zeros(num_bins, dtype=torch.float32, device=owner.device)
+    return state
+
+
+def advance(state: dict[str, Tensor], found_inf: Tensor | None) -> None:
+    """Count a step, unless a GradScaler found an overflow; without waiting for its answer."""
+    if found_inf is None:
+        state["step"] += 1
+        return
+    if state["step"].device != found_inf.device:
+        state["step"] = state["step"].to(found_inf.device)
+    state["step"] += (found_inf.reshape(()) <= 0).to(state["step"].dtype)
+
+
+def local_moments(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Return a parameter's state as real views of what this rank holds."""
+    return {k: local_of(real(v)) if k in ("exp_avg", "exp_avg_sq") else v for k, v in state.items()}
+
+
+def local_gradient(owner: Tensor, gradient: Tensor) -> Tensor:
+    """Return a real view of what this rank holds of a gradient.
+
+    Raises:
+        RuntimeError: a sparse gradient.
+    """
+    if gradient.is_sparse:
+        raise RuntimeError(
+            f"GSO does not support sparse gradients, got one of shape {tuple(owner.shape)}. Make the embedding with "
+            "sparse=False, or put GradientSplitter in front of SparseAdam."
+        )
+    local: Tensor = local_of(real(gradient))
+    return local
