@@ -45,12 +45,15 @@ def local_moments(state: dict[str, Tensor]) -> dict[str, Any]:
     return {k: local_of(real(v)) if k in ("exp_avg", "exp_avg_sq") else v for k, v in state.items()}
 
 
-def local_gradient(owner: Tensor, gradient: Tensor) -> Tensor:
-    """Return a real view of what this rank holds of a gradient.
+def local_gradient(owner: Tensor) -> Tensor | None:
+    """Return a real view of what this rank holds of a parameter's gradient, if it has one.
 
     Raises:
         RuntimeError: a sparse gradient.
     """
+    gradient = owner.grad
+    if gradient is None:
+        return None
     if gradient.is_sparse:
         raise RuntimeError(
             f"GSO does not support sparse gradients, got one of shape {tuple(owner.shape)}. Make the embedding with "

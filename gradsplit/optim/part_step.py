@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..amp import Scaling
 from .moments import advance, local_gradient, local_moments, new_moments
@@ -28,7 +27,7 @@ def make_moments(optimizer: torch.optim.Optimizer, part: Update, waiting: Sequen
         if owner.grad is not None and not waiting[t] and not optimizer.state.get(owner)
     ]
     for t in new:
-        local_gradient(planned.owners[t], planned.owners[t].grad)
+        local_gradient(planned.owners[t])
     for t in new:
         num_bins = len(planned.bins_of_tensor[t]) if second_moment == "bin" else None
         capturable = optimizer.param_groups[planned.groups[t]]["capturable"]
@@ -51,9 +50,7 @@ def step_part(
         RuntimeError: a sparse gradient, or ``fused=True`` without memory to walk.
     """
     planned = part.planned
-    gradients: list[Tensor | None] = []
-    for t, owner in enumerate(planned.owners):
-        gradients.append(None if waiting[t] or owner.grad is None else local_gradient(owner, owner.grad))
+    gradients = [None if waiting[t] else local_gradient(owner) for t, owner in enumerate(planned.owners)]
     # Where ranks hold shards, one without gradients takes part all the same, or the others would wait for it.
     if alone and all(gradient is None for gradient in gradients):
         return

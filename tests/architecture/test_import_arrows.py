@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 _LOW = set(MAY_IMPORT)
 # What stands between an optimizer and the splitter or GSO.
 MAY_IMPORT |= {
+    "amp": set(),
     "attach": set(),
     "rates": {"plan"},
     "update_cap": _LOW | {"rates"},
