@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from .attach import Handle, attach_to
 from .bounding import Bounding
-from .budget import Ledger, RelativeStep, budgets_by_level
-from .distributed import kernel_for
+from .budget import RelativeStep, budgets_by_level, make_ledger
+from .distributed import add_over, kernel_for
 from .kernels import make_kernel
 from .kernels.gradients import gradients_of
 from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_device
@@ -42,6 +43,8 @@ class GradientSplitter:
             weights; needs `attach`.
         process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel); None:
             all. One all-reduce a step, none where nothing is sharded.
+        stages: a group with one rank of every pipeline stage, this one among them; a limit at "root" then bounds the
+            sum over the stages, by one more all-reduce of six numbers. None: it bounds what these ranks hold.
         sinks: functions called with every StepRecord.
 
     Raises:
@@ -72,6 +75,7 @@ class GradientSplitter:
         on_nonfinite: str = "zero",
         cap_updates: bool = False,
         process_group: Any = None,
+        stages: Any = None,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
         if on_nonfinite not in ("zero", "raise"):
@@ -81,7 +85,7 @@ class GradientSplitter:
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout = layout_of(pairs)
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
-        self.process_group = process_group
+        self.process_group, self.stages = process_group, stages
         self.sinks = list(sinks)
         self.step_count = 0
         self._strategy, self._budget = plan, RelativeStep() if budget is None else budget
@@ -106,7 +110,8 @@ class GradientSplitter:
         )
         like = kernel.squares([None] * len(self.parameters))
         of_gradient = [pair for pair in budgets if pair not in capped]
-        ledger = Ledger(plan, of_gradient, like, rule=self.rule, call=call)
+        add = None if self.stages is None else partial(add_over, self.stages)
+        ledger = make_ledger(plan, of_gradient, like, rule=self.rule, call=call, add=add)
         self.plan, self.kernel, self.ledger = plan, kernel, ledger
         self._bounding = Bounding(plan, kernel, ledger, of_gradient)
         self._needs_rates = any(budget.bounds_update for _, budget in budgets)

@@ -8,6 +8,7 @@ from .fixed import Fixed
 from .ledger import Ledger, warn_of_idle_limits
 from .length_sums import LARGE, sums_for
 from .node_sums import Nodes
+from .over_stages import StagedLedger, make_ledger
 from .percentile import Percentile
 from .project import RULES, project
 from .registry import BUDGETS, DEFAULT_OF_GSO, budgets_by_level
@@ -31,6 +32,7 @@ __all__ = [
     "Reading",
     "Relative",
     "RelativeStep",
+    "StagedLedger",
     "State",
     "Term",
     "ZScore",
@@ -39,6 +41,7 @@ __all__ = [
     "decide",
     "limits_after",
     "limits_of",
+    "make_ledger",
     "project",
     "sums_for",
     "terms_of",

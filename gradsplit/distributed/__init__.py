@@ -1,5 +1,6 @@
 """Sharded tensors: a rank's local boxes, and the one all-reduce of squares a step."""
 
+from .add import add_over
 from .carried import Carried
 from .kernel import ShardedKernel, kernel_for
 from .local_plan import LocalPlan
@@ -10,6 +11,7 @@ __all__ = [
     "LocalPlan",
     "Shard",
     "ShardedKernel",
+    "add_over",
     "is_sharded",
     "kernel_for",
     "local_of",

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..plan import Plan
+from .add import add_over
 from .local_plan import LocalPlan
 from .shards import is_sharded, local_of, shard_of
 
@@ -89,19 +89,8 @@ class ShardedKernel:
         return self._counts[key]
 
     def add_(self, values: Tensor) -> Tensor:
-        """Add a tensor over the ranks in place: one all-reduce.
-
-        Raises:
-            RuntimeError: a rank has ended, or does not take part in time.
-        """
-        try:
-            dist.all_reduce(values, group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"ShardedKernel.add_(…): expected every rank to take part in the sum over {values.numel()} numbers, "
-                f"got {error}. A rank has probably ended: read its log; then start all ranks again from a checkpoint."
-            ) from error
-        return values
+        """Add a tensor over the ranks in place, see `add_over`."""
+        return add_over(self.group, values)
 
 
 def kernel_for(plan: Plan, tensors: Sequence[Any], make: Callable[[Plan], Any], *, group: Any | None = None) -> Any:
