@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .budget import Budget, Decision, Ledger
+from .budget import Budget, Decision, Ledger, StagedLedger
 from .budget.deferred import DeferredDecision
 from .budget.lines import line_table, lines_of
 from .kernels import Kernel, squares_of
@@ -32,7 +32,7 @@ class Bounding:
         budgets: the ledger's (level, budget) pairs.
     """
 
-    def __init__(self, plan: Plan, kernel: Kernel, ledger: Ledger, budgets: Sequence[tuple[str, Budget]]) -> None:
+    def __init__(self, plan: Plan, kernel: Kernel, ledger: Ledger | StagedLedger, budgets: Sequence[tuple[str, Budget]]) -> None:
         self.plan, self.kernel, self.ledger = plan, kernel, ledger
         self._lines = lines_of(budgets)
         self._bound = getattr(kernel, "bound_", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .attach import Handle, attach_to
 from .bounding import Bounding
 from .budget import RelativeStep, budgets_by_level, make_ledger
-from .distributed import add_over, kernel_for
+from .distributed import adder, kernel_for
 from .kernels import make_kernel
 from .kernels.gradients import gradients_of
 from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_device
@@ -85,11 +84,10 @@ class GradientSplitter:
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout = layout_of(pairs)
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
-        self.process_group, self.stages = process_group, stages
-        self.sinks = list(sinks)
+        self.process_group, self.stages, self.sinks = process_group, stages, list(sinks)
         self.step_count = 0
-        self._strategy, self._budget = plan, RelativeStep() if budget is None else budget
-        self._after_updates = cap_updates
+        self._strategy, self._after_updates = plan, cap_updates
+        self._budget = RelativeStep() if budget is None else budget
         self.optimizer: torch.optim.Optimizer | None = None
         self._rates: Rates | None = None
         self._saved_tops: list[float] = []  # largest rates of a state loaded before there was an optimizer
@@ -105,12 +103,11 @@ class GradientSplitter:
         kernel = kernel_for(
             plan,
             self.parameters,
-            lambda local: make_kernel(self.backend, local, self.device, call=call),
+            lambda p: make_kernel(self.backend, p, self.device, call=call),
             group=self.process_group,
         )
         like = kernel.squares([None] * len(self.parameters))
-        of_gradient = [pair for pair in budgets if pair not in capped]
-        add = None if self.stages is None else partial(add_over, self.stages)
+        of_gradient, add = [pair for pair in budgets if pair not in capped], adder(self.stages)
         ledger = make_ledger(plan, of_gradient, like, rule=self.rule, call=call, add=add)
         self.plan, self.kernel, self.ledger = plan, kernel, ledger
         self._bounding = Bounding(plan, kernel, ledger, of_gradient)

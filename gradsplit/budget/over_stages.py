@@ -14,8 +14,9 @@ from ..plan import Plan
 from ..xp import Array, namespace
 from .base import Budget, Reading, State
 from .bottom_up import bin_scales
+from .decision import Decision
 from .fixed import Fixed
-from .ledger import Decision, Ledger
+from .ledger import Ledger
 
 __all__ = ["StagedLedger", "make_ledger"]
 

@@ -1,6 +1,6 @@
 """Sharded tensors: a rank's local boxes, and the one all-reduce of squares a step."""
 
-from .add import add_over
+from .add import add_over, adder
 from .carried import Carried
 from .kernel import ShardedKernel, kernel_for
 from .local_plan import LocalPlan
@@ -12,6 +12,7 @@ __all__ = [
     "Shard",
     "ShardedKernel",
     "add_over",
+    "adder",
     "is_sharded",
     "kernel_for",
     "local_of",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["add_over"]
+__all__ = ["add_over", "adder"]
 
 
 def add_over(group: Any | None, values: Tensor) -> Tensor:
@@ -24,3 +26,8 @@ def add_over(group: Any | None, values: Tensor) -> Tensor:
             "rank has probably ended: read its log; then start all ranks again from a checkpoint."
         ) from error
     return values
+
+
+def adder(group: Any | None) -> Callable[[Tensor], Tensor] | None:
+    """Return what adds over a group; None without one, where there is nothing to add."""
+    return None if group is None else partial(add_over, group)
