@@ -32,7 +32,9 @@ class Bounding:
         budgets: the ledger's (level, budget) pairs.
     """
 
-    def __init__(self, plan: Plan, kernel: Kernel, ledger: Ledger | StagedLedger, budgets: Sequence[tuple[str, Budget]]) -> None:
+    def __init__(
+        self, plan: Plan, kernel: Kernel, ledger: Ledger | StagedLedger, budgets: Sequence[tuple[str, Budget]]
+    ) -> None:
         self.plan, self.kernel, self.ledger = plan, kernel, ledger
         self._lines = lines_of(budgets)
         self._bound = getattr(kernel, "bound_", None)
