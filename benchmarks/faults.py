@@ -1,4 +1,4 @@
-"""The fault campaign: bad values in gradients, optimizer state and batches, against seven ways to control gradients.
+"""The fault campaign: bad values in gradients, optimizer state and batches, against six ways to control gradients.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py runs       # about 1 s a run; goes on where it was stopped
     python benchmarks/faults.py page                         # sums up and writes the tables of docs/faults.md

@@ -17,6 +17,7 @@ from .kernels.gradients import gradients_of
 from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Rates, follows_gradient
 from .record import StepRecord
+from .saved_state import check_state
 from .update_cap import UpdateCap
 
 __all__ = ["GradientSplitter"]
@@ -216,9 +217,7 @@ class GradientSplitter:
             ValueError: the state of another plan or of other budgets; nothing is taken over then.
         """
         call = "GradientSplitter.load_state_dict(…)"
-        missing = {"fingerprint", "step_count", "history", "top_lr"} - set(state)
-        if missing:
-            raise ValueError(f"{call}: expected what state_dict() returned, got a mapping without {sorted(missing)}.")
+        tops = check_state(state, ("fingerprint", "step_count", "history", "top_lr"), call=call)
         before = dict(vars(self))
         try:
             if state.get("plan") is not None and self._strategy == "lbf":
@@ -232,6 +231,6 @@ class GradientSplitter:
         except Exception:
             vars(self).update(before)
             raise
-        self.step_count, self._saved_tops = int(state["step_count"]), list(state["top_lr"])
+        self.step_count, self._saved_tops = state["step_count"], tops
         if self._rates is not None:
             self._rates.load(self._saved_tops)

@@ -24,10 +24,12 @@ class Method(Protocol):
 
     Attributes:
         rolls_back: whether a run with broken weights may recover.
+        stopped: whether the method has ended the run by itself.
         zeroed_share: share of all (bin, step) pairs that were zeroed, nan where nothing is split.
     """
 
     rolls_back: bool
+    stopped: bool
     zeroed_share: float
 
     def update(self, loss: Tensor) -> int:
@@ -37,7 +39,7 @@ class Method(Protocol):
 class Alone:
     """The optimizer, and nothing before it."""
 
-    rolls_back = False
+    rolls_back = stopped = False
     zeroed_share = math.nan
 
     def __init__(self, task: Task, optimizer: Optimizer) -> None:
@@ -147,10 +149,31 @@ class Split(Alone):
         return int(self._all_zero)
 
 
+class Guarded(Split):
+    """The same splitter with a `Guard` behind it, whose snapshots are 20 steps apart; all else is its default."""
+
+    rolls_back = True
+
+    def __init__(self, task: Task, optimizer: Optimizer) -> None:
+        super().__init__(task, optimizer)
+        self.guard = gs.Guard(task.model, optimizer, self.splitter, every=20)
+
+    def update(self, loss: Tensor) -> int:
+        """The guard judges every step; one without a rollback left ends the run where the last snapshot was."""
+        lost = super().update(loss)
+        try:
+            action = self.guard.step(loss)
+        except gs.DivergenceError:
+            self.stopped = True
+            return lost
+        return lost if action is None else action.num_undone
+
+
 METHODS: dict[str, Callable[[Task, Optimizer], Method]] = {
     "none": Alone,
     "clip 1": Clip,
     "skip": SkipNotFinite,
     "ZClip": ZClip,
     "splitter": Split,
+    "Guard": Guarded,
 }

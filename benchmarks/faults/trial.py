@@ -45,6 +45,7 @@ def run(trial: Trial) -> dict[str, Any]:
 
     Returns:
         The trial, "first_loss" and "final_loss" on held-out data, "dead" (weights or final loss not finite),
+        "stopped" (a guard had no rollback left; the loss is that of its last snapshot),
         "faults" that were met, "steps_lost" (no gradient came through, the update was undone, or the weights were no
         longer finite), "zeroed_share" of the bins, and processor "seconds".
     """
@@ -64,7 +65,8 @@ def run(trial: Trial) -> dict[str, Any]:
         loss = _backward(task, optimizer, step, acting, trial.seed)
         lost += method.update(loss)
         schedule.step()
-        if step % _LOOK_EVERY == 0 and not method.rolls_back and not _finite(task.model):
+        broken = step % _LOOK_EVERY == 0 and not method.rolls_back and not _finite(task.model)
+        if broken or method.stopped:
             lost += steps - step - 1
             break
     final_loss = workload.held_out(task)
@@ -72,6 +74,7 @@ def run(trial: Trial) -> dict[str, Any]:
         **asdict(trial),
         "first_loss": first_loss,
         "final_loss": final_loss,
+        "stopped": int(method.stopped),
         "dead": int(not (_finite(task.model) and math.isfinite(final_loss))),
         "faults": met,
         "steps": steps,

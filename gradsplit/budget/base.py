@@ -6,7 +6,7 @@ Every budget is a frozen record of its constants with three pure functions throu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import ClassVar, NamedTuple
 
@@ -47,6 +47,16 @@ class Budget:
     name: ClassVar[str]
     reads_weights: ClassVar[bool] = False
     bounds_update: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number and not hasattr(value, "__array__") and one.type in ("float", "int"):
+                raise TypeError(
+                    f"{type(self).__name__}({one.name}={value!r}): expected a number, got {type(value).__name__}. "
+                    f"Leave {one.name} out for its default."
+                )
 
     def init(self, xp: ModuleType, like: Array) -> State:
         """Return the history before the first step, for nodes shaped like ``like``."""

@@ -51,6 +51,7 @@ class Ema(Budget):
     growth: float = 1.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check("ratio", self.ratio > 1, "a ratio > 1, for example 1.5")
         self._check("beta", 0 < self.beta < 1, "a memory in (0, 1), for example 0.98")
         self._check("warmup", self.warmup >= 1, "at least one observation")

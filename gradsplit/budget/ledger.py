@@ -84,24 +84,43 @@ class Ledger:
         """Take a history over; nothing is taken unless all of it fits.
 
         Raises:
-            ValueError: other budgets, or a vector of another length.
+            ValueError: other budgets, a vector of another length, or one with a value that no history has.
         """
         wanted = {key: self.history[i] for i, key in enumerate(self._keys) if self.history[i]}
-        if set(wanted) != set(state):
+        if not isinstance(state, Mapping) or set(wanted) != set(state):
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"{call}: expected the history of budgets {sorted(wanted)}, got {sorted(state)}. Use the budgets of "
+                f"{call}: expected the history of budgets {sorted(wanted)}, got {got}. Use the budgets of "
                 "the saved run, "
                 "or start their history anew by leaving the state out."
             )
         fresh: dict[str, State] = {}
         for key, old in wanted.items():
             xp = namespace(old[0])
-            new = tuple(xp.asarray(array, like) for array, like in zip(state[key], old, strict=False))
+            try:
+                new = tuple(xp.asarray(array, old[0]) for array in state[key])
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(
+                    f"{call}: expected {len(old)} vectors of numbers at {key!r}, got {type(state[key]).__name__} "
+                    f"({error}). Load what state_dict() returned."
+                ) from None
             if [tuple(a.shape) for a in new] != [tuple(a.shape) for a in old]:
                 shapes = [tuple(a.shape) for a in new]
                 raise ValueError(f"{call}: expected vectors of shape {tuple(old[0].shape)} at {key!r}, got {shapes}.")
+            if not all(_is_history(array) for array in new):
+                raise ValueError(
+                    f"{call}: expected a history of finite numbers >= 0 at {key!r}, got others. The state is damaged: "
+                    "load another, or start the history anew."
+                )
             fresh[key] = tuple(array + like * 0.0 for array, like in zip(new, old, strict=True))
         self.history = tuple(fresh.get(key, ()) for key in self._keys)
+
+
+def _is_history(array: Array) -> bool:
+    """Whether all entries are finite and >= 0, as every budget's history is."""
+    xp, num = namespace(array), array.shape[0]
+    wrong = xp.where(xp.isfinite(array) & (array >= 0), xp.full(num, 0.0, array), xp.full(num, 1.0, array))
+    return float(xp.cumsum(wrong)[-1]) == 0.0
 
 
 def warn_of_idle_limits(plan: Plan, budgets: list[tuple[str, Budget]], call: str) -> None:

@@ -54,8 +54,12 @@ class Squares:
 
     @staticmethod
     def before(running: Array, own: Array, ids: Array) -> Array:
-        """Running sums without their own entry, restarting where ids change."""
-        return running - own
+        """Running sums without their own entry, restarting where ids change.
+
+        Taking the entry off again would lose small ones beside a large one.
+        """
+        xp = namespace(running)
+        return xp.concatenate([own[:1] * 0.0, xp.where(ids[1:] == ids[:-1], running[:-1], own[1:] * 0.0)])
 
     @staticmethod
     def factor_to(limit: Array, fixed: Array, free: Array) -> Array:

@@ -43,6 +43,7 @@ class Percentile(Budget):
     eta: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check("q", 0 < self.q < 1, "a quantile in (0, 1), for example 0.9")
         self._check("eta", 0 < self.eta <= 1, "a step in (0, 1], for example 0.02")
 

@@ -43,6 +43,7 @@ class Relative(Budget):
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check("factor", self.factor > 0, "a factor > 0, for example 0.01")
         self._check("eps", self.eps > 0, "eps > 0, for example 1e-3")
 

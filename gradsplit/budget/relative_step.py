@@ -49,6 +49,7 @@ class RelativeStep(Budget):
     floor: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check("tau", self.tau > 0, "a share > 0, for example 0.03")
         self._check("floor", self.floor > 0, "a root mean square > 0, for example 0.01")
 

@@ -47,6 +47,7 @@ class ZScore(Budget):
     warmup: int = 25
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check("z", self.z > 0, "standard deviations > 0, for example 2.5")
         self._check("beta", 0 < self.beta < 1, "a memory in (0, 1), for example 0.97")
         self._check("warmup", self.warmup >= 2, "at least two observations, for a variance")

@@ -15,6 +15,7 @@ from ..distributed import kernel_for, local_of
 from ..kernels import make_kernel
 from ..plan import Layout, Plan, make_plan
 from ..rates import Rates
+from ..saved_state import check_state
 
 __all__ = ["Planned"]
 
@@ -140,6 +141,7 @@ class Planned:
             ValueError: the state of another plan or of other budgets.
         """
         call = "GSO.load_state_dict(…)"
+        tops = check_state(state, ("fingerprint", "gradient", "update", "top_lr"), call=call)
         if state["fingerprint"] not in (self.partition, self.plan.fingerprint):  # with the names: an older version's
             raise ValueError(
                 f"{call}: expected the state of plan {self.partition}, got that of plan "
@@ -149,4 +151,4 @@ class Planned:
         self.gradient.load_state_dict(state["gradient"], call=call)
         if self.update is not None:
             self.update.load_state_dict(state["update"], call=call)
-        self.rates.load(state["top_lr"])
+        self.rates.load(tops)

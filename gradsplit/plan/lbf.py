@@ -200,6 +200,11 @@ def _floor(matrices: list[np.ndarray]) -> float:
 
 
 def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndarray]:
+    if not isinstance(energy, Mapping):
+        raise TypeError(
+            f"lbf(energy=…): expected a mapping from names to energies, got {type(energy).__name__}. Calibrate, or "
+            "pass {name: array shaped like the tensor}."
+        )
     missing = [name for name in layout.names if name not in energy]
     surplus = [name for name in energy if name not in set(layout.names)]
     if missing or surplus:
@@ -213,7 +218,13 @@ def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndar
         value = energy[name]
         if hasattr(value, "detach"):  # a torch tensor, without importing torch
             value = value.detach().to("cpu")
-        array = np.asarray(value, dtype=np.float64)
+        try:
+            array = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(
+                f"lbf(energy=…): expected an array of numbers, got {type(value).__name__} at {name!r}. Pass the mean "
+                "of its squared gradients."
+            ) from None
         if array.shape != layout.shapes[t]:
             raise ValueError(f"lbf(energy=…): expected shape {layout.shapes[t]}, got {array.shape} at {name!r}.")
         if not (np.isfinite(array).all() and (array >= 0).all()):

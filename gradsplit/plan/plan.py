@@ -162,10 +162,26 @@ class Plan:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Plan:
-        """Make the plan that `to_dict` described."""
-        layout = Layout(tuple(state["names"]), tuple(tuple(shape) for shape in state["shapes"]))
-        columns = {key: np.asarray(column, dtype=np.int64) for key, column in state["boxes"].items()}
-        return cls(layout, Boxes(**columns), modules=bool(state["modules"]))
+        """Make the plan that `to_dict` described.
+
+        Raises:
+            ValueError: something else, or boxes that do not tile the layout.
+        """
+        try:
+            names, shapes = tuple(state["names"]), tuple(tuple(shape) for shape in state["shapes"])
+            columns = {key: np.array(column).astype(np.int64, casting="safe") for key, column in state["boxes"].items()}
+            boxes, modules = Boxes(**columns), bool(state["modules"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                f"Plan.from_dict(…): expected what to_dict() returned, got something else ({error}). Make the plan "
+                "again from the model."
+            ) from error
+        if len({column.shape for column in columns.values()}) != 1 or columns["bin_K"].ndim != 1:
+            raise ValueError(
+                f"Plan.from_dict(…): expected one bound a box in every column, got columns of the shapes "
+                f"{sorted({column.shape for column in columns.values()})}. Make the plan again from the model."
+            )
+        return cls(Layout(names, shapes), boxes, modules=modules)
 
     def describe(self, *, max_lines: int = 20) -> str:
         """Say in a few lines what is split into how many bins, and the bytes that it takes."""

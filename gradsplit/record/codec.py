@@ -43,9 +43,13 @@ def pack_wide(values_SL: np.ndarray) -> bytes:
     return zlib.compress((half >> 8).astype("u1").tobytes() + (half & 0xFF).astype("u1").tobytes(), _LEVEL)
 
 
-def unpack_bits(blob: bytes, num_leaves: int) -> np.ndarray:
-    """Return the (S, L) bfloat16 numbers that `pack_wide` packed, as uint16, half as large as `to_float` makes them."""
-    raw = np.frombuffer(zlib.decompress(blob), dtype="u1")
+def unpack_bits(blob: bytes, num_leaves: int, num_rows: int | None = None) -> np.ndarray:
+    """Return the (S, L) bfloat16 numbers that `pack_wide` packed, as uint16, half as large as `to_float` makes them.
+
+    Raises:
+        ValueError: another number of rows than ``num_rows``, if it is said.
+    """
+    raw = np.frombuffer(_inflated(blob, None if num_rows is None else 2 * num_rows * num_leaves), dtype="u1")
     half = raw[: len(raw) // 2].astype(np.uint16) << 8 | raw[len(raw) // 2 :]
     return np.ascontiguousarray(half.reshape(num_leaves, -1).T)
 
@@ -68,10 +72,14 @@ def pack_counts(counts_SL: np.ndarray) -> bytes | None:
 
 
 def unpack_counts(blob: bytes | None, num_rows: int, num_leaves: int) -> np.ndarray:
-    """Return the (S, L) int64 counts that `pack_counts` packed."""
+    """Return the (S, L) int64 counts that `pack_counts` packed.
+
+    Raises:
+        ValueError: another number of counts.
+    """
     if blob is None:
         return np.zeros((num_rows, num_leaves), dtype=np.int64)
-    flat = np.frombuffer(zlib.decompress(blob), dtype="<u4")
+    flat = np.frombuffer(_inflated(blob, 4 * num_rows * num_leaves), dtype="<u4")
     return np.ascontiguousarray(flat.reshape(num_leaves, -1).T).astype(np.int64)
 
 
@@ -83,3 +91,14 @@ def pack_exact(values: np.ndarray, dtype: Any) -> bytes:
 def unpack_exact(blob: bytes, dtype: Any) -> np.ndarray:
     """Return the vector that `pack_exact` packed."""
     return np.frombuffer(blob, dtype=np.dtype(dtype).newbyteorder("<"))
+
+
+def _inflated(blob: bytes, size: int | None) -> bytes:
+    """Inflate; where the size is known no more than that is made, whatever a damaged or hostile blob would become."""
+    if size is None:
+        return zlib.decompress(blob)
+    inflater = zlib.decompressobj()
+    made = inflater.decompress(blob, size + 1)
+    if len(made) != size or not inflater.eof:
+        raise ValueError(f"expected {size} bytes after inflating, got {'more' if len(made) > size else len(made)}")
+    return made

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..plan import Layout, Plan, tree_sp, xsp
+from .sound import check_outline
 
 __all__ = ["Outline", "recording_plan"]
 
@@ -140,7 +141,12 @@ class Outline:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Outline:
-        """Make the outline that `to_dict` described."""
+        """Make the outline that `to_dict` described.
+
+        Raises:
+            ValueError: something else, see `check_outline`.
+        """
+        check_outline(state)
         return cls(
             tuple(state["names"]),
             tuple(state["levels"]),

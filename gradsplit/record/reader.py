@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from .codec import to_float, unpack_bits, unpack_counts, unpack_exact
 from .outline import Outline
 from .rows import Stream
 from .run_file import RunFileError, open_to_read
+from .sound import check_about, check_chunk, check_meta, check_thinning
 from .thinning import window_starts
 from .writer import ROW_COLUMNS
 
@@ -111,9 +114,14 @@ class RunFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._connection: sqlite3.Connection = open_to_read(path)
-        self.meta: dict[str, Any] = {
-            key: json.loads(value) for key, value in self._query("SELECT key, value FROM meta")
-        }
+        try:
+            with self._whole():
+                rows = self._query("SELECT key, value FROM meta")
+                self.meta: dict[str, Any] = {key: json.loads(value) for key, value in rows}
+                check_meta(self.meta)
+        except RunFileError:
+            self.close()
+            raise
 
     def __enter__(self) -> RunFile:
         return self
@@ -125,28 +133,50 @@ class RunFile:
         """Close the file."""
         self._connection.close()
 
-    def _query(self, text: str, values: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Name the file, and what can be done, in whatever goes wrong with damaged values."""
         try:
-            yield from self._connection.execute(text, values)
-        except sqlite3.DatabaseError as error:
+            yield
+        except (
+            sqlite3.Error,
+            zlib.error,
+            ValueError,
+            TypeError,
+            LookupError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise RunFileError(
-                f"run file {self.path}: expected whole pages, got {error}. The file is damaged; `sqlite3 {self.path} "
-                "'.recover'` may save a part of it."
+                f"run file {self.path}: expected whole pages and values, got {error}. The file is damaged; `sqlite3 "
+                f"{self.path} '.recover'` may save a part of it."
             ) from error
+
+    def _query(self, text: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        with self._whole():
+            return self._connection.execute(text, values).fetchall()
 
     @property
     def streams(self) -> list[Stream]:
         """One a recorded optimizer."""
         rows = self._query("SELECT id, optimizer, controlled, outline, about FROM stream ORDER BY id")
-        return [
-            Stream(index, optimizer, Outline.from_dict(json.loads(outline)), bool(controlled), json.loads(about))
-            for index, optimizer, controlled, outline, about in rows
-        ]
+        with self._whole():
+            return [self._stream(*row) for row in rows]
+
+    @staticmethod
+    def _stream(index: Any, optimizer: Any, controlled: Any, outline: str, about: str) -> Stream:
+        described = json.loads(about)
+        check_about(described)
+        return Stream(int(index), str(optimizer), Outline.from_dict(json.loads(outline)), bool(controlled), described)
 
     def events(self, last: int = 1000) -> list[Event]:
         """Return the last events, oldest first."""
         found = self._query("SELECT stream, step, time, leaf, kind, count FROM event ORDER BY id DESC LIMIT ?", (last,))
-        return [Event(*row) for row in found][::-1]
+        with self._whole():
+            return [
+                Event(int(stream), int(step), float(when), None if leaf is None else int(leaf), str(kind), int(num))
+                for stream, step, when, leaf, kind, num in found
+            ][::-1]
 
     def thinnings(self) -> list[dict[str, Any]]:
         """Return what was thinned, in order: rows, strides and bytes before and after."""
@@ -160,15 +190,18 @@ class RunFile:
             "bytes_before",
             "bytes_after",
         )
-        return [
-            dict(zip(names, row, strict=True))
-            for row in self._query(f"SELECT {', '.join(names)} FROM thinning ORDER BY id")
-        ]
+        rows = self._query(f"SELECT {', '.join(names)} FROM thinning ORDER BY id")
+        found = [dict(zip(names, row, strict=True)) for row in rows]
+        with self._whole():
+            for thinning in found:
+                check_thinning(thinning)
+        return found
 
     def num_rows(self, stream: int) -> int:
         """Return how many rows of a stream are in the file."""
         (row,) = self._query("SELECT coalesce(max(first_row + num_rows), 0) FROM chunk WHERE stream = ?", (stream,))
-        return int(row[0])
+        with self._whole():
+            return int(row[0])
 
     def series(self, stream: Stream, *, last: int | None = None) -> Series:
         """Return the rows of a stream; with ``last``, at least so many of the newest if there are.
@@ -188,6 +221,15 @@ class RunFile:
         ]
         if not chunks:
             raise RunFileError(f"run file {self.path}: expected at least one recorded step, got none yet.")
+        with self._whole():
+            return self._joined(stream, chunks)
+
+    @staticmethod
+    def _joined(stream: Stream, chunks: list[dict[str, Any]]) -> Series:
+        """The series of consecutive chunks."""
+        widths = {name: np.dtype(dtype).itemsize for name, dtype in ROW_COLUMNS.items()}
+        for chunk in chunks:
+            check_chunk(chunk, widths, controlled=stream.controlled)
         num_leaves = stream.outline.num_leaves
         before = np.cumsum([0, *(chunk["num_rows"] for chunk in chunks)])
         start_C = [window_starts(chunk) for chunk in chunks]
@@ -195,18 +237,21 @@ class RunFile:
             f"{name}_R": np.concatenate([unpack_exact(chunk[name], dtype) for chunk in chunks])
             for name, dtype in ROW_COLUMNS.items()
         }
-        norms = [unpack_bits(chunk["norm"], num_leaves) for chunk in chunks]
+
+        def bits(name: str, chunk: dict[str, Any], start: np.ndarray) -> np.ndarray:
+            return unpack_bits(chunk[name], num_leaves, len(start))
+
+        both = list(zip(chunks, start_C, strict=True))
+        norms = [bits("norm", *each) for each in both]
         peaks = [
-            norm if chunk["peak"] is None else unpack_bits(chunk["peak"], num_leaves)
-            for chunk, norm in zip(chunks, norms, strict=True)
+            norm if each[0]["peak"] is None else bits("peak", *each) for each, norm in zip(both, norms, strict=True)
         ]
-        kept = [unpack_bits(chunk["kept"], num_leaves) for chunk in chunks] if stream.controlled else None
+        kept = [bits("kept", *each) for each in both] if stream.controlled else None
 
         def counts(name: str) -> np.ndarray | None:
             if not stream.controlled:
                 return None
-            each = zip(chunks, start_C, strict=True)
-            return np.concatenate([unpack_counts(chunk[name], len(start), num_leaves) for chunk, start in each])
+            return np.concatenate([unpack_counts(chunk[name], len(start), num_leaves) for chunk, start in both])
 
         norm_WL = np.concatenate(norms)
         same = all(chunk["peak"] is None for chunk in chunks)

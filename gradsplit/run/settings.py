@@ -53,12 +53,25 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings | None:
-        """Return the settings that a parent process left, None if there was none."""
+        """Return the settings that a parent process left, None if there was none.
+
+        Raises:
+            ValueError: the variable holds something else.
+        """
         text = environment.get(VARIABLE)
         if not text:
             return None
-        values = json.loads(text)
-        return cls(**{**values, "budget": tuple(values["budget"]), "to": tuple(values["to"])})
+        try:
+            values = json.loads(text)
+            made = cls(**{**values, "budget": tuple(values["budget"]), "to": tuple(values["to"])})
+            sound = all(_alike(getattr(made, one.name), getattr(cls(), one.name)) for one in dataclasses.fields(cls))
+        except (ValueError, TypeError, KeyError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"{VARIABLE}={text!r:.80}: expected what gradsplit run leaves there, got something else. Unset it."
+            )
+        return made
 
 
 def budget_from_words(words: Sequence[str]) -> dict[str, Any]:
@@ -95,3 +108,8 @@ def budget_from_words(words: Sequence[str]) -> dict[str, Any]:
             options[key] = int(value) if "int" in str(keys[key].type) else value
         made[level if at else "bin"] = (*made.get(level if at else "bin", ()), BUDGETS[name](**options))
     return made
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's kind; a whole number may stand for a float."""
+    return type(value) is type(default) or (type(value) is int and type(default) is float)

@@ -31,6 +31,7 @@ MAY_IMPORT |= {
     "amp": set(),
     "attach": set(),
     "rates": {"plan"},
+    "saved_state": set(),
     "update_cap": _LOW | {"rates"},
     "bounding": _LOW | {"rates"},
     "calibration": _LOW | {"splitter"},

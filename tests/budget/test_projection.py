@@ -138,3 +138,14 @@ def test_bad_input_is_named(arguments, error, words):
 def test_another_rule_is_refused():
     with pytest.raises(ValueError, match=r"project\(rule='closest'\): expected one of bottom_up, nearest"):
         gs.project(PLAN, np.ones(3), np.ones(5), rule="closest")
+
+
+def test_a_child_that_keeps_much_more_than_the_limit_does_not_hide_its_small_siblings():
+    """Found by fuzzing: the first child keeps 1 at scale 1e-12, the second would keep 1e9; (2 - 1) / 1e18 = t^2."""
+    plan = gs.per_tensor(Layout.from_shapes({"a": (1,), "b": (1,)}))
+    limit_N = np.full(plan.num_nodes, np.inf)
+    limit_N[0], limit_N[plan.bin_nodes_B[0]] = np.sqrt(2.0), 1.0
+    norm_B = np.array([1e12, 1e9])
+    scale_B = gs.project(plan, norm_B, limit_N, rule="nearest")
+    np.testing.assert_allclose(scale_B, [1e-12, 1e-9], rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(scale_B * norm_B), limit_N[0], rtol=1e-9)
