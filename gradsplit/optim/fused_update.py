@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..budget import Decision
+from ..budget.lines import line_table, lines_of
 from ..kernels import squares_of
 from ..kernels.addresses import KINDS
 from ..kernels.numba_loops import fold
 from ..kernels.threads import Call, run, threads_for
-from ..kernels.walkable import bump_versions, obstacle, overlap, warn_of_fallback
-from ..plan.lowering import Lowered, lower, walks
+from ..kernels.walkable import bump_versions
+from ..plan.lowering import Lowered, lower
 from . import update_loops as loops
-from .local_limits import Line, lines_of
+from .parameter_memory import ParameterMemory
 from .planned import Planned
 from .reference_update import ReferenceUpdate
 
@@ -33,6 +34,8 @@ __all__ = ["FusedUpdate"]
 
 LONGEST = 1 << 18
 """Elements of the largest bin that one thread updates alone, from cache."""
+
+_NONE = torch.zeros(())  # steps of a parameter without a state
 
 Table = tuple[Any, Lowered]
 
@@ -43,18 +46,20 @@ class FusedUpdate:
     def __init__(self, planned: Planned) -> None:
         self.planned = planned
         plan = planned.plan
-        self._gradient_lines = lines_of(planned.gradient_budgets, plan.numel_B)
-        self._update_lines = lines_of(planned.update_budgets, plan.numel_B)
+        self._gradient_lines = lines_of(planned.gradient_budgets)
+        self._update_lines = lines_of(planned.update_budgets)
+        self._memory = ParameterMemory(planned)
         self._tables: list[tuple[Any, list[Table], bool]] = []
-        self._warned = False
         self._measured: tuple[Tensor, Tensor] | None = None
         self._decision: Decision | None = None
         # Where a bin's second moment stands among its tensor's; bins over several tensors have none.
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
         self._places_B = np.zeros(plan.num_bins, dtype=np.int64)
-        for ids in planned.bins_of_tensor:
+        self._bin_of_tensor = np.zeros(len(planned.owners), dtype=np.int64)  # any of them: rates are a tensor's
+        for t, ids in enumerate(planned.bins_of_tensor):
             self._places_B[ids] = np.arange(len(ids))
+            self._bin_of_tensor[t] = ids[0] if len(ids) else 0
 
     @cached_property
     def reference(self) -> ReferenceUpdate:
@@ -82,7 +87,7 @@ class FusedUpdate:
             if scaling is not None:
                 gradients = [None if g is None else scaling.plain(g) for g in gradients]
                 scaling = None
-            arrays = self._arrays(gradients, states)
+            arrays = self._memory.arrays(gradients, states)
         if arrays is None:
             self.reference.step(gradients, states, groups, scaling)
             self._measured, self._decision = None, self.reference.decision
@@ -90,15 +95,14 @@ class FusedUpdate:
         tables, one_pass = self._tables_of(arrays[0])
         bases = np.array([[0 if t is None else t.data_ptr() for t in row] for row in arrays], dtype=np.int64)
         numbers = _numbers(gradients, states, groups)
-        written = [t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None]
         num_elements = sum(table.num_elements for _, table in tables)
-        threads = 1 if overlap([t for t in arrays[0] if t is not None]) else threads_for(num_elements)
+        threads = threads_for(num_elements) if self._memory.is_apart(arrays[0], bases[0]) else 1
         by_bin = any("bin_sq" in state for state in states)
         if one_pass:
             self._one_pass(tables, bases, numbers, by_bin, threads)
         else:
             self._passes(tables, bases, numbers, by_bin, threads, gradients)
-        bump_versions(written)
+        bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
 
     def _one_pass(
         self, tables: list[Table], bases: np.ndarray, numbers: np.ndarray, by_bin: bool, threads: int
@@ -106,14 +110,16 @@ class FusedUpdate:
         num_bins = self.planned.plan.num_bins
         squares, weights = np.zeros(num_bins), np.zeros(num_bins)
         assert self._gradient_lines is not None and self._update_lines is not None
-        bounds = (*_lines(self._gradient_lines, num_bins), *_lines(self._update_lines, num_bins))
-        pace = np.zeros(0)
-        if self._update_lines:
-            pace = np.ascontiguousarray(self.planned.rates.pace_B(num_bins).numpy())
+        times_T = self.planned.rates.pace_B(num_bins).numpy()[self._bin_of_tensor] if self._update_lines else None
+        num_tensors = len(self._bin_of_tensor)
+        bounds = (
+            line_table(self._gradient_lines, num_tensors),
+            line_table(self._update_lines, num_tensors, times_T),
+        )
         calls: list[Call] = []
         for dtype, table in tables:
             kind, rows = KINDS[dtype], (table.entries, table.chunks, bases, numbers)
-            rest = (*bounds, pace, squares, weights, np.zeros(1, dtype=np.int64))
+            rest = (*bounds, squares, weights, np.zeros(1, dtype=np.int64))
             if by_bin:
                 calls.append((loops.one_pass_bin, (kind, *rows, self._places_B, *rest)))
             else:
@@ -166,51 +172,6 @@ class FusedUpdate:
         loop = loops.write_bin if by_bin else loops.write_element
         run([_call(loop, dtype, t, bases, numbers, times, sound, finite) for dtype, t in tables], threads)
 
-    def _arrays(
-        self, gradients: list[Tensor | None], states: list[dict[str, Any]]
-    ) -> tuple[list[Tensor | None], ...] | None:
-        """Weights, gradients and moments in matching strides, or None where one of them cannot be walked."""
-        weights: list[Tensor | None] = []
-        moments: list[Tensor | None] = []
-        spreads: list[Tensor | None] = []
-        parameters = self.planned.parameters
-        for t, gradient in enumerate(gradients):
-            p = parameters[t]
-            if gradient is None or p.numel() == 0:
-                gradients[t] = None
-                weights.append(None)
-                moments.append(None)
-                spreads.append(None)
-                continue
-            m, v = states[t]["exp_avg"], states[t].get("exp_avg_sq")
-            strides = p.stride()
-            reason = obstacle(p) or obstacle(gradient)
-            if not reason and (p.dtype not in KINDS or gradient.dtype != p.dtype):
-                reason = f"its dtype is {p.dtype}, its gradient's {gradient.dtype}"
-            if not reason and (m.stride() != strides or (v is not None and v.stride() != strides)):
-                reason = f"its strides {strides} are not those of its moments"
-            if not reason and (m.dtype != p.dtype or (v is not None and v.dtype != p.dtype)):
-                reason = f"its dtype is {p.dtype}, its moments' {m.dtype}"
-            if not reason and not walks(self.planned.plan, t, strides):
-                reason = f"its strides {strides} have no contiguous rows that the plan could cut"
-            if reason:
-                self._refuse(t, reason)
-                return None
-            if gradient.stride() != strides:
-                gradients[t] = torch.empty_like(p).copy_(gradient)
-            weights.append(p)
-            moments.append(m)
-            spreads.append(states[t]["bin_sq"] if v is None else v)
-        return weights, gradients, moments, spreads
-
-    def _refuse(self, t: int, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            name = self.planned.plan.layout.names[t]
-            warn_of_fallback(
-                "GSO's fused update", name, reason, "Make the parameter contiguous, or say backend='eager'."
-            )
-
     def _tables_of(self, weights: list[Tensor | None]) -> tuple[list[Table], bool]:
         """The lowered plan of each dtype, and whether one pass over whole bins will do."""
         signature = [None if p is None else (p.dtype, p.stride()) for p in weights]
@@ -238,25 +199,22 @@ def _call(loop: Any, dtype: torch.dtype, table: Lowered, *arguments: Any) -> Cal
     return loop, (KINDS[dtype], table.entries, table.chunks, *arguments, np.zeros(1, dtype=np.int64))
 
 
-def _lines(lines: list[Line], num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    slopes = np.array([slope for slope, _ in lines], dtype=np.float64)
-    return slopes, np.array([floors for _, floors in lines], dtype=np.float64).reshape(len(lines), num_bins)
-
-
 def _numbers(gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
     """The constants of each tensor's step, columns `loops.NUMBERS`."""
-    known: dict[tuple[int, float], tuple[float, ...]] = {}
-    rows = []
-    for gradient, state, group in zip(gradients, states, groups, strict=True):
-        if gradient is None:
-            rows.append((0.0,) * len(loops.NUMBERS))
-            continue
-        key = (id(group), float(state["step"]))
-        if key not in known:
-            (beta1, beta2), lr, step = group["betas"], float(group["lr"]), key[1]
-            known[key] = (
-                *(1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)),
-                *(group["eps"], 1 - lr * group["weight_decay"], -1.0 if group["maximize"] else 1.0),
+    known: dict[tuple[int, float], int] = {}
+    rows = [(0.0,) * len(loops.NUMBERS)]
+    counts = torch.stack([state.get("step", _NONE) for state in states]).tolist()
+    row_T = []
+    for gradient, count, group in zip(gradients, counts, groups, strict=True):
+        key = (id(group), count)
+        if gradient is not None and key not in known:
+            (beta1, beta2), lr = group["betas"], float(group["lr"])
+            known[key] = len(rows)
+            rows.append(
+                (
+                    *(1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)),
+                    *(group["eps"], 1 - lr * group["weight_decay"], -1.0 if group["maximize"] else 1.0),
+                )
             )
-        rows.append(known[key])
-    return np.array(rows, dtype=np.float64)
+        row_T.append(0 if gradient is None else known[key])
+    return np.array(rows, dtype=np.float64)[row_T]

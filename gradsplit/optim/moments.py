@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,18 +31,23 @@ def new_moments(owner: Tensor, num_bins: int | None, *, capturable: bool) -> dic
     return state
 
 
-def advance(state: dict[str, Tensor], found_inf: Tensor | None) -> None:
-    """Count a step, unless a GradScaler found an overflow; without waiting for its answer."""
+def advance(states: Sequence[dict[str, Tensor]], found_inf: Tensor | None) -> None:
+    """Count a step of every state, unless a GradScaler found an overflow; without waiting for its answer."""
     if found_inf is None:
-        state["step"] += 1
+        if states:
+            torch._foreach_add_([state["step"] for state in states], 1)
         return
-    if state["step"].device != found_inf.device:
-        state["step"] = state["step"].to(found_inf.device)
-    state["step"] += (found_inf.reshape(()) <= 0).to(state["step"].dtype)
+    for state in states:
+        if state["step"].device != found_inf.device:
+            state["step"] = state["step"].to(found_inf.device)
+        state["step"] += (found_inf.reshape(()) <= 0).to(state["step"].dtype)
 
 
 def local_moments(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return a parameter's state as real views of what this rank holds."""
+    mean = state["exp_avg"]
+    if type(mean) is Tensor and not mean.is_complex():  # nearly always: it is its own view
+        return state
     return {k: local_of(real(v)) if k in ("exp_avg", "exp_avg_sq") else v for k, v in state.items()}
 
 
@@ -54,6 +60,8 @@ def local_gradient(owner: Tensor) -> Tensor | None:
     gradient = owner.grad
     if gradient is None:
         return None
+    if type(gradient) is Tensor and gradient.layout is torch.strided and not gradient.is_complex():  # nearly always
+        return gradient
     if gradient.is_sparse:
         raise RuntimeError(
             f"GSO does not support sparse gradients, got one of shape {tuple(owner.shape)}. Make the embedding with "

@@ -57,12 +57,10 @@ def step_part(
     groups = [optimizer.param_groups[i] for i in planned.groups]
     if planned.kernel.device.type == "meta" and any(group["fused"] for group in groups):
         raise RuntimeError(refusal_of_fused(planned))
-    states: list[dict[str, Any]] = []
-    for owner, gradient in zip(planned.owners, gradients, strict=True):
-        if gradient is None:
-            states.append({})
-            continue
-        state = optimizer.state[owner]
-        advance(state, None if scaling is None else scaling.found_inf)
-        states.append(local_moments(state))
+    own = [
+        {} if gradient is None else optimizer.state[owner]
+        for owner, gradient in zip(planned.owners, gradients, strict=True)
+    ]
+    advance([state for state in own if state], None if scaling is None else scaling.found_inf)
+    states: list[dict[str, Any]] = [local_moments(state) if state else state for state in own]
     part.step(gradients, states, groups, scaling)

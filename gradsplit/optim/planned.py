@@ -80,7 +80,7 @@ class Planned:
     @property
     def parameters(self) -> list[Tensor]:
         """The parameters as this rank holds them, sharing memory."""
-        return [local_of(parameter) for parameter in self._parameters]
+        return [local_of(parameter) for parameter in self._parameters] if self.is_sharded else self._parameters
 
     def update_squares(self, updates: list[Tensor | None]) -> Tensor:
         """Return the squares of this rank's updates, added over the ranks only where a limit needs the others.

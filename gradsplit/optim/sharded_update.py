@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..budget import Decision
+from ..budget.lines import lines_of
 from ..distributed import Carried
 from ..plan import part_of
-from .local_limits import lines_of
 from .planned import Planned
 
 __all__ = ["ShardedUpdate", "can_update"]
@@ -34,12 +34,11 @@ _States = list[dict[str, Any]]
 
 def can_update(planned: Planned) -> bool:
     """Whether limits look at one bin each, and the tensors with bins over several ranks are small together."""
-    budgets, numel_B = [planned.gradient_budgets, planned.update_budgets], planned.plan.numel_B
-    alone = all(lines_of(pairs, numel_B) is not None for pairs in budgets)
-    one_for_all = not any(isinstance(getattr(b, "limit", None), tuple) for pairs in budgets for _, b in pairs)
+    budgets = [planned.gradient_budgets, planned.update_budgets]
+    alone = all(lines_of(pairs) is not None for pairs in budgets)
     plain = planned.bins_in_one_tensor and not any(owner.is_complex() for owner in planned.owners)
     num_carried = sum(planned.plan.layout.numels[t] for t in _spread(planned))
-    return alone and one_for_all and plain and num_carried <= max(CARRIED, CARRIED_A_BIN * planned.plan.num_bins)
+    return alone and plain and num_carried <= max(CARRIED, CARRIED_A_BIN * planned.plan.num_bins)
 
 
 def _spread(planned: Planned) -> list[int]:

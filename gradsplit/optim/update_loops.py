@@ -2,7 +2,8 @@
 """Compiled loops of GSO's update; each takes chunks of the tables from a shared counter until none is left.
 
 ``bases`` (4, T) are the addresses of weights, gradient, first moment, and second moment (element-wise, or the tensor's
-float32 values a bin). ``numbers`` (T, 8) are each tensor's constants of this step, see `NUMBERS`.
+float32 values a bin). ``numbers`` (T, 8) are each tensor's constants of this step, see `NUMBERS`; ``lines`` and
+``caps`` (J, 3, T) its limits on the gradient and on the update, as `bound_entries` takes them.
 
 `one_pass` sees a bin once: its rows stay in cache while gradient and weights are measured, the gradient is bounded and
 entered into the moments, the update's length is taken, bounded and applied. The others work element by element after
@@ -16,7 +17,7 @@ import math
 import numpy as np
 
 from ..kernels.addresses import fetch_add, load, narrow, pointer, store
-from ..kernels.numba_loops import _square_row
+from ..kernels.numba_loops import _limit, _square_row
 from .update_rows import (
     HUGE,
     TINY,
@@ -26,7 +27,6 @@ from .update_rows import (
     _bin_squares,
     _element_row,
     _enter_row,
-    _limit,
     _mean_row,
     _quick_mean_row,
     _reduced,
@@ -60,11 +60,8 @@ def one_pass_element(
     chunks,
     bases,
     numbers,
-    rules,
-    floors,
+    lines,
     caps,
-    cap_floors,
-    pace,
     squares,
     weights,
     counter,
@@ -95,7 +92,7 @@ def one_pass_element(
                 if not math.isfinite(gradient2):
                     continue
                 norm, weight = math.sqrt(gradient2), math.sqrt(weight2)
-                limit = _limit(rules, floors, b, weight)
+                limit = _limit(lines, t, weight, rows * length)
                 s = narrow(p, numbers[t, 7] * (limit / norm if norm > limit else 1.0))
                 moved2 = 0.0
                 for r in range(rows):
@@ -105,7 +102,7 @@ def one_pass_element(
                 if len(caps):
                     if not TINY < moved2 < HUGE:
                         moved2 = _square_row(kept, 0, rows * length)
-                    moved, most = math.sqrt(moved2), pace[b] * _limit(caps, cap_floors, b, weight)
+                    moved, most = math.sqrt(moved2), _limit(caps, t, weight, rows * length)
                     cap = most / moved if moved > most else 1.0
                     if not math.isfinite(moved2):
                         for r in range(rows):
@@ -116,9 +113,7 @@ def one_pass_element(
 
 
 @_reduced
-def one_pass_bin(
-    kind, entries, chunks, bases, numbers, places, rules, floors, caps, cap_floors, pace, squares, weights, counter
-):
+def one_pass_bin(kind, entries, chunks, bases, numbers, places, lines, caps, squares, weights, counter):
     """The same with one second moment a bin: nothing is kept, for the update is the first moment times a number."""
     counting = pointer(counter.ctypes.data, np.int64(0))
     while True:
@@ -138,7 +133,7 @@ def one_pass_bin(
                 if not math.isfinite(gradient2):
                     continue
                 norm, weight = math.sqrt(gradient2), math.sqrt(weight2)
-                limit = _limit(rules, floors, b, weight)
+                limit = _limit(lines, t, weight, rows * length)
                 s = limit / norm if norm > limit else 1.0
                 mean = (s * norm) * (s * norm) / (rows * length)
                 v1 = np.float32(numbers[t, 1] * load(v, places[b]) + numbers[t, 2] * mean)
@@ -150,7 +145,7 @@ def one_pass_bin(
                 if len(caps):
                     if not TINY < moment2 < HUGE:
                         moment2 = _bin_square(m, at, rows, row_step, length)
-                    moved, most = rate * math.sqrt(moment2), pace[b] * _limit(caps, cap_floors, b, weight)
+                    moved, most = rate * math.sqrt(moment2), _limit(caps, t, weight, rows * length)
                     if not math.isfinite(moved):
                         for r in range(rows):
                             _shrink_row(p, at + r * row_step, length, shrink)

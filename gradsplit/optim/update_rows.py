@@ -17,7 +17,6 @@ __all__ = [
     "_bin_squares",
     "_element_row",
     "_enter_row",
-    "_limit",
     "_mean_row",
     "_quick_mean_row",
     "_shrink_row",
@@ -32,15 +31,6 @@ TINY, HUGE = 1e-25, 1e37
 """A float32 sum of squares outside may have lost small terms or overflowed, and is taken again in float64."""
 
 _reduced = compiled(fastmath={"reassoc", "contract"})
-
-
-@_reduced
-def _limit(rules, floors, b, weight):
-    """The least of ``max(slope * weight norm, floor)`` over the rules of a bin."""
-    limit = np.inf
-    for j in range(len(rules)):
-        limit = min(limit, max(rules[j] * weight, floors[j, b]))
-    return limit
 
 
 @_reduced
