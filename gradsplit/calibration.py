@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import whole_of
+from .distributed import local_of, whole_of
 from .kernels.gradients import gradients_of
 from .plan import STRATEGIES, Plan, make_plan
 
@@ -26,7 +26,8 @@ def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int
         raise ValueError(f"GradientSplitter.calibrate(steps={steps!r}): expected at least one backward pass.")
     strategy = splitter._strategy
     cuts_anew = isinstance(strategy, str) and STRATEGIES[strategy].needs_energy
-    mean: list[Tensor | None] = [None] * len(splitter.parameters)
+    whole_means = [torch.zeros_like(p.detach(), dtype=torch.float32) for p in splitter.parameters] if cuts_anew else []
+    mean: list[Any] = [local_of(value) for value in whole_means]
     seen = [0] * len(splitter.parameters)
     squares: list[Tensor] = []
     for _ in range(steps):
@@ -38,21 +39,17 @@ def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int
         squares.append(splitter.kernel.squares(gradients))
         if not cuts_anew:
             continue
-        for t, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            dense = gradient.to_dense() if gradient.is_sparse else gradient
-            energy = (dense.abs() if dense.is_complex() else dense).float().square()
-            if bool(energy.isfinite().all()):
-                before = mean[t]
-                mean[t] = torch.lerp(torch.zeros_like(energy) if before is None else before, energy, 1 - _MEMORY)
+        energy_T = [None if gradient is None else _energy(gradient) for gradient in gradients]
+        for t, sound in enumerate(_sound_everywhere(splitter.kernel, energy_T)):
+            if sound:
+                mean[t].lerp_(energy_T[t], 1 - _MEMORY)
                 seen[t] += 1
     for parameter in splitter.parameters:
         parameter.grad = None
     if cuts_anew:
         energies = {
-            name: torch.zeros(shape) if value is None else whole_of(value) / (1 - _MEMORY**count)
-            for name, shape, value, count in zip(splitter.layout.names, splitter.layout.shapes, mean, seen, strict=True)
+            name: whole_of(value) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
+            for name, value, count in zip(splitter.layout.names, whole_means, seen, strict=True)
         }
         splitter._adopt(make_plan(strategy, splitter.layout, energies, call="GradientSplitter.calibrate"))
     elif not splitter._needs_rates:
@@ -60,3 +57,16 @@ def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int
         for squares_B in squares:
             splitter.ledger.decide(squares_B, weights)
     return splitter.plan
+
+
+def _energy(gradient: Tensor) -> Tensor:
+    """Squares of what this rank holds of a gradient."""
+    local: Tensor = local_of(gradient.to_dense() if gradient.is_sparse else gradient)
+    return (local.abs() if local.is_complex() else local).float().square()
+
+
+def _sound_everywhere(kernel: Any, energy_T: list[Tensor | None]) -> list[bool]:
+    """Whether every rank has a finite gradient of a tensor; one answer for all ranks, or they would cut differently."""
+    bad = [energy is None or not bool(energy.isfinite().all()) for energy in energy_T]
+    bad_T = getattr(kernel, "add_", lambda values: values)(torch.tensor(bad, dtype=torch.float32, device=kernel.device))
+    return [not count for count in bad_T.tolist()]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradsplit.chain.bound import signal_norm
+from gradsplit.distributed import is_sharded, kernel_for
+from gradsplit.kernels import make_kernel
+from gradsplit.plan import Boxes, Layout, Plan
 
 
 def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -27,7 +32,25 @@ def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return owners
 
 
-def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0) -> Tensor:
+def kernel_over_ranks(owners: Iterable[list[nn.Parameter]]) -> Any | None:
+    """Return what adds the squares of each module over the ranks that hold its shards; None if nothing is sharded."""
+    lists = list(owners)
+    parameters = [p for own in lists for p in own]
+    if not any(is_sharded(p) for p in parameters):
+        return None
+    layout = Layout.from_shapes({str(i): tuple(p.shape) for i, p in enumerate(parameters)})
+    rows, cols = np.array(layout.rows), np.array(layout.cols)
+    module_T = np.repeat(np.arange(len(lists)), [len(own) for own in lists])
+    zeros, filled = np.zeros_like(rows), rows * cols > 0
+    columns = (np.arange(len(rows)), zeros, rows, zeros, cols, np.unique(module_T[filled], return_inverse=True)[1])
+    boxes = Boxes.from_columns(*(column[filled] for column in columns[:5]), columns[5].reshape(-1))
+    device = parameters[0].device
+    return kernel_for(
+        Plan(layout, boxes), parameters, lambda local: make_kernel("auto", local, device, call="ChainSplitter")
+    )
+
+
+def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0, kernel: Any | None = None) -> Tensor:
     """Bound the gradient of every module by its equal part of one total, in place.
 
         limit = total / sqrt(M);  g_m <- g_m min(1, limit / ||g_m||);  a module that is not finite is zeroed
@@ -38,6 +61,7 @@ def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0) -> T
     Args:
         owners: the parameters of each module.
         total: L2 norm, gradient units.
+        kernel: from `kernel_over_ranks`; one all-reduce then makes the norms those of the whole modules.
 
     Returns:
         norm_M (M,): the norms before, on the gradients' device; no host sync.
@@ -46,6 +70,8 @@ def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0) -> T
     >>> bound_modules([[layer.weight]]).tolist(), layer.weight.grad.item()
     ([5.0], 1.0)
     """
+    if kernel is not None:
+        return _bound_over_ranks([p.grad for own in owners for p in own], total, kernel)
     lists = [[p.grad for p in own if p.grad is not None] for own in owners]
     limit = total / math.sqrt(max(1, len(lists)))
     norms = []
@@ -64,3 +90,11 @@ def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0) -> T
             # multiplying by zero leaves a NaN where it was: zeros are written
             grad.masked_fill_(~finite, 0.0)
     return torch.stack([n.to(norms[0].device) for n in norms]) if norms else torch.zeros(0)
+
+
+def _bound_over_ranks(gradients: list[Tensor | None], total: float, kernel: Any) -> Tensor:
+    squares = kernel.squares(gradients)
+    finite, limit = torch.isfinite(squares), total / math.sqrt(len(squares))
+    norms = torch.where(finite, squares, 0.0).sqrt()
+    kernel.scale_(gradients, (limit / norms.clamp(min=1e-38)).clamp(max=1.0), ~finite)
+    return torch.where(finite, norms, float("inf"))

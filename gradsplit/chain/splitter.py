@@ -14,7 +14,7 @@ from gradsplit.budget.base import Budget
 from gradsplit.chain.fork_watch import ForkWatch
 from gradsplit.chain.guard import Guard
 from gradsplit.chain.joints import bare, checked_names, layers_of
-from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
+from gradsplit.chain.module_limits import bound_modules, kernel_over_ranks, modules_with_parameters
 from gradsplit.chain.signal_guard import SignalGuard
 from gradsplit.chain.splitter_state import JointRow, dump_state, load_state, rows_of
 from gradsplit.chain.structure import carries_signal, tensors_in
@@ -98,6 +98,8 @@ class ChainSplitter:
         self.parameters, self.total = parameters, total
         self.owners = modules_with_parameters(self.model)
         self.module_norms: Tensor | None = None
+        self._kernel: Any = None
+        self._asked_for_kernel = False
         self._handles: list[Any] = []
         self._generation = 0
         self._trace: CallTrace | None = None
@@ -150,7 +152,9 @@ class ChainSplitter:
         """Bound the parameters' gradients by module if a task fork is bounded and `parameters="modules"`."""
         self._unbounded = 0
         if self.watch.memories and self.parameters == "modules":
-            self.module_norms = bound_modules(self.owners.values(), self.total)
+            if not self._asked_for_kernel:
+                self._kernel, self._asked_for_kernel = kernel_over_ranks(self.owners.values()), True
+            self.module_norms = bound_modules(self.owners.values(), self.total, self._kernel)
 
     def rows(self) -> list[JointRow]:
         """One row a joint: last norm, limit, how often bounded or not finite; waits for the device."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from .add import add_over
-from .local_plan import LocalPlan
+from .local_plan import LocalPlan, pieces_of
 from .shards import is_sharded, local_of, shard_of
 
 __all__ = ["ShardedKernel", "kernel_for"]
@@ -36,27 +36,28 @@ class ShardedKernel:
 
     def __init__(self, plan: Plan, tensors: Sequence[Any], make: Callable[[Plan], Any], group: Any | None) -> None:
         self.plan, self.group = plan, group
-        names = plan.layout.names
-        self.local_plan = LocalPlan(plan, [shard_of(name, t) for name, t in zip(names, tensors, strict=True)])
-        self.local = make(self.local_plan)
+        shards = [shard_of(name, t) for name, t in zip(plan.layout.names, tensors, strict=True)]
+        self.local_plan = LocalPlan(plan, shards)
+        # Measured and scaled by pieces of bins, one a tensor; nearly always these are the bins.
+        pieces, self._bin_of_piece = pieces_of(plan)
+        self._local_pieces = self.local_plan if self._bin_of_piece is None else LocalPlan(pieces, shards)
+        self.local = make(self._local_pieces)
         self.name = f"{self.local.name}, sharded"
         self.device: torch.device = self.local.device
-        like = self.local.squares([None] * len(tensors))
-        self._numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
+        self._like = self.local.squares([None] * len(tensors))
+        self._numel = self._vector(pieces.numel_B)
         self._counts: dict[bytes, Tensor] = {}
-        copies_B = (
-            self.add_(torch.as_tensor(self.local_plan.held_B(), dtype=like.dtype, device=like.device)) / self._numel_B
-        )
-        bad = (copies_B < 0.5) | ((copies_B - copies_B.round()).abs() > 1e-6)
+        copies = self.add_(self._vector(self._local_pieces.held_B())) / self._numel
+        bad = (copies < 0.5) | ((copies - copies.round()).abs() > 1e-6)
         if bool(bad.any()):
             b = int(bad.nonzero()[0, 0])
             raise ValueError(
-                f"ShardedKernel(…): expected the ranks to hold a whole number of copies, got {float(copies_B[b]):g} of "
-                f"{plan.bins[b].name!r}. Pass process_group= with the ranks that share these parameters."
+                f"ShardedKernel(…): expected the ranks to hold a whole number of copies, got {float(copies[b]):g} of "
+                f"{pieces.bins[b].name!r}. Pass process_group= with the ranks that share these parameters."
             )
         mine = self.local_plan.held_B()
-        parts_B = torch.as_tensor((mine > 0) & (mine < plan.numel_B), dtype=like.dtype, device=like.device)
-        self.spread_B: np.ndarray = self.add_(parts_B).cpu().numpy() > 0
+        spread_B = self.add_(self._vector((mine > 0) & (mine < plan.numel_B)))
+        self.spread_B: np.ndarray = spread_B.cpu().numpy() > 0
         """(B,) whether some rank holds a part of a bin and not all of it, as of a bias under FSDP."""
         self.bins_are_local = not bool(self.spread_B.any())
 
@@ -66,27 +67,47 @@ class ShardedKernel:
 
     def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
         """Return the squares of several lists of tensors, by one all-reduce of (2 x lists, B)."""
-        locals_ = [[local_of(t) for t in tensors] for tensors in lists]
-        many = getattr(self.local, "squares_many", None)
-        sums = [self.local.squares(tensors) for tensors in locals_] if many is None else many(locals_)
         counts = [self._held(tensors) for tensors in lists]
-        total = self.add_(torch.stack([*sums, *counts]))
+        total = self.add_(torch.stack([*self._sums(lists), *counts]))
         squares, held = total[: len(lists)], total[len(lists) :]
-        share = self._numel_B / held.clamp(min=1.0)
-        return list(torch.where(held > 0, squares * share, torch.zeros_like(squares)))
+        # Where a rank has no gradient the count is no multiple; a bin's length is then that of what is there.
+        copies = (held / self._numel - 1e-6).ceil().clamp(min=1.0)
+        return [self._of_bins(row) for row in squares / copies]
+
+    def squares_here(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the squares of what this rank holds; no communication."""
+        return self._of_bins(self._sums([tensors])[0])
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
         """See `ReferenceKernel.scale_`; no communication."""
+        if self._bin_of_piece is not None:
+            ids = torch.from_numpy(self._bin_of_piece).to(self.device)
+            scale_B, zero_B = scale_B[ids], zero_B[ids]
         self.local.scale_([local_of(t) for t in tensors], scale_B, zero_B)
 
+    def _sums(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+        """Squares of the pieces of each list's tensors that are here."""
+        locals_ = [[local_of(t) for t in tensors] for tensors in lists]
+        many = getattr(self.local, "squares_many", None)
+        made: list[Tensor] = [self.local.squares(tensors) for tensors in locals_] if many is None else many(locals_)
+        return made
+
+    def _of_bins(self, pieces: Tensor) -> Tensor:
+        if self._bin_of_piece is None:
+            return pieces
+        ids = torch.from_numpy(self._bin_of_piece).to(self.device)
+        return pieces.new_zeros(self.plan.num_bins).index_add_(0, ids, pieces)
+
     def _held(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Elements of each bin that this rank's present tensors hold; the same few patterns come again and again."""
+        """Elements of each piece in this rank's present tensors; the same few patterns come again and again."""
         present = np.array([tensor is not None for tensor in tensors], dtype=np.float64)
         key = present.tobytes()
         if key not in self._counts:
-            held = torch.as_tensor(self.local_plan.held_B(present), dtype=self._numel_B.dtype)
-            self._counts[key] = held.to(self.device)
+            self._counts[key] = self._vector(self._local_pieces.held_B(present))
         return self._counts[key]
+
+    def _vector(self, values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values, dtype=self._like.dtype, device=self.device)
 
     def add_(self, values: Tensor) -> Tensor:
         """Add a tensor over the ranks in place, see `add_over`."""

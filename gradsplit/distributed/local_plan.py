@@ -7,7 +7,19 @@ import numpy as np
 from ..plan import Boxes, Layout, Plan
 from .shards import Shard
 
-__all__ = ["LocalPlan"]
+__all__ = ["LocalPlan", "pieces_of"]
+
+
+def pieces_of(plan: Plan) -> tuple[Plan, np.ndarray | None]:
+    """Return a plan in which every bin lies in one tensor, and the bin of each of its bins; None: it is the plan.
+
+    Tensors of one bin may have different numbers of copies, as the weight and the bias of a row-wise parallel layer.
+    """
+    pairs, pieces = np.unique(np.stack((plan.bin_K, plan.tensor_K)), axis=1, return_inverse=True)
+    if pairs.shape[1] == plan.num_bins:
+        return plan, None
+    columns = [*list(vars(plan.boxes).values())[:5], pieces.reshape(-1)]
+    return Plan(plan.layout, Boxes.from_columns(*columns), modules=plan.modules), pairs[0]
 
 
 class LocalPlan(Plan):

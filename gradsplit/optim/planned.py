@@ -91,8 +91,8 @@ class Planned:
             self.update and self.update.state_dict()
         )
         whole = alone and getattr(self.kernel, "bins_are_local", False)
-        kernel = self.kernel.local if whole else self.kernel
-        return kernel.squares(updates)
+        squares: Tensor = self.kernel.squares_here(updates) if whole else self.kernel.squares(updates)
+        return squares
 
     def of_one(self, t: int, plan: Plan, name: str) -> Planned:
         """Return tensor t under its own part of the plan, with budgets and history of its own."""

@@ -31,6 +31,8 @@ def blocks(layout: gs.Layout) -> gs.Plan:
 PLANS: dict[str, tuple[Any, Any]] = {
     "rows, default": ("xsp", None),
     "boxes over borders": (blocks, {"root": gs.Fixed(2.0), "module": gs.Ema(1.5, warmup=1), "bin": gs.Fixed(0.5)}),
+    "modules": (blocks, {"module": gs.Ema(1.2, warmup=1)}),
+    "one bin": ("whole", gs.Fixed(0.5)),  # a shard and a replica in one bin
     "columns": (lambda layout: gs.xsp(layout, axis=1), gs.Relative(0.1)),
 }
 
