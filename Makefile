@@ -9,6 +9,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 LOCKED    := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
+TIMM      := .venv-timm
 PIP       := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60 install
 
 # The tests run in WORKERS processes; more threads than one in each would only fight for the same cores.
@@ -18,10 +19,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 try = for n in 1 2 3; do $(1) && exit 0; echo "attempt $$n of 3 failed: $(1)" >&2; sleep $$((5 * n)); done; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check static docs format bench clean
+.PHONY: help venv demo test test-timm check static docs format bench clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 venv: $(INSTALLED) ## set up .venv from requirements.lock (again when the lock changes)
 
@@ -30,6 +31,9 @@ demo: $(INSTALLED) ## train detection and text with and without gradient splitti
 
 test: $(INSTALLED) ## run every test; skips are printed with their reasons
 	$(PYTEST) $(ARGS)
+
+test-timm: $(TIMM)/.installed ## timm's NFNet, ResNet and ViT, in .venv-timm: its torchvision wants the torch it was built for
+	OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest -n 0 tests/integrations/test_timm.py $(ARGS)
 
 check: static docs test ## format, lint, types, docs, tests
 
@@ -50,7 +54,7 @@ bench: $(INSTALLED) ## what a step costs here, beside a global clip and a fused 
 
 clean: ## remove caches and build products; .venv stays
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 # Debian's python3 may lack ensurepip; the system's pip can then install into the new environment.
 $(BIN)/python:
@@ -67,4 +71,13 @@ $(LOCKED): requirements.lock | $(BIN)/python
 
 $(INSTALLED): pyproject.toml $(LOCKED)
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# timm imports torchvision, which is compiled against one build of one torch: an environment of its own (5.5 GB with CUDA).
+TIMM_PACKAGES ?= torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+$(TIMM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TIMM)
+	@$(call try,$(TIMM)/bin/python -m pip --disable-pip-version-check install $(TIMM_PACKAGES) "hypothesis>=6.100" "pytest>=8.2" pytest-xdist "numba>=0.60" "setuptools>=77")
+	$(TIMM)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation --editable .
+	@$(TIMM)/bin/python -c 'import timm' || { echo "make test-timm: expected torch and torchvision of one build in $(TIMM). Name a pair that your index has: make test-timm TIMM_PACKAGES='torch==… torchvision==… timm==1.0.31'" >&2; exit 1; }
 	@touch $@
