@@ -150,7 +150,7 @@ def gso_rule(
         changes = []
         for t, u in enumerate(updates):
             change = -u
-            if weight_decay:
+            if not _is_number(weight_decay) or weight_decay:
                 live = patterns.factor(t, decision.finite_B)
                 change = change - xp.where(live, xp.cast(weights[t], u) * (lr * weight_decay), xp.zeros_like(u))
             changes.append(xp.cast(change, weights[t]))
@@ -161,7 +161,14 @@ def gso_rule(
 
 def _grown(xp: Any, beta: float, step: Array) -> Array:
     """1 - beta^step without cancellation."""
+    if not _is_number(beta):
+        return -xp.expm1(step * xp.log(beta))
     return -xp.expm1(step * math.log(beta)) if beta else step * 0.0 + 1.0
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a constant is known before the run, and no array of a graph."""
+    return isinstance(value, (int, float))
 
 
 def _spans_arrays(plan: Plan) -> bool:
@@ -176,9 +183,9 @@ def _check_constants(
     if second_moment not in ("element", "bin"):
         raise ValueError(f"{call}(second_moment={second_moment!r}): expected 'element' or 'bin'.")
     for name, value, ok, rule in (
-        ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two memories in [0, 1)"),
-        ("eps", eps, eps >= 0, "a number >= 0"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "a number >= 0"),
+        ("betas", betas, all(not _is_number(beta) or 0 <= beta < 1 for beta in betas), "two memories in [0, 1)"),
+        ("eps", eps, not _is_number(eps) or eps >= 0, "a number >= 0"),
+        ("weight_decay", weight_decay, not _is_number(weight_decay) or weight_decay >= 0, "a number >= 0"),
     ):
         if not ok:
             raise ValueError(f"{call}({name}={value!r}): expected {rule}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, exp, expm1, isfinite, logical_or, maximum, minimum, reshape, sqrt, zeros_like
+from torch import Tensor, exp, expm1, isfinite, log, logical_or, maximum, minimum, reshape, sqrt, zeros_like
 
 __all__ = [
     "absolute",
@@ -27,6 +27,7 @@ __all__ = [
     "index",
     "is_readable",
     "isfinite",
+    "log",
     "logical_or",
     "maximum",
     "minimum",

@@ -1,0 +1,28 @@
+"""optax: gradient transformations that bound each bin of a gradient, or of an update, by a budget of its own."""
+
+try:
+    import jax
+    import optax
+except ImportError as error:
+    raise ImportError(
+        "gradsplit.integrations.optax: expected the packages jax and optax. Run: pip install 'gradsplit[jax]'"
+    ) from error
+
+from .gso import GsoOptState, gso
+from .splitting import SplitState, cap_updates, split_gradients
+from .transformation import LastStep, SplitTransformation
+from .trees import energies_of, layout_of
+
+__all__ = [
+    "GsoOptState",
+    "LastStep",
+    "SplitState",
+    "SplitTransformation",
+    "cap_updates",
+    "energies_of",
+    "gso",
+    "layout_of",
+    "split_gradients",
+]
+
+del jax, optax
