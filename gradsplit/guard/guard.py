@@ -259,6 +259,7 @@ class Guard:
             factor=self.factor,
             num=self.num_rollbacks,
             num_undone=undone,
+            optimizer=type(self.optimizer).__name__,
             batches=left_out,
             worst=worst,
         )

@@ -25,6 +25,7 @@ class GuardAction:
         factor: by which every learning rate is multiplied from now on.
         num: rollbacks so far, this one included.
         num_undone: updates that were undone.
+        optimizer: the class's name.
         batches: the batches left out, as "epoch 0: 12 to 17"; empty where the guard does not hand them out.
         worst: names and norms of what was hit worst, as far as they are known.
     """
@@ -39,6 +40,7 @@ class GuardAction:
     factor: float
     num: int
     num_undone: int
+    optimizer: str = ""
     batches: str = ""
     worst: tuple[str, ...] = field(default=())
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .actions import GuardAction
 from .codec import to_float, unpack_bits, unpack_counts, unpack_exact
 from .outline import Outline
 from .rows import Stream
@@ -177,6 +178,20 @@ class RunFile:
                 Event(int(stream), int(step), float(when), None if leaf is None else int(leaf), str(kind), int(num))
                 for stream, step, when, leaf, kind, num in found
             ][::-1]
+
+    def actions(self) -> list[GuardAction]:
+        """Return what a guard did to the run, oldest first.
+
+        Raises:
+            RunFileError: what stands there is no list of actions.
+        """
+        try:
+            return [GuardAction.from_dict(values) for values in self.meta.get("guard", [])]
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise RunFileError(
+                f"run file {self.path}: expected the actions of a guard under 'guard', got something else ({error}). "
+                "The file is damaged."
+            ) from error
 
     def thinnings(self) -> list[dict[str, Any]]:
         """Return what was thinned, in order: rows, strides and bytes before and after."""

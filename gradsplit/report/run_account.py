@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..record import RunFile, Series, Stream
+from ..record import GuardAction, RunFile, Series, Stream
 from .run_departures import HISTORY, RISEN, SCORE, Scores, scores_of
 
 __all__ = ["Account", "Departure", "Neighbour", "NodeUse", "StreamAccount", "account_of"]
@@ -130,13 +130,14 @@ class Account:
         meta: about the run.
         streams: one an optimizer.
         thinnings: what was thinned.
-        num_skipped: steps that a gradient scaler did not make.
+        actions: what a guard did.
     """
 
     path: str
     meta: dict[str, Any]
     streams: tuple[StreamAccount, ...]
     thinnings: tuple[dict[str, Any], ...] = field(default=())
+    actions: tuple[GuardAction, ...] = field(default=())
 
     @property
     def first(self) -> Departure | None:
@@ -157,7 +158,7 @@ def account_of(file: RunFile) -> Account:
         RunFileError: nothing recorded yet, or a broken file.
     """
     streams = tuple(_stream_account(file.series(stream)) for stream in file.streams)
-    return Account(str(file.path), file.meta, streams, tuple(file.thinnings()))
+    return Account(str(file.path), file.meta, streams, tuple(file.thinnings()), tuple(file.actions()))
 
 
 def _stream_account(series: Series) -> StreamAccount:

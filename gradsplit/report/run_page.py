@@ -10,6 +10,7 @@ from typing import Any
 
 from .page import Section, html_table, page, text
 from .run_account import Account, StreamAccount
+from .run_actions import ACTION_HEADINGS, action_rows
 from .run_advice import advice_of, number
 from .run_departures import ALONE, FACTOR, HISTORY, SCORE
 from .run_figures import COLUMNS, curves, heat_map
@@ -34,6 +35,11 @@ def run_page(account: Account) -> str:
         Section("What happened", headline(account), [_sentences(findings(account))]),
         Section("What to change", "", [_advice(account)]),
     ]
+    if account.actions:
+        lead = (
+            "Going back to a snapshot undoes updates; the rates of all later steps are multiplied by the last number."
+        )
+        sections.append(Section("The guard", lead, [html_table(ACTION_HEADINGS, action_rows(account.actions))]))
     for stream in account.streams:
         sections += _stream_sections(stream, several=len(account.streams) > 1)
     return page(f"gradsplit: {program}", _lead(account), sections, _evidence(account))

@@ -6,6 +6,7 @@ import math
 import time
 
 from .run_account import Account, Departure, NodeUse, StreamAccount
+from .run_actions import action_sentence
 from .run_advice import advice_of, number
 
 __all__ = ["findings", "headline", "report_text", "use_rows"]
@@ -38,6 +39,8 @@ def findings(account: Account) -> list[str]:
     first = account.first
     if first is not None:
         said += _aftermath(first)
+    if account.actions:
+        said.append(action_sentence(account.actions))
     for stream in account.streams:
         said += _stream(stream, several=len(account.streams) > 1)
     if account.thinnings:
@@ -141,6 +144,8 @@ def report_text(account: Account) -> str:
         headline(account),
         *findings(account),
     ]
+    if account.actions:
+        lines += ["", "What the guard did", *(f"  {action}" for action in account.actions)]
     for stream in account.streams:
         rows = [USE_HEADINGS, *use_rows(stream)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(USE_HEADINGS))]
