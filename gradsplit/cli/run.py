@@ -20,6 +20,14 @@ def run(
     ],
     watch: Annotated[bool, typer.Option("--watch", help="Only measure; gradients stay bit for bit (default).")] = False,
     control: Annotated[bool, typer.Option("--control", help="Bound the gradients, too.")] = False,
+    guard: Annotated[
+        bool,
+        typer.Option(
+            "--guard",
+            help="Go back to a snapshot and lower the learning rate when the run diverges, at most 3 times. Beside "
+            "--watch or --control. Data cannot be skipped from outside the script.",
+        ),
+    ] = False,
     plan: Annotated[str, typer.Option(help="With --control: xsp, per_tensor, tree_sp or whole.")] = "xsp",
     budget: Annotated[
         list[str] | None,
@@ -58,6 +66,7 @@ def run(
         Settings(
             record=str(record),
             control=control,
+            guard=guard,
             plan=plan,
             budget=tuple(budget or ()),
             max_nodes=max_nodes,

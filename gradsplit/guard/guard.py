@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.batches import Batches
-from ..checkpoint.checkpoint import load_tree
 from ..record import GuardAction, StepRecord
 from .agreement import Agreement
+from .arguments import check_constants, check_counts, check_parts
 from .divergence import Divergence
 from .errors import DivergenceError
 from .evidence import batches_since, stop_message, worst_of
 from .loss_history import LossHistory
 from .lowered_rate import LoweredRate
 from .nonfinite import nonfinite_names
+from .restore import restore
 from .snapshots import DiskSnapshots, MemorySnapshots, Snapshot
 
 __all__ = ["Guard"]
@@ -102,7 +103,7 @@ class Guard:
         process_group: Any = None,
         sinks: Iterable[Callable[[GuardAction], Any]] = (),
     ) -> None:
-        _check_numbers(
+        check_counts(
             every=(every, 1),
             keep=(keep, 1),
             patience=(patience, 1),
@@ -111,18 +112,10 @@ class Guard:
             skip=(skip, 0),
             check_every=(check_every, 1),
         )
-        if not score > 0:
-            raise ValueError(f"Guard(score={score!r}): expected a number above 0, for example 10.")
-        if not 0 < lr_factor <= 1:
-            raise ValueError(f"Guard(lr_factor={lr_factor!r}): expected a factor in (0, 1]; 1 leaves the rate alone.")
+        check_constants(score, lr_factor)
         named = {"model": model, "optimizer": optimizer, "splitter": splitter, "scheduler": scheduler}
         self._states = {name: part for name, part in named.items() if part is not None} | dict(others or {})
-        for name, part in self._states.items():
-            if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")) or name == "guard":
-                raise ValueError(
-                    f"Guard({name}={type(part).__name__}): expected an object with state_dict() and load_state_dict(), "
-                    "under a name other than 'guard'."
-                )
+        check_parts(self._states)
         self.model, self.optimizer, self.splitter = model, optimizer, splitter
         self.every, self.check_every, self.skip = every, check_every, skip
         self.lr_factor, self.max_rollbacks = lr_factor, max_rollbacks
@@ -220,6 +213,12 @@ class Guard:
         self._since = self.step_count
         self.snapshots.take(Snapshot(self.step_count, self.num_updates, places), parts)
 
+    def remove(self) -> None:
+        """Let optimizer and splitter alone; the lowered rates with them."""
+        self._rate.remove()
+        if self._remember in getattr(self.splitter, "sinks", ()):
+            self.splitter.sinks.remove(self._remember)
+
     def roll_back(self, reason: str = "asked for") -> GuardAction:
         """Do what a divergence does, now.
 
@@ -242,7 +241,9 @@ class Guard:
         worst = worst_of(self._record, self.model, self.optimizer)
         left_out = batches_since(self._data, snapshot.places, 0 if stops else self.skip)
         undone = self.num_updates - snapshot.num_updates
-        self._load(snapshot)
+        restore(self.snapshots.tree(snapshot), self._states)
+        self.num_updates, self._since, self._used = snapshot.num_updates, self.step_count, snapshot
+        self._divergence.bad = 0
         if not stops:
             self.num_rollbacks += 1
             self._rate.factor *= self.lr_factor
@@ -270,17 +271,6 @@ class Guard:
         if stops:
             raise DivergenceError(stop_message(self.actions, self.max_rollbacks), self.actions)
         return action
-
-    def _load(self, snapshot: Snapshot) -> None:
-        """Set every state back but the count of the splitter's steps, which names rows of the recording."""
-        count = getattr(self.splitter, "step_count", None)
-        tree = self.snapshots.tree(snapshot)
-        load_tree(tree, self._states, call="Guard", generators=False, undo=False)
-        if count is not None:
-            self.splitter.step_count = count
-        self.optimizer.zero_grad()
-        self.num_updates, self._since, self._used = snapshot.num_updates, self.step_count, snapshot
-        self._divergence.bad = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the guard's own state and the data positions; model, optimizer and others have their own."""
@@ -325,10 +315,3 @@ class Guard:
 
 def _has_double(loss: Tensor | float) -> bool:
     return not isinstance(loss, Tensor) or (loss.dtype == torch.float64)
-
-
-def _check_numbers(**least: tuple[int, int]) -> None:
-    """Check whole numbers against the least that each may be."""
-    for name, (value, bound) in least.items():
-        if not isinstance(value, int) or value < bound:
-            raise ValueError(f"Guard({name}={value!r}): expected a whole number >= {bound}.")

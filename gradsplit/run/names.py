@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["named_parameters_of", "parameters_of"]
+__all__ = ["named_parameters_of", "parameters_of", "roots_of"]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -42,8 +42,13 @@ def named_parameters_of(optimizer: torch.optim.Optimizer) -> list[tuple[str, tor
     ]
 
 
-def _owned_names(wanted: set[int]) -> dict[int, str]:
-    """Return ``{id(parameter): dotted name}`` from living modules: the roots that cover most parameters, first."""
+def roots_of(wanted: set[int]) -> list[nn.Module]:
+    """Return the living modules that no other module holds and that own any of the parameters (by id)."""
+    return [root for root, _ in _covers(wanted)]
+
+
+def _covers(wanted: set[int]) -> list[tuple[Any, dict[int, str]]]:
+    """Return root modules, each with ``{id(parameter): dotted name}``."""
     modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
     inside = {id(child) for module in modules for child in vars(module).get("_modules", {}).values()}
     roots = [module for module in modules if id(module) not in inside and "_parameters" in vars(module)]
@@ -52,6 +57,12 @@ def _owned_names(wanted: set[int]) -> dict[int, str]:
         names = {id(parameter): name for name, parameter in root.named_parameters() if id(parameter) in wanted}
         if names:
             covers.append((root, names))
+    return covers
+
+
+def _owned_names(wanted: set[int]) -> dict[int, str]:
+    """Return ``{id(parameter): dotted name}`` from living modules: the roots that cover most parameters, first."""
+    covers = _covers(wanted)
     owned: dict[int, str] = {}
     several = len(covers) > 1
     while covers:

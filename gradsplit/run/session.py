@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .own_bound import watch_own_bound
 from .places import free_name
 from .settings import Settings
 from .track import Track, signature
+
+if TYPE_CHECKING:
+    from .guards import Guards
 
 __all__ = ["Session"]
 
@@ -36,6 +39,7 @@ class Session:
         self._recorder: Recorder | None = None
         self._place: Path | None = None
         self._num_streams, self._pid, self._broken = 0, os.getpid(), False
+        self._guards: Guards | None = None
         self.num_rows = 0
 
     def install(self) -> None:
@@ -47,7 +51,7 @@ class Session:
         self.losses.install()
         watch_own_bound(self.before_own_bound, self.after_own_bound)
         register_optimizer_step_pre_hook(_untraced(self.pre))
-        if self.settings.control:
+        if self.settings.control or self.settings.guard:
             register_optimizer_step_post_hook(_untraced(self.post))
 
     def pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,10 +74,12 @@ class Session:
         return (args[0], closure_then_process, *args[2:]), kwargs
 
     def post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Bound the update, where asked for."""
+        """Bound the update, and judge the step, where asked for."""
         track = self._tracks.get(optimizer)
         if track is not None and not _inside_another_step(optimizer):
             track.after_update()
+            if self._guards is not None:
+                self._guards.after_step(optimizer, track.last_loss)
 
     def before_own_bound(self, parameters: list[Tensor]) -> None:
         """Read gradients before the script scales them all; under control they are bounded first."""
@@ -94,7 +100,7 @@ class Session:
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         if os.getpid() != self._pid:  # a forked child that trains: it records on its own
-            self._pid, self._recorder, self._num_streams = os.getpid(), None, 0
+            self._pid, self._recorder, self._num_streams, self._guards = os.getpid(), None, 0, None
             self._tracks = weakref.WeakKeyDictionary()
         track = self._tracks.get(optimizer)
         if track is None or track.signature != signature(optimizer):
@@ -110,7 +116,7 @@ class Session:
 
     @torch.no_grad()
     def _commit(self, track: Track, optimizer: torch.optim.Optimizer) -> None:
-        track.commit(optimizer, self.losses.take())
+        track.commit(optimizer, self.losses.take(), 1.0 if self._guards is None else self._guards.factor(optimizer))
         self.num_rows += 1
 
     def _start(self, optimizer: torch.optim.Optimizer) -> None:
@@ -121,6 +127,11 @@ class Session:
         track = Track(optimizer, self._num_streams, self.settings, self._recorder)
         self._num_streams += 1
         self._tracks[optimizer] = track
+        if self.settings.guard:
+            from .guards import Guards
+
+            self._guards = self._guards or Guards(self._recorder.note)
+            self._guards.begin(optimizer, track.splitter)
         if self._early is not None and track.covers(self._early[0]):
             track.note_own_scale(self._early[1])
 
@@ -134,6 +145,7 @@ class Session:
         self._place = free_name(name)
         about = {**self.settings.about, "torch": torch.__version__, "rank": rank, "world_size": world}
         about |= {"mode": "control" if self.settings.control else "watch", "command": _command(self.settings)}
+        about |= {"guarded": True} if self.settings.guard else {}
         sinks: list[Any] = []
         try:
             sinks.append(RunWriter(self._place, about, max_megabytes=self.settings.max_megabytes))
@@ -175,6 +187,8 @@ class Session:
         if not place.exists():
             print("gradsplit: no step of a torch.optim.Optimizer was seen; nothing was recorded", file=sys.stderr)
             return
+        if self._guards is not None and self._guards.num_actions:
+            print(f"gradsplit: the guard acted {self._guards.num_actions} times; the report says why", file=sys.stderr)
         shown = os.path.relpath(place)
         print(f"gradsplit: recorded; next: gradsplit report {place if '..' in shown else shown}", file=sys.stderr)
 

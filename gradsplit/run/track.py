@@ -55,15 +55,16 @@ class Track:
         self.signature = signature(optimizer)
         self.keys = {id(parameter) for parameter in self.parameters}
         self.step, self.recorder, self.index = -1, recorder, stream
+        self.last_loss: Tensor | float = float("nan")
         self._pending: _Reading | None = None
         self._missed_scale: Tensor | None = None
-        self._splitter: GradientSplitter | None = None
+        self.splitter: GradientSplitter | None = None
         device = self.parameters[0].device
         layout = Layout(tuple(n for n, _ in pairs), tuple(tuple(int(k) for k in p.shape) for p in self.parameters))
         about: dict[str, Any] = {"num_parameters": layout.num_elements, "device": str(device)}
         if settings.control:
-            self._splitter, budget = self._make_splitter(optimizer, pairs, settings)
-            plan = self._splitter.plan
+            self.splitter, budget = self._make_splitter(optimizer, pairs, settings)
+            plan = self.splitter.plan
             about |= {"strategy": settings.plan, "budget": budget, "words": list(settings.budget)}
             outline = Outline.of(plan, max_nodes=settings.max_nodes)
             self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(device)
@@ -116,13 +117,14 @@ class Track:
         else:
             self._pending = _Reading(self._pending.numbers, self._state(), factor)
 
-    def commit(self, optimizer: torch.optim.Optimizer, loss: Tensor | float) -> None:
+    def commit(self, optimizer: torch.optim.Optimizer, loss: Tensor | float, rate_factor: float = 1.0) -> None:
         """Record one row for gradients that are ready; measure them now unless that has been done."""
+        self.last_loss = loss
         if all(parameter.grad is None for parameter in self.parameters):
             return
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         skipped: Tensor | float = 0.0 if found_inf is None else found_inf
-        if grad_scale is not None and self._splitter is not None:
+        if grad_scale is not None and self.splitter is not None:
             if bool(skipped):
                 return  # no update is made, so that nothing is bounded and no history moves
             self._unscale(optimizer, grad_scale)
@@ -142,19 +144,19 @@ class Track:
             self.step,
             **reading.numbers,
             loss=loss,
-            lr=optimizer.param_groups[0].get("lr", float("nan")),
+            lr=optimizer.param_groups[0].get("lr", float("nan")) * rate_factor,
             own_scale=1.0 if reading.own_scale is None else reading.own_scale,
             skipped=skipped,
         )
-        if self._splitter is not None and self._splitter._cap is not None:
-            self._splitter._cap.remember()
+        if self.splitter is not None and self.splitter._cap is not None:
+            self.splitter._cap.remember()
 
     def _measured(self) -> dict[str, Tensor]:
-        if self._splitter is None:
+        if self.splitter is None:
             return {"squares_L": self._reader.squares([parameter.grad for parameter in self.parameters])}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a step without gradients is the script's business
-            record = self._splitter.step()
+            record = self.splitter.step()
         return summed_up(record, self._leaf_of_bin_B, self.num_leaves)
 
     def _unscale(self, optimizer: torch.optim.Optimizer, grad_scale: Tensor) -> None:
@@ -166,8 +168,8 @@ class Track:
 
     def after_update(self) -> None:
         """Bound the update that the optimizer made, where a budget bounds updates."""
-        if self._splitter is not None:
-            self._splitter._after_update()
+        if self.splitter is not None:
+            self.splitter._after_update()
 
     def _state(self) -> tuple[tuple[int, int], ...]:
         """What differs once anybody has written to the gradients since."""
