@@ -6,39 +6,66 @@ and captured by the next graph too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow import Tensor
-from tensorflow.math import cumsum, exp, logical_or, maximum, minimum, sqrt
+from tensorflow import Tensor, reshape, zeros_like
+from tensorflow.math import abs as absolute
+from tensorflow.math import cumsum, exp, expm1, logical_or, maximum, minimum, sqrt
 from tensorflow.math import is_finite as isfinite
+from tensorflow.math import reduce_all as every
 
 __all__ = [
+    "absolute",
+    "accumulator",
     "argsort",
     "asarray",
+    "cast",
     "concatenate",
     "cumsum",
     "device_key",
+    "every",
     "exp",
+    "expm1",
     "flip",
     "full",
+    "holds_squares",
     "index",
+    "is_readable",
     "isfinite",
+    "largest_over",
     "logical_or",
     "maximum",
     "minimum",
     "put",
+    "reshape",
+    "segment_max",
     "segment_sum",
     "sqrt",
+    "sum_over",
     "take",
+    "times",
+    "when",
     "where",
+    "zeros_like",
 ]
 
 
 def device_key(array: Tensor) -> str:
     """Where an array lives, as a dictionary key; TensorFlow itself moves constants between devices."""
     return str(array.dtype.name)
+
+
+def is_readable(array: Tensor) -> bool:
+    """Whether the values are there to be looked at: not while a graph is being traced."""
+    return hasattr(array, "numpy")
+
+
+def holds_squares(array: Tensor) -> bool:
+    """Whether the dtype holds the square of every float32."""
+    return array.dtype == tf.float64
 
 
 def _constant(values: Any, dtype: Any) -> Tensor:
@@ -96,3 +123,39 @@ def segment_sum(values: Tensor, ids: Tensor, num: int) -> Tensor:
 def argsort(values: Tensor) -> Tensor:
     """Indices that sort in ascending order, stable."""
     return tf.argsort(values, stable=True)
+
+
+def segment_max(values: Tensor, ids: Tensor, num: int) -> Tensor:
+    """Largest of values >= 0 over equal ids, 0 where there are none; shape (num,)."""
+    return tf.maximum(tf.math.unsorted_segment_max(values, ids, num), 0)
+
+
+def accumulator(arrays: list[Tensor]) -> Tensor:
+    """Return a zero in whose dtype squares of the arrays are added."""
+    return tf.zeros((), tf.float64)
+
+
+def cast(array: Tensor, like: Tensor) -> Tensor:
+    """Return the array in the dtype of ``like``."""
+    return tf.cast(array, like.dtype)
+
+
+def sum_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum over axes, which stay with length 1."""
+    return tf.reduce_sum(array, axis=axes, keepdims=True) if axes else array
+
+
+def largest_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Largest entry over axes, which stay with length 1."""
+    return tf.reduce_max(array, axis=axes, keepdims=True) if axes else array
+
+
+def when(flag: Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """Return ``yes()`` or ``no()``, chosen on the device."""
+    return tf.cond(flag, yes, no)
+
+
+def times(array: Tensor, factor: Tensor) -> Tensor:
+    """Return the product in the array's dtype; halves are multiplied in float32."""
+    wide = tf.float32 if array.dtype in (tf.float16, tf.bfloat16) else array.dtype
+    return tf.cast(tf.cast(array, wide) * tf.cast(factor, wide), array.dtype)

@@ -1,0 +1,111 @@
+"""`SplitCallback`: which bins exploded, in the logs and on TensorBoard, without a wait inside the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from .report import Report
+
+__all__ = ["SplitCallback"]
+
+
+class SplitCallback(keras.callbacks.Callback):
+    """Log what the splitting optimizer of a model does; it reads the optimizer's state, the step never waits.
+
+    Into the ``logs`` of every epoch go ``gradsplit_norm`` (of the whole gradient, last step), ``gradsplit_kept`` (norm
+    after / before), ``gradsplit_scaled`` and ``gradsplit_zeroed`` (outcomes since the epoch before, bins x steps), so
+    put it before CSVLogger and its kin. On TensorBoard the same stand as scalars under ``gradsplit/``, and the worst
+    bins with their norms before and after as text.
+
+    Args:
+        place: a folder for TensorBoard's event files, or a ``SummaryWriter`` of yours; None: logs only.
+        every: "epoch", or a number of batches after which TensorBoard is written too.
+        worst: bins that are named.
+        verbose: 1 prints the worst bins at the end of each epoch.
+
+    Raises:
+        ValueError: another ``every``; from training, an optimizer that does not split.
+        ImportError: the package tensorboard is missing.
+    """
+
+    def __init__(self, place: Any = None, *, every: str | int = "epoch", worst: int = 5, verbose: int = 0) -> None:
+        super().__init__()
+        if every != "epoch" and not (isinstance(every, int) and every >= 1):
+            raise ValueError(f"SplitCallback(every={every!r}): expected 'epoch' or a number of batches >= 1.")
+        self._every, self._worst, self._verbose = every, worst, verbose
+        self._batches = 0
+        self._owns = place is not None and not hasattr(place, "add_scalar")
+        if self._owns:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f"SplitCallback({place!r}): expected the package tensorboard. Run: pip install tensorboard"
+                ) from error
+            place = SummaryWriter(str(place))
+        self._writer = place
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Look for the splitting optimizer."""
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not hasattr(optimizer, "split_report"):
+            raise ValueError(
+                f"SplitCallback: expected a model compiled with split(…) or GSO, got {type(optimizer).__name__}. Compile "
+                "with optimizer=split(optimizer)."
+            )
+        self._optimizer, self._batches = optimizer, 0
+        self._before: Any = 0.0 if optimizer.split_report is None else self._report().counts()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Write to TensorBoard every so many batches."""
+        self._batches += 1
+        if self._every != "epoch" and self._batches % int(self._every) == 0 and self._writer is not None:
+            self._write(self._scalars(self._report().counts() - self._before))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Enter the epoch into the logs and TensorBoard."""
+        counts = self._report().counts()
+        values = self._scalars(counts - self._before)
+        self._before = counts
+        if logs is not None:
+            logs.update({f"gradsplit_{name}": value for name, value in values.items()})
+        if self._writer is not None:
+            self._write(values)
+        if self._verbose:
+            print(f"\n{self._record()}")
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Close the event file, if it is ours."""
+        if self._owns:
+            self._writer.close()
+
+    def worst(self) -> list[Any]:
+        """Return the bins that the last step touched hardest, see `gradsplit.StepRecord.worst`."""
+        return self._record().worst(self._worst)
+
+    def _report(self) -> Report:
+        # The JAX trainer keeps its state apart while it trains.
+        getattr(self.model, "jax_state_sync", lambda: None)()
+        report: Report = self._optimizer.split_report
+        return report
+
+    def _record(self) -> Any:
+        return self._report().record(int(np.asarray(keras.ops.convert_to_numpy(self._optimizer.iterations))))
+
+    def _scalars(self, outcomes: np.ndarray) -> dict[str, float]:
+        record = self._record()
+        total, after = float(record.total_norm()), float(record.norm_after_B().square().sum().sqrt())
+        scaled, zeroed = outcomes.sum(axis=1)
+        return {"norm": total, "kept": after / total if total else 1.0, "scaled": float(scaled), "zeroed": float(zeroed)}
+
+    def _write(self, values: dict[str, float]) -> None:
+        record = self._record()
+        for name, value in values.items():
+            self._writer.add_scalar(f"gradsplit/{name}", value, record.step)
+        lines = [f"{bin.name}: {bin.norm:.3g} -> {bin.norm_after:.3g}, {bin.outcome.name}" for bin in self.worst()]
+        self._writer.add_text("gradsplit/worst", "  \n".join(lines), record.step)
+        self._writer.flush()
