@@ -10,7 +10,13 @@ BIN       := $(VENV)/bin
 LOCKED    := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 TIMM      := .venv-timm
-PIP       := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 60 install
+INSTALL   := -m pip --disable-pip-version-check --retries 10 --timeout 60 install
+PIP       := $(BIN)/python $(INSTALL)
+
+# TensorFlow lives in an environment of its own (docs/decisions/0013).
+TF        := .venv-tensorflow
+TF_LOCKED := $(TF)/.locked
+TF_TESTS  := tests/tensorflow $(wildcard tests/integrations/test_keras*.py)
 
 # The tests run in WORKERS processes; more threads than one in each would only fight for the same cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -19,10 +25,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 try = for n in 1 2 3; do $(1) && exit 0; echo "attempt $$n of 3 failed: $(1)" >&2; sleep $$((5 * n)); done; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-timm check static docs format bench clean
+.PHONY: help venv demo test test-tensorflow test-timm check static docs format bench clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 venv: $(INSTALLED) ## set up .venv from requirements.lock (again when the lock changes)
 
@@ -34,6 +40,9 @@ test: $(INSTALLED) ## run every test; skips are printed with their reasons
 
 test-timm: $(TIMM)/.installed ## timm's NFNet, ResNet and ViT, in .venv-timm: its torchvision wants the torch it was built for
 	OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest -n 0 tests/integrations/test_timm.py $(ARGS)
+
+test-tensorflow: $(TF_LOCKED) ## run what needs TensorFlow, and the Keras tests on it, in .venv-tensorflow
+	KERAS_BACKEND=tensorflow OMP_NUM_THREADS=1 $(TF)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TF_TESTS) $(ARGS)
 
 check: static docs test ## format, lint, types, docs, tests
 
@@ -57,16 +66,20 @@ clean: ## remove caches and build products; .venv stays
 	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 # Debian's python3 may lack ensurepip; the system's pip can then install into the new environment.
-$(BIN)/python:
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "gradsplit needs Python 3.10 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip --clear $(VENV) && \
-	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(PYTHON) -m venv $* || { $(PYTHON) -m venv --without-pip --clear $* && \
+	  $(PYTHON) -m pip --python $@ install pip; }
 
 # deepforest is installed for its photographs alone; its dependencies would replace torch (docs/decisions/0003).
 $(LOCKED): requirements.lock | $(BIN)/python
 	@$(call try,$(PIP) -r requirements.lock)
 	@$(call try,$(PIP) --no-deps deepforest==2.1.0)
+	@touch $@
+
+$(TF_LOCKED): requirements-tensorflow.lock | $(TF)/bin/python
+	@$(call try,$(TF)/bin/python $(INSTALL) -r requirements-tensorflow.lock)
 	@touch $@
 
 $(INSTALLED): pyproject.toml $(LOCKED)

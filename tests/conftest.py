@@ -7,6 +7,8 @@ import random
 
 # Before torch is imported: an OpenMP pool that has started keeps its size.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Keras takes its backend once a process; `make test-tensorflow` sets another.
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import numpy as np
 import pytest

@@ -32,16 +32,15 @@ __all__ = [
     "flip",
     "full",
     "holds_squares",
+    "in_unit",
     "index",
     "is_readable",
     "isfinite",
-    "largest_over",
     "logical_or",
     "maximum",
     "minimum",
     "put",
     "reshape",
-    "segment_max",
     "segment_sum",
     "sqrt",
     "sum_over",
@@ -125,14 +124,9 @@ def argsort(values: Tensor) -> Tensor:
     return tf.argsort(values, stable=True)
 
 
-def segment_max(values: Tensor, ids: Tensor, num: int) -> Tensor:
-    """Largest of values >= 0 over equal ids, 0 where there are none; shape (num,)."""
-    return tf.maximum(tf.math.unsorted_segment_max(values, ids, num), 0)
-
-
 def accumulator(arrays: list[Tensor]) -> Tensor:
-    """Return a zero in whose dtype squares of the arrays are added."""
-    return tf.zeros((), tf.float64)
+    """Return a zero in whose dtype squares of the arrays are added: float64 where one of them is, else float32."""
+    return tf.zeros((), tf.float64 if any(array.dtype == tf.float64 for array in arrays) else tf.float32)
 
 
 def cast(array: Tensor, like: Tensor) -> Tensor:
@@ -145,9 +139,10 @@ def sum_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
     return tf.reduce_sum(array, axis=axes, keepdims=True) if axes else array
 
 
-def largest_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Largest entry over axes, which stay with length 1."""
-    return tf.reduce_max(array, axis=axes, keepdims=True) if axes else array
+def in_unit(array: Tensor, unit: float) -> Tensor:
+    """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
+    # XLA turns (a c)(b c) into (a b)(c c), which overflows; through a maximum it does not look.
+    return tf.maximum(array * (1.0 / unit), 0.0)
 
 
 def when(flag: Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:

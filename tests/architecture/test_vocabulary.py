@@ -15,7 +15,7 @@ _OPTIMIZER_GROUPS = {
     *("attach", "diagnose", "distributed", "guard", "integrations", "optim", "rates", "splitter", "update_cap"),
 }
 FOREIGN = {
-    "clip": {"workloads"},  # a baseline is called what its users call it
+    "clip": {"workloads", "integrations"},  # a baseline is called what its users call it, a hook what Keras calls it
     "threshold": set(),
     "segment": {"xp"},  # segment_sum, the name in numpy-like libraries
     "group": _OPTIMIZER_GROUPS | {"chain", "ladder", "workloads"},  # also group norm, and groups of a convolution

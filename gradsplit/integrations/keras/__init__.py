@@ -1,4 +1,4 @@
-"""Keras 3, on TensorFlow, torch or JAX: any optimizer as a splitting one, GSO, and a callback that names the worst bins.
+"""Keras 3, on TensorFlow, torch or JAX: any optimizer as a splitting one, GSO, and a callback that names bins.
 
 Importing this package registers the splitting classes, so that `keras.saving.load_model` finds them.
 """

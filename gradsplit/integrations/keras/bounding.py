@@ -61,9 +61,7 @@ class Bounding:
         budget: dict[str, tuple[Any, ...]] = {}
         for level, one in pairs:
             budget[level] = (*budget.get(level, ()), one)
-        return splitting(
-            self.plan, budget or _UNBOUNDED, oriented=self._oriented, rule=options.rule, call=options.call
-        )
+        return splitting(self.plan, budget or _UNBOUNDED, oriented=self._oriented, rule=options.rule, call=options.call)
 
     def bounded(self, gradients: list[Any]) -> list[Any]:
         """Return the gradients of the received variables, each bin within its limits."""
@@ -109,9 +107,7 @@ def values_of(variables: list[Any]) -> list[Any]:
     return [ops.stop_gradient(ops.convert_to_tensor(variable)) for variable in variables]
 
 
-def spread(
-    gradients: list[Any], received: list[Any], variables: list[Any], key: Callable[[Any], Any]
-) -> list[Any]:
+def spread(gradients: list[Any], received: list[Any], variables: list[Any], key: Callable[[Any], Any]) -> list[Any]:
     """Return one gradient a variable; zeros, which no limit touches, for those that the loss does not reach.
 
     TensorFlow gives gradients of embeddings as slices of rows; they are made dense here.

@@ -54,8 +54,8 @@ class SplitCallback(keras.callbacks.Callback):
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if not hasattr(optimizer, "split_report"):
             raise ValueError(
-                f"SplitCallback: expected a model compiled with split(…) or GSO, got {type(optimizer).__name__}. Compile "
-                "with optimizer=split(optimizer)."
+                f"SplitCallback: expected a model compiled with split(…) or GSO, got {type(optimizer).__name__}. "
+                "Compile with optimizer=split(optimizer)."
             )
         self._optimizer, self._batches = optimizer, 0
         self._before: Any = 0.0 if optimizer.split_report is None else self._report().counts()
@@ -100,12 +100,17 @@ class SplitCallback(keras.callbacks.Callback):
         record = self._record()
         total, after = float(record.total_norm()), float(record.norm_after_B().square().sum().sqrt())
         scaled, zeroed = outcomes.sum(axis=1)
-        return {"norm": total, "kept": after / total if total else 1.0, "scaled": float(scaled), "zeroed": float(zeroed)}
+        return {
+            "norm": total,
+            "kept": after / total if total else 1.0,
+            "scaled": float(scaled),
+            "zeroed": float(zeroed),
+        }
 
     def _write(self, values: dict[str, float]) -> None:
         record = self._record()
         for name, value in values.items():
             self._writer.add_scalar(f"gradsplit/{name}", value, record.step)
-        lines = [f"{bin.name}: {bin.norm:.3g} -> {bin.norm_after:.3g}, {bin.outcome.name}" for bin in self.worst()]
+        lines = [f"{r.name}: {r.norm:.3g} -> {r.norm_after:.3g}, {r.outcome.name}" for r in self.worst()]
         self._writer.add_text("gradsplit/worst", "  \n".join(lines), record.step)
         self._writer.flush()

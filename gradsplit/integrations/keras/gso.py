@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from ...budget import DEFAULT_OF_GSO
 from ...functional import GsoRule, gso_rule
@@ -19,6 +18,7 @@ from .report import Report
 from .state import Kept
 
 __all__ = ["GSO"]
+
 
 @keras.saving.register_keras_serializable("gradsplit")
 class GSO(keras.optimizers.Optimizer):

@@ -33,7 +33,10 @@ class Options:
     orientation: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.plan, str) and strategy_named(self.plan, call=f"{self.call}(plan={self.plan!r})").needs_energy:
+        if (
+            isinstance(self.plan, str)
+            and strategy_named(self.plan, call=f"{self.call}(plan={self.plan!r})").needs_energy
+        ):
             raise ValueError(
                 f"{self.call}(plan={self.plan!r}): expected a plan that needs no energies, since there are none before "
                 "training. Measure them with gradsplit.integrations.keras.energies and pass the Plan, "

@@ -37,16 +37,16 @@ class Splits:
         bounds_steps = any(one.bounds_update for _, one in options.budgets)
         if bounds_steps and not cap_updates and not follows_gradient(type(self)):
             raise ValueError(
-                f"split({type(self).__mro__[2].__name__}(…)): RelativeStep bounds the step, but a limit on the gradient "
-                "here says nothing about it. Use gradsplit.integrations.keras.GSO instead of the optimizer, or "
-                "cap_updates=True (one copy of the weights), or another budget, for example Relative(0.2)."
+                f"split({type(self).__mro__[2].__name__}(…)): RelativeStep bounds the step, but a limit on the "
+                "gradient here says nothing about it. Use gradsplit.integrations.keras.GSO instead of the optimizer, "
+                "or cap_updates=True (one copy of the weights), or another budget, for example Relative(0.2)."
             )
         self._options, self._cap_updates = options, bool(cap_updates)
         self._bounding: Bounding | None = None
 
     def build(self, variables: list[Any]) -> None:
         """Make the optimizer's variables, then those of the budgets."""
-        if self.built:  # type: ignore[has-type]
+        if self.built:  # type: ignore[attr-defined]
             return
         super().build(variables)  # type: ignore[misc]
         # What Keras overwrites with its "gradient" (scales of float8) has none to bound.
@@ -82,10 +82,10 @@ class Splits:
         return {**super().get_config(), **own, "cap_updates": self._cap_updates}  # type: ignore[misc]
 
 
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[type, Any] = {}
 
 
-def splitting_class(optimizer_class: type) -> type:
+def splitting_class(optimizer_class: Any) -> Any:
     """Return the splitting subclass of an optimizer class, registered as ``gradsplit>Split…``.
 
     For the optimizers of `keras.optimizers` it exists from import. For one of your own call it before
@@ -121,8 +121,10 @@ def split(
 
     Args:
         optimizer: not built yet; a name such as "sgd" will do.
-        plan, budget, rule: as in `gradsplit.GradientSplitter`. The default `RelativeStep` reads the learning rate,
-            schedules included, and the momentum, and needs `keras.optimizers.SGD`, ``cap_updates=True``, or `GSO`.
+        plan: a Plan, a strategy's name or a function layout -> plan, as in `gradsplit.GradientSplitter`.
+        budget: as there. The default `RelativeStep` reads the learning rate, schedules included, and the momentum, and
+            needs `keras.optimizers.SGD`, ``cap_updates=True``, or `GSO`.
+        rule: "bottom_up" or "nearest", see `gradsplit.project`.
         orientation: a mapping from patterns of names to the axis or axes that count output units, for example
             ``{"*.my_depthwise.kernel": (-2, -1)}``; None: by the layers' names.
         cap_updates: let `RelativeStep` cap the update itself, behind any optimizer, at the price of one copy of the
@@ -163,12 +165,18 @@ def split(
             f"split({name}(…)): expected an optimizer before its first step, got one with state. Make a new one, or "
             f"split it first and load its state afterwards."
         )
-    made: Any = splitting_class(type(optimizer))
+    made = splitting_class(type(optimizer))
     options = dict(zip(_KEPT, (plan, budget, rule, orientation, cap_updates), strict=True))
     return made.from_config({**optimizer.get_config(), **options})
 
 
-for _kind in list(vars(keras.optimizers).values()):
-    if isinstance(_kind, type) and _kind is not keras.optimizers.Optimizer and not hasattr(_kind, "inner_optimizer"):
-        if issubclass(_kind, keras.optimizers.Optimizer) and _kind is not keras.optimizers.LossScaleOptimizer:
-            splitting_class(_kind)
+def _splits_alone(kind: Any) -> bool:
+    """Whether it is an optimizer that updates by itself."""
+    abstract, around = keras.optimizers.Optimizer, ("LossScaleOptimizer", "MultiOptimizer")
+    return (
+        isinstance(kind, type) and issubclass(kind, abstract) and kind is not abstract and kind.__name__ not in around
+    )
+
+
+for _kind in [kind for kind in vars(keras.optimizers).values() if _splits_alone(kind)]:
+    splitting_class(_kind)

@@ -1,0 +1,94 @@
+"""A splitting optimizer beside Keras' own options: scaled losses, accumulated, missing or broken gradients, rates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import gradsplit as gs
+
+keras = pytest.importorskip("keras")
+
+from gradsplit.integrations import keras as gsk  # noqa: E402 - needs the line above
+from tests.integrations.keras_cases import BOUNDED, UNITS, one_step, tensors, values  # noqa: E402
+
+
+def fixed(optimizer):
+    return gsk.split(optimizer, budget=gs.Fixed(1.0))
+
+
+def test_each_unit_keeps_at_most_its_limit():
+    np.testing.assert_allclose(one_step(fixed(keras.optimizers.SGD(1.0)), UNITS), -BOUNDED, rtol=1e-6)
+
+
+def test_a_unit_that_is_not_finite_is_zeroed_and_no_other_feels_it():
+    broken = UNITS.copy()
+    broken[0, 1] = np.nan
+    optimizer = fixed(keras.optimizers.SGD(1.0))
+    np.testing.assert_allclose(one_step(optimizer, broken), -BOUNDED * [1.0, 0.0, 1.0], rtol=1e-6)
+    assert optimizer.split_report.counts().tolist() == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    worst = optimizer.split_report.record(0).worst(1)[0]
+    assert (worst.name, worst.outcome, worst.norm_after) == ("kernel[1:2]", gs.Outcome.ZEROED, 0.0)
+    assert not np.isfinite(worst.norm)
+
+
+def test_clipnorm_acts_on_what_was_bounded():
+    bounded = one_step(fixed(keras.optimizers.SGD(1.0, clipnorm=0.5)), UNITS)
+    np.testing.assert_allclose(bounded, -BOUNDED * 0.5 / np.sqrt(2.25), rtol=1e-5)
+
+
+def test_a_loss_scale_is_taken_out_before_bounding():
+    optimizer = fixed(keras.optimizers.SGD(1.0, loss_scale_factor=1024.0))
+    np.testing.assert_allclose(one_step(optimizer, 1024.0 * UNITS), -BOUNDED, rtol=1e-6)
+
+
+def test_inside_a_loss_scale_optimizer_the_unscaled_gradient_is_bounded():
+    optimizer = keras.optimizers.LossScaleOptimizer(fixed(keras.optimizers.SGD(1.0)), initial_scale=256.0)
+    np.testing.assert_allclose(one_step(optimizer, 256.0 * UNITS), -BOUNDED, rtol=1e-6)
+
+
+def test_accumulated_gradients_are_bounded_once_when_their_sum_is_complete():
+    optimizer = fixed(keras.optimizers.SGD(1.0, gradient_accumulation_steps=2))
+    held = [keras.Variable(np.zeros((2, 3), "float32"), name="kernel")]
+    optimizer.apply(tensors([2 * UNITS]), held)
+    assert optimizer.split_report.counts().sum() == 0
+    np.testing.assert_array_equal(values(held)[0], 0)
+    optimizer.apply(tensors([np.zeros((2, 3))]), held)
+    np.testing.assert_allclose(values(held)[0], -BOUNDED, rtol=1e-6)
+    assert optimizer.split_report.counts().tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_variable_that_the_loss_does_not_reach_stays_and_counts_nothing():
+    optimizer = gsk.split(keras.optimizers.SGD(1.0), budget={"root": gs.Fixed(1.0)})
+    held = [keras.Variable(np.ones(2, "float32"), name="a"), keras.Variable(np.ones(2, "float32"), name="b")]
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply([None, *tensors([[3.0, 4.0]])], held)
+    np.testing.assert_allclose(values(held), [[1.0, 1.0], [0.4, 0.2]], rtol=1e-6)
+
+
+def test_the_step_follows_a_schedule_down_but_not_up():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [0.5, 1.0, 0.25])
+    optimizer = gsk.split(keras.optimizers.SGD(schedule), budget=gs.RelativeStep(0.1))
+    held, lengths = [keras.Variable(np.array([[3.0], [4.0]], "float32"), name="kernel")], []
+    for _ in range(3):
+        before = values(held)[0]
+        optimizer.apply(tensors([[[300.0], [400.0]]]), held)
+        lengths.append(np.linalg.norm(values(held)[0] - before) / np.linalg.norm(before))
+    np.testing.assert_allclose(lengths, [0.1, 0.1, 0.025], rtol=1e-4)
+
+
+def test_capped_updates_move_no_unit_by_more_than_its_share():
+    start = np.array([[3.0, 30.0, 0.0], [4.0, 40.0, 0.0]], "float32")
+    optimizer = gsk.split("adam", budget=gs.RelativeStep(0.01), cap_updates=True)
+    optimizer.learning_rate = 0.1
+    moved = one_step(optimizer, UNITS, start) - start
+    # Adam's first step is 0.1 an entry; limits .05, .5 and .01 * .01 * sqrt(2)
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=0), [0.05, 0.1 * 2**0.5, 1e-4 * 2**0.5], rtol=1e-3)
+
+
+def test_an_unbounded_split_leaves_adam_as_it_is():
+    gradient = UNITS.astype(np.float32)
+    plain = one_step(keras.optimizers.Adam(0.1), gradient)
+    np.testing.assert_array_equal(
+        one_step(gsk.split(keras.optimizers.Adam(0.1), budget=gs.Fixed(1e30)), gradient), plain
+    )
