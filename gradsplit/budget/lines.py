@@ -64,5 +64,6 @@ def line_table(lines: Sequence[Line], num_tensors: int, times_T: np.ndarray | No
     for j, line in enumerate(lines):
         table[j] = np.array(line[:3])[:, None]
         if line.bounds_update and times_T is not None:
-            table[j] *= times_T
+            with np.errstate(over="ignore"):  # a bound beyond all numbers is inf: none
+                table[j] *= times_T
     return table

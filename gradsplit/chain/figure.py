@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import Any
 
@@ -67,7 +68,8 @@ def chain_figure(chain: Chain) -> Any:
                 mode="lines+markers",
                 line={"width": width, "color": tone},
                 marker={"size": max(5.0, width), "color": colour(link.gain)},
-                hovertext=f"{link.name} ({link.kind})<br>signal {link.signal:.3g}<br>gain {link.gain:.3g}"
+                hovertext=f"{html.escape(link.name)} ({html.escape(link.kind)})<br>"
+                f"signal {link.signal:.3g}<br>gain {link.gain:.3g}"
                 f"<br>activation {link.activation:.3g}",
                 hoverinfo="text",
                 showlegend=False,
@@ -77,7 +79,7 @@ def chain_figure(chain: Chain) -> Any:
         title="The backward chain: width = signal, colour = gain (red above one, blue below)",
         xaxis={
             "tickvals": list(range(len(links))),
-            "ticktext": [link.name for link in links],
+            "ticktext": [html.escape(link.name) for link in links],
             "title": "from the loss down",
         },
         yaxis={"title": "log10 of the cumulative gain from the loss"},

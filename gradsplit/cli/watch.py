@@ -60,10 +60,12 @@ def view(opened: RunFile) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from gradsplit.report.printable import printable
+
     parts: list[Any] = []
     for stream in opened.streams:
         series = opened.series(stream, last=_ROWS)
-        table = Table(title=Text(_title(opened, series)), title_justify="left", box=None, pad_edge=False)
+        table = Table(title=Text(printable(_title(opened, series))), title_justify="left", box=None, pad_edge=False)
         for heading, justify in (("module", "left"), ("norm", "right"), ("usual", "right"), ("course", "left")):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         outline = stream.outline
@@ -71,7 +73,7 @@ def view(opened: RunFile) -> RenderableType:
         while len(nodes) == 1 and outline.children(nodes[0]):
             nodes = outline.children(nodes[0])
         for node in [0, *nodes[:20]]:
-            table.add_row(*(Text(cell) for cell in _line(outline.names_N[node], series.node_peak(node))))
+            table.add_row(*(Text(printable(cell)) for cell in _line(outline.names_N[node], series.node_peak(node))))
         if (series.loss_R == series.loss_R).any():
             table.add_row(*(Text(cell) for cell in _line("loss", series.loss_R, logarithmic=False)))
         parts.append(table)
@@ -80,7 +82,7 @@ def view(opened: RunFile) -> RenderableType:
         f"step {event.step}: {event.kind} {names[event.stream][event.leaf] if event.leaf is not None else 'step'}"
         for event in opened.events(last=6)
     ]
-    parts.append(Text("\n".join(["", "last events:", *(events or ["none"])])))
+    parts.append(Text(printable("\n".join(["", "last events:", *(events or ["none"])]))))
     return Group(*parts)
 
 

@@ -7,6 +7,7 @@ adds the file's name (see `RunFile`).
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 __all__ = ["check_about", "check_chunk", "check_meta", "check_outline", "check_thinning"]
 
 _MOST_ROWS = 1 << 32  # of a chunk; a number beyond would be believed only to run out of memory
+_WORD = re.compile(r"(?:[a-z]+@)?[a-z_]+(?::[a-z_]+=(?:[-+]?\d*\.?\d+(?:e[-+]?\d+)?|inf))*", re.IGNORECASE)
 _LEVELS = ("root", "module", "tensor", "leaf")
 _LISTS = {"names": str, "levels": str, "parents": int, "nodes_of_leaves": int, "tensors_of_leaves": str,
           "numel": float, "bins": int}  # fmt: skip
@@ -37,8 +39,8 @@ def check_about(about: Any) -> None:
         if key in about and not _is(about[key], int):
             raise ValueError(f"expected a count in {key!r} of the stream, got {about[key]!r:.80}")
     words = about.get("words") or []
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"expected a list of words in 'words' of the stream, got {words!r:.80}")
+    if not isinstance(words, list) or not all(isinstance(word, str) and _WORD.fullmatch(word) for word in words):
+        raise ValueError(f"expected a list of words of --budget in 'words' of the stream, got {words!r:.80}")
 
 
 def check_outline(state: Any) -> None:

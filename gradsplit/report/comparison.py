@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,7 +88,7 @@ def rate_figure(results: Mapping[str, Any]) -> go.Figure:
         figure.add_scatter(
             x=[point["lr"] for point in held],
             y=median,
-            name=entry["method"],
+            name=html.escape(entry["method"]),  # plotly reads some HTML in its texts
             mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 2.2},
             error_y={
@@ -99,11 +100,11 @@ def rate_figure(results: Mapping[str, Any]) -> go.Figure:
                 "width": 3,
             },
             customdata=[["" if p["strength"] is None else f", strength {p['strength']:g}"] for p in held],
-            hovertemplate="%{y:.4g} at lr %{x:.3g}%{customdata[0]}<extra>" + entry["method"] + "</extra>",
+            hovertemplate="%{y:.4g} at lr %{x:.3g}%{customdata[0]}<extra>" + html.escape(entry["method"]) + "</extra>",
         )
     lrs = sorted({point["lr"] for entry in results["summary"] for point in entry["curve"]})
     figure.update_xaxes(type="log", title="learning rate", tickvals=lrs, ticktext=[f"{lr:.3g}" for lr in lrs])
-    figure.update_yaxes(title=results["workload"]["metric"])
+    figure.update_yaxes(title=html.escape(results["workload"]["metric"]))
     figure.update_layout(height=460, legend={"orientation": "v"})
     return figure
 
@@ -122,9 +123,9 @@ def loss_figure(results: Mapping[str, Any]) -> go.Figure:
         figure.add_scatter(
             x=[round((at + 1) * stride) for at in range(len(loss))],
             y=loss,
-            name=entry["method"],
+            name=html.escape(entry["method"]),
             line={"color": colour, "dash": dash},
-            hovertemplate="%{y:.4g} at step %{x}<extra>" + entry["method"] + "</extra>",
+            hovertemplate="%{y:.4g} at step %{x}<extra>" + html.escape(entry["method"]) + "</extra>",
         )
     positive = [y for trace in figure.data for y in trace.y if y is not None and y > 0]
     wide = bool(positive) and max(positive) > 20 * min(positive)

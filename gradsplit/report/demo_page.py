@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -121,9 +122,9 @@ def loss_figure(scene: Mapping[str, Any]) -> go.Figure:
         figure.add_scatter(
             x=[round((at + 1) * stride) for at in range(len(row["losses"]))],
             y=row["losses"],
-            name=row["label"],
+            name=html.escape(row["label"]),  # plotly reads some HTML in its texts
             line={"color": style[row["label"]][0], "dash": style[row["label"]][1], "width": 1.8},
-            hovertemplate="%{y:.4g} at step %{x}<extra>" + row["label"] + "</extra>",
+            hovertemplate="%{y:.4g} at step %{x}<extra>" + html.escape(row["label"]) + "</extra>",
         )
     finite = [loss for row in scene["rows"] for loss in row["losses"] if loss is not None and loss > 0]
     log = bool(finite) and max(finite) > 20 * min(finite)
@@ -150,7 +151,9 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=("before", "after"))
     for at, (row, pair) in enumerate(zip(rows, maps, strict=True)):
         norms = row["norms"]
-        labels = [_indented(name, level) for name, level in zip(norms["names"], norms["levels"], strict=True)]
+        labels = [
+            html.escape(_indented(name, level)) for name, level in zip(norms["names"], norms["levels"], strict=True)
+        ]
         for side, powers in enumerate(pair):
             figure.add_trace(
                 go.Heatmap(
@@ -162,7 +165,11 @@ def heat_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
                 row=1, col=side + 1,
             )  # fmt: skip
     buttons = [
-        {"label": row["label"], "method": "update", "args": [{"visible": [i // 2 == at for i in range(2 * len(rows))]}]}
+        {
+            "label": html.escape(row["label"]),
+            "method": "update",
+            "args": [{"visible": [i // 2 == at for i in range(2 * len(rows))]}],
+        }
         for at, row in enumerate(rows)
     ]
     num_nodes = len(rows[0]["norms"]["names"])

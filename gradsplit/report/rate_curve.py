@@ -82,9 +82,10 @@ def rate_curve_svg(results: Mapping[str, Any]) -> str:
     seeds = f"median and range of {grid['seeds']} seeds, {grid['steps']} steps, {grid['schedule']} schedule"
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}" class="small">{escape(seeds)}; dashed: methods of others</text>')
     body = "\n".join(parts)
+    label = escape(f"{about['metric']} over the learning rate", {'"': "&quot;"})  # it stands in an attribute
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'role="img" aria-label="{escape(about["metric"])} over the learning rate">\n{_CSS}\n{body}\n</svg>\n'
+        f'role="img" aria-label="{label}">\n{_CSS}\n{body}\n</svg>\n'
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from .printable import printable
 from .run_account import Account, Departure, NodeUse, StreamAccount
 from .run_actions import action_sentence
 from .run_advice import advice_of, number
@@ -158,7 +159,7 @@ def report_text(account: Account) -> str:
     lines += ["", "What to change"]
     for advice in advice_of(account):
         lines += [f"  {advice.reason}"] + ([f"    {advice.command}"] if advice.command else [])
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _step(first: Departure) -> str:

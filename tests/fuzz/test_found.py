@@ -128,3 +128,12 @@ def test_an_environment_that_is_not_ours_is_refused(text):
     with pytest.raises(ValueError, match=rf"{VARIABLE}=.*: expected what gradsplit run leaves there"):
         Settings.from_environment({VARIABLE: text})
     assert Settings.from_environment(Settings(max_megabytes=1).to_environment()) == Settings(max_megabytes=1)
+
+
+def test_a_bound_beyond_all_numbers_is_none_and_not_a_warning():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    splitter = gs.GradientSplitter(model, budget=gs.RelativeStep(tau=1e300), optimizer=optimizer)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e30)
+    assert (splitter.step().decision.scale_B == 1).all()

@@ -37,6 +37,7 @@ def test_the_file_itself_is_read(tmp_path):
         ("UPDATE meta SET value = ? WHERE key = 'started'", "1e300", "seconds since the epoch"),
         ("UPDATE stream SET about = ?", "[]", "a mapping about the stream"),
         ("UPDATE stream SET about = ?", '{"words": 3}', "a list of words"),
+        ("UPDATE stream SET about = ?", '{"words": ["relative:factor=<b>"]}', "a list of words"),
         ("UPDATE stream SET about = ?", '{"num_bins": []}', "a count in 'num_bins'"),
         ("UPDATE stream SET outline = ?", "null", "expected an outline with names"),
         ("UPDATE chunk SET num_rows = ?", 1 << 40, "a chunk of some rows"),
