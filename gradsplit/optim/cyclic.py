@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed import local_of
+from ..distributed import is_sharded, kernel_for
+from ..kernels import make_kernel
+from ..plan import Layout, per_tensor
 
 __all__ = ["ORDERS", "Cyclic", "block_of"]
 
@@ -85,10 +87,15 @@ class Cyclic:
         self.steps_left -= 1
         return True
 
-    def begin(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Enter a step; return the parameters of the blocks that have just become idle, which lose their moments."""
+    def begin(self, parameters: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+        """Enter a step; return the parameters of the blocks that have just become idle, which lose their moments.
+
+        Args:
+            parameters: the optimizer's, in the order of the names.
+            group: the ranks that hold shards of them; all ranks choose the same block.
+        """
         before = self.active
-        self.begin_step(lambda: [_energy(p) for p in parameters])
+        self.begin_step(lambda: _energies(parameters, group))
         return [] if self.active == before else [p for t, p in enumerate(parameters) if not self.is_active(t)]
 
     def is_active(self, t: int) -> bool:
@@ -121,8 +128,16 @@ class Cyclic:
         self._random.bit_generator.state = state["random"]
 
 
-def _energy(parameter: Tensor) -> float:
-    """The sum of squares of what this rank holds of a gradient."""
-    if parameter.grad is None:
-        return 0.0
-    return float(torch.linalg.vector_norm(local_of(parameter.grad).abs(), dtype=torch.float64) ** 2)
+def _energies(parameters: Sequence[Tensor], group: Any) -> list[float]:
+    """Each tensor's sum of squares of its gradient, over all ranks that hold shards."""
+    if not any(is_sharded(parameter) for parameter in parameters):
+        norms = [
+            0.0 if p.grad is None else torch.linalg.vector_norm(p.grad.abs(), dtype=torch.float64) for p in parameters
+        ]
+        return [float(norm) ** 2 for norm in norms]
+    layout = Layout.from_shapes({str(t): tuple(p.shape) for t, p in enumerate(parameters)})
+    plan, device = per_tensor(layout), parameters[0].device
+    kernel = kernel_for(plan, parameters, lambda local: make_kernel("auto", local, device, call="GSO"), group=group)
+    energy_T = np.zeros(len(layout))
+    energy_T[plan.tensor_K] = kernel.squares([p.grad for p in parameters]).cpu().numpy()[plan.bin_K]
+    return list(energy_T)

@@ -61,7 +61,7 @@ class GSO(Optimizer):
         differentiable: let autograd see the update, with respect to gradients, weights and moments; in eager torch.
         fused: True asks for a compiled update and raises where there is none; False for eager torch; None: what
             the backend has.
-        backend, process_group: see `GradientSplitter`.
+        backend, process_group, stages: see `GradientSplitter`.
         in_backward: update each parameter as soon as backward has completed its gradient, and free the gradient; needs
             limits that look at one tensor each. ``step()`` then only ends the step; see `accumulating`.
         schedule: "all", or "cyclic": one block of tensors after the other, moments for the active block alone.
@@ -102,6 +102,7 @@ class GSO(Optimizer):
         fused: bool | None = None,
         backend: str = "auto",
         process_group: Any = None,
+        stages: Any = None,
         in_backward: bool = False,
         schedule: str = "all",
         switch_every: int = 100,
@@ -120,6 +121,7 @@ class GSO(Optimizer):
             "backend": backend,
             "second_moment": second_moment,
             "process_group": process_group,
+            "stages": stages,
             "fused": False if differentiable else fused,
         }
         self._one_tensor_a_part = in_backward
@@ -199,7 +201,7 @@ class GSO(Optimizer):
             if self._cyclic is not None:
                 if scaling is not None and bool(scaling.overflow()):  # turns are counted on the host
                     return loss
-                for owner in self._cyclic.begin(self._owners()):
+                for owner in self._cyclic.begin(self._owners(), self._options["process_group"]):
                     self.state.pop(owner, None)
             self._init_group()
             for part, waiting in self._with_waiting():
@@ -228,7 +230,7 @@ class GSO(Optimizer):
             make_moments(self, part, waiting, self._options["second_moment"])
 
     def _step_part(self, part: Update, waiting: list[bool], scaling: Scaling | None = None) -> None:
-        alone = self._one_tensor_a_part or not part.planned.is_sharded
+        alone = self._one_tensor_a_part or not part.planned.needs_others
         step_part(self, part, waiting, scaling, alone=alone)
 
     def _step_of(self, owner: Tensor) -> None:
@@ -276,7 +278,7 @@ class GSO(Optimizer):
         own = {key: self.__dict__[key] for key in _KEPT}
         if callable(self._options["plan"]) and self._parts:  # a function may not be picklable; the plan it made is
             own["_options"] = {**self._options, "plan": self._parts[0].planned.plan}
-        own["_options"] = {**own["_options"], "process_group": None}  # a group ends with its process
+        own["_options"] = {**own["_options"], "process_group": None, "stages": None}  # a group ends with its process
         base: dict[str, Any] = super().__getstate__()
         return {**base, **own, "_history": [part.planned.state() for part in self._parts]}
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..budget import Ledger, budgets_by_level
-from ..distributed import kernel_for, local_of
+from ..budget import budgets_by_level, make_ledger
+from ..distributed import adder, kernel_for, local_of
 from ..kernels import make_kernel
 from ..plan import Layout, Plan, make_plan
 from ..rates import Rates
@@ -28,7 +28,7 @@ class Planned:
         parameters: on one device; complex ones already as real views, sharded ones whole as DTensors.
         owners: the parameters as the optimizer holds them, for their learning rates.
         groups: the position of each parameter's group in the optimizer.
-        plan, budget, rule, backend, process_group: as in `GSO`.
+        plan, budget, rule, backend, process_group, stages: as in `GSO`.
         optimizer: read for learning rates at every step.
     """
 
@@ -44,10 +44,12 @@ class Planned:
         rule: str,
         backend: str,
         process_group: Any,
+        stages: Any,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self._parameters, self.owners, self.groups = parameters, owners, groups
-        self._options = {"budget": budget, "rule": rule, "backend": backend, "process_group": process_group}
+        self._options = {"budget": budget, "rule": rule, "backend": backend}
+        self._options |= {"process_group": process_group, "stages": stages}
         layout = Layout(tuple(names), tuple(tuple(int(s) for s in p.shape) for p in parameters))
         self.plan = make_plan(plan, layout, call="GSO")
         budgets = budgets_by_level(budget, self.plan, call="GSO")
@@ -64,8 +66,9 @@ class Planned:
         of_gradient = [pair for pair in budgets if not pair[1].bounds_update]
         of_update = [pair for pair in budgets if pair[1].bounds_update]
         self.gradient_budgets, self.update_budgets = of_gradient, of_update
-        self.gradient = Ledger(self.plan, of_gradient, like, rule=rule, call="GSO")
-        self.update = Ledger(self.plan, of_update, like, rule=rule, call="GSO") if of_update else None
+        add = adder(stages)
+        self.gradient = make_ledger(self.plan, of_gradient, like, rule=rule, call="GSO", add=add)
+        self.update = make_ledger(self.plan, of_update, like, rule=rule, call="GSO", add=add) if of_update else None
         self.rates = Rates(self.plan, owners, optimizer, call="GSO")
         # Where each tensor's bins lie in vectors over all bins; defined where every bin lies in one tensor.
         bounds = self.plan.boxes.slices_T(len(layout))
@@ -74,8 +77,13 @@ class Planned:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks hold parts of the parameters; then all of them take part in every step."""
+        """Whether ranks hold parts of the parameters."""
         return self.local_plan is not self.plan
+
+    @property
+    def needs_others(self) -> bool:
+        """Whether other ranks take part in every step, whatever gradients there are here."""
+        return self.is_sharded or self._options["stages"] is not None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -106,7 +114,7 @@ class Planned:
         """
         names, owners = [self.plan.layout.names[t] for t in at], [self.owners[t] for t in at]
         budgets = {"bin": tuple(budget for _, budget in self.gradient_budgets + self.update_budgets)}
-        options = {**self._options, "budget": budgets, "process_group": None}
+        options = {**self._options, "budget": budgets, "process_group": None, "stages": None}
         groups = [self.groups[t] for t in at]
         made = Planned(names, tensors, owners, groups, plan=plan, optimizer=self.rates.optimizer, **options)
         made.rates.top = self.rates.top

@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "limit of the sum": {"plan": "tree_sp", "budget": ROOT},
     "too much to carry": {},
     "in backward": {"in_backward": True},
+    "block after block": {"schedule": "cyclic", "switch_every": 1, "order": "energy"},
 }
 MODES = {1: ("fsdp",), 2: ("ddp", "fsdp", "tp"), 4: ("ddp", "fsdp", "hsdp", "tp", "fsdp+tp")}
 
@@ -29,6 +30,8 @@ def reductions(world: int, mode: str, variant: str) -> int:
     """All-reduces a step: none for replicas; a second one where limits look beyond the bin, or too much is spread."""
     if mode == "ddp" or variant == "in backward":  # the latter reduces inside backward
         return 0
+    if variant == "block after block":
+        return 6  # every step asks which block is next: copies are counted anew
     return 2 if world > 1 and variant in ("limit of the sum", "too much to carry") else 1
 
 
@@ -66,7 +69,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
         if mode == "fsdp" or world == 2:
             variants += ["columns", "limit of the sum", "too much to carry"]
         if mode not in ("ddp", "tp"):  # plain tensors in several processes are refused
-            variants += ["in backward"]
+            variants += ["in backward", "block after block"]
         for variant in variants:
             answers[mode, variant] = run(shard(make_net(), mode, world), variant)
     return answers

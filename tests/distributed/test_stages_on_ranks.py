@@ -91,6 +91,54 @@ def whole(name: str, poison: bool) -> list[torch.Tensor]:
     return [*first.state_dict().values(), *second.state_dict().values()]
 
 
+GSO_BUDGETS: dict[str, Any] = {
+    "constant": {"root": gs.Fixed(0.02), "bin": (gs.Relative(0.2), gs.RelativeStep(0.03))},
+    "the step": {"root": gs.RelativeStep(0.01), "bin": gs.Relative(0.2)},
+}
+
+
+def stage_of_gso(rank: int, world: int, name: str) -> Any:
+    model = make_stages()[rank]
+    optimizer = gs.GSO(model, lr=0.05, budget=GSO_BUDGETS[name], stages=dist.group.WORLD)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        signal = torch.empty(6, 7, dtype=torch.float64)
+        if rank == 0:
+            out = model(batch(step))
+            dist.send(out.detach(), 1)
+            dist.recv(signal, 1)
+            if step != 2:  # a stage without any gradient takes part all the same
+                out.backward(signal)
+        else:
+            dist.recv(signal, 0)
+            signal.requires_grad_()
+            loss_of(model(signal)).backward()
+            dist.send(signal.grad, 0)
+        optimizer.step()
+    return list(model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", GSO_BUDGETS)
+def test_gso_equals_one_process(name: str) -> None:
+    mine = [tensor for answer in on_ranks(2, stage_of_gso, name) for tensor in answer]
+    first, second = make_stages()
+    loose_first, loose_second = make_stages()
+    model, loose = nn.Sequential(first, second), nn.Sequential(loose_first, loose_second)
+    below = {level: budget for level, budget in GSO_BUDGETS[name].items() if level != "root"}
+    optimizers = gs.GSO(model, lr=0.05, budget=GSO_BUDGETS[name]), gs.GSO(loose, lr=0.05, budget=below)
+    for step in range(STEPS):
+        for net, front, optimizer in zip((model, loose), (first, loose_first), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(net(batch(step))).backward()
+            if step == 2:
+                front.zero_grad()
+            optimizer.step()
+    true = [*first.state_dict().values(), *second.state_dict().values()]
+    for tensor, whole_tensor in zip(mine, true, strict=True):
+        torch.testing.assert_close(tensor, whole_tensor, rtol=0, atol=1e-7)
+    assert any(not torch.allclose(a, b) for a, b in zip(model.parameters(), loose.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("poison", [False, True], ids=["finite", "a NaN on one stage"])
 @pytest.mark.parametrize("name", BUDGETS)
 def test_equals_one_process(name: str, poison: bool) -> None:
