@@ -31,7 +31,7 @@ def reductions(world: int, mode: str, variant: str) -> int:
     if mode == "ddp" or variant == "in backward":  # the latter reduces inside backward
         return 0
     if variant == "block after block":
-        return 6  # every step asks which block is next: copies are counted anew
+        return 4  # every step asks which block is next: copies are counted anew
     return 2 if world > 1 and variant in ("limit of the sum", "too much to carry") else 1
 
 
