@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,42 +15,12 @@ from ..plan import Plan
 from ..plan.lowering import Lowered, lower, walks
 from . import numba_loops as loops
 from .addresses import KINDS
+from .numba_tables import Signature, Tables, addresses_of, counter, scale_calls, square_calls
 from .registry import BACKENDS, Kernel
 from .threads import Call, run, threads_for
 from .walkable import bump_versions, obstacle, overlap, warn_of_fallback
 
 __all__ = ["NumbaKernel"]
-
-_Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """The lowered plan for tensors of one signature.
-
-    Attributes:
-        lowered: the tables of each dtype.
-        eager_T: tensors that the eager kernel serves.
-    """
-
-    signature: _Signature
-    lowered: list[tuple[torch.dtype, Lowered]]
-    eager_T: tuple[int, ...]
-
-    _known_apart: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @cached_property
-    def num_elements(self) -> int:
-        return sum(table.num_elements for _, table in self.lowered)
-
-    def apart(self, tensors: Sequence[Tensor | None], bases: np.ndarray) -> bool:
-        """Whether no two tensors share memory; looked at once for the same addresses."""
-        known = self._known_apart.get("bases")
-        if known is None or not np.array_equal(known, bases):
-            if overlap([t for t, entry in zip(tensors, self.signature, strict=True) if t is not None and entry]):
-                return False
-            self._known_apart["bases"] = bases
-        return True
 
 
 class NumbaKernel:
@@ -66,8 +35,8 @@ class NumbaKernel:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self._tables: list[_Tables] = []  # most recent first: gradients and weights, few layouts in a run
-        self._measured: tuple[list[Tensor | None], _Tables] | None = None
+        self._tables: list[Tables] = []  # most recent first: gradients and weights, few layouts in a run
+        self._measured: tuple[list[Tensor | None], Tables] | None = None
         self._warned = False
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -85,10 +54,10 @@ class NumbaKernel:
         for tensors in lists:
             tables = self._tables_of(tensors)
             self._measured = self._measured or (list(tensors), tables)
-            bases = _addresses(tensors, tables)
+            bases = addresses_of(tensors, tables)
             slots = [np.zeros(table.num_slots) for _, table in tables.lowered]
             for (dtype, table), out in zip(tables.lowered, slots, strict=True):
-                calls += _square_calls(KINDS[dtype], table, bases, out)
+                calls += square_calls(KINDS[dtype], table, bases, out)
             rest = self.eager.squares(_only(tensors, tables.eager_T)) if tables.eager_T else None
             results.append((slots, [table for _, table in tables.lowered], rest))
             num_elements += tables.num_elements
@@ -116,10 +85,10 @@ class NumbaKernel:
         zero = np.ascontiguousarray(zero_B.detach().numpy())
         if not tables.lowered or not loops.touched(scale, zero):
             return None
-        bases = _addresses(tensors, tables)
+        bases = addresses_of(tensors, tables)
         calls: list[Call] = []
         for dtype, table in tables.lowered:
-            calls += _scale_calls(dtype, table, bases, scale, zero)
+            calls += scale_calls(dtype, table, bases, scale, zero)
         written = [t for at, t in enumerate(tensors) if t is not None and tables.signature[at] is not None]
         run(calls, 1 if overlap(written) else threads_for(tables.num_elements))
         return bump_versions(written)
@@ -127,7 +96,7 @@ class NumbaKernel:
     def bound_(
         self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Measure, bound and scale each bin in one go, while it is in cache.
+        """Measure, bound and scale bins; a bin in one piece in one go, while it is in cache.
 
         Args:
             gradients: one a tensor of the plan.
@@ -135,21 +104,16 @@ class NumbaKernel:
             lines: (J, 3, T) slope, floor, root: the limit is the least of max(slope ||w_b||, floor + root sqrt(n_b)).
 
         Returns:
-            Squares of gradients and weights as they were; None, with nothing done, where a bin does not lie in one
-            piece, or tensors share memory, or the eager kernel is needed.
+            Squares of gradients and weights as they were; None, with nothing done, where a bin lies in several tensors.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._tensor_B is None:
             return None
         tables = self._tables_of(gradients)
-        if tables.eager_T or not all(table.whole_bins for _, table in tables.lowered):
-            return None
-        bases = _addresses(gradients, tables)
-        weight_bases = bases
-        if weights is not None:
-            for weight, entry in zip(weights, tables.signature, strict=True):
-                if entry and (obstacle(weight) or (weight.dtype, weight.stride()) != entry):
-                    return None
-            weight_bases = _addresses(weights, tables)
+        bases = addresses_of(gradients, tables)
+        alike = weights is None or tables.are_of(weights)
+        if not (tables.whole_bins and alike and tables.apart(gradients, bases)):
+            return self._bound_apart(gradients, weights, lines)
+        weight_bases = bases if weights is None else addresses_of(weights, tables)
         if not tables.apart(gradients, bases):
             return None
         squares, touched = np.zeros(self.plan.num_bins), np.zeros(1, dtype=np.int64)
@@ -157,7 +121,7 @@ class NumbaKernel:
         calls: list[Call] = []
         for dtype, table in tables.lowered:
             rows, out = (table.entries, table.chunks, bases, weight_bases, lines), (squares, of_weights, touched)
-            calls.append((loops.bound_entries, (KINDS[dtype], *rows, *out, _counter())))
+            calls.append((loops.bound_entries, (KINDS[dtype], *rows, *out, counter())))
         run(calls, threads_for(tables.num_elements))
         if touched[0]:
             bump_versions([t for t, entry in zip(gradients, tables.signature, strict=True) if t is not None and entry])
@@ -167,21 +131,40 @@ class NumbaKernel:
         rest: Any = self.squares(alone) if any(weight is not None for weight in alone) else 0.0
         return torch.from_numpy(squares), torch.from_numpy(of_weights) + rest
 
+    def _bound_apart(
+        self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same with a pass that measures all bins before one that scales."""
+        squares_B, *weights_B = self.squares_many([gradients] if weights is None else [gradients, weights])
+        scale, zero = np.empty(self.plan.num_bins), np.empty(self.plan.num_bins, dtype=np.bool_)
+        of_weights = weights_B[0].numpy() if weights_B else np.zeros(0)
+        table = (lines, self._tensor_B, self.plan.numel_B)
+        if loops.scales_alone(squares_B.numpy(), of_weights, *table, scale, zero):
+            self.scale_(gradients, torch.from_numpy(scale), torch.from_numpy(zero))
+        return squares_B, weights_B[0] if weights_B else None
+
+    @cached_property
+    def _tensor_B(self) -> np.ndarray | None:
+        """Which tensor each bin lies in, if in one."""
+        tensor_B = np.empty(self.plan.num_bins, dtype=np.int64)
+        tensor_B[self.plan.bin_K] = self.plan.tensor_K
+        return tensor_B if (tensor_B[self.plan.bin_K] == self.plan.tensor_K).all() else None
+
     @cached_property
     def eager(self) -> Kernel:
         """The kernel for what cannot be walked by address."""
         return BACKENDS["eager"].make(self.plan, self.device)
 
-    def _just_measured(self, tensors: Sequence[Tensor | None]) -> _Tables | None:
+    def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
         """The tables of tensors that were measured just before; strides may have changed by the time they are again."""
         measured, self._measured = self._measured, None
         if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
             return None
         return measured[1]
 
-    def _tables_of(self, tensors: Sequence[Tensor | None]) -> _Tables:
+    def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
         """The tables for tensors of these dtypes and strides; None in the signature: the eager kernel, or nothing."""
-        signature: _Signature = []
+        signature: Signature = []
         odd = False
         for tensor in tensors:
             if tensor is None:
@@ -203,7 +186,7 @@ class NumbaKernel:
             self._tables = [made, *self._tables[:3]]
         return made
 
-    def _make(self, tensors: Sequence[Tensor | None], signature: _Signature) -> _Tables:
+    def _make(self, tensors: Sequence[Tensor | None], signature: Signature) -> Tables:
         eager_T = []
         signature = list(signature)
         for t, tensor in enumerate(tensors):
@@ -220,7 +203,7 @@ class NumbaKernel:
             table = lower(self.plan, [e[1] if e is not None and e[0] == dtype else None for e in signature])
             assert table is not None
             lowered.append((dtype, table))
-        return _Tables(signature, lowered, tuple(eager_T))
+        return Tables(signature, lowered, tuple(eager_T))
 
     def _warn(self, t: int, tensor: Tensor) -> None:
         if self._warned or tensor.is_sparse or tensor.is_complex():
@@ -238,46 +221,5 @@ class NumbaKernel:
         return {"plan": self.plan, "device": self.device, "_tables": [], "_measured": None, "_warned": self._warned}
 
 
-def _addresses(tensors: Sequence[Tensor | None], tables: _Tables) -> np.ndarray:
-    return np.array(
-        [
-            0 if tensor is None or entry is None else tensor.data_ptr()
-            for tensor, entry in zip(tensors, tables.signature, strict=True)
-        ],
-        dtype=np.int64,
-    )
-
-
 def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:
     return [tensor if t in wanted else None for t, tensor in enumerate(tensors)]
-
-
-def _counter() -> np.ndarray:
-    return np.zeros(1, dtype=np.int64)
-
-
-def _widest(table: Lowered) -> int:
-    return int(table.bands[:, 4].max())
-
-
-def _square_calls(kind: Any, table: Lowered, bases: np.ndarray, slots: np.ndarray) -> list[Call]:
-    calls: list[Call] = []
-    if len(table.entries):
-        calls.append((loops.square_entries, (kind, table.entries, table.chunks, bases, slots, _counter())))
-    if len(table.bands):
-        bands = (table.bands, table.band_chunks, table.cut_stops, _widest(table), bases)
-        calls.append((loops.square_bands, (kind, *bands, slots, _counter())))
-    return calls
-
-
-def _scale_calls(
-    dtype: torch.dtype, table: Lowered, bases: np.ndarray, scale: np.ndarray, zero: np.ndarray
-) -> list[Call]:
-    kind = KINDS[dtype]
-    calls: list[Call] = []
-    if len(table.entries):
-        calls.append((loops.scale_entries, (kind, table.entries, table.chunks, bases, scale, zero, _counter())))
-    if len(table.bands):
-        bands = (table.bands, table.band_chunks, table.cut_stops, table.cut_bins, _widest(table), bases)
-        calls.append((loops.scale_bands, (kind, *bands, scale, zero, _counter())))
-    return calls

@@ -13,7 +13,8 @@ import numpy as np
 
 from .addresses import compiled, fetch_add, load, narrow, pointer, store
 
-__all__ = ["bound_entries", "fold", "scale_bands", "scale_entries", "square_bands", "square_entries", "touched"]
+__all__ = ["bound_entries", "fold", "scale_bands", "scale_entries", "scales_alone"]
+__all__ += ["square_bands", "square_entries", "touched"]
 
 _reduced = compiled(fastmath={"reassoc", "contract"})
 _plain = compiled()
@@ -54,13 +55,16 @@ def square_entries(kind, entries, chunks, bases, slots, counter):
 
 
 @_reduced
-def _add_four_rows(memory, start, row_step, length, columns):
-    """Add the squares of four rows to the columns, which are then read and written once instead of four times."""
-    second, third, fourth = start + row_step, start + 2 * row_step, start + 3 * row_step
+def _add_eight_rows(memory, start, step, length, columns):
+    """Add the squares of eight rows to the columns, which are then read and written once instead of eight times."""
     for j in range(length):
-        x0, x1 = np.float64(load(memory, start + j)), np.float64(load(memory, second + j))
-        x2, x3 = np.float64(load(memory, third + j)), np.float64(load(memory, fourth + j))
-        store(columns, j, load(columns, j) + (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3))
+        at = start + j
+        x0, x1 = np.float64(load(memory, at)), np.float64(load(memory, at + step))
+        x2, x3 = np.float64(load(memory, at + 2 * step)), np.float64(load(memory, at + 3 * step))
+        x4, x5 = np.float64(load(memory, at + 4 * step)), np.float64(load(memory, at + 5 * step))
+        x6, x7 = np.float64(load(memory, at + 6 * step)), np.float64(load(memory, at + 7 * step))
+        upper, lower = (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3), (x4 * x4 + x5 * x5) + (x6 * x6 + x7 * x7)
+        store(columns, j, load(columns, j) + (upper + lower))
 
 
 @_reduced
@@ -85,9 +89,9 @@ def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
             cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
             memory = pointer(bases[bands[d, 0]], kind)
             sums[:length] = 0.0
-            whole = rows - rows % 4
-            for r in range(0, whole, 4):
-                _add_four_rows(memory, offset + r * row_step, row_step, length, columns)
+            whole = rows - rows % 8
+            for r in range(0, whole, 8):
+                _add_eight_rows(memory, offset + r * row_step, row_step, length, columns)
             for r in range(whole, rows):
                 _add_row(memory, offset + r * row_step, length, columns)
             lo = 0
@@ -156,6 +160,19 @@ def _limit(lines, t, weight, numel):
     for j in range(len(lines)):
         limit = min(limit, max(lines[j, 0, t] * weight, lines[j, 1, t] + lines[j, 2, t] * math.sqrt(numel)))
     return limit
+
+
+@_reduced
+def scales_alone(squares, weights, lines, tensors, numel, scale, zero):
+    """Write the scale of each measured bin, and whether it is not finite; return whether any bin is to be changed."""
+    found = False
+    for b in range(len(squares)):
+        zero[b] = not math.isfinite(squares[b])
+        weight = math.sqrt(weights[b]) if len(weights) and math.isfinite(weights[b]) else 0.0
+        norm, limit = math.sqrt(squares[b]), _limit(lines, tensors[b], weight, numel[b])
+        scale[b] = 0.0 if zero[b] else limit / norm if norm > limit else 1.0
+        found |= scale[b] < 1.0
+    return found
 
 
 @_reduced

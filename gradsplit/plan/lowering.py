@@ -25,7 +25,7 @@ __all__ = ["Lowered", "lower", "walks"]
 SLOT, BIN, COUNT, TENSOR, OFFSET, STEP, ROWS, ROW_STEP, LENGTH = range(9)
 """The columns of an entry."""
 
-NARROW = 96
+NARROW = 320
 """Bins beside each other with shorter rows are read in bands: the time of a short row goes into starting it."""
 
 

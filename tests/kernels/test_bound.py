@@ -108,25 +108,47 @@ def _kernel(plan):
     return make_kernel("numba", plan, torch.device("cpu"), call="test")
 
 
-def test_gradients_that_share_memory_are_left_to_two_passes():
+def test_gradients_that_share_memory_are_all_measured_before_one_is_scaled():
     layout = gs.Layout.from_shapes({"a": (4, 8), "b": (4, 8)})
     memory = torch.ones(48)
-    gradients = [memory[:32].view(4, 8), memory[16:].view(4, 8)]
-    table = line_table(lines_of([("bin", gs.Fixed(0.1))]), 2)
-    assert _kernel(gs.xsp(layout)).bound_(gradients, None, table) is None
-    assert (memory == 1).all(), "nothing may be half applied"
     apart = [torch.ones(4, 8), torch.ones(4, 8)]
+    shared = [memory[:32].view(4, 8), memory[16:].view(4, 8)]
+    table = line_table(lines_of([("bin", gs.Fixed(0.1))]), 2)
     kernel = _kernel(gs.xsp(layout))
-    assert kernel.bound_(apart, None, table) is not None
-    assert kernel.bound_(gradients, None, table) is None, "new addresses must be looked at again"
+    for gradients in (apart, shared):  # new addresses must be looked at again
+        squares_B, _ = kernel.bound_(gradients, None, table)
+        assert squares_B.tolist() == [8.0] * 8
 
 
-def test_bins_that_several_threads_read_are_left_to_two_passes():
-    layout = gs.Layout.from_shapes({"a": (400, 400)})
-    table = line_table(lines_of([("bin", gs.Fixed(0.1))]), 1)
-    gradient = torch.ones(400, 400)
-    assert _kernel(gs.whole(layout)).bound_([gradient], None, table) is None
-    assert (gradient == 1).all()
+@pytest.mark.parametrize(
+    "strategy",
+    [gs.per_tensor, lambda layout: gs.xsp(layout, parts=3, axis=1), lambda layout: gs.xsp(layout, parts=2)],
+    ids=["tensors", "columns", "halves"],
+)
+def test_bins_in_several_pieces_are_bounded_like_any_other(strategy):
+    layout = gs.Layout.from_shapes({"a": (400, 400), "b": (33,)})
+    results = []
+    for way in (lambda s: s, _apart):
+        pairs = []
+        for i, shape in enumerate(layout.shapes):
+            p = Parameter(torch.ones(shape))
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+            pairs.append((layout.names[i], p))
+        pairs[0][1].grad[0, 0] = float("inf")
+        record = way(gs.GradientSplitter(pairs, plan=strategy, budget=gs.Relative(0.2), backend="numba")).step()
+        results.append(([p.grad for _, p in pairs], record.decision))
+    (ours, decision), (theirs, expected) = results
+    for g, h in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(g, h, rtol=1e-6, atol=0)
+    torch.testing.assert_close(decision.scale_B, expected.scale_B, rtol=1e-12, atol=0)
+    assert {1, 2} <= set(decision.outcome_B.tolist()), "nothing was bounded"
+
+
+def test_a_bin_over_two_tensors_has_no_lines_of_one():
+    layout = gs.Layout.from_shapes({"a": (4, 4), "b": (4, 4)})
+    gradients = [torch.ones(4, 4), torch.ones(4, 4)]
+    assert _kernel(gs.whole(layout)).bound_(gradients, None, line_table(lines_of([("bin", gs.Fixed(0.1))]), 2)) is None
+    assert all((g == 1).all() for g in gradients), "nothing may be half applied"
 
 
 def test_raising_leaves_the_gradients_as_they_were():
