@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor, reshape, zeros_like
 from tensorflow.math import abs as absolute
-from tensorflow.math import cumsum, exp, expm1, logical_or, maximum, minimum, sqrt
+from tensorflow.math import cumsum, exp, expm1, log, logical_or, maximum, minimum, sqrt
 from tensorflow.math import is_finite as isfinite
 from tensorflow.math import reduce_all as every
 
@@ -36,6 +36,7 @@ __all__ = [
     "index",
     "is_readable",
     "isfinite",
+    "log",
     "logical_or",
     "maximum",
     "minimum",
