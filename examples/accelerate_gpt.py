@@ -1,7 +1,7 @@
 """A character GPT with Accelerate: SGD with momentum, gradients of two batches added up, then bounded row by row.
 
     python examples/accelerate_gpt.py --steps 200
-    accelerate launch --cpu examples/accelerate_gpt.py --steps 200
+    torchrun --nproc-per-node 2 examples/accelerate_gpt.py --steps 200
 
 `split_gradients` is one line after `prepare`; it acts where the gradients are complete.
 """
@@ -30,7 +30,8 @@ def main() -> None:
     task = workload("gpt").build(seed=0)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=chosen.lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chosen.steps // 2)
-    batches = DataLoader([task.draw(step) for step in range(chosen.steps)], batch_size=None)
+    windows = [window for step in range(chosen.steps) for window in zip(*task.draw(step), strict=True)]
+    batches = DataLoader(windows, batch_size=len(windows) // chosen.steps)
     model, optimizer, batches, scheduler = accelerator.prepare(task.model, optimizer, batches, scheduler)
     split_gradients(accelerator, model, optimizer)
 

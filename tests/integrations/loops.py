@@ -30,11 +30,16 @@ def error(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (model(x) - y).square().mean()
 
 
-def train(model, optimizer, *, rows: int, batch: int, accumulate: int = 1, splitter=None) -> None:
-    """One pass over the rows in order; the loss of each micro-batch is divided by their number."""
+def train(model, optimizer, *, rows: int, batch: int, accumulate: int = 1, splitter=None, bfloat16=False) -> None:
+    """One pass over the rows in order; the loss of each micro-batch is divided by their number.
+
+    Autocast holds the forward pass alone: it keeps the weights it has cast until its context ends.
+    """
     x, y = rows_of(rows)
     for count, (inputs, targets) in enumerate(zip(x.split(batch), y.split(batch), strict=True), 1):
-        (error(model, inputs, targets) / accumulate).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = error(model, inputs, targets)
+        (loss / accumulate).backward()
         if count % accumulate == 0:
             if splitter is not None:
                 splitter.step()

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradsplit as gs
@@ -18,9 +19,9 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 
 
-def prepared(make_optimizer=sgd, accumulate=1):
+def prepared(make_optimizer=sgd, accumulate=1, **options):
     """An accelerator with a prepared model, optimizer and loader of 24 rows."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
     model = model_of()
     loader = DataLoader(TensorDataset(*rows_of(24)), batch_size=2)
     return accelerator, *accelerator.prepare(model, make_optimizer(model), loader)
@@ -44,6 +45,18 @@ def test_it_acts_once_a_real_step_and_trains_as_the_loop(accumulate):
     assert_same_weights(model, alone)
     assert splitter.step_count == 12 // accumulate
     assert splitter.layout.names == ("0.weight", "0.bias", "2.weight")
+
+
+def test_it_trains_as_the_loop_under_bfloat16():
+    """Accelerate keeps one precision a process until its state is reset."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, model, optimizer, loader = prepared(mixed_precision="bf16")
+    split_gradients(accelerator, model, optimizer, **HISTORY)
+    passes(accelerator, model, optimizer, loader)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = model_of()
+    train(alone, sgd(alone), rows=24, batch=2, splitter=gs.GradientSplitter(alone, **HISTORY), bfloat16=True)
+    assert_same_weights(accelerator.unwrap_model(model), alone)
 
 
 def test_gso_is_an_optimizer_like_others():

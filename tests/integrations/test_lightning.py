@@ -83,6 +83,14 @@ def test_it_trains_as_the_loop_with_a_splitter_before_each_step(tmp_path, accumu
     assert splitter.layout.names == ("net.0.weight", "net.0.bias", "net.2.weight")
 
 
+def test_it_trains_as_the_loop_under_bfloat16(tmp_path):
+    net = Net(sgd)
+    trainer_of(tmp_path, GradientSplitting(**HISTORY), precision="bf16-mixed").fit(net, loader())
+    alone = model_of()
+    train(alone, sgd(alone), rows=24, batch=2, splitter=gs.GradientSplitter(alone, **HISTORY), bfloat16=True)
+    assert_same_weights(net.net, alone)
+
+
 def test_the_default_budget_reads_the_learning_rate_and_caps_updates_behind_adam(tmp_path):
     nets = [Net(sgd), Net(lambda module: torch.optim.Adam(module.parameters(), 0.5))]
     callbacks = [GradientSplitting(), GradientSplitting(cap_updates=True)]

@@ -12,6 +12,7 @@ import torch
 import gradsplit as gs
 from gradsplit.workloads.registry import workload
 from tests.architecture.sources import ROOT
+from tests.run.processes import run_python
 
 STEPS = 6
 EXAMPLES = ROOT / "examples"
@@ -32,19 +33,23 @@ def printed_by(name, capsys, monkeypatch, *words):
     return number
 
 
-def plain(name, make, *, schedule=None, accumulate=1):
-    """What a hand-written loop over the same batches scores; `make` gives an optimizer and a splitter or None."""
+def plain(name, make, *, schedule=None, accumulate=1, steps=STEPS, ranks=1):
+    """What a hand-written loop over the same batches scores; `make` gives an optimizer and a splitter or None.
+
+    Accelerate moves a prepared schedule once a rank at each update, since a rank sees its share of the batches.
+    """
     task = workload(name).build(seed=0)
     optimizer, splitter = make(task.model)
     scheduler = None if schedule is None else schedule(optimizer)
-    for step in range(STEPS):
+    for step in range(steps):
         (task.loss(task.model, task.batch(step)) / accumulate).backward()
         if (step + 1) % accumulate == 0:
             if splitter is not None:
                 splitter.step()
             optimizer.step()
             if scheduler is not None:
-                scheduler.step()
+                for _ in range(ranks):
+                    scheduler.step()
             optimizer.zero_grad()
     return f"{task.evaluate(task.model)[workload(name).metric]:.3f}"
 
@@ -83,6 +88,16 @@ def test_transformers_with_a_splitter(capsys, monkeypatch):
 def test_accelerate(capsys, monkeypatch):
     expected = plain("gpt", sgd(0.3), schedule=lambda o: cosine(o, STEPS // 2), accumulate=2)
     assert printed_by("accelerate_gpt", capsys, monkeypatch) == expected
+
+
+@pytest.mark.slow
+def test_accelerate_on_two_processes():
+    """Two ranks with two micro-batches each are four micro-batches of one."""
+    expected = plain("gpt", sgd(0.3), schedule=lambda o: cosine(o, 4), accumulate=4, steps=8, ranks=2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_python(ROOT, *launcher, str(EXAMPLES / "accelerate_gpt.py"), "--steps", "8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"val_loss {expected}\n"
 
 
 @pytest.mark.parametrize("words", [(), ("--grad-accum-steps", "2"), ("--amp",)], ids=["plain", "accumulated", "bf16"])

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -65,6 +66,27 @@ def test_it_trains_as_the_loop_with_a_splitter_before_each_step(tmp_path):
     assert_same_weights(net.net, alone)
     assert callback.splitter.step_count == STEPS, "once an update, not once a micro-batch"
     assert callback.splitter.layout.names == ("net.0.weight", "net.0.bias", "net.2.weight")
+
+
+def test_it_trains_as_the_loop_under_bfloat16(tmp_path, monkeypatch):
+    """Trainer writes its precision into the environment, and Accelerate keeps it: both are put back."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    net = Net()
+    trainer_of(tmp_path, net, GradientSplitting(**HISTORY), bf16=True).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = model_of()
+    optimizer = torch.optim.SGD(alone.parameters(), 0.05, momentum=0.9)
+    train(
+        alone,
+        optimizer,
+        rows=ROWS,
+        batch=BATCH,
+        accumulate=2,
+        splitter=gs.GradientSplitter(alone, **HISTORY),
+        bfloat16=True,
+    )
+    assert_same_weights(net.net, alone)
 
 
 @pytest.mark.parametrize("budget", [HISTORY["budget"], gs.Relative(0.2)])
