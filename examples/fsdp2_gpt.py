@@ -51,6 +51,7 @@ def main() -> None:
             if rank == 0:
                 print(f"step {step:4d}  loss {float(mean) / world:.4f}", flush=True)
     if world > 1:
+        dist.barrier()  # nobody leaves while another still sends
         dist.destroy_process_group()
 
 
