@@ -36,10 +36,10 @@ class Agreement:
             values /= self.num_processes
         return values
 
-    def any(self, alarm: bool, device: torch.device) -> bool:
-        """Whether any process raises the alarm."""
+    def any(self, alarm: bool, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether any process raises the alarm; asked on the device of the optimizer's first parameter."""
         if self.num_processes == 1:
             return alarm
-        flag = torch.tensor(float(alarm), device=device)
+        flag = torch.tensor(float(alarm), device=optimizer.param_groups[0]["params"][0].device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.process_group)
         return bool(flag)

@@ -46,13 +46,12 @@ class Divergence:
         self.patience, self.agreement = patience, agreement
         self.bad = 0
 
-    def reason(self, loss: float, zeroed: float, device: torch.device) -> str:
+    def reason(self, loss: float, zeroed: float) -> str:
         """Return why the run has diverged at this step; empty if it has not.
 
         Args:
             loss: the same in all processes.
             zeroed: share of bins ZEROED, likewise.
-            device: where processes agree.
         """
         if not self.history.is_out(loss) and zeroed <= MOST:
             self.bad = 0
@@ -61,7 +60,7 @@ class Divergence:
         self.bad += 1
         if not math.isfinite(loss):
             lost = nonfinite_names(self.model, self.optimizer)
-            if self.agreement.any(bool(lost), device):
+            if self.agreement.any(bool(lost), self.optimizer):
                 shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
                 return f"the loss is {loss:g} and these are not finite: {shown or 'tensors of another process'}"
         if self.bad < self.patience:

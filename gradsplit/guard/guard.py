@@ -19,6 +19,7 @@ from .arguments import check_constants, check_counts, check_parts
 from .divergence import Divergence
 from .errors import DivergenceError
 from .evidence import batches_since, stop_message, worst_of
+from .looks import Looks
 from .loss_history import LossHistory
 from .lowered_rate import LoweredRate
 from .nonfinite import nonfinite_names
@@ -128,7 +129,7 @@ class Guard:
         self._divergence = Divergence(model, optimizer, self.history, patience, self._agreement)
         self._data: list[Batches] = []
         self._awaited: list[Mapping[str, Any]] = []  # data positions loaded before their loaders were known
-        self._pending: list[Tensor] = []
+        self._looks = Looks(self._agreement)
         self._since = 0
         self._used: Snapshot | None = None
         self._record: StepRecord | None = None
@@ -175,16 +176,15 @@ class Guard:
         Raises:
             DivergenceError: the run has diverged and no rollback, or no snapshot, is left.
         """
-        value = torch.as_tensor(loss).detach().reshape(()).to(torch.float64 if _has_double(loss) else torch.float32)
-        self._pending.append(torch.stack([value, self._zeroed_share(value)]))
+        self._looks.add(loss, self._record, copy=self.check_every > 1)
         self.step_count += 1
         self.num_updates += 1
-        if len(self._pending) < self.check_every:
+        if len(self._looks) < self.check_every:
             return None
-        looks, self._pending = self._agreement.mean(torch.stack(self._pending)), []
+        looks = self._looks.take()
         first = self.step_count - len(looks)
-        for i, (number, zeroed) in enumerate(looks.tolist()):
-            reason = self._divergence.reason(number, zeroed, value.device)
+        for i, (number, zeroed) in enumerate(looks):
+            reason = self._divergence.reason(number, zeroed)
             if reason:
                 return self._roll_back(first + i, number, reason)
         if self._divergence.bad == 0 and self.step_count - self._since >= self.every:
@@ -194,11 +194,6 @@ class Guard:
     def _remember(self, record: StepRecord) -> None:
         self._record = record
 
-    def _zeroed_share(self, like: Tensor) -> Tensor:
-        if self._record is None:
-            return torch.zeros_like(like)
-        return (~self._record.decision.finite_B).to(like.device, like.dtype).mean()
-
     def _first_snapshot(self) -> None:
         """A run is guarded from its first update on, whatever happened between making the guard and training."""
         if self.snapshots.newest is None:
@@ -206,7 +201,7 @@ class Guard:
 
     def _take_snapshot(self) -> None:
         lost = bool(nonfinite_names(self.model, self.optimizer))
-        if self._agreement.any(lost, next(iter(self.optimizer.param_groups))["params"][0].device):
+        if self._agreement.any(lost, self.optimizer):
             return  # the loss will show it
         places = [(batches.epoch, batches.position) for batches in self._data]
         parts = self.parts if isinstance(self.snapshots, DiskSnapshots) else self._states
@@ -282,7 +277,7 @@ class Guard:
             "since": self._since,
             "factor": self.factor,
             "history": self.history.state_dict(),
-            "pending": [look.tolist() for look in self._pending],
+            "looks": self._looks.state_dict(),
             "actions": [action.to_dict() for action in self.actions],
             "batches": [batches.state_dict() for batches in self._data],
         }
@@ -307,11 +302,7 @@ class Guard:
         self.num_rollbacks, self._divergence.bad = int(state["num_rollbacks"]), int(state["bad"])
         self._since, self._rate.factor = int(state["since"]), float(state["factor"])
         self.history.load_state_dict(state["history"])
-        self._pending = [torch.tensor(look) for look in state["pending"]]
+        self._looks.load_state_dict(state["looks"])
         self.actions = [GuardAction.from_dict(action) for action in state["actions"]]
         self.snapshots.clear()
         self._used = None
-
-
-def _has_double(loss: Tensor | float) -> bool:
-    return not isinstance(loss, Tensor) or (loss.dtype == torch.float64)

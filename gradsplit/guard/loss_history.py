@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 __all__ = ["LossHistory"]
 
@@ -35,17 +34,15 @@ class LossHistory:
 
     def __init__(self, length: int, score: float) -> None:
         self.length, self.score = length, score
-        self._losses = np.empty(length)
-        self._num = 0
+        self._losses: deque[float] = deque(maxlen=length)  # lists: numpy's calls cost more than 128 numbers do
         self._summary: tuple[float, float] | None = None
 
     def __len__(self) -> int:
-        return min(self._num, self.length)
+        return len(self._losses)
 
     def add(self, loss: float) -> None:
         """Take in a loss that is in order."""
-        self._losses[self._num % self.length] = loss
-        self._num += 1
+        self._losses.append(loss)
         self._summary = None
 
     def is_out(self, loss: float) -> bool:
@@ -69,19 +66,22 @@ class LossHistory:
 
     def _numbers(self) -> tuple[float, float]:
         if self._summary is None:
-            kept = self._losses[: len(self)]
-            median = float(np.median(kept))
-            deviation = float(np.median(np.abs(kept - median)))
+            median = _median(self._losses)
+            deviation = _median([abs(loss - median) for loss in self._losses])
             self._summary = (median, max(1.4826 * deviation, FLOOR * abs(median)))
         return self._summary
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses, oldest first, as plain data."""
-        start = self._num % self.length if self._num > self.length else 0
-        return {"losses": np.roll(self._losses[: len(self)], -start).tolist()}
+        return {"losses": list(self._losses)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take losses over; the last ones, if this history is shorter."""
-        self._num, self._summary = 0, None
-        for loss in state["losses"][-self.length :]:
-            self.add(float(loss))
+        self._losses = deque((float(loss) for loss in state["losses"]), maxlen=self.length)
+        self._summary = None
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
