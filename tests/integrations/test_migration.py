@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import jax
+import keras
 import numpy as np
+import optax
 import pytest
 import torch
 from pytorch_optimizer import AdamMini
@@ -10,6 +13,8 @@ from pytorch_optimizer.optimizer.agc import agc
 from torch import nn
 
 import gradsplit as gs
+from gradsplit.integrations.keras import split
+from gradsplit.integrations.optax import gso, split_gradients
 from tests.architecture.sources import ROOT
 from tests.integrations import peer_rules as rules
 
@@ -171,3 +176,49 @@ def test_weights_are_equal_after_120_steps_of_both_optimizers(theirs, ours, resu
     for s, p, q in zip(start, one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-6 if dtype == torch.float64 else 1e-4, atol=1e-7)
         assert not torch.equal(s, p)
+
+
+def layers_of_tree(seed):
+    """A kernel (in, out), its bias and a convolution (height, width, in, out), float32, their lengths far apart."""
+    random = np.random.default_rng(seed)
+    shapes = {"kernel": (4, 3), "bias": (3,), "conv": (2, 2, 3, 4)}
+    scales = np.exp(random.normal(0.0, 2.0, len(shapes)))
+    return {
+        name: (scale * random.standard_normal(shape)).astype(np.float32)
+        for (name, shape), scale in zip(shapes.items(), scales, strict=True)
+    }
+
+
+STAYING = [row for row in rows("Staying in optax or Keras") if row[2] == "equal"]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [r[:2] for r in STAYING if "optax" in r[0]], ids=lambda text: text[:28])
+def test_updates_in_optax_are_equal(theirs, ours):
+    names = {"gs": gs, "optax": optax, "split_gradients": split_gradients, "gso": gso}
+    one, other = eval(theirs, names), eval(ours, names)
+    params = layers_of_tree(0)
+    a, b = one.init(params), other.init(params)
+    theirs_once, ours_once, changed = jax.jit(one.update), jax.jit(other.update), 0
+    for step in range(1, 12):
+        gradients = layers_of_tree(step)
+        expected, a = theirs_once(gradients, a, params)
+        found, b = ours_once(gradients, b, params)
+        for name in params:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-9, err_msg=name)
+            changed += not np.array_equal(expected[name], gradients[name])
+    assert changed >= 5, "nothing was bounded, so nothing was compared"
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [r[:2] for r in STAYING if "keras" in r[0]], ids=lambda text: text[:40])
+def test_weights_in_keras_are_equal(theirs, ours):
+    names = {"gs": gs, "keras": keras, "split": split}
+    trained = []
+    for line in (theirs, ours):
+        weights = [keras.Variable(value, name=name) for name, value in layers_of_tree(0).items()]
+        optimizer = eval(line, names)
+        for step in range(1, 12):
+            optimizer.apply([keras.ops.convert_to_tensor(g) for g in layers_of_tree(step).values()], weights)
+        trained.append([keras.ops.convert_to_numpy(w) for w in weights])
+    for start, expected, found in zip(layers_of_tree(0).values(), *trained, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert not np.array_equal(found, start)
