@@ -79,7 +79,7 @@ class Bounding:
         times_T = None
         if pace_B is not None and gain_B is not None:
             times_T = pace_B.numpy()[self._bin_of_tensor] / gain_B.numpy()[self._bin_of_tensor]
-        table = line_table(self._lines, len(gradients), times_T)
+        table = line_table(self._lines, self.plan.width_T, times_T)
         measured = self._bound(gradients, parameters if self.ledger.reads_weights else None, table)
         if measured is None:
             return None

@@ -11,7 +11,7 @@ from .node_sums import Nodes
 from .over_stages import StagedLedger, make_ledger
 from .percentile import Percentile
 from .project import RULES, project
-from .registry import BUDGETS, DEFAULT_OF_GSO, budgets_by_level
+from .registry import BUDGETS, DEFAULT_OF_GSO, DEFAULT_OF_SPLITTER, budgets_by_level
 from .relative import Relative
 from .relative_step import RelativeStep
 from .zscore import ZScore
@@ -19,6 +19,7 @@ from .zscore import ZScore
 __all__ = [
     "BUDGETS",
     "DEFAULT_OF_GSO",
+    "DEFAULT_OF_SPLITTER",
     "LARGE",
     "RULES",
     "Budget",

@@ -25,12 +25,14 @@ class Reading(NamedTuple):
         norm: (n,) L2 norm of the gradient (or of the update), without what was not finite.
         weight_norm: (n,) L2 norm of the weights, if a budget of this plan reads it.
         numel: (n,) elements.
+        num_rows: (n,) rows of matrices, as a share where a node holds a part of a row; vectors have none.
         pace: (n,) learning rate now / largest learning rate so far, in [0, 1]; 1 without an optimizer.
     """
 
     norm: Array
     weight_norm: Array | None
     numel: Array
+    num_rows: Array
     pace: Array
 
 
@@ -82,12 +84,14 @@ def limits_of(
     norm: Array,
     weight_norm: Array | None = None,
     numel: Array | None = None,
+    num_rows: Array | None = None,
     state: State | None = None,
 ) -> Array:
     """Return the limits (n,) that a budget sets for norms (n,), at its beginning or after a given history."""
     xp = namespace(norm)
-    ones = xp.full(norm.shape[0], 1.0, norm)
-    reading = Reading(norm, weight_norm, ones if numel is None else numel, ones)
+    ones, none = xp.full(norm.shape[0], 1.0, norm), xp.full(norm.shape[0], 0.0, norm)
+    sizes = (ones if numel is None else numel, none if num_rows is None else num_rows)
+    reading = Reading(norm, weight_norm, *sizes, ones)
     return budget.limits(xp, reading, budget.init(xp, norm) if state is None else state)
 
 
@@ -97,7 +101,8 @@ def limits_after(
     """Return the limits that a budget sets after a history of norms, for ``norm`` or for the last one again."""
     xp = namespace(norms[0])
     state, ones = budget.init(xp, norms[0]), xp.full(norms[0].shape[0], 1.0, norms[0])
+    none = xp.full(norms[0].shape[0], 0.0, norms[0])
     for seen in norms:
-        reading = Reading(seen, weight_norm, ones, ones)
+        reading = Reading(seen, weight_norm, ones, none, ones)
         state = budget.learn(xp, reading, xp.minimum(seen, budget.limits(xp, reading, state)), state)
     return limits_of(budget, norm=norms[-1] if norm is None else norm, weight_norm=weight_norm, state=state)

@@ -31,12 +31,14 @@ class Term:
         budget: the rule.
         ids: its nodes; None: the bins, whose vectors need no tree.
         numel: elements of its nodes.
+        num_rows: rows of matrices of its nodes.
     """
 
     level: str
     budget: Budget
     ids: Array | None
     numel: Array
+    num_rows: Array
 
 
 def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule: str, call: str) -> tuple[Term, ...]:
@@ -49,7 +51,7 @@ def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule
         raise ValueError(f"{call}(rule={rule!r}): expected one of {', '.join(RULES)}.")
     xp, terms = namespace(like), []
     above = any(level != "bin" for level, _ in budgets)
-    numel_N = _numel_N(plan) if above else plan.numel_B
+    numel_N, num_rows_N = (_sums_N(plan, sizes_B) if above else sizes_B for sizes_B in (plan.numel_B, plan.num_rows_B))
     for level, budget in budgets:
         ids = None if level == "bin" else plan.level_nodes(level)
         num = plan.num_bins if ids is None else len(ids)
@@ -59,7 +61,8 @@ def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule
                 f"({num},), got shape ({len(budget.limit)},)."
             )
         numel = xp.asarray(plan.numel_B if ids is None else numel_N[ids], like)
-        terms.append(Term(level, budget, None if ids is None else xp.index(ids, like), numel))
+        num_rows = xp.asarray(plan.num_rows_B if ids is None else num_rows_N[ids], like)
+        terms.append(Term(level, budget, None if ids is None else xp.index(ids, like), numel, num_rows))
     return tuple(terms)
 
 
@@ -147,12 +150,12 @@ def _readings(
         ids, ones = term.ids, xp.full(term.numel.shape[0], 1.0, norm_B)
         if ids is None:
             pace = ones if pace_B is None else pace_B * ones
-            made.append((Reading(norm_B, weight_norm_B, term.numel, pace), gain_B))
+            made.append((Reading(norm_B, weight_norm_B, term.numel, term.num_rows, pace), gain_B))
             continue
         pace = xp.take(pace_N, ids) / term.numel if pace_N is not None else ones if pace_B is None else pace_B * ones
         gain = xp.take(gain_N, ids) / term.numel if gain_N is not None else gain_B
         weight_norm = None if weight_norm_N is None else xp.take(weight_norm_N, ids)
-        made.append((Reading(xp.take(norm_N, ids), weight_norm, term.numel, pace), gain))
+        made.append((Reading(xp.take(norm_N, ids), weight_norm, term.numel, term.num_rows, pace), gain))
     return made
 
 
@@ -161,11 +164,11 @@ def _one_a_bin(rate: Array | None) -> bool:
     return rate is not None and len(rate.shape) == 1
 
 
-def _numel_N(plan: Plan) -> np.ndarray:
-    """Elements of every node."""
-    numel_N = np.zeros(plan.num_nodes)
-    numel_N[plan.bin_nodes_B] = plan.numel_B
+def _sums_N(plan: Plan, sizes_B: np.ndarray) -> np.ndarray:
+    """Sizes of every node, the sums of its bins'."""
+    sizes_N = np.zeros(plan.num_nodes)
+    sizes_N[plan.bin_nodes_B] = sizes_B
     starts = plan.tree.depth_starts
     for lo, hi in zip(starts[-2:0:-1], starts[:1:-1], strict=True):
-        np.add.at(numel_N, plan.parents_N[lo:hi], numel_N[lo:hi])
-    return numel_N
+        np.add.at(sizes_N, plan.parents_N[lo:hi], sizes_N[lo:hi])
+    return sizes_N

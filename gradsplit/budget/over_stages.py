@@ -79,11 +79,13 @@ class StagedLedger:
         zero, ones = xp.full(self.plan.num_bins, 0.0, squares_B), xp.full(self.plan.num_bins, 1.0, squares_B)
         weights = zero if weight_squares_B is None else xp.where(xp.isfinite(weight_squares_B), weight_squares_B, zero)
         pace, gain = (self.numel_B * (ones if rate_B is None else rate_B) for rate_B in (pace_B, gain_B))
-        columns = (made.norm_B**2, (made.norm_B * made.scale_B) ** 2, weights, self.numel_B, pace, gain)
+        rows_B = xp.asarray(self.plan.num_rows_B, squares_B)
+        columns = (made.norm_B**2, (made.norm_B * made.scale_B) ** 2, weights, self.numel_B, rows_B, pace, gain)
         sums = self._add(xp.concatenate([xp.cumsum(column)[-1:] for column in columns]))
-        square, kept_square, weight_square, numel, pace_sum, gain_sum = (sums[i : i + 1] for i in range(len(columns)))
+        each = (sums[i : i + 1] for i in range(len(columns)))
+        square, kept_square, weight_square, numel, num_rows, pace_sum, gain_sum = each
         weight_norm = None if weight_squares_B is None else xp.sqrt(weight_square)
-        reading = Reading(xp.sqrt(square), weight_norm, numel, pace_sum / numel)
+        reading = Reading(xp.sqrt(square), weight_norm, numel, num_rows, pace_sum / numel)
         limits, kept = [], xp.sqrt(kept_square)
         for budget, state in self._roots:
             limit = budget.limits(xp, reading, state)

@@ -15,12 +15,15 @@ from .relative import Relative
 from .relative_step import RelativeStep
 from .zscore import ZScore
 
-__all__ = ["BUDGETS", "DEFAULT_OF_GSO", "budgets_by_level"]
+__all__ = ["BUDGETS", "DEFAULT_OF_GSO", "DEFAULT_OF_SPLITTER", "budgets_by_level"]
 
 BUDGETS: dict[str, type[Budget]] = {row.name: row for row in (RelativeStep, Fixed, Relative, Ema, ZScore, Percentile)}
 
 DEFAULT_OF_GSO = (Relative(0.2), RelativeStep(0.03))
 """Before the moments, since one huge gradient would poison them for thousands of steps; and on the update."""
+
+DEFAULT_OF_SPLITTER = RelativeStep(0.03, length=1.0)
+"""In front of SGD. Under Adam-like updates, which fill every limit, a length of 1 is too much for short rows."""
 
 
 def budgets_by_level(budget: Any, plan: Plan, *, call: str) -> list[tuple[str, Budget]]:

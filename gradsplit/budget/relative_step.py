@@ -16,30 +16,35 @@ __all__ = ["RelativeStep"]
 class RelativeStep(Budget):
     """One step may move a node by at most ``tau`` of its own length: nothing to tune, no history, no warm-up.
 
-        limit_b = tau * (lr / lr_max) * max(||W_b||, floor * sqrt(n_b))          length of the update, weight units
+        limit_b = tau * (lr / lr_max) * max(||W_b||, length * sqrt(rows_b), floor * sqrt(n_b))     weight units
 
-    tau follows the learning rate's schedule; lr_max is the largest rate so far. In front of SGD with momentum beta the
+    with n_b elements in rows_b rows of a matrix (a vector has none). The usual initialisations give a row a length
+    near one whatever its width (He 1.41, torch's 0.58), so a row that starts far below, as the heads of a detector
+    and the weights of a GPT do, is given the steps of one that does not: it has to travel there. tau follows the learning rate's schedule; lr_max is the largest rate so far. In front of SGD with momentum beta the
     splitter turns it into a limit on the gradient, limit (1 - beta) / lr, so that even a limit met at every step
     keeps the momentum's sum within it. `GSO` caps the update itself. In front of another optimizer a bound on the
     gradient says
     nothing about the step: use `GSO`, or ``cap_updates=True``.
 
-    A one-sided LARS; AGC with its factor tied to the learning rate. Trials (docs/trials are the project's own): at
-    least the best *tuned* split on both detectors and the hot residual net, and the learning rate nearly stops
-    mattering under SGD with momentum. It loses on a plain He-initialised stack of 36 layers (.272 against .482 for a
-    tuned global clip: use ``{"root": Fixed(1.0)}`` there). .01 is flatter and slower, .1 is too loose for a detector.
+    A one-sided LARS; AGC with its factor tied to the learning rate. docs/results.md has what was measured: close to the
+    best *tuned* split on the detector and the hot residual net, and the learning rate nearly stops mattering under
+    SGD with momentum. In trials without ``length`` it lost on a plain He-initialised stack of 36 layers (.272 against
+    .482 for a tuned global clip: use ``{"root": Fixed(1.0)}`` there). tau .01 is flatter and slower, .1 is too loose.
 
     Args:
         tau: share of the node's length a step may move it, > 0.
-        floor: smallest root mean square of the weights counted, > 0, so that weights that start at 0 can move.
+        floor: smallest root mean square of the weights counted, > 0, so that biases that start at 0 can move.
+        length: smallest length a row of a matrix counts as, weight units, >= 0; 0: its own length alone counts.
 
     Raises:
-        ValueError: tau or floor that is not > 0.
+        ValueError: tau or floor that is not > 0, a negative length.
 
     >>> import numpy as np
     >>> from gradsplit.budget import limits_of
     >>> limits_of(RelativeStep(0.03), norm=np.ones(2), weight_norm=np.array([2.0, 0.0]), numel=np.array([4.0, 4.0]))
     array([0.06  , 0.0006])
+    >>> limits_of(RelativeStep(0.03), norm=np.ones(2), weight_norm=np.array([2.0, 0.0]), num_rows=np.array([1.0, 1.0]))
+    array([0.06, 0.03])
     """
 
     name: ClassVar[str] = "relative_step"
@@ -47,11 +52,18 @@ class RelativeStep(Budget):
     bounds_update: ClassVar[bool] = True
     tau: float = 0.03
     floor: float = 0.01
+    length: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("tau", self.tau > 0, "a share > 0, for example 0.03")
         self._check("floor", self.floor > 0, "a root mean square > 0, for example 0.01")
+        self._check("length", self.length >= 0, "a length >= 0, for example 1.0; 0 counts a row as long as it is")
+
+    def least(self, xp: ModuleType, numel: Array, num_rows: Array) -> Array:
+        """Return the length that nodes of these sizes count as, however short their weights are, shape (n,)."""
+        return xp.maximum(self.length * xp.sqrt(num_rows), self.floor * xp.sqrt(numel))
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
-        return self.tau * reading.pace * xp.maximum(reading.weight_norm, self.floor * xp.sqrt(reading.numel))
+        least = self.least(xp, reading.numel, reading.num_rows)
+        return self.tau * reading.pace * xp.maximum(reading.weight_norm, least)

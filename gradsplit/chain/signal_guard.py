@@ -131,7 +131,7 @@ class SignalGuard:
             whole = norm.amax().reshape(1) if len(norm) > 1 else norm
             usable = torch.where(torch.isfinite(whole), whole, torch.zeros_like(whole))
             one = torch.ones_like(whole)
-            reading = Reading(usable, None, one, one)
+            reading = Reading(usable, None, one, one, one)
             memory.limit = self.budget.limits(torch_xp, reading, memory.state)
             scale, finite = scale_within(norm, memory.limit)
             kept = torch.minimum(usable, memory.limit)
@@ -151,7 +151,7 @@ class SignalGuard:
         whole = norm.max().reshape(1)
         usable = np.where(np.isfinite(whole), whole, 0.0)
         one = np.ones(1)
-        reading = Reading(usable, None, one, one)
+        reading = Reading(usable, None, one, one, one)
         memory.limit = self.budget.limits(numpy_xp, reading, memory.state)
         over = finite & (norm > memory.limit)
         memory.state = self.budget.learn(numpy_xp, reading, np.minimum(usable, memory.limit), memory.state)

@@ -111,11 +111,8 @@ class FusedUpdate:
         squares, weights = np.zeros(num_bins), np.zeros(num_bins)
         assert self._gradient_lines is not None and self._update_lines is not None
         times_T = self.planned.rates.pace_B(num_bins).numpy()[self._bin_of_tensor] if self._update_lines else None
-        num_tensors = len(self._bin_of_tensor)
-        bounds = (
-            line_table(self._gradient_lines, num_tensors),
-            line_table(self._update_lines, num_tensors, times_T),
-        )
+        width_T = self.planned.plan.width_T
+        bounds = (line_table(self._gradient_lines, width_T), line_table(self._update_lines, width_T, times_T))
         calls: list[Call] = []
         for dtype, table in tables:
             kind, rows = KINDS[dtype], (table.entries, table.chunks, bases, numbers)

@@ -128,6 +128,18 @@ class Plan:
         """Elements of each bin, float64 (exact below 2^53)."""
         return np.bincount(self.boxes.bin_K, weights=self.boxes.numel_K, minlength=self.num_bins)
 
+    @cached_property
+    def width_T(self) -> np.ndarray:
+        """Elements of a row of each matrix; inf for a vector, whose one row says nothing of inputs."""
+        shapes = zip(self.layout.shapes, self.layout.cols, strict=True)
+        return np.array([max(float(cols), 1.0) if len(shape) > 1 else np.inf for shape, cols in shapes])
+
+    @cached_property
+    def num_rows_B(self) -> np.ndarray:
+        """Rows of matrices in each bin, as a share where a bin holds a part of a row; a vector has none."""
+        rows_K = self.boxes.numel_K / self.width_T[self.boxes.tensor_K]
+        return np.bincount(self.boxes.bin_K, weights=rows_K, minlength=self.num_bins)
+
     @property
     def bins(self) -> Sequence[Bin]:
         """The bins, made when asked for."""

@@ -19,7 +19,7 @@ def run(budget, norms):
     """Limits before each step, when every norm is let through up to its limit; a norm of 0 is no observation."""
     state, limits = budget.init(numpy_xp, np.zeros(1)), []
     for norm in norms:
-        reading = Reading(np.array([norm]), None, np.ones(1), np.ones(1))
+        reading = Reading(np.array([norm]), None, np.ones(1), np.ones(1), np.ones(1))
         limit = budget.limits(numpy_xp, reading, state)
         limits.append(float(limit[0]))
         state = budget.learn(numpy_xp, reading, np.minimum(norm, limit), state)
@@ -131,9 +131,12 @@ def test_weights_and_sizes_enter_as_their_formulas_say():
     weight, numel, pace = np.array([5.0, 0.0, 2.0]), np.array([4.0, 4.0, 1e6]), np.array([1.0, 0.5, 0.25])
     relative = limits_of(gs.Relative(0.1, eps=0.01), norm=np.ones(3), weight_norm=weight)
     np.testing.assert_allclose(relative, [0.5, 0.001, 0.2])
-    budget = gs.RelativeStep(0.1, floor=0.01)
-    got = budget.limits(numpy_xp, Reading(np.ones(3), weight, numel, pace), ())
+    budget, num_rows = gs.RelativeStep(0.1, floor=0.01, length=3.0), np.array([1.0, 0.0, 4.0])
+    got = budget.limits(numpy_xp, Reading(np.ones(3), weight, numel, num_rows, pace), ())
     np.testing.assert_allclose(got, [0.1 * 5.0, 0.1 * 0.5 * 0.02, 0.1 * 0.25 * 10.0])
+    numel, num_rows = np.array([4.0, 4.0, 100.0]), np.array([4.0, 0.25, 4.0])
+    got = budget.limits(numpy_xp, Reading(np.ones(3), weight, numel, num_rows, pace), ())
+    np.testing.assert_allclose(got, [0.1 * 6.0, 0.1 * 0.5 * 1.5, 0.1 * 0.25 * 6.0])
 
 
 def test_a_fixed_limit_may_differ_from_node_to_node():

@@ -17,7 +17,7 @@ def replay(budget: Budget, history: History, *, weight: float = 1.0, pace: float
     num = len(history[0])
     state, limits = budget.init(numpy_xp, np.zeros(num)), []
     for norm in history:
-        reading = Reading(norm, np.full(num, weight), np.full(num, 4.0), np.full(num, pace))
+        reading = Reading(norm, np.full(num, weight), np.full(num, 4.0), np.full(num, 2.0), np.full(num, pace))
         limit = budget.limits(numpy_xp, reading, state)
         limits.append(limit)
         state = budget.learn(numpy_xp, reading, np.minimum(norm, limit), state)
@@ -87,7 +87,7 @@ def check_namespaces_agree(budget: Budget, history: History) -> None:
     state = budget.init(torch_xp, torch.zeros(num, dtype=torch.float64))
     ones = torch.ones(num, dtype=torch.float64)
     for norm, limit in zip(history, want, strict=True):
-        reading = Reading(torch.from_numpy(norm), ones, 4.0 * ones, ones)
+        reading = Reading(torch.from_numpy(norm), ones, 4.0 * ones, 2.0 * ones, ones)
         got = budget.limits(torch_xp, reading, state)
         np.testing.assert_allclose(got.numpy(), limit, rtol=1e-12)
         state = budget.learn(torch_xp, reading, torch.minimum(reading.norm, got), state)

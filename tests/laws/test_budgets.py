@@ -28,7 +28,7 @@ def test_on_drawn_histories(budget, law, history):
 
 def in_units_four_times_as_large(budget):
     """The same budget with every constant that has units four times as large."""
-    units = {"fixed": ("limit",), "relative": ("eps",), "relative_step": ("floor",)}.get(budget.name, ())
+    units = {"fixed": ("limit",), "relative": ("eps",), "relative_step": ("floor", "length")}.get(budget.name, ())
     return dataclasses.replace(budget, **{name: 4.0 * getattr(budget, name) for name in units})
 
 
