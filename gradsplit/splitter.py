@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attach import Handle, attach_to
 from .bounding import Bounding
-from .budget import RelativeStep, budgets_by_level, make_ledger
+from .budget import DEFAULT_OF_SPLITTER, RelativeStep, budgets_by_level, make_ledger
 from .distributed import adder, kernel_for
 from .kernels import make_kernel
 from .kernels.gradients import gradients_of
@@ -34,7 +34,8 @@ class GradientSplitter:
         model: a module, or pairs (name, parameter); trainable parameters are taken, in order.
         plan: a Plan, a strategy's name ("xsp", "lbf", "tree_sp", "per_tensor", "whole") or a function layout -> plan.
         budget: a budget, its name, a tuple of them, or a mapping from levels ("root", "module", "tensor", "bin") to
-            these; the default `RelativeStep` needs the optimizer's learning rate and nothing tuned.
+            these; the default ``RelativeStep(0.03, length=1.0)`` (behind other optimizers, with ``cap_updates``,
+            ``RelativeStep(0.03)``) needs the optimizer's learning rate and nothing tuned.
         optimizer: whose learning rates `RelativeStep` reads; `attach` sets it too.
         backend: "auto", or a row of `gradsplit.kernels.BACKENDS`.
         rule: "bottom_up" or "nearest", see `project`.
@@ -88,7 +89,8 @@ class GradientSplitter:
         self.process_group, self.stages, self.sinks = process_group, stages, list(sinks)
         self.step_count = 0
         self._strategy, self._after_updates = plan, cap_updates
-        self._budget = RelativeStep() if budget is None else budget
+        usual = RelativeStep() if cap_updates else DEFAULT_OF_SPLITTER
+        self._budget = usual if budget is None else budget
         self.optimizer: torch.optim.Optimizer | None = None
         self._rates: Rates | None = None
         self._saved_tops: list[float] = []  # largest rates of a state loaded before there was an optimizer

@@ -19,8 +19,10 @@ class RelativeStep(Budget):
         limit_b = tau * (lr / lr_max) * max(||W_b||, length * sqrt(rows_b), floor * sqrt(n_b))     weight units
 
     with n_b elements in rows_b rows of a matrix (a vector has none). The usual initialisations give a row a length
-    near one whatever its width (He 1.41, torch's 0.58), so a row that starts far below, as the heads of a detector
-    and the weights of a GPT do, is given the steps of one that does not: it has to travel there. tau follows the learning rate's schedule; lr_max is the largest rate so far. In front of SGD with momentum beta the
+    near one whatever its width (He 1.41, torch's 0.58). With ``length=1.0``, the splitter's default in front of SGD,
+    a row that starts far below, as a detector's heads do, is given the steps of one that does not, since it has to
+    travel there. Adam-like updates fill every limit, and there it is harmful: `GSO` counts a row as long as it is.
+    tau follows the learning rate's schedule; lr_max is the largest rate so far. In front of SGD with momentum beta the
     splitter turns it into a limit on the gradient, limit (1 - beta) / lr, so that even a limit met at every step
     keeps the momentum's sum within it. `GSO` caps the update itself. In front of another optimizer a bound on the
     gradient says
@@ -34,7 +36,7 @@ class RelativeStep(Budget):
     Args:
         tau: share of the node's length a step may move it, > 0.
         floor: smallest root mean square of the weights counted, > 0, so that biases that start at 0 can move.
-        length: smallest length a row of a matrix counts as, weight units, >= 0; 0: its own length alone counts.
+        length: smallest length a row of a matrix counts as, weight units, >= 0; 0: none beside the floor.
 
     Raises:
         ValueError: tau or floor that is not > 0, a negative length.
@@ -43,7 +45,7 @@ class RelativeStep(Budget):
     >>> from gradsplit.budget import limits_of
     >>> limits_of(RelativeStep(0.03), norm=np.ones(2), weight_norm=np.array([2.0, 0.0]), numel=np.array([4.0, 4.0]))
     array([0.06  , 0.0006])
-    >>> limits_of(RelativeStep(0.03), norm=np.ones(2), weight_norm=np.array([2.0, 0.0]), num_rows=np.array([1.0, 1.0]))
+    >>> limits_of(RelativeStep(0.03, length=1), norm=np.ones(2), weight_norm=np.array([2, 0]), num_rows=np.ones(2))
     array([0.06, 0.03])
     """
 
@@ -52,7 +54,7 @@ class RelativeStep(Budget):
     bounds_update: ClassVar[bool] = True
     tau: float = 0.03
     floor: float = 0.01
-    length: float = 1.0
+    length: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

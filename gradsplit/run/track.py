@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..budget import Relative, RelativeStep
+from ..budget import DEFAULT_OF_SPLITTER, Relative, RelativeStep
 from ..plan import Layout
 from ..rates import follows_gradient
 from ..record import Outline, Recorder, Stream, recording_plan, summed_up
@@ -91,7 +91,7 @@ class Track:
         caps = not follows_gradient(optimizer)
         budget: Any = budget_from_words(settings.budget)
         if not budget:
-            budget = {"bin": (Relative(0.2), RelativeStep()) if caps else (RelativeStep(),)}
+            budget = {"bin": (Relative(0.2), RelativeStep()) if caps else (DEFAULT_OF_SPLITTER,)}
         bounds_update = any(one.bounds_update for several in budget.values() for one in several)
         splitter = GradientSplitter(
             pairs, settings.plan, budget, optimizer=optimizer, cap_updates=caps and bounds_update

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import gradsplit as gs
+from gradsplit.budget import DEFAULT_OF_SPLITTER
 from gradsplit.workloads.controls import Control, GlobalClip, NoControl, Split, tree_limits
 from gradsplit.workloads.optimizers import Settings, make_optimizer, make_schedule
 from gradsplit.workloads.task import Task
@@ -156,7 +157,7 @@ def _default(task: Task, optimizer: Optimizer, strength: float, settings: Settin
     """The splitter as it comes; in Adam's place the optimizer itself caps the update, so nothing stands before it."""
     if isinstance(optimizer, gs.GSO):
         return NoControl()
-    return Split(task, optimizer, "xsp", gs.RelativeStep(), settings.steps)
+    return Split(task, optimizer, "xsp", DEFAULT_OF_SPLITTER, settings.steps)
 
 
 def _ours(name: str, strategy: str, summary: str, control: Build, strengths: Strengths) -> Method:

@@ -16,10 +16,11 @@ BUDGETS = {
     "default": (gs.Relative(0.2), gs.RelativeStep(0.03)),
     "unbounded": gs.Fixed(float("inf")),
     "step alone": gs.RelativeStep(0.01),
+    "short rows": gs.RelativeStep(0.01, length=1.0),
     "history and root": {"bin": gs.Ema(1.5, warmup=2), "root": gs.Fixed(20.0)},
     "root and step": {"root": gs.Fixed(20.0), "bin": (gs.Relative(0.2), gs.RelativeStep(0.03))},
 }
-ONE_PASS = {"default", "unbounded", "step alone"}
+ONE_PASS = {"default", "unbounded", "step alone", "short rows"}
 
 
 def _parameters(dtype):

@@ -81,7 +81,7 @@ def test_rows_with_a_relative_limit_are_adaptive_gradient_clipping(factor):
 
 
 def test_relative_step_keeps_the_steps_of_sgd_within_a_share_of_each_row():
-    """With momentum and a limit met at every step, each row moves by at most 3 % of its length, counted as 1 or more."""
+    """With momentum and a limit met at every step, each row moves at most 3 % of its length, or of 1."""
     torch.manual_seed(0)
     model = nn.Linear(6, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from ...budget import RelativeStep
+from ...budget import DEFAULT_OF_SPLITTER, RelativeStep
 from ...functional import Splitting, splitting
 from ...plan import Layout, Plan
 from .transformation import LastStep, Rate, SplitTransformation, rate_now
@@ -50,7 +50,7 @@ def split_gradients(
 
     Args:
         plan: a Plan of `layout_of(params)`, a strategy's name, or a function layout -> plan.
-        budget: a budget, its name, a tuple, or a mapping from levels; default `RelativeStep()`.
+        budget: a budget, its name, a tuple, or a mapping from levels; default ``RelativeStep(0.03, length=1.0)``.
         rule: "bottom_up" or "nearest", see `gradsplit.project`.
         learning_rate: of the optimizer behind, a float or schedule; needed by `RelativeStep`, which bounds the step.
         momentum: of the optimizer behind, in [0, 1); a limit met at every step then holds for the momentum's sum.
@@ -78,7 +78,9 @@ def split_gradients(
         raise ValueError(f"{call}(momentum={momentum!r}): expected a number in [0, 1).")
 
     def make(made: Plan, oriented: Any) -> Splitting:
-        split = splitting(made, RelativeStep() if budget is None else budget, oriented=oriented, rule=rule, call=call)
+        split = splitting(
+            made, DEFAULT_OF_SPLITTER if budget is None else budget, oriented=oriented, rule=rule, call=call
+        )
         if split.bounds_update and learning_rate is None:
             raise ValueError(
                 f"{call}(learning_rate=None): expected a learning rate, since RelativeStep bounds the step. Pass that "
