@@ -147,7 +147,12 @@ def test_bins_in_several_pieces_are_bounded_like_any_other(strategy):
 def test_a_bin_over_two_tensors_has_no_lines_of_one():
     layout = gs.Layout.from_shapes({"a": (4, 4), "b": (4, 4)})
     gradients = [torch.ones(4, 4), torch.ones(4, 4)]
-    assert _kernel(gs.whole(layout)).bound_(gradients, None, line_table(lines_of([("bin", gs.Fixed(0.1))]), np.full(2, 8.0))) is None
+    assert (
+        _kernel(gs.whole(layout)).bound_(
+            gradients, None, line_table(lines_of([("bin", gs.Fixed(0.1))]), np.full(2, 8.0))
+        )
+        is None
+    )
     assert all((g == 1).all() for g in gradients), "nothing may be half applied"
 
 
