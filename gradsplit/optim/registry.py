@@ -51,15 +51,15 @@ def make_update(planned: Planned, *, fused: bool | None = None) -> Update:
         RuntimeError: ``fused=True`` where the kernel has no compiled update; the words are torch's. On the meta device,
             where parameters wait for their memory, the step raises.
     """
-    kernel = planned.kernel.name
-    compiled = not planned.is_sharded and kernel in UPDATES and UPDATES[kernel] != UPDATES["reference"]
-    if fused and not compiled and planned.kernel.device.type != "meta":
-        raise RuntimeError(refusal_of_fused(planned))
     if planned.is_sharded:
         sharded = importlib.import_module(".sharded_update", __package__)
         if sharded.can_update(planned):
             around: Update = sharded.ShardedUpdate(planned, partial(make_update, fused=fused))
             return around
+    kernel = planned.kernel.name
+    compiled = not planned.is_sharded and kernel in UPDATES and UPDATES[kernel] != UPDATES["reference"]
+    if fused and not compiled and planned.kernel.device.type != "meta":
+        raise RuntimeError(refusal_of_fused(planned))
     module, name = UPDATES[kernel if compiled and fused is not False else "reference"]
     made: Update = getattr(importlib.import_module(module, __package__), name)(planned)
     return made
@@ -68,7 +68,7 @@ def make_update(planned: Planned, *, fused: bool | None = None) -> Update:
 def refusal_of_fused(planned: Planned) -> str:
     """Say why there is no compiled update."""
     return (
-        "`fused=True` requires all the params to be floating point Tensors of supported devices: whole ones on the "
-        f"CPU, with the package numba; got backend {planned.kernel.name!r} on {planned.kernel.device}. Use fused=None, "
-        "which takes what there is."
+        "`fused=True` requires all the params to be floating point Tensors of supported devices: on the CPU, with the "
+        "package numba, and for shards with limits of single bins; got backend "
+        f"{planned.kernel.name!r} on {planned.kernel.device}. Use fused=None, which takes what there is."
     )

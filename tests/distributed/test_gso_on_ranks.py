@@ -90,3 +90,14 @@ def test_equals_one_process(world: int) -> None:
                 torch.testing.assert_close(
                     weights[name], weight, rtol=0, atol=1e-7, msg=lambda m, key=key, n=name: f"{key} {n}: {m}"
                 )
+
+
+def updates_of(rank: int, world: int) -> tuple[str, str]:
+    optimizer = gs.GSO(shard(make_net(), "fsdp", world), fused=True)
+    (part,) = optimizer._parts
+    return type(part._own.update).__name__, type(part._whole.update).__name__
+
+
+def test_row_shards_and_carried_tensors_are_updated_in_compiled_loops() -> None:
+    pytest.importorskip("numba", reason="the fused update needs the package numba: pip install gradsplit[fast]")
+    assert on_ranks(2, updates_of) == [("FusedUpdate", "FusedUpdate")] * 2
