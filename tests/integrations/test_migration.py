@@ -156,6 +156,27 @@ def test_percentile_settles_at_autoclips_limit():
     assert np.median(limits[2000:]) == pytest.approx(np.percentile(rule.norms, 10), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["ZClip", "AutoClip"])
+def test_one_nan_ends_their_bound_and_not_ours(name):
+    """Ours by rows: the row that holds it is zeroed, the others and the history go on."""
+    theirs, ours = next(row[:2] for row in rows("Bounding gradients") if row[0].startswith(name))
+    one, other = model_of(), model_of()
+    act, splitter = theirs_of(theirs, one), ours_of(ours.replace('"whole"', '"xsp"'), other)
+    for step in range(40):
+        for model in (one, other):
+            backward(model, step)
+            if step == 30:
+                model[2].weight.grad[1, 2] = torch.nan
+            if step == 39:
+                for p in model.parameters():
+                    p.grad *= 1e6
+        before = norms_of(one)
+        act()
+        record = splitter.step()
+    assert norms_of(one) == before, "their bound lets a factor of a million through"
+    assert (record.decision.scale_B < 1e-3).all()
+
+
 def train(model, optimizer):
     for step in range(2 * STEPS):
         backward(model, step)
