@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .amp import Scaling
 from .budget import Budget, Decision, Ledger, StagedLedger
 from .budget.deferred import DeferredDecision
 from .budget.lines import line_table, lines_of
@@ -47,6 +48,7 @@ class Bounding:
         parameters: list[Tensor],
         rates: Rates | None,
         check: Callable[[Tensor], None] | None = None,
+        scaling: Scaling | None = None,
     ) -> tuple[Tensor, Decision]:
         """Bound the gradients in place; return squares as measured and the decision.
 
@@ -55,19 +57,31 @@ class Bounding:
             parameters: their weights.
             rates: of the optimizer, for budgets that bound the update.
             check: called with all squares before the first bin is scaled.
+            scaling: what a GradScaler says of the gradients: limits hold in unscaled units, and on an overflow, which
+                is the scaler's to see and to answer, gradients and history are left as they are.
         """
         num_bins = self.plan.num_bins
         pace_B = None if rates is None else rates.pace_B(num_bins)
         gain_B = None if rates is None else rates.gain_B(num_bins)
-        if check is None and self._lines is not None and self._bound is not None:
+        plain = check is None and scaling is None and not torch.compiler.is_compiling()
+        if plain and self._lines is not None and self._bound is not None:
             done = self._bin_by_bin(gradients, parameters, pace_B, gain_B)
             if done is not None:
                 return done
         reads = [gradients, parameters] if self.ledger.reads_weights else [gradients]
         squares_B, *weights_B = squares_of(self.kernel, *reads)
+        weight_squares_B = weights_B[0] if weights_B else None
+        if scaling is not None:
+            squares_B = scaling.unscaled_squares(squares_B)
+            overflow = scaling.overflow(squares_B)
+            # A bin that is not finite teaches nothing, so on an overflow all are shown to the ledger as such.
+            shown_B = torch.where(overflow, torch.inf, squares_B)
+            decision = _spared(self.ledger.decide(shown_B, weight_squares_B, pace_B, gain_B), squares_B, overflow)
+            self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B & ~overflow)
+            return squares_B, decision
         if check is not None:
             check(squares_B)
-        decision = self.ledger.decide(squares_B, weights_B[0] if weights_B else None, pace_B, gain_B)
+        decision = self.ledger.decide(squares_B, weight_squares_B, pace_B, gain_B)
         self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
         return squares_B, decision
 
@@ -90,3 +104,10 @@ class Bounding:
                 return self.ledger.decide(squares_B, weight_squares_B, pace_B, gain_B)
 
         return squares_B, DeferredDecision(self.plan, decide)
+
+
+def _spared(decision: Decision, squares_B: Tensor, overflow: Tensor) -> Decision:
+    """The decision as it is; on an overflow one that names the bins that overflowed and scales none."""
+    finite_B = squares_B.isfinite()
+    norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
+    return Decision(decision.plan, norm_B, finite_B, torch.where(overflow, 1.0, decision.scale_B), decision.limits)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .amp import Scaling
 from .attach import Handle, attach_to
 from .bounding import Bounding
 from .budget import DEFAULT_OF_SPLITTER, RelativeStep, budgets_by_level, make_ledger
@@ -145,12 +146,28 @@ class GradientSplitter:
         if self._cap is not None and self._rates is not None:
             self._cap.apply(self._rates)
 
+    def _scaling(self, scaler: torch.amp.GradScaler | None) -> Scaling | None:
+        """How the gradients stand to a GradScaler: one that was named, or one in whose ``step()`` this happens."""
+        if scaler is None:
+            return None if self.optimizer is None else Scaling.of_step(self.optimizer)
+        if self.optimizer is None:
+            raise ValueError(
+                "GradientSplitter.step(scaler=…): expected an optimizer, since a GradScaler unscales for each one by "
+                "itself. Pass optimizer=… at construction."
+            )
+        return Scaling.of_scaler(scaler, self.optimizer)
+
     @torch.no_grad()
-    def step(self) -> StepRecord:
+    def step(self, *, scaler: torch.amp.GradScaler | None = None) -> StepRecord:
         """Bound the gradients in place and return the record.
 
+        Args:
+            scaler: a GradScaler, before or after its ``unscale_``. Limits then hold in unscaled units, and on an
+                overflow gradients and history are left as they are: the scaler leaves the step out. Not needed when
+                attached.
+
         Raises:
-            ValueError: RelativeStep without an optimizer to read the learning rate from.
+            ValueError: RelativeStep without an optimizer to read the learning rate from; a scaler without one.
             FloatingPointError: a non-finite bin, if ``on_nonfinite="raise"``; the gradients are left as they were.
 
         Warns:
@@ -168,8 +185,9 @@ class GradientSplitter:
             )
         gradients = gradients_of(self.layout.names, self.parameters)
         rates = self._rates if self._needs_rates else None
+        scaling = self._scaling(scaler)
         check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
-        squares_B, decision = self._bounding.apply(gradients, self.parameters, rates, check)
+        squares_B, decision = self._bounding.apply(gradients, self.parameters, rates, check, scaling)
         record = StepRecord(self.step_count, squares_B, decision)
         self.step_count += 1
         for sink in self.sinks:

@@ -206,6 +206,7 @@ def _numbers(gradients: list[Tensor | None], states: list[dict[str, Any]], group
         key = (id(group), count)
         if gradient is not None and key not in known:
             (beta1, beta2), lr = group["betas"], float(group["lr"])
+            count = max(count, 1.0)  # 0 after an overflow in the first step, which is passed over
             known[key] = len(rows)
             rows.append(
                 (

@@ -33,7 +33,7 @@ MAY_IMPORT |= {
     "rates": {"plan"},
     "saved_state": set(),
     "update_cap": _LOW | {"rates"},
-    "bounding": _LOW | {"rates"},
+    "bounding": _LOW | {"amp", "rates"},
     "calibration": _LOW | {"splitter"},
 }
 _LOW = set(MAY_IMPORT)
