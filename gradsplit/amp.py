@@ -28,6 +28,22 @@ class Scaling:
     found_inf: Tensor | None
 
     @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer | None, scaler: torch.amp.GradScaler | None) -> Scaling | None:
+        """Return how gradients stand to a scaler: one that is named, or one in whose ``step()`` this happens.
+
+        Raises:
+            ValueError: a scaler without an optimizer.
+        """
+        if scaler is None:
+            return None if optimizer is None else cls.of_step(optimizer)
+        if optimizer is None:
+            raise ValueError(
+                "GradientSplitter.step(scaler=…): expected an optimizer, since a GradScaler unscales for each one by "
+                "itself. Pass optimizer=… at construction."
+            )
+        return cls.of_scaler(scaler, optimizer)
+
+    @classmethod
     def of_step(cls, optimizer: torch.optim.Optimizer) -> Scaling | None:
         """Return what a GradScaler tells an optimizer that handles scales by itself, while it steps; None: no scaler.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .amp import Scaling
 from .attach import Handle, attach_to
 from .bounding import Bounding
-from .budget import DEFAULT_OF_SPLITTER, RelativeStep, budgets_by_level, make_ledger
+from .budget import DEFAULT_OF_SPLITTER, Decision, RelativeStep, budgets_by_level, make_ledger
 from .distributed import adder, kernel_for
 from .kernels import make_kernel
 from .kernels.gradients import gradients_of
@@ -146,17 +146,6 @@ class GradientSplitter:
         if self._cap is not None and self._rates is not None:
             self._cap.apply(self._rates)
 
-    def _scaling(self, scaler: torch.amp.GradScaler | None) -> Scaling | None:
-        """How the gradients stand to a GradScaler: one that was named, or one in whose ``step()`` this happens."""
-        if scaler is None:
-            return None if self.optimizer is None else Scaling.of_step(self.optimizer)
-        if self.optimizer is None:
-            raise ValueError(
-                "GradientSplitter.step(scaler=…): expected an optimizer, since a GradScaler unscales for each one by "
-                "itself. Pass optimizer=… at construction."
-            )
-        return Scaling.of_scaler(scaler, self.optimizer)
-
     @torch.no_grad()
     def step(self, *, scaler: torch.amp.GradScaler | None = None) -> StepRecord:
         """Bound the gradients in place and return the record.
@@ -185,9 +174,13 @@ class GradientSplitter:
             )
         gradients = gradients_of(self.layout.names, self.parameters)
         rates = self._rates if self._needs_rates else None
-        scaling = self._scaling(scaler)
+        scaling = Scaling.of(self.optimizer, scaler)
         check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
         squares_B, decision = self._bounding.apply(gradients, self.parameters, rates, check, scaling)
+        return self._record(squares_B, decision)
+
+    @torch.compiler.disable  # a count that is part of a graph would have it compiled anew at every step
+    def _record(self, squares_B: Tensor, decision: Decision) -> StepRecord:
         record = StepRecord(self.step_count, squares_B, decision)
         self.step_count += 1
         for sink in self.sinks:

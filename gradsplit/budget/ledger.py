@@ -52,6 +52,8 @@ class Ledger:
         self.numel_B = namespace(like).asarray(plan.numel_B, like)
         self.reads_weights = any(budget.reads_weights for _, budget in budgets)
         self._keys = [f"{term.level}/{term.budget.name}/{i}" for i, term in enumerate(self.terms)]
+        if any(term.ids is not None for term in self.terms):
+            Nodes.of(plan, like)  # made here once, outside of any graph that a step may be traced into
         warn_of_idle_limits(plan, budgets, call)
 
     def decide(

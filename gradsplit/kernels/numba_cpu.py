@@ -38,6 +38,7 @@ class NumbaKernel:
         self._tables: list[Tables] = []  # most recent first: gradients and weights, few layouts in a run
         self._measured: tuple[list[Tensor | None], Tables] | None = None
         self._warned = False
+        self._eager: Kernel | None = None
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `ReferenceKernel.squares`."""
@@ -150,10 +151,19 @@ class NumbaKernel:
         tensor_B[self.plan.bin_K] = self.plan.tensor_K
         return tensor_B if (tensor_B[self.plan.bin_K] == self.plan.tensor_K).all() else None
 
-    @cached_property
+    @property
     def eager(self) -> Kernel:
-        """The kernel for what cannot be walked by address."""
-        return BACKENDS["eager"].make(self.plan, self.device)
+        """The kernel for what cannot be walked by address, and for steps that are traced."""
+        self._make_eager()
+        assert self._eager is not None
+        return self._eager
+
+    @torch.compiler.assume_constant_result
+    def _make_eager(self) -> bool:
+        """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
+        if self._eager is None:
+            self._eager = BACKENDS["eager"].make(self.plan, self.device)
+        return True
 
     def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
         """The tables of tensors that were measured just before; strides may have changed by the time they are again."""
@@ -218,7 +228,14 @@ class NumbaKernel:
         warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "device": self.device, "_tables": [], "_measured": None, "_warned": self._warned}
+        return {
+            "plan": self.plan,
+            "device": self.device,
+            "_tables": [],
+            "_measured": None,
+            "_warned": self._warned,
+            "_eager": None,
+        }
 
 
 def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:

@@ -9,7 +9,6 @@ pass.
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,6 +51,7 @@ class FusedUpdate:
         self._tables: list[tuple[Any, list[Table], bool]] = []
         self._measured: tuple[Tensor, Tensor] | None = None
         self._decision: Decision | None = None
+        self._reference: ReferenceUpdate | None = None
         # Where a bin's second moment stands among its tensor's; bins over several tensors have none.
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
@@ -61,10 +61,19 @@ class FusedUpdate:
             self._places_B[ids] = np.arange(len(ids))
             self._bin_of_tensor[t] = ids[0] if len(ids) else 0
 
-    @cached_property
+    @property
     def reference(self) -> ReferenceUpdate:
-        """The definition, for tensors that cannot be walked in memory."""
-        return ReferenceUpdate(self.planned)
+        """The definition, for tensors that cannot be walked in memory, and for steps that are traced."""
+        self._make_reference()
+        assert self._reference is not None
+        return self._reference
+
+    @torch.compiler.assume_constant_result
+    def _make_reference(self) -> bool:
+        """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
+        if self._reference is None:
+            self._reference = ReferenceUpdate(self.planned)
+        return True
 
     @property
     def decision(self) -> Decision | None:

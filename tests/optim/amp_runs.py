@@ -1,0 +1,62 @@
+"""A small model trained with and without a GradScaler."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+import gradsplit as gs
+
+SCALE = 2.0**16
+INF = float("inf")
+HISTORY = (gs.Ema(1.1, warmup=1), gs.ZScore(1.0, warmup=2), gs.Percentile(0.5))
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def loss_of(model, step):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    return (model(x) - 3).square().mean() * (30.0 if step == 2 else 1.0)
+
+
+def scaler_of(**options):
+    return torch.amp.GradScaler("cpu", init_scale=SCALE, growth_interval=1000, **options)
+
+
+def snapshot(model, optimizer):
+    """Everything that a step may move."""
+    return copy.deepcopy((list(model.parameters()), optimizer.state_dict()))
+
+
+def assert_same(a, b):
+    """Equal bit for bit, whatever they are made of."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def train(model, optimizer, steps, scaler=None, between=None):
+    for step in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if between is not None:
+            between()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
