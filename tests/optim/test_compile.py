@@ -44,7 +44,7 @@ OPTIONS = {
     "bin": {"second_moment": "bin"},
     "history": {"budget": (gs.Ema(1.1, warmup=1), gs.Percentile(0.5), gs.RelativeStep())},
     "tree": {"plan": "tree_sp", "budget": {"root": gs.Fixed(1.0), "module": gs.Ema(1.5), "bin": gs.RelativeStep()}},
-    "nearest": {"plan": "tree_sp", "budget": {"root": gs.Fixed(1.0), "bin": gs.Fixed(0.5)}, "rule": "nearest"},
+    "nearest": {"plan": "tree_sp", "budget": {"root": gs.Fixed(1.0), "bin": gs.Fixed(0.9)}, "rule": "nearest"},
     "ascending, capturable": {"maximize": True, "capturable": True, "backend": "eager"},
 }
 
@@ -55,9 +55,10 @@ OPTIONS = {
 def test_a_step_of_gso_is_one_graph_that_serves_all_steps_of_a_schedule(name):
     model, other = model_of(), model_of()
     compiled, eager = (gs.GSO(m, lr=torch.tensor(0.01), **OPTIONS[name]) for m in (model, other))
-    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (compiled, eager)]
     counter = CompileCounter()
+    # First the graph: a scheduler wraps `step` in a function that torch does not trace.
     step_of_graph = torch.compile(compiled.step, backend=counter, fullgraph=True)
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (compiled, eager)]
     for step in range(100 if name == "default" else 8):
         for m, optimizer, update in ((model, compiled, step_of_graph), (other, eager, eager.step)):
             optimizer.zero_grad()
@@ -115,8 +116,7 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["called", "attached"])
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize(("name", "attached"), [("default", True), ("relative", False), ("history", False)])
 def test_a_compiled_training_step_with_a_splitter_settles_and_equals_eager(name, attached):
     """With a tensor as rate, nothing is compiled from the third step on; records are made outside of the graphs."""
     model, other, records = model_of(), model_of(), []
@@ -135,7 +135,7 @@ def test_a_compiled_training_step_with_a_splitter_settles_and_equals_eager(name,
             ours.step()
         first.step()
 
-    for step in range(10):
+    for step in range(6):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         train(x)
         frames.append(counter.frame_count)
@@ -143,8 +143,8 @@ def test_a_compiled_training_step_with_a_splitter_settles_and_equals_eager(name,
         (other(x) - 1).square().mean().backward()
         theirs.step()
         second.step()
-    assert frames[2:] == frames[1:2] * 8
-    assert [record.step for record in records] == list(range(10))
+    assert frames[2:] == frames[1:2] * 4
+    assert [record.step for record in records] == list(range(6))
     assert_close(model, other)
 
 
