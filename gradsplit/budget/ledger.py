@@ -53,7 +53,10 @@ class Ledger:
         self.reads_weights = any(budget.reads_weights for _, budget in budgets)
         self._keys = [f"{term.level}/{term.budget.name}/{i}" for i, term in enumerate(self.terms)]
         if any(term.ids is not None for term in self.terms):
-            Nodes.of(plan, like)  # made here once, outside of any graph that a step may be traced into
+            # A decision on nothing, which changes nothing, makes the tables that are kept with the plan: outside of
+            # any graph that a step may be traced into.
+            nothing = namespace(like).full(plan.num_bins, 0.0, like)
+            decide(plan, self.terms, self.history, nothing, nothing, rule=rule)
         warn_of_idle_limits(plan, budgets, call)
 
     def decide(
