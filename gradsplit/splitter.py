@@ -177,15 +177,7 @@ class GradientSplitter:
         scaling = Scaling.of(self.optimizer, scaler)
         check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
         squares_B, decision = self._bounding.apply(gradients, self.parameters, rates, check, scaling)
-        return self._record(squares_B, decision)
-
-    @torch.compiler.disable  # a count that is part of a graph would have it compiled anew at every step
-    def _record(self, squares_B: Tensor, decision: Decision) -> StepRecord:
-        record = StepRecord(self.step_count, squares_B, decision)
-        self.step_count += 1
-        for sink in self.sinks:
-            sink(record)
-        return record
+        return _record(self, squares_B, decision)
 
     def _raise_if_not_finite(self, squares_B: Tensor) -> None:
         if not bool(squares_B.isfinite().all()):
@@ -247,3 +239,17 @@ class GradientSplitter:
         self.step_count, self._saved_tops = state["step_count"], tops
         if self._rates is not None:
             self._rates.load(self._saved_tops)
+
+
+def _record(splitter: GradientSplitter, squares_B: Tensor, decision: Decision) -> StepRecord:
+    """Count the step and hand its record to the sinks."""
+    record = StepRecord(splitter.step_count, squares_B, decision)
+    splitter.step_count += 1
+    for sink in splitter.sinks:
+        sink(record)
+    return record
+
+
+# A count that is part of a graph would have it compiled anew at every step. This is what torch.compiler.disable leaves
+# on a function, without importing the compiler for those who do not use it.
+_record._torchdynamo_disable = True  # type: ignore[attr-defined]

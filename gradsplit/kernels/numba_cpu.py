@@ -158,12 +158,14 @@ class NumbaKernel:
         assert self._eager is not None
         return self._eager
 
-    @torch.compiler.assume_constant_result
     def _make_eager(self) -> bool:
         """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
         if self._eager is None:
             self._eager = BACKENDS["eager"].make(self.plan, self.device)
         return True
+
+    # What torch.compiler.assume_constant_result does, without importing the compiler for those who do not use it.
+    _make_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
         """The tables of tensors that were measured just before; strides may have changed by the time they are again."""

@@ -68,12 +68,14 @@ class FusedUpdate:
         assert self._reference is not None
         return self._reference
 
-    @torch.compiler.assume_constant_result
     def _make_reference(self) -> bool:
         """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
         if self._reference is None:
             self._reference = ReferenceUpdate(self.planned)
         return True
+
+    # What torch.compiler.assume_constant_result does, without importing the compiler for those who do not use it.
+    _make_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @property
     def decision(self) -> Decision | None:
