@@ -22,9 +22,18 @@ _AT_ONCE = 1 << 20
 
 
 def write(file: BinaryIO, tree: Any) -> None:
-    """Write a tree of plain data."""
+    """Write a tree of plain data.
+
+    Raises:
+        OSError: the disk is full, or gone.
+    """
     hashing = _Hashing(file)
-    torch.save(tree, cast(IO[bytes], hashing))  # write and flush are all it needs
+    try:
+        torch.save(tree, cast(IO[bytes], hashing))  # write and flush are all it needs
+    except Exception:
+        if hashing.error is not None:  # torch only says that its position is wrong
+            raise hashing.error from None
+        raise
     file.seek(-2, os.SEEK_END)
     file.write(_END + hashing.hash.hexdigest().encode())
 
@@ -67,9 +76,14 @@ class _Hashing:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._last = file, b""
         self.hash = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        count = self._file.write(data)
+        try:
+            count = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         view = memoryview(data)
         if len(view) >= 2:
             self.hash.update(self._last)

@@ -128,7 +128,7 @@ class Guard:
         self.history = LossHistory(history, score)
         self._divergence = Divergence(model, optimizer, self.history, patience, self._agreement)
         self._data: list[Batches] = []
-        self._awaited: list[Mapping[str, Any]] = []  # data positions loaded before their loaders were known
+        self._awaited: list[dict[str, Any]] = []  # data positions loaded before their loaders were known
         self._looks = Looks(self._agreement)
         self._since = 0
         self._used: Snapshot | None = None
@@ -279,7 +279,7 @@ class Guard:
             "history": self.history.state_dict(),
             "looks": self._looks.state_dict(),
             "actions": [action.to_dict() for action in self.actions],
-            "batches": [batches.state_dict() for batches in self._data],
+            "batches": [batches.state_dict() for batches in self._data] + self._awaited,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -125,4 +125,5 @@ def test_a_guard_knows_its_loaders_by_themselves_and_resumes_their_positions():
     again = gs.Guard(model, torch.optim.SGD(model.parameters(), 0.1))
     known = again.batches([1, 2, 3])
     again.load_state_dict(guard.state_dict())
+    assert [p["position"] for p in again.state_dict()["batches"]] == [1, 1]  # the second loader's, too, not known yet
     assert list(known) == [2, 3] and list(again.batches([4, 5, 6])) == [5, 6]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import io
 import os
 import pickle
 import random
@@ -286,6 +287,19 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_nothing_beside_it(tmp_
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
     assert gs.load_checkpoint(path) == {"step": 1}
+
+
+@FORMAT
+@pytest.mark.parametrize("room", [10, 500, 3000])
+def test_a_full_disk_is_called_so_wherever_the_writing_has_come_to(kind, room):
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        FORMATS[kind].write(Full(), {"a": torch.zeros(10_000)})
 
 
 def test_a_reader_finds_the_old_file_or_the_new_one_at_every_moment(tmp_path, monkeypatch):
