@@ -29,7 +29,7 @@ def test_the_count_in_the_documentation_is_the_one_in_the_raw_file():
     text = (ROOT / "docs" / "guard.md").read_text(encoding="utf8")
     counts = raw["counts"]
     assert f"| kills | {counts['kills']} |" in text
-    assert f"| ends with other weights | {counts['wrong_ends']} |" in text
+    assert f"| ends with other weights, of {counts['trainings']} | {counts['wrong_ends']} |" in text
     assert f"| records lost, of {counts['rows_acknowledged']:,} acknowledged | {counts['rows_lost']} |" in text
     assert f"| kills inside the writing of a checkpoint | {counts['torn_writes']} |" in text
     assert f"| run files that did not open | {counts['files_broken']} |" in text
