@@ -114,46 +114,48 @@ def gso_rule(
     ) -> tuple[list[Array], GsoState, Decision]:
         amount_B = patterns.amounts_B(gradients)
         xp = namespace(amount_B)
-        weight_B = patterns.amounts_B(weights) if reads_weights else None
+        weight_B = patterns.amounts_B(weights, may_explode=False) if reads_weights else None
         lr, pace = xp.asarray(lr, amount_B), None if pace is None else xp.asarray(pace, amount_B)
         gradient_terms = terms_of(plan, on_gradient, amount_B, rule=rule, call=call)
         decision, of_gradient = decide(plan, gradient_terms, state.of_gradient, amount_B, weight_B, rule=rule)
         step = state.step + 1.0
-        first, second = _grown(xp, beta1, step), _grown(xp, beta2, step)
+        first, root = _grown(xp, beta1, step), 1.0 / xp.sqrt(_grown(xp, beta2, step))
+        # A bin that is passed over has weight 0 in its moments, and 0 of an update: nothing is chosen entry by entry.
+        live_B = xp.where(
+            decision.finite_B, xp.full(plan.num_bins, 1.0, amount_B), xp.full(plan.num_bins, 0.0, amount_B)
+        )
+        enters_B, enters2_B, pull_B = live_B * (1 - beta1), live_B * (1 - beta2), live_B * (lr / first)
+        stays2_B = 1.0 - enters2_B
         spreads: tuple[Array, ...] = ()
         if by_bin:
             mean_B = (decision.norm_B * decision.scale_B / xp.sqrt(xp.asarray(plan.numel_B, amount_B))) ** 2
-            (v_B,) = state.spreads
-            spreads = (xp.where(decision.finite_B, beta2 * v_B + (1 - beta2) * mean_B, v_B),)
-            below_B = xp.sqrt(spreads[0]) / xp.sqrt(second) + eps
+            spreads = (state.spreads[0] * stays2_B + mean_B * enters2_B,)
+            pull_B = pull_B / (xp.sqrt(spreads[0]) * root + eps)
         bounded = patterns.scaled(gradients, decision.scale_B, ~decision.finite_B)
         moments, updates = [], []
         for t in range(num_arrays):
-            live = patterns.factor(t, decision.finite_B)
             g, m = xp.cast(bounded[t], amount_B), xp.cast(state.moments[t], amount_B)
-            m = xp.where(live, m + (1 - beta1) * (g - m), m)
-            if by_bin:
-                below = patterns.factor(t, below_B)
-            else:
-                v = xp.cast(state.spreads[t], amount_B)
-                v = xp.where(live, v * beta2 + g * g * (1 - beta2), v)
-                spreads = (*spreads, xp.cast(v, state.spreads[t]))
-                below = xp.sqrt(v) / xp.sqrt(second) + eps
+            m = m + patterns.factor(t, enters_B) * (g - m)
             moments.append(xp.cast(m, state.moments[t]))
-            updates.append(xp.where(live, m * (lr / first) / below, xp.zeros_like(m)))
+            update = m * patterns.factor(t, pull_B)
+            if not by_bin:
+                v = xp.cast(state.spreads[t], amount_B)
+                v = v * patterns.factor(t, stays2_B) + g * g * patterns.factor(t, enters2_B)
+                spreads = (*spreads, xp.cast(v, state.spreads[t]))
+                update = update / (xp.sqrt(v) * root + eps)
+            updates.append(update)
         of_update = state.of_update
         if on_update:
-            moved_B = patterns.amounts_B(updates)
+            moved_B = patterns.amounts_B(updates, may_explode=False)
             update_terms = terms_of(plan, on_update, amount_B, rule=rule, call=call)
             cap, of_update = decide(plan, update_terms, of_update, moved_B, weight_B, pace, rule=rule)
             updates = patterns.scaled(updates, cap.scale_B, ~cap.finite_B)
+        decays = not _is_number(weight_decay) or weight_decay
+        shrink_B = live_B * (lr * weight_decay)
         changes = []
-        for t, u in enumerate(updates):
-            change = -u
-            if not _is_number(weight_decay) or weight_decay:
-                live = patterns.factor(t, decision.finite_B)
-                change = change - xp.where(live, xp.cast(weights[t], u) * (lr * weight_decay), xp.zeros_like(u))
-            changes.append(xp.cast(change, weights[t]))
+        for t, update in enumerate(updates):
+            decay = xp.cast(weights[t], update) * patterns.factor(t, shrink_B) if decays else 0.0
+            changes.append(xp.cast(-update - decay, weights[t]))
         return changes, GsoState(step, tuple(moments), spreads, of_gradient, of_update), decision
 
     return GsoRule(init, update)

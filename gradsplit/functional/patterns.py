@@ -53,17 +53,22 @@ class Patterns:
         self._in_order = np.array_equal(self._bin_P, np.arange(plan.num_bins))
         self._starts = np.cumsum([0] + [0 if ids is None else ids.size for ids in self._ids])
 
-    def amounts_B(self, arrays: Sequence[Array]) -> Array:
+    def amounts_B(self, arrays: Sequence[Array], *, may_explode: bool = True) -> Array:
         """Return each bin's amount (its square, or where these overflow its length), shape (B,); see length_sums.
 
         Not finite where an entry is not, or where a length exceeds the dtype. Squares are added in float64 where the
         framework has it at hand, else in float32: then squares that overflow (from 1.8e19 on) are taken once more in
         units of 2^80, and entries below 1e-19 count as 0.
+
+        Args:
+            arrays: one a layout entry.
+            may_explode: False: what overflows counts as not finite, which saves the graph a branch. For weights and
+                updates, which are broken long before.
         """
         xp = namespace(arrays[0])
         like = xp.accumulator(arrays)
         sums, length_P = sums_for(like), self._lengths_P(arrays, like)
-        if not xp.holds_squares(like):
+        if may_explode and not xp.holds_squares(like):
             plain_P = length_P
             length_P = xp.when(
                 xp.every(xp.isfinite(plain_P)),

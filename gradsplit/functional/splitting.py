@@ -84,7 +84,7 @@ def splitting(
             names = ", ".join(sorted({one.name for _, one in budgets if one.reads_weights}))
             raise ValueError(f"{call}(budget=…): expected the weights, since limits of {names} depend on them.")
         amount_B = patterns.amounts_B(gradients)
-        weight_B = patterns.amounts_B(weights) if reads_weights and weights is not None else None
+        weight_B = patterns.amounts_B(weights, may_explode=False) if reads_weights and weights is not None else None
         terms = terms_of(plan, budgets, amount_B, rule=rule, call=call)
         if pace is not None:
             pace = namespace(amount_B).asarray(pace, amount_B)

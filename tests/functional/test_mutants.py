@@ -69,8 +69,8 @@ def _learns_the_spike(self, xp, reading, kept, state, honest=gs.Ema.learn):
     return honest(self, xp, reading, reading.norm, state)
 
 
-def _over_shortened_rows(self, arrays, honest=Patterns.amounts_B):
-    return honest(self, [a[..., :-1] if a.ndim > 1 and a.shape[-1] > 1 else a for a in arrays])
+def _over_shortened_rows(self, arrays, honest=Patterns.amounts_B, **named):
+    return honest(self, [a[..., :-1] if a.ndim > 1 and a.shape[-1] > 1 else a for a in arrays], **named)
 
 
 def _root_of_a_scale(norm, limit, honest=bottom_up.bin_scales):
