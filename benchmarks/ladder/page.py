@@ -116,4 +116,4 @@ def _cost_cells(row: dict[str, Any] | None) -> list[str]:
 def _source(raw: dict[str, Any], what: str) -> str:
     at = raw["conditions"]
     hardware = at.get("hardware", "")
-    return f"{what}. {hardware}, {raw['threads']} thread(s), {at.get('date', '')}; `{raw['command']}`."
+    return f"{what}. {hardware}, {raw['threads']} thread(s), one run, {at.get('date', '')}; `{raw['command']}`."
