@@ -46,11 +46,10 @@ def main() -> None:
     parser.add_argument("--target", choices=sorted(CASES), action="append", help="may be repeated; all by default")
     parser.add_argument("--cases", type=int, default=None, help="of each target")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next has the next")
-    parser.add_argument("--out", type=Path, default=None, help="where the counts go, none by default for a part")
+    parser.add_argument("--out", type=Path, default=None, help="where the counts go; by default nowhere for a part")
     asked = parser.parse_args()
     counts = {name: run(name, asked.seed, asked.cases or CASES[name]) for name in asked.target or CASES}
-    whole = asked.target is None and asked.cases is None
-    place = asked.out or (RESULT if whole else None)
+    place = asked.out or (RESULT if asked.cases is None and asked.seed == 0 else None)
     if place is not None:
         save(place, counts)
     sys.exit(any(count["failures"] for count in counts.values()))
@@ -93,11 +92,16 @@ def run(name: str, first_seed: int, cases: int) -> dict[str, Any]:
 
 
 def save(place: Path, counts: dict[str, Any]) -> None:
+    """Enter the counts; targets that were run alone take the place of their older counts."""
     from gradsplit.workloads.evidence import conditions
 
-    total = {key: sum(count[key] for count in counts.values()) for key in ("cases", "answered", "refused")}
-    total["failures"] = sum(len(count["failures"]) for count in counts.values())
-    place.write_text(json.dumps({"conditions": conditions(), "total": total, "targets": counts}, indent=1) + "\n")
+    held = json.loads(place.read_text(encoding="utf8"))["targets"] if place.is_file() else {}
+    at = conditions()
+    held |= {name: {**count, "date": at["date"], "commit": at["commit"]} for name, count in counts.items()}
+    targets = {name: held[name] for name in CASES if name in held}
+    total = {key: sum(count[key] for count in targets.values()) for key in ("cases", "answered", "refused")}
+    total["failures"] = sum(len(count["failures"]) for count in targets.values())
+    place.write_text(json.dumps({"conditions": at, "total": total, "targets": targets}, indent=1) + "\n")
     print(f"{total} -> {place}")
 
 

@@ -28,6 +28,9 @@ from .writer import ROW_COLUMNS
 
 __all__ = ["Event", "RunFile", "Series"]
 
+# What reading damaged pages, deflated bytes, JSON or numbers may end in.
+_DAMAGE = (sqlite3.Error, zlib.error, ValueError, TypeError, LookupError, OverflowError, RecursionError)
+
 
 class Event(NamedTuple):
     """Something a reader wants to be told at once; ``leaf`` is None where the whole step is meant."""
@@ -139,15 +142,7 @@ class RunFile:
         """Name the file, and what can be done, in whatever goes wrong with damaged values."""
         try:
             yield
-        except (
-            sqlite3.Error,
-            zlib.error,
-            ValueError,
-            TypeError,
-            LookupError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except _DAMAGE as error:
             raise RunFileError(
                 f"run file {self.path}: expected whole pages and values, got {error}. The file is damaged; `sqlite3 "
                 f"{self.path} '.recover'` may save a part of it."

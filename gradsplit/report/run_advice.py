@@ -41,7 +41,8 @@ def advice_of(account: Account) -> list[Advice]:
             )
         )
     elif first is not None:
-        held = next((use for use in account.streams[first.stream].uses if use.name == first.tensor), None)
+        (stream,) = [s for s in account.streams if s.stream.index == first.stream]
+        held = next((use for use in stream.uses if use.name == first.tensor), None)
         after = "" if held is None else f", at most {number(held.largest_after)} of it was let through"
         found.append(Advice(f"{first.tensor} left its history at step {first.step} and was bounded{after}.", ""))
     for stream in account.streams:

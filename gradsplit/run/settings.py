@@ -107,7 +107,10 @@ def budget_from_words(words: Sequence[str]) -> dict[str, Any]:
                 value = float(text)
             except ValueError:
                 raise ValueError(f"{call}: expected a number for {key!r}, got {text!r}.") from None
-            options[key] = int(value) if "int" in str(keys[key].type) else value
+            whole = "int" in str(keys[key].type)
+            if whole and not value.is_integer():
+                raise ValueError(f"{call}: expected a whole number for {key!r}, got {text!r}.")
+            options[key] = int(value) if whole else value
         made[level if at else "bin"] = (*made.get(level if at else "bin", ()), BUDGETS[name](**options))
     return made
 

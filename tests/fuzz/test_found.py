@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sqlite3
 
 import numpy as np
 import pytest
 import torch
 
 import gradsplit as gs
+from benchmarks.fuzz.run_files import sound_file
 from gradsplit.plan import Layout
-from gradsplit.run.settings import VARIABLE, Settings
+from gradsplit.record import RunFile
+from gradsplit.report.run_account import account_of
+from gradsplit.report.run_advice import advice_of
+from gradsplit.run.settings import VARIABLE, Settings, budget_from_words
 from gradsplit.saved_state import check_state
 
 LAYOUT = Layout.from_shapes({"w": (2, 3), "b": (2,)})
@@ -137,3 +142,22 @@ def test_a_bound_beyond_all_numbers_is_none_and_not_a_warning():
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e30)
     assert (splitter.step().decision.scale_B == 1).all()
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan", "2.5"])
+def test_a_count_in_words_of_a_budget_is_a_whole_number(number):
+    with pytest.raises(ValueError, match=rf"--budget ema:warmup={number}: expected a whole number for 'warmup'"):
+        budget_from_words([f"ema:warmup={number}"])
+
+
+def test_advice_finds_the_stream_of_a_file_whose_numbers_do_not_begin_at_zero(tmp_path):
+    (tmp_path / "run.db").write_bytes(sound_file())
+    connection = sqlite3.connect(tmp_path / "run.db")
+    for table, column in (("stream", "id"), ("chunk", "stream"), ("event", "stream")):
+        connection.execute(f"UPDATE {table} SET {column} = 7")
+    connection.commit()
+    connection.close()
+    with RunFile(tmp_path / "run.db") as file:
+        account = account_of(file)
+    assert account.first.stream == 7
+    assert any("was bounded" in advice.reason for advice in advice_of(account))
