@@ -140,5 +140,18 @@ def check_saving_changes_nothing(make: Make, plan: Plan, dtype: torch.dtype, opt
         assert torch.equal(a, b), "a round trip changed a later step"
 
 
+def check_gradients_stay(make: Make, plan: Plan) -> None:
+    """Ascending or descending, the optimizer reads gradients and never writes them."""
+    for maximize in (False, True):
+        pairs = _pairs(torch.float64)
+        optimizer = make(pairs, lr=0.02, plan=plan, maximize=maximize)
+        gradients = _gradients(0, torch.float64)
+        for (_, p), gradient in zip(pairs, gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+        for (name, p), gradient in zip(pairs, gradients, strict=True):
+            assert torch.equal(p.grad, gradient), f"{name}: the gradient was written"
+
+
 def unbounded() -> Any:
     return gs.Fixed(float("inf"))

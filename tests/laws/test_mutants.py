@@ -15,6 +15,7 @@ from tests.laws import (
     laws_of_budgets,
     mutants_of_backends,
     mutants_of_budgets,
+    mutants_of_formulas,
     mutants_of_plans,
     mutants_of_rules,
     mutants_of_steps,
@@ -101,4 +102,16 @@ def test_a_broken_update_is_caught(mutant, law):
 
 @pytest.mark.parametrize("law", mutants_of_updates.LAWS, ids=lambda x: x.__name__)
 def test_the_true_update_passes_where_the_broken_ones_do_not(law):
+    assert law(gs.GSO) is None
+
+
+@pytest.mark.parametrize(("mutant", "law"), mutants_of_formulas.MUTANTS.items(), ids=lambda x: x.__name__)
+def test_a_broken_formula_is_caught(mutant, law):
+    with pytest.raises(AssertionError):
+        law(mutant)
+
+
+@pytest.mark.parametrize("law", mutants_of_formulas.LAWS, ids=lambda x: x.__name__)
+def test_the_true_formulas_pass_where_the_broken_ones_do_not(law):
+    assert law(mutants_of_formulas._with(mutants_of_formulas.ReferenceUpdate)) is None
     assert law(gs.GSO) is None
