@@ -85,9 +85,9 @@ class Patterns:
         xp, lengths = namespace(like), []
         for array, ids, axes in zip(arrays, self._ids, self._reduced, strict=True):
             if ids is not None:
-                wide = xp.cast(xp.absolute(array), like)
+                wide = xp.cast(xp.modulus(array), like)
                 wide = wide if unit == 1.0 else xp.in_unit(wide, unit)
-                lengths.append(xp.reshape(xp.sqrt(xp.sum_over(wide * wide, axes)), (ids.size,)))
+                lengths.append(xp.reshape(xp.length_over(wide, axes), (ids.size,)))
         length_P = xp.concatenate(lengths) if len(lengths) > 1 else lengths[0]
         return length_P if unit == 1.0 else length_P * unit
 

@@ -30,7 +30,6 @@ from jax.numpy import (
 )
 
 __all__ = [
-    "absolute",
     "accumulator",
     "argsort",
     "asarray",
@@ -49,14 +48,15 @@ __all__ = [
     "is_readable",
     "isfinite",
     "log",
+    "length_over",
     "logical_or",
     "maximum",
     "minimum",
+    "modulus",
     "put",
     "reshape",
     "segment_sum",
     "sqrt",
-    "sum_over",
     "take",
     "times",
     "when",
@@ -128,14 +128,14 @@ def cast(array: Array, like: Any) -> Array:
     return array.astype(like.dtype)
 
 
-def absolute(array: Array) -> Array:
-    """Modulus, entry by entry."""
-    return jnp.abs(array)
+def modulus(array: Array) -> Array:
+    """Moduli of complex entries; real ones as they are, since only their squares are taken."""
+    return jnp.abs(array) if jnp.iscomplexobj(array) else array
 
 
-def sum_over(array: Array, axes: tuple[int, ...]) -> Array:
-    """Sum over axes, which stay with length 1."""
-    return jnp.sum(array, axis=axes, keepdims=True)
+def length_over(array: Array, axes: tuple[int, ...]) -> Array:
+    """Root of the sum of squares over axes, which stay with size 1."""
+    return jnp.sqrt(jnp.sum(array * array, axis=axes, keepdims=True))
 
 
 def reshape(array: Array, shape: tuple[int, ...]) -> Array:

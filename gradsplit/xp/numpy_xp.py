@@ -24,7 +24,6 @@ from numpy import (
 )
 
 __all__ = [
-    "absolute",
     "accumulator",
     "argsort",
     "asarray",
@@ -43,14 +42,15 @@ __all__ = [
     "is_readable",
     "isfinite",
     "log",
+    "length_over",
     "logical_or",
     "maximum",
     "minimum",
+    "modulus",
     "put",
     "reshape",
     "segment_sum",
     "sqrt",
-    "sum_over",
     "take",
     "times",
     "when",
@@ -121,14 +121,14 @@ def cast(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     return array.astype(like.dtype)
 
 
-def absolute(array: np.ndarray) -> np.ndarray:
-    """Modulus, entry by entry."""
-    return np.abs(array)
+def modulus(array: np.ndarray) -> np.ndarray:
+    """Moduli of complex entries; real ones as they are, since only their squares are taken."""
+    return np.abs(array) if np.iscomplexobj(array) else array
 
 
-def sum_over(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Sum over axes, which stay with length 1."""
-    return array.sum(axis=axes, keepdims=True)
+def length_over(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Root of the sum of squares over axes, which stay with size 1."""
+    return np.sqrt((array * array).sum(axis=axes, keepdims=True))
 
 
 def every(flags: np.ndarray) -> np.ndarray:

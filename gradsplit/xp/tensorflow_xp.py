@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor, reshape, zeros_like
-from tensorflow.math import abs as absolute
 from tensorflow.math import cumsum, exp, expm1, log, logical_or, maximum, minimum, sqrt
 from tensorflow.math import is_finite as isfinite
 from tensorflow.math import reduce_all as every
 
 __all__ = [
-    "absolute",
     "accumulator",
     "argsort",
     "asarray",
@@ -37,14 +35,15 @@ __all__ = [
     "is_readable",
     "isfinite",
     "log",
+    "length_over",
     "logical_or",
     "maximum",
     "minimum",
+    "modulus",
     "put",
     "reshape",
     "segment_sum",
     "sqrt",
-    "sum_over",
     "take",
     "times",
     "when",
@@ -92,6 +91,9 @@ def full(num: int, value: float, like: Tensor) -> Tensor:
 
 def where(condition: Tensor, a: Any, b: Any) -> Tensor:
     """Choose elementwise; ``a`` and ``b`` may be Python numbers."""
+    if len(condition.shape) > 1 and condition.shape != b.shape:
+        # A factor's condition beside a whole tensor: outside of XLA a choice is a pass over memory of its own.
+        return tf.cond(tf.reduce_any(condition), lambda: tf.where(condition, a, b), lambda: tf.identity(b))
     return tf.where(condition, a, b)
 
 
@@ -135,15 +137,20 @@ def cast(array: Tensor, like: Tensor) -> Tensor:
     return tf.cast(array, like.dtype)
 
 
-def sum_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Sum over axes, which stay with length 1."""
-    return tf.reduce_sum(array, axis=axes, keepdims=True) if axes else array
+def modulus(array: Tensor) -> Tensor:
+    """Moduli of complex entries; real ones as they are, since only their squares are taken."""
+    return tf.abs(array) if array.dtype.is_complex else array
+
+
+def length_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Root of the sum of squares over axes, which stay with size 1."""
+    return tf.sqrt(tf.reduce_sum(array * array, axis=axes, keepdims=True)) if axes else tf.abs(array)
 
 
 def in_unit(array: Tensor, unit: float) -> Tensor:
     """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     # XLA turns (a c)(b c) into (a b)(c c), which overflows; through a maximum it does not look.
-    return tf.maximum(array * (1.0 / unit), 0.0)
+    return tf.maximum(tf.abs(array) * (1.0 / unit), 0.0)
 
 
 def when(flag: Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, exp, expm1, isfinite, log, logical_or, maximum, minimum, reshape, sqrt, zeros_like
 
 __all__ = [
-    "absolute",
     "accumulator",
     "argsort",
     "asarray",
@@ -28,14 +27,15 @@ __all__ = [
     "is_readable",
     "isfinite",
     "log",
+    "length_over",
     "logical_or",
     "maximum",
     "minimum",
+    "modulus",
     "put",
     "reshape",
     "segment_sum",
     "sqrt",
-    "sum_over",
     "take",
     "times",
     "when",
@@ -125,14 +125,14 @@ def cast(array: Tensor, like: Tensor) -> Tensor:
     return array.to(like.dtype)
 
 
-def absolute(array: Tensor) -> Tensor:
-    """Modulus, entry by entry."""
-    return array.abs()
+def modulus(array: Tensor) -> Tensor:
+    """Moduli of complex entries; real ones as they are, since only their squares are taken."""
+    return array.abs() if array.is_complex() else array
 
 
-def sum_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Sum over axes, which stay with length 1."""
-    return array.sum(dim=axes, keepdim=True) if axes else array
+def length_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Root of the sum of squares over axes, which stay with size 1."""
+    return torch.linalg.vector_norm(array, dim=axes, keepdim=True) if axes else array.abs()
 
 
 def every(flags: Tensor) -> Tensor:
