@@ -4,7 +4,8 @@
     KERAS_BACKEND=tensorflow python examples/keras_text.py --control clip
 
 The text is the Python language reference that every CPython carries, the model that of `gradsplit compare gpt`. The
-number is the cross-entropy in nats a character on held-out text, less is better.
+number is the cross-entropy in nats a character on held-out text, less is better. Expected: `val_loss 2.058`, with AdamW
+and a global clip `val_loss 2.289`; about two minutes on 2 cores.
 """
 
 from __future__ import annotations

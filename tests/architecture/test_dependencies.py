@@ -33,8 +33,8 @@ def _requirements(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(r.name): r for r in map(Requirement, texts)}
 
 
-def _lock() -> list[Requirement]:
-    lines = (ROOT / "requirements.lock").read_text(encoding="utf8").splitlines()
+def _lock(name: str = "requirements.lock") -> list[Requirement]:
+    lines = (ROOT / name).read_text(encoding="utf8").splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -83,6 +83,15 @@ def test_the_lock_has_exact_versions_from_no_particular_place():
         assert pin.url is None and "+" not in str(pin.specifier) and "*" not in str(pin.specifier), str(pin)
     seen = [(canonicalize_name(r.name), str(r.marker or Marker("python_version > '0'"))) for r in _lock()]
     assert len(seen) == len(set(seen)), "a package is pinned twice"
+
+
+def test_the_lock_for_tensorflow_has_the_same_versions_where_both_name_a_package():
+    ours, theirs = {}, {}
+    for pins, name in ((ours, "requirements.lock"), (theirs, "requirements-tensorflow.lock")):
+        for pin in _lock(name):
+            pins[canonicalize_name(pin.name), str(pin.marker)] = str(pin.specifier)
+    apart = {key[0] for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    assert apart == {"h5py"}, "TensorFlow asks for an older h5py, and for nothing else that differs"
 
 
 def test_the_version_is_one_in_package_metadata_and_changelog():
