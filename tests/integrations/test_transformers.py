@@ -124,6 +124,27 @@ def test_training_twice_attaches_once(tmp_path):
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
+def test_a_run_that_failed_leaves_nothing_attached_in_the_next(tmp_path):
+    """Trainer tells callbacks of no error: the next beginning takes off what is left."""
+
+    class FailsOnce(Net):
+        failed = False
+
+        def forward(self, inputs, targets):
+            if not self.failed:
+                self.failed = True
+                raise ArithmeticError("on purpose")
+            return super().forward(inputs, targets)
+
+    callback = GradientSplitting(**HISTORY)
+    trainer = trainer_of(tmp_path, FailsOnce(), callback)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    trainer.train()
+    assert callback.splitter.step_count == STEPS
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
 def test_updates_are_capped_behind_the_trainers_own_adamw(tmp_path):
     net, start = Net(), model_of()[0].weight.detach()
     callback = GradientSplitting(cap_updates=True)
