@@ -173,3 +173,20 @@ def test_what_the_page_says_of_the_headline_holds():
         for method in ("none", "clip 1", "ZClip"):
             cell = cells[workload, method, grid.HEADLINE, 0.05]
             assert cell["dead"] == cell["seeds"] >= 5
+
+
+def test_what_the_page_says_against_the_splitter_and_for_the_guard_holds():
+    cells = page._cells(json.loads(page.SUMMARY.read_text(encoding="utf8")))
+
+    def change(workload, method, fault):
+        return page.statistics.median(cells[workload, method, fault, 0.05]["change_percent"])
+
+    for workload in ("text", "recurrence"):
+        scaled = [name for name in FAULTS if name.startswith("batch x") or name == "3e38 in one tensor"]
+        assert all(change(workload, "clip 1", name) < 4 for name in scaled)
+        assert all(3.5 < change(workload, "splitter", name) < 11 for name in scaled)
+    flips = "optimizer state bit flips"
+    for method in METHODS:
+        assert (cells["detection", method, flips, 0.05]["dead"] == 0) == (method == "Guard")
+    assert max(cells["detection", "Guard", flips, 0.05]["steps_lost"]) == 66
+    assert change("recurrence", "splitter", flips) < 1 < 100 < change("recurrence", "none", flips)
