@@ -72,28 +72,28 @@ def as_before(saved: Any, like: Any) -> Any:
 
 
 @torch.no_grad()
-def copied(tree: Any, into: Any = None) -> Any:
+def copied(tree: Any, into: Any = None, *, wait: bool = True) -> Any:
     """Return a copy on the host that shares no memory with the tree; the memory of ``into`` is used where it fits.
 
-    On a GPU the host does not wait: the copy is ordered on the current stream, before any later update. A sharded
-    tensor stays where it is.
+    Without ``wait`` copies from a GPU go to pinned memory, ordered on the current stream before any later update, and
+    may be read once that stream has come so far. A sharded tensor stays where it is.
     """
     if isinstance(tree, Tensor):
         fits = isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype
         if not fits:
             on_host = not hasattr(tree, "placements")
             into = (
-                torch.empty_like(tree, device="cpu", pin_memory=tree.device.type == "cuda")
+                torch.empty_like(tree, device="cpu", pin_memory=not wait and tree.device.type == "cuda")
                 if on_host
                 else torch.empty_like(tree)
             )
-        return into.copy_(tree, non_blocking=True)
+        return into.copy_(tree, non_blocking=not wait)
     if isinstance(tree, dict):
         old = into if isinstance(into, dict) else {}
-        return _same_kind({key: copied(value, old.get(key)) for key, value in tree.items()}, tree)
+        return _same_kind({key: copied(value, old.get(key), wait=wait) for key, value in tree.items()}, tree)
     if isinstance(tree, (list, tuple)):
         old_items = into if isinstance(into, (list, tuple)) and len(into) == len(tree) else [None] * len(tree)
-        return type(tree)([copied(value, old) for value, old in zip(tree, old_items, strict=True)])
+        return type(tree)([copied(value, old, wait=wait) for value, old in zip(tree, old_items, strict=True)])
     return tree if isinstance(tree, _LEAVES) else copy.deepcopy(tree)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.checkpoint import read_tree, save_tree, tree_of
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.generators import generators_state
@@ -65,12 +67,13 @@ class MemorySnapshots:
             "objects": list(parts),
             "generators": generators_state(),
         }
-        snapshot.tree = copied(tree, self._free.pop() if self._free else None)
+        snapshot.tree = copied(tree, self._free.pop() if self._free else None, wait=False)
         self._taken.append(snapshot)
 
     def tree(self, snapshot: Snapshot) -> dict[str, Any]:
         """Return the states, for reading only."""
         assert snapshot.tree is not None
+        _wait_for_copies()
         return snapshot.tree
 
     def discard_newest(self) -> None:
@@ -115,13 +118,14 @@ class DiskSnapshots:
     def take(self, snapshot: Snapshot, parts: Mapping[str, Any]) -> None:
         """Copy the states of the parts, and leave the writing to the thread."""
         self.wait()
-        self._buffer = copied(tree_of(parts), self._buffer)
+        self._buffer = copied(tree_of(parts), self._buffer, wait=False)
         snapshot.path = self.folder / f"step-{snapshot.step:08d}.ckpt"
         self._taken.append(snapshot)
         self._writing = self._thread.submit(self._write, snapshot, self._buffer)
 
     def _write(self, snapshot: Snapshot, tree: dict[str, Any]) -> None:
         assert snapshot.path is not None
+        _wait_for_copies()
         save_tree(snapshot.path, tree)
         while len(self._taken) > self.keep:
             self._remove(self._taken.pop(0))
@@ -166,3 +170,9 @@ class DiskSnapshots:
     def _remove(snapshot: Snapshot) -> None:
         if snapshot.path is not None:
             snapshot.path.unlink(missing_ok=True)
+
+
+def _wait_for_copies() -> None:
+    """Wait until what was copied from a GPU has arrived."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

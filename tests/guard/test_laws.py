@@ -57,12 +57,12 @@ def _without(name):
     return restore_module, "load_tree", forgets
 
 
-def _aliasing(tree, into=None):
+def _aliasing(tree, into=None, **_):
     """Snapshots that share the memory of what they are to keep."""
     return tree
 
 
-def _no_buffers(tree, into=None):
+def _no_buffers(tree, into=None, **_):
     """Snapshots whose running statistics are those of the living model."""
     from gradsplit.checkpoint.plain import copied
 
