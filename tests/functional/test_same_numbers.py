@@ -53,7 +53,7 @@ def test_scales_in_jax_are_those_of_torch(name):
     np.testing.assert_allclose(jax_scales(name), in_torch.scales(name), rtol=0, atol=CASES[name].tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("xsp", "tree_sp over rows"))])
 def test_scales_in_numpy_are_those_of_torch(name):
     case = CASES[name]
     split, held = splitting(case.plan(), case.budget, rule=case.rule), weights()

@@ -53,6 +53,8 @@ def main():
     for name, make in made.items():
         alone, _ = run(make(), data(7), lambda tree: jax.tree.map(jnp.asarray, tree))
         for how, specs in (("rows", rows), ("columns", columns)):
+            if name == "gso bin" and how == "columns":
+                continue
 
             def place(tree, specs=specs):
                 return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in tree.items()}

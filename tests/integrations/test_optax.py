@@ -144,7 +144,7 @@ def test_a_bin_within_its_limit_keeps_its_bits_and_a_broken_one_touches_no_other
     params, given = tree(weights()), tree(weights(3))
     broken = jax.tree.map(lambda g: g, given)
     broken["stem"]["conv"]["weight"] = broken["stem"]["conv"]["weight"].at[0, 0, 0, 1].set(jnp.inf)
-    kept, _ = split.update(broken, split.init(params), params)
+    kept, _ = jax.jit(split.update)(broken, split.init(params), params)
     expected = given["stem"]["conv"]["weight"].at[..., 1].set(0.0)
     np.testing.assert_array_equal(kept["stem"]["conv"]["weight"], expected)
     np.testing.assert_array_equal(kept["body"]["fc1"]["weight"], given["body"]["fc1"]["weight"])
@@ -175,12 +175,12 @@ def test_each_seed_of_a_vmap_is_bounded_by_itself():
     seeds = [tree([g * np.float32(10**k) for g in weights(20 + k)]) for k in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
     start = jax.vmap(lambda _: split.init(params))(jnp.arange(3))
-    update = jax.jit(jax.vmap(split.update))
+    update, one_seed = jax.jit(jax.vmap(split.update)), jax.jit(split.update)
     mapped, state = update(stacked, start)
     mapped, state = update(jax.tree.map(lambda g: g * 2, stacked), state)
     for k, seed in enumerate(seeds):
-        _, alone = split.update(seed, split.init(params))
-        bounded, alone = split.update(jax.tree.map(lambda g: g * 2, seed), alone)
+        _, alone = one_seed(seed, split.init(params))
+        bounded, alone = one_seed(jax.tree.map(lambda g: g * 2, seed), alone)
         for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(bounded), strict=True):
             np.testing.assert_allclose(a[k], b, rtol=1e-6)
         one = jax.tree.map(lambda leaf, k=k: leaf[k], state)
@@ -205,14 +205,14 @@ def test_going_on_from_a_saved_state_changes_nothing():
     make = lambda: optax.chain(split_gradients("xsp", gs.Ema(1.1, warmup=2)), gso(1e-2, second_moment="bin"))  # noqa: E731
     whole, state = make(), None
     state = whole.init(params)
+    step, later_step = jax.jit(whole.update), jax.jit(make().update)
     for i in range(4):
-        _, state = whole.update(tree(gradients(i)), state, params)
+        _, state = step(tree(gradients(i)), state, params)
     saved = jax.tree.map(np.asarray, state)
-    later = make()
     resumed = jax.tree.map(jnp.asarray, saved)
     for i in range(4, 8):
-        a, state = whole.update(tree(gradients(i)), state, params)
-        b, resumed = later.update(tree(gradients(i)), resumed, params)
+        a, state = step(tree(gradients(i)), state, params)
+        b, resumed = later_step(tree(gradients(i)), resumed, params)
     for x, y in zip(jax.tree.leaves((a, state)), jax.tree.leaves((b, resumed)), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -240,7 +240,7 @@ def test_lbf_cuts_by_energies_of_a_tree():
     energy = energies_of(jax.tree.map(lambda g: g**2, tree(weights(6))))
     plan = gs.lbf(layout_of(params), energy, max_bins=20, min_gain=0.0)
     split = split_gradients(plan, gs.Fixed(0.1))
-    _, state = split.update(tree(weights(6)), split.init(params), params)
+    _, state = jax.jit(split.update)(tree(weights(6)), split.init(params), params)
     squares = sum(float((g.astype(np.float64) ** 2).sum()) for g in weights(6))
     np.testing.assert_allclose((np.asarray(state.last.norm_B, np.float64) ** 2).sum(), squares, rtol=1e-5)
     assert plan.num_bins == 20
