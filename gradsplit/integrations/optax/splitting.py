@@ -62,12 +62,12 @@ def split_gradients(
         ValueError: RelativeStep without a learning rate, a momentum outside [0, 1), an unknown name; from ``update``,
             a budget that reads weights without ``params``.
 
-    >>> import optax
+    >>> import numpy as np
     >>> params = {"kernel": jnp.ones((2, 2))}
     >>> split = split_gradients("xsp", "fixed")              # each output unit's gradient at most 1 long
     >>> gradients = {"kernel": jnp.asarray([[30.0, 0.3], [40.0, 0.4]])}
     >>> bounded, state = split.update(gradients, split.init(params))
-    >>> print(bounded["kernel"].round(4))
+    >>> print(np.asarray(bounded["kernel"]).round(4))
     [[0.6 0.3]
      [0.8 0.4]]
     >>> split.record(state, params).worst(1)[0].name
@@ -120,10 +120,11 @@ def cap_updates(
     Raises:
         ValueError: an unknown name; from ``update``, a budget that reads weights without ``params``.
 
+    >>> import numpy as np
     >>> capped = cap_updates()
     >>> params = {"kernel": jnp.asarray([[3.0], [4.0]])}                      # one row of length 5
     >>> updates, _ = capped.update({"kernel": jnp.asarray([[-9.0], [0.0]])}, capped.init(params), params)
-    >>> print(updates["kernel"].ravel().round(4))
+    >>> print(np.asarray(updates["kernel"]).ravel().round(4))
     [-0.15  0.  ]
     """
     call = "cap_updates"
