@@ -49,6 +49,9 @@ class FusedUpdate:
         self._update_lines = lines_of(planned.update_budgets)
         self._memory = ParameterMemory(planned)
         self._tables: list[tuple[Any, list[Table], bool]] = []
+        # Kept, since what is made anew in every hook of a backward pass comes to lie between gradients that are freed,
+        # and their memory is then never whole again.
+        self._squares = np.zeros((2, plan.num_bins))
         self._measured: tuple[Tensor, Tensor] | None = None
         self._decision: Decision | None = None
         self._reference: ReferenceUpdate | None = None
@@ -119,7 +122,9 @@ class FusedUpdate:
         self, tables: list[Table], bases: np.ndarray, numbers: np.ndarray, by_bin: bool, threads: int
     ) -> None:
         num_bins = self.planned.plan.num_bins
-        squares, weights = np.zeros(num_bins), np.zeros(num_bins)
+        squares, weights = self._squares
+        squares.fill(0.0)
+        weights.fill(0.0)
         assert self._gradient_lines is not None and self._update_lines is not None
         times_T = self.planned.rates.pace_B(num_bins).numpy()[self._bin_of_tensor] if self._update_lines else None
         width_T = self.planned.plan.width_T
