@@ -1,6 +1,6 @@
 """Everything that docs/speed.md states, in one run: all layouts, what is paid once, and the peers on one layout.
 
-    python benchmarks/speed.py --out benchmarks/results/speed.json
+    python benchmarks/speed.py --out benchmarks/results/speed.json --write-docs
 
 Peers come from PyPI: pip install pytorch-optimizer adam-mini timm zclip smartclip heavyball; one that is not installed
 or fails is listed with the reason.
@@ -9,6 +9,7 @@ or fails is listed with the reason.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_page import write_page
 
-import gradsplit as gs
 from gradsplit.cli.speed.figures import RATE, Figure
 from gradsplit.cli.speed.layouts import LAYOUTS, parameters_of
 from gradsplit.cli.speed.pairs import in_turn
@@ -69,7 +70,19 @@ def _zclip(named: Any, model: Any) -> Callable[[], object]:
 def _heavyball(named: Any, model: Any) -> Callable[[], object]:
     import heavyball
 
-    return heavyball.ForeachAdamW([p for _, p in named], lr=RATE).step
+    return heavyball.AdamW([p for _, p in named], lr=RATE).step
+
+
+def _smartclip(named: Any, model: Any) -> Callable[[], object]:
+    import smartclip
+
+    adamw = torch.optim.AdamW([p for _, p in named], lr=RATE, fused=True)
+    clipper = smartclip.AutoClip()
+
+    def step() -> None:
+        smartclip.step(model, adamw, clipper)
+
+    return step
 
 
 def _prodigy(named: Any, model: Any) -> Callable[[], object]:
@@ -81,6 +94,7 @@ def _prodigy(named: Any, model: Any) -> Callable[[], object]:
 PEERS: dict[str, Callable[[Any, Any], Callable[[], object]]] = {
     "timm AGC + fused AdamW": _agc_timm,
     "zclip + fused AdamW": _zclip,
+    "smartclip AutoClip + fused AdamW": _smartclip,
     "pytorch-optimizer LAMB": _pytorch_optimizer("Lamb"),
     "pytorch-optimizer StableAdamW": _pytorch_optimizer("StableAdamW"),
     "pytorch-optimizer AdaFactor": _pytorch_optimizer("AdaFactor"),
@@ -137,9 +151,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as it is")
     parser.add_argument("--no-start", action="store_true", help="leave out import, first call and memory")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--write-docs", action="store_true", help="write the figures of --out into docs/speed.md")
     options = parser.parse_args()
+    if options.write_docs and options.out is None:
+        parser.error("--write-docs needs --out")
     if options.threads:
         torch.set_num_threads(options.threads)
+    load = list(os.getloadavg())  # later it holds this run's own threads
     figures = measure(options.layouts, options.seconds, start=not options.no_start)
     problems: dict[str, str] = {}
     if not options.no_peers:
@@ -148,7 +166,9 @@ def main() -> None:
     for name, reason in problems.items():
         print(f"peer not measured: {name}: {reason}")
     if options.out is not None:
-        write(figures, options.out, peers_not_measured=problems, gradsplit_version=gs.__version__)
+        write(figures, options.out, load_average_before=load, peers_not_measured=problems)
+    if options.write_docs:
+        write_page(options.out, Path(__file__).resolve().parents[1] / "docs" / "speed.md")
 
 
 if __name__ == "__main__":

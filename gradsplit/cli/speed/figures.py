@@ -50,8 +50,14 @@ class Figure:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def _figure(name: str, layout: str, pair: Pair, bar: float | None, **more: Any) -> Figure:
-    return Figure(name, layout, pair.ratio, bar, detail={**pair.to_dict(), **more})
+def _figure(
+    name: str, layout: str, pair: Pair, bar: float | None, limit_seconds: float | None = None, **more: Any
+) -> Figure:
+    """Make a figure of a pair; ``limit_seconds`` is what our side would take if only memory set the pace."""
+    detail = {**pair.to_dict(), **more}
+    if limit_seconds is not None:
+        detail |= {"limit_seconds": limit_seconds, "floor": limit_seconds / detail["theirs_median"]}
+    return Figure(name, layout, pair.ratio, bar, detail=detail)
 
 
 def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
@@ -60,6 +66,9 @@ def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
     parameters = [p for _, p in named]
     gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
     small = layout.startswith("small")
+    num_bytes = 4 * sum(p.numel() for p in parameters)
+    rates = bandwidth(num_bytes // 4)
+    reading, scaling = num_bytes / rates["read"], 2 * num_bytes / rates["scale"]
 
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1e9, foreach=True)
@@ -73,27 +82,31 @@ def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
     idle = splitter(gs.Fixed(1e9))
     pair = in_turn(idle, clip, seconds=seconds)
     name = "GradientSplitter, rows, nothing over its limit / clip_grad_norm_(foreach)"
-    yield _figure(name, layout, pair, 0.70 if small else 0.35, bins=gs.xsp(gs.layout_of(named)).num_bins)
+    yield _figure(name, layout, pair, 0.70 if small else 0.35, reading, bins=gs.xsp(gs.layout_of(named)).num_bins)
     if small:
         return
     sgd = torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
     pair = in_turn(splitter(gs.RelativeStep(1e6), optimizer=sgd), clip, seconds=seconds / 2)
-    yield _figure("the same with RelativeStep, which reads the weights too", layout, pair, None)
+    yield _figure("the same with RelativeStep, which reads the weights too", layout, pair, None, 2 * reading)
     pair = in_turn(splitter(gs.Fixed(1e-9)), clip, before=refill, seconds=seconds)
-    yield _figure("GradientSplitter, rows, every bin over its limit / clip_grad_norm_(foreach)", layout, pair, 0.85)
+    yield _figure(
+        "GradientSplitter, rows, every bin over its limit / clip_grad_norm_(foreach)", layout, pair, 0.85, scaling
+    )
     refill()
-    yield from _other_plans(layout, named, idle, seconds / 2)
-    yield from _updates(layout, parameters, named, clip, seconds)
+    yield from _other_plans(layout, named, idle, seconds / 2, reading)
+    yield from _updates(layout, parameters, named, clip, seconds, rates)
 
 
-def _other_plans(layout: str, named: Any, idle: Callable[[], object], seconds: float) -> Iterator[Figure]:
+def _other_plans(
+    layout: str, named: Any, idle: Callable[[], object], seconds: float, reading: float
+) -> Iterator[Figure]:
     shapes = gs.layout_of(named)
     columns = gs.xsp(shapes, parts=256, axis=1)
     pair = in_turn(gs.GradientSplitter(named, plan=columns, budget=gs.Fixed(1e9)).step, idle, seconds=seconds)
-    yield _figure("column bins, 256 a tensor / row bins", layout, pair, 1.5, bins=columns.num_bins)
+    yield _figure("column bins, 256 a tensor / row bins", layout, pair, 1.5, reading, bins=columns.num_bins)
     boxes = _boxes(shapes)
     pair = in_turn(gs.GradientSplitter(named, plan=boxes, budget=gs.Fixed(1e9)).step, idle, seconds=seconds)
-    yield _figure("L-BF-like boxes, 16 x 16 a tensor / row bins", layout, pair, 1.5, bins=boxes.num_bins)
+    yield _figure("L-BF-like boxes, 16 x 16 a tensor / row bins", layout, pair, 1.5, reading, bins=boxes.num_bins)
 
 
 def _boxes(shapes: gs.Layout) -> gs.Plan:
@@ -112,7 +125,7 @@ def _boxes(shapes: gs.Layout) -> gs.Plan:
 
 
 def _updates(
-    layout: str, parameters: list[Any], named: Any, clip: Callable[[], None], seconds: float
+    layout: str, parameters: list[Any], named: Any, clip: Callable[[], None], seconds: float, limit: dict[str, float]
 ) -> Iterator[Figure]:
     num_elements = sum(p.numel() for p in parameters)
     adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
@@ -124,13 +137,13 @@ def _updates(
     def gso(**options: Any) -> gs.GSO:
         return gs.GSO(named, lr=RATE, **options)
 
-    limit = bandwidth(num_elements)
     for moment, bar, arrays in (("element", 0.60, 7), ("bin", 0.45, 5)):
         optimizer = gso(second_moment=moment)
         pair = in_turn(optimizer.step, baseline, seconds=seconds)
-        yield _figure(f"GSO, default budget, second moment per {moment} / clip + fused AdamW", layout, pair, bar)
-        # The slowest of the mixed kinds of traffic: an update writes where it has read, like "scale".
+        # The kind of traffic it is: an update writes where it has read, like "scale".
         at_limit = 4 * arrays * num_elements / limit["scale"]
+        name = f"GSO, default budget, second moment per {moment} / clip + fused AdamW"
+        yield _figure(name, layout, pair, bar, at_limit)
         taken = pair.to_dict()["ours_median"]
         detail = {
             "bytes": 4 * arrays * num_elements,
@@ -144,4 +157,6 @@ def _updates(
         del optimizer
     optimizer = gso(budget={"bin": gs.Ema(1.5), "root": gs.Fixed(1e9)})
     pair = in_turn(optimizer.step, baseline, seconds=seconds)
-    yield _figure("GSO per element, Ema and a root limit (two passes) / clip + fused AdamW", layout, pair, 0.68)
+    both = 4 * num_elements / limit["read"] + 4 * 7 * num_elements / limit["scale"]
+    name = "GSO per element, Ema and a root limit (two passes) / clip + fused AdamW"
+    yield _figure(name, layout, pair, 0.68, both)

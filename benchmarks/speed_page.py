@@ -1,0 +1,71 @@
+"""The table of docs/speed.md, written from the raw results, so that page and results cannot differ."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_page"]
+
+HEADING = "## Figures as measured"
+
+
+def write_page(raw: Path, page: Path) -> None:
+    """Put the figures of a file of raw results into a page, in place of its section of that heading."""
+    results = json.loads(raw.read_text(encoding="utf8"))
+    text = page.read_text(encoding="utf8")
+    section = re.compile(rf"^{re.escape(HEADING)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if len(section.findall(text)) != 1:
+        raise ValueError(f"write_page(page={page}): expected one section {HEADING!r}.")
+    page.write_text(section.sub(lambda _: _section(results, raw, page), text).rstrip() + "\n", encoding="utf8")
+
+
+def _section(results: dict[str, Any], raw: Path, page: Path) -> str:
+    about, figures = results["conditions"], results["figures"]
+    held = [figure for figure in figures if figure["bar"] is not None]
+    met = sum(figure["verdict"] == "met" for figure in held)
+    when = about["date"][:16].replace("T", " ")
+    load = results["load_average_before"][0]
+    busy = (
+        f"load average {load:.0f} before it began: other programs ran, so expect a quiet machine to differ"
+        if load > about["cores"]
+        else "no other load"
+    )
+    link = f"[{raw.name}](../{raw.resolve().relative_to(page.resolve().parents[1])})"
+    lines = [
+        HEADING,
+        "",
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {when} UTC, {busy}; torch "
+        f"{about['versions']['torch']}, numba {about['versions'].get('numba', 'absent')}. n: turns of a pair. {met} of "
+        f"{len(held)} bars are met. Raw results: {link}.",
+        "",
+        "Floor: the ratio if our side moved its bytes at the bandwidth of torch's own sum, or of its multiplication in "
+        "place, measured in the same run; a figure below it had help from caches.",
+        "",
+        f"<!-- evidence: {raw.resolve().relative_to(page.resolve().parents[1])} -->",
+        "",
+        "| figure | layout | measured | quartiles | n | floor | bar | |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_row, figures),
+    ]
+    missing = results.get("peers_not_measured", {})
+    if missing:
+        lines += ["", "Not measured: " + "; ".join(f"{name} ({_short(why)})" for name, why in missing.items()) + "."]
+    return "\n".join(line if line.startswith(("|", "<", "#")) else textwrap.fill(line, 130) for line in lines) + "\n\n"
+
+
+def _row(figure: dict[str, Any]) -> str:
+    detail = figure["detail"]
+    unit = "" if figure["unit"] in ("ratio", "bytes ratio", "times the limit") else f" {figure['unit']}"
+    quartiles = " – ".join(f"{value:.3g}" for value in detail.get("ratio_quartiles", ()))
+    floor = "" if "floor" not in detail else f"{detail['floor']:.3g}"
+    bar = "" if figure["bar"] is None else f"{figure['bar']:g}"
+    cells = (figure["name"], figure["layout"], f"{figure['value']:.3g}{unit}", quartiles, detail.get("turns", ""))
+    return "| " + " | ".join(map(str, (*cells, floor, bar, figure["verdict"]))) + " |"
+
+
+def _short(why: str) -> str:
+    return why.splitlines()[0][:120].rstrip(". ")
