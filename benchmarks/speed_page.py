@@ -34,13 +34,14 @@ def _section(results: dict[str, Any], raw: Path, page: Path) -> str:
         if load > about["cores"]
         else "no other load"
     )
+    settings = "".join(f", {name}={value}" for name, value in about["environment"].items())
     link = f"[{raw.name}](../{raw.resolve().relative_to(page.resolve().parents[1])})"
     lines = [
         HEADING,
         "",
         f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {when} UTC, {busy}; torch "
-        f"{about['versions']['torch']}, numba {about['versions'].get('numba', 'absent')}. n: turns of a pair. {met} of "
-        f"{len(held)} bars are met. Raw results: {link}.",
+        f"{about['versions']['torch']}, numba {about['versions'].get('numba', 'absent')}{settings}. n: turns a pair. "
+        f"{met} of {len(held)} bars are met. Raw results: {link}.",
         "",
         "Floor: the ratio if our side moved its bytes at the bandwidth of torch's own sum, or of its multiplication in "
         "place, measured in the same run; a figure below it had help from caches.",

@@ -92,6 +92,7 @@ def conditions() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": found,
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "KMP_", "MKL_", "NUMBA_"))},
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
 
