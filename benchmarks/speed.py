@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_page import write_page
 
 from gradsplit.cli.speed.figures import RATE, Figure
 from gradsplit.cli.speed.layouts import LAYOUTS, parameters_of
 from gradsplit.cli.speed.pairs import in_turn
 from gradsplit.cli.speed.session import measure, show, write
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _pytorch_optimizer(name: str, **options: Any) -> Callable[[Any, Any], Callable[[], object]]:
@@ -168,7 +169,10 @@ def main() -> None:
     if options.out is not None:
         write(figures, options.out, load_average_before=load, peers_not_measured=problems)
     if options.write_docs:
-        write_page(options.out, Path(__file__).resolve().parents[1] / "docs" / "speed.md")
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.speed_page import write_page
+
+        write_page(options.out, ROOT / "docs" / "speed.md")
 
 
 if __name__ == "__main__":
