@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.fuzz.draws import damaged, name, number
 from benchmarks.fuzz.verdict import outcome
 from gradsplit.plan import Layout
-from gradsplit.record import Outline, Rows, RunFile, RunWriter, Stream, recording_plan
+from gradsplit.record import GuardAction, Outline, Rows, RunFile, RunWriter, Stream, recording_plan
 from gradsplit.report.run_account import account_of
 from gradsplit.report.run_page import run_page
 from gradsplit.report.run_text import report_text
@@ -41,7 +41,9 @@ def sound_file() -> bytes:
     stream = Stream(0, "AdamW", outline, controlled=True, about={"strategy": "xsp", "num_bins": 6})
     draw, num = np.random.default_rng(0), outline.num_leaves
     with tempfile.TemporaryDirectory() as folder:
-        writer = RunWriter(Path(folder) / "run.db", {"argv": ["train.py"], "mode": "control", "started": 1.7e9})
+        action = GuardAction("rolled_back", 12, 0, 1.7e9, "the loss is not finite", float("nan"), 2.0, 0.5, 1, 13)
+        meta = {"argv": ["train.py"], "mode": "control", "started": 1.7e9, "guard": [action.to_dict()]}
+        writer = RunWriter(Path(folder) / "run.db", meta)
         for first in (0, 40):
             norm = draw.exponential(size=(40, num)).astype(np.float32)
             norm[20, 1] = np.nan if first else 1e6
@@ -111,14 +113,15 @@ def _change(rng: random.Random, connection: sqlite3.Connection, table: str, colu
     if rng.random() < 0.1:
         connection.execute(f"DELETE FROM {table} WHERE rowid % 2 = 0" if table != "meta" else "DELETE FROM meta")
         return
-    old = connection.execute(f"SELECT {column} FROM {table} LIMIT 1").fetchone()
-    value = old[0] if old else None
+    key = "key" if table == "meta" else "rowid"
+    at, value = rng.choice(connection.execute(f"SELECT {key}, {column} FROM {table}").fetchall() or [("", None)])
     new: Any = rng.choice((None, "", "x", b"", b"\0" * 8, -1, 0, 1, 2**40, number(rng), name(rng)))
     if isinstance(value, str) and value[:1] in ("{", "[", '"') and value[-1:] in ("}", "]", '"') and rng.random() < 0.8:
         new = json.dumps(damaged(rng, json.loads(value)), default=str)
     elif isinstance(value, bytes) and rng.random() < 0.8:
         new = _blob(rng, value)
-    connection.execute(f"UPDATE {table} SET {column} = ?", (new,))
+    where = "" if rng.random() < 0.3 else f" WHERE {key} = ?"
+    connection.execute(f"UPDATE {table} SET {column} = ?{where}", (new, at) if where else (new,))
 
 
 def _blob(rng: random.Random, value: bytes) -> bytes:

@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["GuardAction"]
 
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "tuple[str, ...]": str}
+
 
 @dataclass(frozen=True)
 class GuardAction:
@@ -50,8 +52,19 @@ class GuardAction:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GuardAction:
-        """Undo `to_dict`."""
-        return cls(**{**values, "worst": tuple(values["worst"])})
+        """Undo `to_dict`.
+
+        Raises:
+            ValueError: a value of another kind than its field.
+        """
+        made = cls(**{**values, "worst": tuple(values["worst"])})
+        for one in dataclasses.fields(cls):
+            given = made.worst if one.name == "worst" else (getattr(made, one.name),)
+            if not all(isinstance(value, _KINDS[str(one.type)]) and not isinstance(value, bool) for value in given):
+                raise ValueError(
+                    f"expected {one.type} in {one.name!r} of an action, got {getattr(made, one.name)!r:.40}"
+                )
+        return made
 
     def __str__(self) -> str:
         """Say it in a sentence."""

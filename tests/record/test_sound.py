@@ -35,6 +35,8 @@ def test_the_file_itself_is_read(tmp_path):
         ("UPDATE meta SET value = ? WHERE key = 'argv'", "{", "Expecting property name"),
         ("UPDATE meta SET value = ? WHERE key = 'argv'", "7", "list of words in meta 'argv'"),
         ("UPDATE meta SET value = ? WHERE key = 'started'", "1e300", "seconds since the epoch"),
+        ("UPDATE meta SET value = replace(value, '2.0', ?) WHERE key = 'guard'", '"2"', "float in 'usual'"),
+        ("UPDATE meta SET value = replace(value, '[]', ?) WHERE key = 'guard'", "[3]", "in 'worst'"),
         ("UPDATE stream SET about = ?", "[]", "a mapping about the stream"),
         ("UPDATE stream SET about = ?", '{"words": 3}', "a list of words"),
         ("UPDATE stream SET about = ?", '{"words": ["relative:factor=<b>"]}', "a list of words"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsplit.record import RunFile, RunWriter, Stream
+from gradsplit.record import GuardAction, RunFile, RunWriter, Stream
 from gradsplit.report.comparison import comparison_page
 from gradsplit.report.demo_page import demo_page
 from gradsplit.report.page import Section, page
@@ -33,7 +33,8 @@ def run_report(folder):
         "exception": HOSTILE[1],
         "rank": HOSTILE[4],
     }
-    writer = RunWriter(folder / "run.db", meta)
+    action = GuardAction(HOSTILE[0], 3, 0, 1e9, HOSTILE[1], 1.0, 1.0, 0.5, 1, 3, HOSTILE[2], HOSTILE[3], tuple(HOSTILE))
+    writer = RunWriter(folder / "run.db", {**meta, "guard": [action.to_dict()]})
     writer.write([rows_of(stream, norm, kept_SL=np.ones(norm.shape), scaled_SL=zeros, zeroed_SL=zeros)])
     writer.close()
     with RunFile(folder / "run.db") as file:
