@@ -1,6 +1,6 @@
 """A character GPT in JAX on the Python language reference, optimised by optax with the rows of its gradient bounded.
 
-    python examples/jax_text.py                     gso: about two minutes on two CPU cores
+    python examples/jax_text.py                     gso: prints 1.727 after 600 steps, 22 s of processor time
     python examples/jax_text.py --optimizer split   SGD with momentum behind split_gradients
     python examples/jax_text.py --optimizer adamw   AdamW behind a global clip, for comparison
 
