@@ -63,11 +63,13 @@ PLANS = {name: _of_strategy(name) for name in STRATEGIES} | {
 CASES: dict[str, Case] = {
     f"{strategy} / {budget}": Case(strategy, BUDGETS[budget]) for strategy in STRATEGIES for budget in BUDGETS
 }
-CASES |= {f"{strategy} / relative": Case(strategy, BUDGETS["relative"]) for strategy in set(PLANS) - set(STRATEGIES)}
+CASES |= {
+    f"{strategy} / relative": Case(strategy, BUDGETS["relative"]) for strategy in sorted(set(PLANS) - set(STRATEGIES))
+}
 _EVERY_LEVEL = ("root", "module", "bin")
 CASES |= {
     f"tree_sp over rows, every level / {name}": Case("tree_sp over rows", dict.fromkeys(_EVERY_LEVEL, BUDGETS[name]))
-    for name in set(BUDGETS) - {"fixed"}
+    for name in sorted(set(BUDGETS) - {"fixed"})
 }
 for _rule in ("bottom_up", "nearest"):
     CASES |= {
