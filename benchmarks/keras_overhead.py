@@ -1,6 +1,6 @@
 """What splitting costs in Keras: a step with row bins beside the same optimizer with ``clipnorm``, paired in one run.
 
-    make test-tensorflow ARGS=--co            # makes .venv-tensorflow
+    make test-tensorflow ARGS=--collect-only  # makes .venv-tensorflow
     KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python -m benchmarks.keras_overhead
 
 Two times are taken, each of a compiled function, the two methods in turns: the whole training step of a model, and
@@ -140,7 +140,7 @@ def main() -> None:
         for row in measure(model, family, jit=jit, rounds=options.rounds, repeats=options.repeats)
     ]
     found = {
-        "command": "python -m benchmarks.keras_overhead",
+        "command": f"python -m benchmarks.keras_overhead --rounds {options.rounds} --repeats {options.repeats}",
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} thread",
         "load_before": round(load, 1), "load_after": round(os.getloadavg()[0], 1),

@@ -108,12 +108,18 @@ def values_of(variables: list[Any]) -> list[Any]:
 
 
 def spread(gradients: list[Any], received: list[Any], variables: list[Any], key: Callable[[Any], Any]) -> list[Any]:
-    """Return one gradient a variable; zeros, which no limit touches, for those that the loss does not reach.
-
-    TensorFlow gives gradients of embeddings as slices of rows; they are made dense here.
-    """
-    given = {key(v): ops.convert_to_tensor(g, sparse=False) for g, v in zip(gradients, received, strict=True)}
+    """Return one gradient a variable; zeros, which no limit touches, for those that the loss does not reach."""
+    given = {key(v): _dense(g) for g, v in zip(gradients, received, strict=True)}
     return [given[key(v)] if key(v) in given else ops.zeros_like(v) for v in variables]
+
+
+def _dense(gradient: Any) -> Any:
+    """Make a gradient dense: TensorFlow gives those of embeddings as slices, a row as often as it was looked up."""
+    if type(gradient).__name__ == "IndexedSlices":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(gradient)
+    return ops.convert_to_tensor(gradient, sparse=False)
 
 
 def refuse_replicas(call: str) -> None:
