@@ -247,10 +247,11 @@ def test_a_sparse_layer_is_named_by_gso_and_split_in_front_of_sparse_adam():
     torch.testing.assert_close(norms[[1, 4]], torch.full((2,), 1e-3))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("stored", [[0], [1], [0, 2]])
-def test_the_sparse_gradient_of_a_vector_is_bounded_as_one_bin(stored):
+def test_the_sparse_gradient_of_a_vector_is_bounded_as_one_bin(stored, backend):
     p = nn.Parameter(torch.zeros(4))
-    splitter = gs.GradientSplitter([("p", p)], budget=gs.Fixed(1.0))
+    splitter = gs.GradientSplitter([("p", p)], budget=gs.Fixed(1.0), backend=backend)
     dense = torch.zeros(4)
     dense[stored] = 30.0
     p.grad = dense.to_sparse()
