@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from ...budget import DEFAULT_OF_SPLITTER, RelativeStep
 from .bounding import Bounding, refuse_replicas
 from .options import Options
 from .rates import follows_gradient
@@ -26,13 +27,15 @@ class Splits:
         self,
         *args: Any,
         plan: Any = "xsp",
-        budget: Any = "relative_step",
+        budget: Any = None,
         rule: str = "bottom_up",
         orientation: Any = None,
         cap_updates: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if budget is None:
+            budget = RelativeStep() if cap_updates else DEFAULT_OF_SPLITTER
         options = Options.of("split(…)", plan=plan, budget=budget, rule=rule, orientation=orientation)
         bounds_steps = any(one.bounds_update for _, one in options.budgets)
         if bounds_steps and not cap_updates and not follows_gradient(type(self)):
@@ -106,7 +109,7 @@ def splitting_class(optimizer_class: Any) -> Any:
 def split(
     optimizer: Any,
     plan: Any = "xsp",
-    budget: Any = "relative_step",
+    budget: Any = None,
     *,
     rule: str = "bottom_up",
     orientation: Any = None,
@@ -122,8 +125,8 @@ def split(
     Args:
         optimizer: not built yet; a name such as "sgd" will do.
         plan: a Plan, a strategy's name or a function layout -> plan, as in `gradsplit.GradientSplitter`.
-        budget: as there. The default `RelativeStep` reads the learning rate, schedules included, and the momentum, and
-            needs `keras.optimizers.SGD`, ``cap_updates=True``, or `GSO`.
+        budget: as there, the default too: `RelativeStep` reads the learning rate, schedules included, and the
+            momentum, and needs `keras.optimizers.SGD`, ``cap_updates=True``, or `GSO`.
         rule: "bottom_up" or "nearest", see `gradsplit.project`.
         orientation: a mapping from patterns of names to the axis or axes that count output units, for example
             ``{"*.my_depthwise.kernel": (-2, -1)}``; None: by the layers' names.
