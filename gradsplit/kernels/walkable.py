@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["FallbackWarning", "bump_versions", "obstacle", "overlap", "warn_of_fallback"]
+__all__ = ["DTYPES", "FallbackWarning", "bump_versions", "obstacle", "overlap", "warn_of_fallback"]
+
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+"""What compiled programs read and write by address."""
 
 _PLAIN = (Tensor, Parameter)
 
@@ -19,16 +22,20 @@ class FallbackWarning(UserWarning):
     """Part of the work is done by a slower backend with the same result."""
 
 
-def obstacle(tensor: Tensor) -> str:
-    """Say why a tensor must not be touched by address; empty if it may. Strides are judged by the lowering."""
-    plain = type(tensor) in _PLAIN and tensor.is_cpu and tensor.layout is torch.strided
+def obstacle(tensor: Tensor, device: str = "cpu") -> str:
+    """Say why a tensor must not be touched by address on a type of device; empty if it may.
+
+    Strides are judged by the lowering.
+    """
+    there = tensor.is_cpu if device == "cpu" else tensor.device.type == device
+    plain = type(tensor) in _PLAIN and there and tensor.layout is torch.strided
     if plain and not (tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())):  # nearly always: be quick
         return "" if tensor.data_ptr() else "it has no memory"
     if type(tensor) not in _PLAIN:
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"
-    if not tensor.is_cpu:
+    if not there:
         return f"it lives on {tensor.device}"
     return "its memory holds the negative or conjugate of its values"
 

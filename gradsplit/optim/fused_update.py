@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..amp import Scaling
-from ..budget import Decision
-from ..budget.lines import line_table, lines_of
+from ..budget.lines import line_table
 from ..kernels import squares_of
 from ..kernels.addresses import KINDS
 from ..kernels.numba_loops import fold
@@ -25,9 +23,8 @@ from ..kernels.threads import Call, run, threads_for
 from ..kernels.walkable import bump_versions
 from ..plan.lowering import Lowered, lower
 from . import update_loops as loops
-from .parameter_memory import ParameterMemory
+from .compiled_update import CompiledUpdate
 from .planned import Planned
-from .reference_update import ReferenceUpdate
 
 __all__ = ["FusedUpdate"]
 
@@ -39,22 +36,16 @@ _NONE = torch.zeros(())  # steps of a parameter without a state
 Table = tuple[Any, Lowered]
 
 
-class FusedUpdate:
+class FusedUpdate(CompiledUpdate):
     """One step in compiled loops; where that cannot be, by the reference, with one warning."""
 
     def __init__(self, planned: Planned) -> None:
-        self.planned = planned
+        super().__init__(planned)
         plan = planned.plan
-        self._gradient_lines = lines_of(planned.gradient_budgets)
-        self._update_lines = lines_of(planned.update_budgets)
-        self._memory = ParameterMemory(planned)
         self._tables: list[tuple[Any, list[Table], bool]] = []
         # Kept, since what is made anew in every hook of a backward pass comes to lie between gradients that are freed,
         # and their memory is then never whole again.
         self._squares = np.zeros((2, plan.num_bins))
-        self._measured: tuple[Tensor, Tensor] | None = None
-        self._decision: Decision | None = None
-        self._reference: ReferenceUpdate | None = None
         # Where a bin's second moment stands among its tensor's; bins over several tensors have none.
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
@@ -64,48 +55,11 @@ class FusedUpdate:
             self._places_B[ids] = np.arange(len(ids))
             self._bin_of_tensor[t] = ids[0] if len(ids) else 0
 
-    @property
-    def reference(self) -> ReferenceUpdate:
-        """The definition, for tensors that cannot be walked in memory, and for steps that are traced."""
-        self._make_reference()
-        assert self._reference is not None
-        return self._reference
-
-    def _make_reference(self) -> bool:
-        """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
-        if self._reference is None:
-            self._reference = ReferenceUpdate(self.planned)
-        return True
-
-    # What torch.compiler.assume_constant_result does, without importing the compiler for those who do not use it.
-    _make_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-    @property
-    def decision(self) -> Decision | None:
-        """The decision on the gradient of the last step; after one pass over memory made when asked for."""
-        if self._measured is not None:
-            self._decision, self._measured = self.planned.gradient.decide(*self._measured), None
-        return self._decision
-
-    def step(
-        self,
-        gradients: list[Tensor | None],
-        states: list[dict[str, Any]],
-        groups: list[dict[str, Any]],
-        scaling: Scaling | None = None,
-    ) -> None:
-        """See `ReferenceUpdate.step`. Steps that are traced, and scaled float16 gradients, are the reference's."""
-        arrays = None
-        half = scaling is not None and any(g is not None and g.dtype == torch.float16 for g in gradients)
-        if not half and not torch.compiler.is_compiling():
-            if scaling is not None:
-                gradients = [None if g is None else scaling.plain(g) for g in gradients]
-                scaling = None
-            arrays = self._memory.arrays(gradients, states)
-        if arrays is None:
-            self.reference.step(gradients, states, groups, scaling)
-            self._measured, self._decision = None, self.reference.decision
-            return
+    def _walk(
+        self, arrays: tuple[list[Tensor | None], ...], states: list[dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> bool:
+        """See `CompiledUpdate`: every budget has its loops, so this always can."""
+        gradients = arrays[1]
         tables, one_pass = self._tables_of(arrays[0])
         bases = np.array([[0 if t is None else t.data_ptr() for t in row] for row in arrays], dtype=np.int64)
         numbers = _numbers(gradients, states, groups)
@@ -117,6 +71,7 @@ class FusedUpdate:
         else:
             self._passes(tables, bases, numbers, by_bin, threads, gradients)
         bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
+        return True
 
     def _one_pass(
         self, tables: list[Table], bases: np.ndarray, numbers: np.ndarray, by_bin: bool, threads: int

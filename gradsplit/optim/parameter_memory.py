@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.addresses import KINDS
-from ..kernels.walkable import obstacle, overlap, warn_of_fallback
+from ..kernels.walkable import DTYPES, obstacle, overlap, warn_of_fallback
 from ..plan.lowering import walks
 from .planned import Planned
 
@@ -20,7 +19,7 @@ class ParameterMemory:
     """The memory of one part's parameters: what was found fit to be walked is not looked at again every step."""
 
     def __init__(self, planned: Planned) -> None:
-        self.planned = planned
+        self.planned, self._device = planned, planned.kernel.device.type
         self._walked: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(planned.owners)
         self._apart: np.ndarray | None = None
         self._warned = False
@@ -47,7 +46,7 @@ class ParameterMemory:
             if self._walked[t] != (strides, dtype) or not p.data_ptr():
                 reason = self._obstacle(t, p)
                 self._walked[t] = None if reason else (strides, dtype)
-            reason = reason or obstacle(gradient) or _difference(strides, dtype, gradient, m, v)
+            reason = reason or obstacle(gradient, self._device) or _difference(strides, dtype, gradient, m, v)
             if reason:
                 self._refuse(t, reason)
                 return None
@@ -60,10 +59,11 @@ class ParameterMemory:
 
     def _obstacle(self, t: int, p: Tensor) -> str:
         """Say why a parameter cannot be walked; empty if it can."""
-        if p.dtype not in KINDS:
-            return obstacle(p) or f"its dtype is {p.dtype}"
+        if p.dtype not in DTYPES:
+            return obstacle(p, self._device) or f"its dtype is {p.dtype}"
         walked = walks(self.planned.plan, t, p.stride())
-        return obstacle(p) or ("" if walked else f"its strides {p.stride()} have no contiguous rows the plan could cut")
+        unfit = "" if walked else f"its strides {p.stride()} have no contiguous rows the plan could cut"
+        return obstacle(p, self._device) or unfit
 
     def _refuse(self, t: int, reason: str) -> None:
         if not self._warned:

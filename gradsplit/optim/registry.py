@@ -16,6 +16,7 @@ __all__ = ["UPDATES", "Update", "make_update", "refusal_of_fused"]
 
 UPDATES: dict[str, tuple[str, str]] = {
     "numba": (".fused_update", "FusedUpdate"),
+    "triton": (".triton_update", "TritonUpdate"),
     "reference": (".reference_update", "ReferenceUpdate"),
 }
 """Backend -> module and class; a backend without a row is updated by the reference."""
@@ -69,6 +70,6 @@ def refusal_of_fused(planned: Planned) -> str:
     """Say why there is no compiled update."""
     return (
         "`fused=True` requires all the params to be floating point Tensors of supported devices: on the CPU, with the "
-        "package numba, and for shards with limits of single bins; got backend "
+        "package numba, on CUDA with backend='triton', and for shards with limits of single bins; got backend "
         f"{planned.kernel.name!r} on {planned.kernel.device}. Use fused=None, which takes what there is."
     )
