@@ -57,6 +57,26 @@ def detector() -> list[str]:
     return lines
 
 
+def healthy_heads() -> list[str]:
+    """Scores of healthy heads without and with the fork rule."""
+    data = load("chain_healthy_heads")
+    if data is None:
+        return ["Healthy heads: not run.", ""]
+    options = data["options"]
+    lines = [
+        f"Detector with heads as they should be, AdamW at {options['rate']:g}, {options['steps']} steps, "
+        f"medians of {options['seeds']} seeds:",
+        "",
+        "| variant | none | fork rule + module limits | change |",
+        "|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in data["rows"]):
+        mine = [row for row in data["rows"] if row["variant"] == variant]
+        plain, ruled = (statistics.median(row[key] for row in mine) for key in ("none", "fork rule + module limits"))
+        lines.append(f"| {variant} | {plain:.3f} | {ruled:.3f} | {ruled / plain - 1:+.1%} |")
+    return [*lines, "", source("chain_healthy_heads", data), ""]
+
+
 def deep_stack() -> list[str]:
     """The plain stack before and after `balance_`."""
     data = load("chain_deep_stack")
@@ -137,7 +157,7 @@ def cost() -> list[str]:
 def measured() -> str:
     """The whole section."""
     lines: list[str] = []
-    for line in [*detector(), *deep_stack(), *temporal_order(), *healthy_runs(), *cost()]:
+    for line in [*detector(), *healthy_heads(), *deep_stack(), *temporal_order(), *healthy_runs(), *cost()]:
         if line.startswith("| ") and not lines[-1]:  # the first line of a table: what holds its figures
             lines += ["<!-- evidence: tests/chain/test_claims.py -->", ""]
         lines.append(line)
