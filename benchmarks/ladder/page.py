@@ -73,7 +73,7 @@ def jet(raw: dict[str, Any]) -> str:
     ]
     head = ["jet", "order", "s of CPU", "s on the clock", "GB", "largest difference to the ladder"]
     ended = "; ".join(f"{way}: {why}" for way, why in raw["ended"].items()) or "stopped by hand"
-    return f"{_table(head, rows)}\n\nJAX {raw['jax']}, {raw['date']}, one thread. Ended: {ended}."
+    return f"{_table(head, rows)}\n\nJAX {raw['jax']}, {raw['date']}, its own threads. Ended: {ended}."
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
