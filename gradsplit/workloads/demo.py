@@ -78,7 +78,7 @@ SCENES: tuple[Scene, ...] = (
             Row("XSP rows, tuned", "xsp", 0.3, 0.02, _DETECTION),
             Row("L-BF, as the rows", "lbf", 0.3, 0.02, "the cell of the rows, not tuned by itself"),
             Row("Tree-SP, as the rows", "tree_sp-relative", 0.3, 0.02, "the cell of the rows, not tuned by itself"),
-            Row("default, untuned", "default", 0.3, None, _DETECTION),
+            Row("default, untuned", "default", 0.3, None, "benchmarks/results/detection-default"),
             Row("GSO, untuned", "gso", 0.01, None, "the rate it takes by default"),
         ),
         "The box loss in pixels explodes and starves the class head: a hard case for one global limit.",
