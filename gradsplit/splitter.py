@@ -19,6 +19,7 @@ from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_devic
 from .rates import Rates, follows_gradient
 from .record import StepRecord
 from .saved_state import check_state
+from .thawed import Thawed
 from .update_cap import UpdateCap
 
 __all__ = ["GradientSplitter"]
@@ -85,7 +86,7 @@ class GradientSplitter:
         pairs = named_trainable(model)
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         self.device = one_device(pairs, call="GradientSplitter")
-        self.layout = layout_of(pairs)
+        self.layout, self._thawed = layout_of(pairs), Thawed(model)
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
         self.process_group, self.stages, self.sinks = process_group, stages, list(sinks)
         self.step_count = 0
@@ -160,7 +161,7 @@ class GradientSplitter:
             FloatingPointError: a non-finite bin, if ``on_nonfinite="raise"``; the gradients are left as they were.
 
         Warns:
-            UserWarning: no parameter has a gradient.
+            UserWarning: no parameter has a gradient; one that was frozen when the splitter was made has one.
         """
         if self._needs_rates and self._rates is None:
             raise ValueError(
@@ -172,6 +173,7 @@ class GradientSplitter:
                 "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it. Call "
                 "attach(optimizer) once instead of step()."
             )
+        self._thawed.look(call="GradientSplitter.step()")
         gradients = gradients_of(self.layout.names, self.parameters)
         rates = self._rates if self._needs_rates else None
         scaling = Scaling.of(self.optimizer, scaler)

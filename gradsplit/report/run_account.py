@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ..record import GuardAction, RunFile, Series, Stream
+from .node_use import NodeUse, uses_of
 from .run_departures import HISTORY, RISEN, SCORE, Scores, scores_of
 
-__all__ = ["Account", "Departure", "Neighbour", "NodeUse", "StreamAccount", "account_of"]
+__all__ = ["Account", "Departure", "Neighbour", "StreamAccount", "account_of"]
 
 AFTERMATH = 10  # windows after a departure in which its neighbours are looked at
 SPREAD = 0.8  # share of tensors not finite at once from which no single one can be blamed
@@ -67,20 +68,6 @@ class Departure:
     def times(self) -> float:
         """Norm over usual norm."""
         return self.norm / self.usual
-
-
-@dataclass(frozen=True)
-class NodeUse:
-    """How one node fared: norms as measured and after control, and how often it was touched."""
-
-    node: int
-    name: str
-    median: float
-    largest: float
-    largest_step: int
-    largest_after: float
-    scaled: float
-    zeroed: int
 
 
 @dataclass(frozen=True)
@@ -187,7 +174,7 @@ def _stream_account(series: Series) -> StreamAccount:
         scores,
         _first(series, tensors, leaves_T, peak_WT, scores),
         tuple(series.step_W[scores.left_WT.any(axis=1)].tolist()),
-        _uses(series),
+        uses_of(series),
         float(acted.mean()),
         float(np.median(finite_own)) if len(finite_own) else 1.0,
         scaled,
@@ -270,36 +257,3 @@ def _rows(series: Series, leaves: np.ndarray, w: int) -> tuple[tuple[str, float]
         return ()
     order = left[np.argsort(-times[left], kind="stable")]
     return tuple((names[leaves[i]], float(times[i])) for i in order)
-
-
-def _uses(series: Series) -> tuple[NodeUse, ...]:
-    """Return how every node fared, medians of the windows' first rows and extremes of all rows."""
-    outline, made = series.stream.outline, []
-    for node in range(outline.num_nodes):
-        leaves = outline.leaves_of_N[node]
-        with np.errstate(over="ignore"):
-            norm_W = np.sqrt((series.norm(leaves).astype(np.float64) ** 2).sum(axis=1))
-            peak_WL = series.peak(leaves).astype(np.float64)
-            peak_W = np.sqrt((peak_WL**2).sum(axis=1)) if series.thinned else norm_W
-        finite = np.isfinite(peak_W)
-        best = int(np.argmax(np.where(finite, peak_W, -1.0)))
-        kept, scaled, zeroed = series.kept(leaves), 0.0, 0
-        after_W = peak_W
-        if kept is not None and series.scaled_WL is not None and series.zeroed_WL is not None:
-            after_W = np.sqrt(((np.where(np.isfinite(peak_WL), peak_WL, 0.0) * kept) ** 2).sum(axis=1))
-            bins = max(1, int(outline.bins_L[leaves].sum()))
-            scaled = float(series.scaled_WL[:, leaves].sum() / (bins * series.num_rows))
-            zeroed = int(series.zeroed_WL[:, leaves].sum())
-        made.append(
-            NodeUse(
-                node,
-                outline.names_N[node],
-                float(np.median(norm_W[np.isfinite(norm_W)])) if np.isfinite(norm_W).any() else float("nan"),
-                float(peak_W[best]) if finite.all() else float("inf"),
-                int(series.step_W[best if finite.all() else int(np.argmin(finite))]),
-                float(after_W[np.isfinite(after_W)].max(initial=0.0)),
-                scaled,
-                zeroed,
-            )
-        )
-    return tuple(made)

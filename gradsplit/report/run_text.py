@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 
+from .node_use import NodeUse
 from .printable import printable
-from .run_account import Account, Departure, NodeUse, StreamAccount
+from .run_account import Account, Departure, StreamAccount
 from .run_actions import action_sentence
 from .run_advice import advice_of, number
 

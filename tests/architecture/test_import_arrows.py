@@ -32,6 +32,7 @@ MAY_IMPORT |= {
     "attach": set(),
     "rates": {"plan"},
     "saved_state": set(),
+    "thawed": set(),
     "update_cap": _LOW | {"rates"},
     "bounding": _LOW | {"amp", "rates"},
     "calibration": _LOW | {"splitter"},

@@ -266,3 +266,27 @@ def test_sparse_gradients_are_coalesced_and_only_touched_rows_are_kept():
     torch.testing.assert_close(record.norm_B, dense.double().norm(dim=1))
     want = dense * (0.5 / dense.norm(dim=1, keepdim=True)).clamp(max=1).nan_to_num(0.0)
     torch.testing.assert_close(gradient.to_dense(), want)
+
+
+def test_a_parameter_thawed_after_the_splitter_was_made_is_named_once():
+    model = model_of()
+    model[0].requires_grad_(False)
+    splitter = gs.GradientSplitter(model, "per_tensor", gs.Fixed(1e-3))
+    backward(model, 0)
+    splitter.step()
+    model[0].requires_grad_(True)
+    backward(model, 1)
+    free = model[0].weight.grad.clone()
+    with pytest.warns(UserWarning, match=r"0\.weight, 0\.bias had requires_grad=False .* no limit holds there"):
+        splitter.step()
+    assert torch.equal(model[0].weight.grad, free)
+    assert model[2].weight.grad.norm() <= 1e-3 * (1 + 1e-5)
+    splitter.step()  # a warning is an error here
+
+
+def test_pairs_say_what_is_meant_and_nothing_else_is_watched():
+    model = model_of()
+    splitter = gs.GradientSplitter(list(model[2].named_parameters()), "per_tensor", gs.Fixed(1e-3))
+    backward(model, 0)
+    splitter.step()
+    assert model[0].weight.grad is not None
