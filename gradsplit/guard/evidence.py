@@ -1,4 +1,4 @@
-"""What a guard says of a divergence: names, numbers, batches."""
+"""What a guard says of a divergence: names and numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.batches import Batches
 from ..record import GuardAction, StepRecord
 from .nonfinite import nonfinite_names
 
-__all__ = ["batches_since", "stop_message", "worst_of"]
+__all__ = ["stop_message", "worst_of"]
 
 
 def worst_of(record: StepRecord | None, model: Any, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -19,16 +18,6 @@ def worst_of(record: StepRecord | None, model: Any, optimizer: torch.optim.Optim
     if record is not None:
         return tuple(f"{one.name} norm {one.norm:.3g} -> {one.norm_after:.3g}" for one in record.worst(3))
     return tuple(f"{name} not finite" for name in nonfinite_names(model, optimizer)[:3])
-
-
-def batches_since(data: Sequence[Batches], places: Sequence[tuple[int, int]], skip: int) -> str:
-    """Name the batches since the places of a snapshot, and ``skip`` more."""
-    said = []
-    for batches, (epoch, position) in zip(data, places, strict=False):
-        last = batches.position - 1 + skip
-        until = f"{last}" if epoch == batches.epoch else f"epoch {batches.epoch}: {last}"
-        said.append(f"epoch {epoch}: {position} to {until}")
-    return "; ".join(said)
 
 
 def stop_message(actions: Sequence[GuardAction], allowed: int) -> str:

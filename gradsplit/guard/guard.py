@@ -18,7 +18,8 @@ from .agreement import Agreement
 from .arguments import check_constants, check_counts, check_parts
 from .divergence import Divergence
 from .errors import DivergenceError
-from .evidence import batches_since, stop_message, worst_of
+from .evidence import stop_message, worst_of
+from .loaders import Loaders
 from .looks import Looks
 from .loss_history import LossHistory
 from .lowered_rate import LoweredRate
@@ -127,8 +128,7 @@ class Guard:
         self._agreement = Agreement(process_group)
         self.history = LossHistory(history, score)
         self._divergence = Divergence(model, optimizer, self.history, patience, self._agreement)
-        self._data: list[Batches] = []
-        self._awaited: list[dict[str, Any]] = []  # data positions loaded before their loaders were known
+        self._loaders = Loaders(self._first_snapshot)
         self._looks = Looks(self._agreement)
         self._since = 0
         self._used: Snapshot | None = None
@@ -153,15 +153,7 @@ class Guard:
 
         The same loader gives the same object again, so that the call may stand in the loop over epochs.
         """
-        for known in self._data:
-            if loader is known or known.loader is loader:
-                return known
-        batches = loader if isinstance(loader, Batches) else Batches(loader)
-        batches._before_epoch = self._first_snapshot
-        if self._awaited:
-            batches.load_state_dict(self._awaited.pop(0))
-        self._data.append(batches)
-        return batches
+        return self._loaders.batches_of(loader)
 
     @torch.no_grad()
     def step(self, loss: Tensor | float) -> GuardAction | None:
@@ -203,10 +195,9 @@ class Guard:
         lost = bool(nonfinite_names(self.model, self.optimizer))
         if self._agreement.any(lost, self.optimizer):
             return  # the loss will show it
-        places = [(batches.epoch, batches.position) for batches in self._data]
         parts = self.parts if isinstance(self.snapshots, DiskSnapshots) else self._states
         self._since = self.step_count
-        self.snapshots.take(Snapshot(self.step_count, self.num_updates, places), parts)
+        self.snapshots.take(Snapshot(self.step_count, self.num_updates, self._loaders.places), parts)
 
     def remove(self) -> None:
         """Let optimizer and splitter alone; the lowered rates with them."""
@@ -234,7 +225,7 @@ class Guard:
                 self.actions,
             )
         worst = worst_of(self._record, self.model, self.optimizer)
-        left_out = batches_since(self._data, snapshot.places, 0 if stops else self.skip)
+        left_out = self._loaders.since(snapshot.places, 0 if stops else self.skip)
         undone = self.num_updates - snapshot.num_updates
         restore(self.snapshots.tree(snapshot), self._states)
         self.num_updates, self._since, self._used = snapshot.num_updates, self.step_count, snapshot
@@ -242,8 +233,7 @@ class Guard:
         if not stops:
             self.num_rollbacks += 1
             self._rate.factor *= self.lr_factor
-            for batches in self._data:
-                batches.skip(self.skip)
+            self._loaders.skip(self.skip)
         action = GuardAction(
             kind="stopped" if stops else "rolled_back",
             step=step,
@@ -279,7 +269,7 @@ class Guard:
             "history": self.history.state_dict(),
             "looks": self._looks.state_dict(),
             "actions": [action.to_dict() for action in self.actions],
-            "batches": [batches.state_dict() for batches in self._data] + self._awaited,
+            "batches": self._loaders.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -294,10 +284,7 @@ class Guard:
                 f"Guard.load_state_dict(…): expected what state_dict() returned, got a mapping without "
                 f"{sorted(missing)}."
             )
-        places = list(state["batches"])
-        for batches, place in zip(self._data, places, strict=False):
-            batches.load_state_dict(place)
-        self._awaited = places[len(self._data) :]
+        self._loaders.load_state_dict(state["batches"])
         self.step_count, self.num_updates = int(state["step_count"]), int(state["num_updates"])
         self.num_rollbacks, self._divergence.bad = int(state["num_rollbacks"]), int(state["bad"])
         self._since, self._rate.factor = int(state["since"]), float(state["factor"])
