@@ -17,6 +17,7 @@ TASKS = {
     "detector": "benchmarks.chain.detector",
     "healthy-heads": "benchmarks.chain.healthy_heads",
     "temporal-order": "benchmarks.chain.temporal_order",
+    "adding": "benchmarks.chain.adding",
     "deep-stack": "benchmarks.chain.deep_stacks",
     "healthy-runs": "benchmarks.chain.healthy_runs",
     "cost": "benchmarks.chain.cost",

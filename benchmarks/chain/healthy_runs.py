@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import time
+import itertools
 
 import torch
 from torch import nn
 
-from benchmarks.chain.record import middle, save
+from benchmarks.chain.record import Rows
 from gradsplit.chain import ChainSplitter
 from gradsplit.workloads.registry import workload
 from gradsplit.workloads.stacks import DigitsTask
@@ -45,22 +45,19 @@ def final_loss(name: str, seed: int, steps: int, guarded: bool) -> tuple[float, 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="chain_tasks.py healthy-runs")
     parser.add_argument("--runs", nargs="+", default=["gpt", "lstm", "conv"])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
-    for name in options.runs:
-        for seed in range(options.seeds):
-            began = time.time()
-            plain, _ = final_loss(name, seed, options.steps, guarded=False)
-            guarded, bounded = final_loss(name, seed, options.steps, guarded=True)
-            rows.append({"run": name, "seed": seed, "plain": plain, "guarded": guarded, "change": guarded / plain - 1,
-                         "bounded": bounded, "seconds": time.time() - began})  # fmt: skip
-            print(rows[-1], flush=True)
-        print(name, "median change", f"{middle(row['change'] for row in rows if row['run'] == name):+.3%}")
     command = (
         f"OMP_NUM_THREADS=1 python benchmarks/chain_tasks.py healthy-runs --runs {' '.join(options.runs)} "
         f"--steps {options.steps} --seeds {options.seeds}"
     )
-    print(save("chain_healthy_runs", command, {"options": vars(options), "rows": rows}))
+    rows = Rows("chain_healthy_runs", command, ("run", "steps", "seed"))
+    for name, seed in itertools.product(options.runs, range(options.seeds)):
+        if rows.missing(name, options.steps, seed):
+            plain, _ = final_loss(name, seed, options.steps, guarded=False)
+            guarded, bounded = final_loss(name, seed, options.steps, guarded=True)
+            rows.add({"run": name, "steps": options.steps, "seed": seed, "plain": plain, "guarded": guarded,
+                      "change": guarded / plain - 1, "bounded": bounded})  # fmt: skip
+    print(rows.write())

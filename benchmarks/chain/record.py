@@ -33,11 +33,44 @@ def conditions() -> dict[str, Any]:
 
 
 def save(name: str, command: str, data: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json."""
+    """Write benchmarks/results/<name>.json; whoever reads it meanwhile sees the old file or the new one."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "conditions": conditions(), **data}, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"command": command, "conditions": conditions(), **data}, indent=1) + "\n")
+    part.replace(path)
     return path
+
+
+class Rows:
+    """The rows of one result file, saved as they come, so that a campaign goes on where it stopped.
+
+    Args:
+        name: of the file in benchmarks/results; rows that are there already are kept.
+        command: what the file says it was made with.
+        keys: the fields that tell one run from another.
+    """
+
+    def __init__(self, name: str, command: str, keys: tuple[str, ...]) -> None:
+        self.name, self.command, self.keys = name, command, keys
+        path = RESULTS / f"{name}.json"
+        known = json.loads(path.read_text())["rows"] if path.exists() else []
+        self.by_key = {tuple(row[key] for key in keys): row for row in known}
+
+    def missing(self, *values: Any) -> bool:
+        """Whether the run with these values, in the order of the keys, is still to be made."""
+        return values not in self.by_key
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row and write the file."""
+        self.by_key[tuple(row[key] for key in self.keys)] = row
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        self.write()
+
+    def write(self, **facts: Any) -> Path:
+        """Write the file, its rows in the order of their keys."""
+        rows = [self.by_key[key] for key in sorted(self.by_key)]
+        return save(self.name, self.command, {**facts, "rows": rows})
 
 
 def middle(values: Iterable[float]) -> float:

@@ -124,17 +124,24 @@ def healthy_runs() -> list[str]:
     data = load("chain_healthy_runs")
     if data is None:
         return ["Healthy runs: not run.", ""]
-    steps = data["options"]["steps"]
+    (steps,) = {row["steps"] for row in data["rows"]}
     lines = [
-        f"Healthy runs, AdamW at 1e-3, {steps} steps, mean loss of the last tenth, default ChainSplitter against none:",
+        f"Healthy runs, AdamW at 1e-3, {steps} steps, mean loss of the last tenth, default ChainSplitter against none, "
+        "the same seeds:",
         "",
-        "| run | seed | none | guarded | change | signals bounded |",
-        "|---|---|---|---|---|---|",
+        "| run | n | none, mean and standard deviation over seeds | guarded, mean | change, mean | largest of one seed "
+        "| signals bounded |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for row in data["rows"]:
+    for run in dict.fromkeys(row["run"] for row in data["rows"]):
+        mine = [row for row in data["rows"] if row["run"] == run]
+        plain, change = [row["plain"] for row in mine], [row["change"] for row in mine]
+        guarded = statistics.mean(row["guarded"] for row in mine)
         lines.append(
-            f"| {row['run']} | {row['seed']} | {row['plain']:.4f} | {row['guarded']:.4f} | {row['change']:+.2%} | "
-            f"{row['bounded']} |"
+            f"| {run} | {len(mine)} | {statistics.mean(plain):.4f}, {statistics.stdev(plain):.4f} "
+            f"({statistics.stdev(plain) / statistics.mean(plain):.1%}) | {guarded:.4f} | "
+            f"{statistics.mean(change):+.2%} | {max(change, key=abs):+.2%} | "
+            f"{', '.join(str(row['bounded']) for row in mine)} |"
         )
     return [*lines, "", source("chain_healthy_runs", data), ""]
 

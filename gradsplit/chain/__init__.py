@@ -6,9 +6,9 @@ from gradsplit.chain.balance import Balanced, balance_
 from gradsplit.chain.chain import Chain, Link, Recurrence
 from gradsplit.chain.factors import factored_gradients, gradient_chain
 from gradsplit.chain.gain_penalty import gain_penalty
-from gradsplit.chain.guard import Guard
 from gradsplit.chain.joints import Joint, joints
 from gradsplit.chain.lyapunov import lyapunov_exponents
+from gradsplit.chain.running_median import RunningMedian
 from gradsplit.chain.splitter import ChainSplitter
 from gradsplit.chain.unrolled import Unrolled
 
@@ -16,7 +16,7 @@ __all__ = [
     "Balanced",
     "Chain",
     "ChainSplitter",
-    "Guard",
+    "RunningMedian",
     "Joint",
     "Link",
     "Recurrence",

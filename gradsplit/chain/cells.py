@@ -53,7 +53,11 @@ class Cell(nn.Module):
         return self.step(x, state, self.weight_hh)
 
     def step(self, x: Tensor, state: Tensor, weight_hh: Tensor, constant: bool = False) -> Tensor:
-        """The same with a recurrent weight of the caller's; `constant` holds all other parameters fixed."""
+        """The same with a recurrent weight of the caller's.
+
+        With `constant`, whatever differentiates the step's Jacobian meets the weight as the factor that acts on
+        the state alone: other parameters, and the slopes of the activations, are constants.
+        """
         w_ih, b_ih, b_hh = self.weight_ih, self.bias_ih, self.bias_hh
         if constant:
             w_ih = w_ih.detach()  # type: ignore[assignment]
@@ -61,7 +65,11 @@ class Cell(nn.Module):
             b_hh = None if b_hh is None else b_hh.detach()  # type: ignore[assignment]
         hidden, memory = state[..., : self.hidden_size], state[..., self.hidden_size :]
         from_input = functional.linear(x, w_ih, b_ih)
-        from_state = functional.linear(hidden, weight_hh, b_hh)
+        if constant:  # the second term is zero, and so is its derivative by the weight; that by the state is the weight
+            from_state = functional.linear(hidden.detach(), weight_hh.detach(), b_hh)
+            from_state = from_state + functional.linear(hidden - hidden.detach(), weight_hh)
+        else:
+            from_state = functional.linear(hidden, weight_hh, b_hh)
         if self.mode == "RNN_TANH":
             return torch.tanh(from_input + from_state)
         if self.mode == "RNN_RELU":

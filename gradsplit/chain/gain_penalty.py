@@ -17,7 +17,8 @@ def gain_penalty(recurrence: Unrolled | Cell, inputs: Tensor | None = None, stat
         Omega = mean over steps t and samples of ( ||J_t^T d_{t+1}||^2 / ||d_{t+1}||^2 - 1 )^2
 
     Draws the product of factors of a recurrence towards neither growth nor decay. It is differentiated with
-    respect to the recurrent weight only; states and signals are constants. Use it after the loss's backward
+    respect to the recurrent weight only; states, signals and the slopes of the activations are constants: for a
+    tanh J_t^T d = W^T ((1 - h_{t+1}^2) d), and only this W is not. Use it after the loss's backward
     pass and before any bound on the gradient:
 
         output, _ = unrolled(x); loss(output).backward(retain_graph=False)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gradsplit.budget.base import Budget
 from gradsplit.chain.fork_watch import ForkWatch
-from gradsplit.chain.guard import Guard
 from gradsplit.chain.joints import bare, checked_names, layers_of
 from gradsplit.chain.module_limits import bound_modules, kernel_over_ranks, modules_with_parameters
+from gradsplit.chain.running_median import RunningMedian
 from gradsplit.chain.signal_guard import SignalGuard
 from gradsplit.chain.splitter_state import JointRow, dump_state, load_state, rows_of
 from gradsplit.chain.structure import carries_signal, tensors_in
@@ -42,7 +42,7 @@ class ChainSplitter:
     Args:
         model: the module to control; DDP wrappers are seen through.
         at: "auto" (task forks and layers), "forks", "layers", or names of modules whose outputs are guarded.
-        budget: limits of ordinary joints from their own norms; None: `Guard(3.0)`. `Guard(inf)` measures only.
+        budget: limits of ordinary joints from their own norms; None: `RunningMedian(3.0)`; with inf it measures only.
         forks: modules whose output is a task fork, declared where the structure does not show it.
         parameters: what bounds the parameters beside a task fork: "modules" (`total` / sqrt(number of
             modules) each, through `.attach(optimizer)` or `.bound_parameters()`), a GradientSplitter or GSO
@@ -84,7 +84,7 @@ class ChainSplitter:
         if budget is not None and (not isinstance(budget, Budget) or budget.reads_weights or budget.bounds_update):
             raise ValueError(
                 f"ChainSplitter(budget={budget!r}): expected a budget of norms alone, since a joint has no weights. "
-                "Use Guard(3.0), Fixed, Ema, ZScore or Percentile."
+                "Use RunningMedian(3.0), Fixed, Ema, ZScore or Percentile."
             )
         self.model = bare(model)
         if isinstance(at, str):
@@ -93,7 +93,7 @@ class ChainSplitter:
             self.names = checked_names(self.model, at, f"ChainSplitter(at={list(at)!r})")
         declared = checked_names(self.model, forks, f"ChainSplitter(forks={list(forks)!r})")
         zero = on_nonfinite == "zero"
-        self.guard = SignalGuard(budget or Guard(), per_sample, steps, zero)
+        self.guard = SignalGuard(budget or RunningMedian(), per_sample, steps, zero)
         self.watch = ForkWatch(declared, at in ("auto", "forks"), per_sample, zero)
         self.parameters, self.total = parameters, total
         self.owners = modules_with_parameters(self.model)

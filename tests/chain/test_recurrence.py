@@ -67,9 +67,7 @@ def test_the_penalty_and_its_gradient_follow_the_formula() -> None:
     weight = fused.weight_hh_l0.detach().clone().requires_grad_()
     terms = []
     for t in range(6):
-        pre = x[t] @ fused.weight_ih_l0.detach().T + fused.bias_ih_l0.detach() + states[t] @ weight.T
-        slope = 1 - torch.tanh(pre + fused.bias_hh_l0.detach()) ** 2
-        pulled = (signals[t] * slope) @ weight
+        pulled = (signals[t] * (1 - states[t + 1] ** 2)) @ weight  # the slope is a constant, as in the authors' code
         terms.append((pulled.square().sum(1) / signals[t].square().sum(1) - 1).square())
     expected = torch.stack(terms).mean()
     fused.zero_grad()
@@ -78,6 +76,26 @@ def test_the_penalty_and_its_gradient_follow_the_formula() -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-12, check_dtype=False)
     torch.testing.assert_close(fused.weight_hh_l0.grad, torch.autograd.grad(expected, weight)[0])
     assert fused.weight_ih_l0.grad is None and fused.bias_hh_l0.grad is None
+
+
+def test_the_penalty_of_a_gated_cell_holds_gates_and_slopes_constant() -> None:
+    torch.manual_seed(2)
+    fused = nn.GRU(2, 3).double()
+    x, h, d = torch.randn(4, 2, 2).double(), torch.randn(4, 2, 3).double(), torch.randn(4, 2, 3).double()
+    with torch.no_grad():
+        from_x = (x @ fused.weight_ih_l0.T + fused.bias_ih_l0).chunk(3, -1)
+        from_h = (h @ fused.weight_hh_l0.T + fused.bias_hh_l0).chunk(3, -1)
+        reset, update = torch.sigmoid(from_x[0] + from_h[0]), torch.sigmoid(from_x[1] + from_h[1])
+        new = torch.tanh(from_x[2] + reset * from_h[2])
+        at_new = (1 - update) * (1 - new**2) * d
+        entering = [reset * (1 - reset) * from_h[2] * at_new, update * (1 - update) * (h - new) * d, reset * at_new]
+    weight = fused.weight_hh_l0.detach().clone().requires_grad_()
+    pulled = update * d + torch.cat(entering, -1) @ weight
+    expected = (pulled.square().sum(-1) / d.square().sum(-1) - 1).square().mean()
+    found = gain_penalty(Cell(fused), x, h, d)
+    torch.testing.assert_close(found, expected)
+    (grad,) = torch.autograd.grad(found, fused.weight_hh_l0)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, weight)[0])
 
 
 def test_descending_the_penalty_draws_the_gain_to_one() -> None:

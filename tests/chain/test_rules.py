@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from gradsplit.budget.base import limits_after
 from gradsplit.chain.bound import apply_scale, scale_within, signal_norm
 from gradsplit.chain.fork_rule import fork_limit, remember_branch
-from gradsplit.chain.guard import Guard
 from gradsplit.chain.module_limits import bound_modules
 from gradsplit.chain.operator_norm import operator_norm
+from gradsplit.chain.running_median import RunningMedian
 
 norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 
@@ -46,14 +46,16 @@ def test_the_guard_is_three_times_a_geometric_median(seen: list[float]) -> None:
         eta = 0.5 if count < 20 else 0.05
         rate = math.exp(eta / 2)
         median = norm if median == 0 else median * rate if norm > median else median / rate
-    (limit,) = limits_after(Guard(3.0), [np.array([value]) for value in seen])
+    (limit,) = limits_after(RunningMedian(3.0), [np.array([value]) for value in seen])
     assert limit == pytest.approx(3 * median, rel=1e-9)
 
 
 def test_the_median_settles_at_the_true_median() -> None:
     draw = np.random.default_rng(0)
     values = np.exp(draw.normal(size=4000))
-    limits = [float(limits_after(Guard(3.0), [np.array([v]) for v in values[:n]])[0]) for n in range(3000, 4000, 100)]
+    limits = [
+        float(limits_after(RunningMedian(3.0), [np.array([v]) for v in values[:n]])[0]) for n in range(3000, 4000, 100)
+    ]
     assert 0.85 < np.mean(limits) / 3 < 1.15
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gradsplit.budget import Fixed, Relative
-from gradsplit.chain import ChainSplitter, Guard
+from gradsplit.chain import ChainSplitter, RunningMedian
 from gradsplit.chain.module_limits import modules_with_parameters
 from gradsplit.chain.signal_guard import JointMemory, SignalGuard
 from gradsplit.xp import torch_xp
@@ -281,7 +281,7 @@ def test_bad_arguments_are_explained() -> None:
     with pytest.raises(ValueError, match="a joint has no weights"):
         ChainSplitter(model, budget=Relative(0.1))
     with pytest.raises(ValueError, match="expected a factor >= 1"):
-        Guard(0.5)
+        RunningMedian(0.5)
     with pytest.raises(ValueError, match="on_nonfinite='ignore'"):
         ChainSplitter(model, on_nonfinite="ignore")
     chain = ChainSplitter(model).attach()
@@ -293,9 +293,9 @@ def test_bad_arguments_are_explained() -> None:
 @pytest.mark.parametrize("scales", [[1.0, 1.0, 50.0, 1.0, 1e-3], [1.0, math.nan, 2.0, math.inf, 100.0]])
 def test_the_path_for_the_cpu_decides_as_the_one_for_devices(scales: list[float]) -> None:
     signal = torch.randn(4, 3)
-    on_cpu, on_device = (SignalGuard(Guard(3.0), False, False, True) for _ in range(2))
+    on_cpu, on_device = (SignalGuard(RunningMedian(3.0), False, False, True) for _ in range(2))
     zero = torch.zeros(1)
-    memory = JointMemory(Guard(3.0).init(torch_xp, zero), zero, zero, zero, zero)
+    memory = JointMemory(RunningMedian(3.0).init(torch_xp, zero), zero, zero, zero, zero)
     for scale in scales:
         ours = on_cpu._bound("a", signal * scale)
         theirs = on_device.on_device(memory, signal * scale)

@@ -1,4 +1,4 @@
-"""Guard: the budget of an ordinary joint, 3 times a running median of the joint's own norm."""
+"""RunningMedian: the budget of an ordinary joint, 3 times a running median of the joint's own norm."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import ClassVar
 from gradsplit.budget.base import Budget, Reading, State
 from gradsplit.xp import Array
 
-__all__ = ["Guard"]
+__all__ = ["RunningMedian"]
 
 
 @dataclass(frozen=True)
-class Guard(Budget):
+class RunningMedian(Budget):
     """A signal keeps a norm of at most ``factor`` times the running median of its own norms.
 
         limit = factor * C;        C <- C exp(eta / 2) where n > C, else C exp(-eta / 2);        C = n at first
@@ -36,11 +36,11 @@ class Guard(Budget):
 
     >>> import numpy as np
     >>> from gradsplit.budget.base import limits_after
-    >>> limits_after(Guard(3.0), [np.array([2.0])])
+    >>> limits_after(RunningMedian(3.0), [np.array([2.0])])
     array([6.])
     """
 
-    name: ClassVar[str] = "guard"
+    name: ClassVar[str] = "running_median"
     factor: float = 3.0
     eta: float = 0.05
     early: int = 20
