@@ -18,7 +18,7 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["KINDS", "compiled", "fetch_add", "load", "narrow", "pointer", "store"]
+__all__ = ["KINDS", "compiled", "load", "narrow", "pointer", "store"]
 
 KINDS: dict[torch.dtype, Any] = {
     torch.float32: np.float32(0),
@@ -115,16 +115,5 @@ def narrow(context, memory, value):
 
     def generate(ctx, builder, sig, args):
         return args[1] if compute == types.float64 else builder.fptrunc(args[1], ir.FloatType())
-
-    return signature, generate
-
-
-@_intrinsic
-def fetch_add(context, counter):
-    """Return the integer at a pointer and add 1 to it, as one operation among threads."""
-    signature = types.int64(counter)
-
-    def generate(ctx, builder, sig, args):
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return signature, generate

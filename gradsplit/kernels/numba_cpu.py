@@ -15,7 +15,7 @@ from ..plan import Plan
 from ..plan.lowering import Lowered, lower, walks
 from . import numba_loops as loops
 from .addresses import KINDS
-from .numba_tables import Signature, Tables, addresses_of, counter, scale_calls, square_calls
+from .numba_tables import Signature, Tables, addresses_of, scale_calls, square_calls
 from .registry import BACKENDS, Kernel
 from .threads import Call, run, threads_for
 from .walkable import bump_versions, obstacle, overlap, warn_of_fallback
@@ -122,7 +122,7 @@ class NumbaKernel:
         calls: list[Call] = []
         for dtype, table in tables.lowered:
             rows, out = (table.entries, table.chunks, bases, weight_bases, lines), (squares, of_weights, touched)
-            calls.append((loops.bound_entries, (KINDS[dtype], *rows, *out, counter())))
+            calls.append((loops.bound_entries, (KINDS[dtype], *rows, *out)))
         run(calls, threads_for(tables.num_elements))
         if touched[0]:
             bump_versions([t for t, entry in zip(gradients, tables.signature, strict=True) if t is not None and entry])

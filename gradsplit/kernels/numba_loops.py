@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Compiled loops that read and scale bins; each takes chunks of the tables from a shared counter until none is left.
+"""Compiled loops that read and scale bins, each a function of one chunk of the tables and one that shares out chunks.
 
 Squares are added in float64 whatever the dtype, so float32 entries up to 3e38 do not overflow; only reassociation of
 the sum is allowed to the compiler, which keeps inf and NaN and lets it use vectors.
@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from .addresses import compiled, fetch_add, load, narrow, pointer, store
+from .addresses import compiled, load, narrow, pointer, store
+from .sharing import share
 
 __all__ = ["bound_entries", "fold", "scale_bands", "scale_entries", "scales_alone"]
 __all__ += ["square_bands", "square_entries", "touched"]
@@ -39,19 +40,19 @@ def _square_rows(memory, start, rows, row_step, length):
 
 
 @_reduced
-def square_entries(kind, entries, chunks, bases, slots, counter):
+def _square_entries(c, worker, kind, entries, chunks, bases, slots):
+    for e in range(chunks[c], chunks[c + 1]):
+        slot, count, offset, step = entries[e, 0], entries[e, 2], entries[e, 4], entries[e, 5]
+        rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+        memory = pointer(bases[entries[e, 3]], kind)
+        for i in range(count):
+            slots[slot + i] = _square_rows(memory, offset + i * step, rows, row_step, length)
+
+
+@_plain
+def square_entries(work, *arguments):
     """Write the sum of squares of each entry's bins to its slots."""
-    counting = pointer(counter.ctypes.data, np.int64(0))
-    while True:
-        c = fetch_add(counting)
-        if c >= len(chunks) - 1:
-            return
-        for e in range(chunks[c], chunks[c + 1]):
-            slot, count, offset, step = entries[e, 0], entries[e, 2], entries[e, 4], entries[e, 5]
-            rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
-            memory = pointer(bases[entries[e, 3]], kind)
-            for i in range(count):
-                slots[slot + i] = _square_rows(memory, offset + i * step, rows, row_step, length)
+    share(_square_entries, work, arguments)
 
 
 @_reduced
@@ -75,32 +76,32 @@ def _add_row(memory, start, length, columns):
 
 
 @_reduced
-def square_bands(kind, bands, chunks, stops, widest, bases, slots, counter):
-    """Add up squares by columns over each band's rows, then by cuts into its slots."""
-    counting = pointer(counter.ctypes.data, np.int64(0))
-    sums = np.empty(widest, dtype=np.float64)
+def _square_bands(c, worker, kind, bands, chunks, stops, bases, slots, columns_W):
+    sums = columns_W[worker]
     columns = pointer(sums.ctypes.data, 0.0)
-    while True:
-        c = fetch_add(counting)
-        if c >= len(chunks) - 1:
-            return
-        for d in range(chunks[c], chunks[c + 1]):
-            offset, rows, row_step, length = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 4]
-            cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
-            memory = pointer(bases[bands[d, 0]], kind)
-            sums[:length] = 0.0
-            whole = rows - rows % 8
-            for r in range(0, whole, 8):
-                _add_eight_rows(memory, offset + r * row_step, row_step, length, columns)
-            for r in range(whole, rows):
-                _add_row(memory, offset + r * row_step, length, columns)
-            lo = 0
-            for i in range(num_cuts):
-                total = 0.0
-                for j in range(lo, stops[cut + i]):
-                    total += load(columns, j)
-                slots[slot + i] = total
-                lo = stops[cut + i]
+    for d in range(chunks[c], chunks[c + 1]):
+        offset, rows, row_step, length = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 4]
+        cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
+        memory = pointer(bases[bands[d, 0]], kind)
+        sums[:length] = 0.0
+        whole = rows - rows % 8
+        for r in range(0, whole, 8):
+            _add_eight_rows(memory, offset + r * row_step, row_step, length, columns)
+        for r in range(whole, rows):
+            _add_row(memory, offset + r * row_step, length, columns)
+        lo = 0
+        for i in range(num_cuts):
+            total = 0.0
+            for j in range(lo, stops[cut + i]):
+                total += load(columns, j)
+            slots[slot + i] = total
+            lo = stops[cut + i]
+
+
+@_plain
+def square_bands(work, *arguments):
+    """Add up squares by columns over each band's rows, then by cuts into its slots."""
+    share(_square_bands, work, arguments)
 
 
 @_plain
@@ -135,22 +136,22 @@ def _multiply_rows(memory, start, rows, row_step, length, factor):
 
 
 @_plain
-def scale_entries(kind, entries, chunks, bases, scale, zero, counter):
+def _scale_entries(c, worker, kind, entries, chunks, bases, scale, zero):
+    for e in range(chunks[c], chunks[c + 1]):
+        at, count, offset, step = entries[e, 1], entries[e, 2], entries[e, 4], entries[e, 5]
+        rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+        memory = pointer(bases[entries[e, 3]], kind)
+        for i in range(count):
+            if zero[at + i]:
+                _zero_rows(memory, offset + i * step, rows, row_step, length)
+            elif scale[at + i] < 1.0:
+                _multiply_rows(memory, offset + i * step, rows, row_step, length, narrow(memory, scale[at + i]))
+
+
+@_plain
+def scale_entries(work, *arguments):
     """Multiply bins with a scale below 1, write zeros where ``zero``; no other bin is written, or read."""
-    counting = pointer(counter.ctypes.data, np.int64(0))
-    while True:
-        c = fetch_add(counting)
-        if c >= len(chunks) - 1:
-            return
-        for e in range(chunks[c], chunks[c + 1]):
-            at, count, offset, step = entries[e, 1], entries[e, 2], entries[e, 4], entries[e, 5]
-            rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
-            memory = pointer(bases[entries[e, 3]], kind)
-            for i in range(count):
-                if zero[at + i]:
-                    _zero_rows(memory, offset + i * step, rows, row_step, length)
-                elif scale[at + i] < 1.0:
-                    _multiply_rows(memory, offset + i * step, rows, row_step, length, narrow(memory, scale[at + i]))
+    share(_scale_entries, work, arguments)
 
 
 @_reduced
@@ -176,36 +177,36 @@ def scales_alone(squares, weights, lines, tensors, numel, scale, zero):
 
 
 @_reduced
-def bound_entries(kind, entries, chunks, bases, weight_bases, lines, squares, weights, touched, counter):
+def _bound_entries(c, worker, kind, entries, chunks, bases, weight_bases, lines, squares, weights, touched):
+    for e in range(chunks[c], chunks[c + 1]):
+        at, count, t, offset, step = entries[e, 1], entries[e, 2], entries[e, 3], entries[e, 4], entries[e, 5]
+        rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+        memory, of_weights = pointer(bases[t], kind), pointer(weight_bases[t], kind)
+        for i in range(count):
+            b, start, weight = at + i, offset + i * step, 0.0
+            square = _square_rows(memory, start, rows, row_step, length)
+            squares[b] = square
+            if len(weights):
+                weights[b] = _square_rows(of_weights, start, rows, row_step, length)
+                weight = math.sqrt(weights[b]) if math.isfinite(weights[b]) else 0.0
+            if not math.isfinite(square):
+                _zero_rows(memory, start, rows, row_step, length)
+                touched[0] = 1
+                continue
+            norm, limit = math.sqrt(square), _limit(lines, t, weight, rows * length)
+            if norm > limit:
+                _multiply_rows(memory, start, rows, row_step, length, narrow(memory, limit / norm))
+                touched[0] = 1
+
+
+@_plain
+def bound_entries(work, *arguments):
     """Measure each bin, and its weights if there is room for their squares; scale it at once if it is over its limit.
 
     A bin that is not finite becomes zero; weights that are not finite count as zero. ``touched[0]`` becomes 1 where
     anything was written.
     """
-    counting = pointer(counter.ctypes.data, np.int64(0))
-    while True:
-        c = fetch_add(counting)
-        if c >= len(chunks) - 1:
-            return
-        for e in range(chunks[c], chunks[c + 1]):
-            at, count, t, offset, step = entries[e, 1], entries[e, 2], entries[e, 3], entries[e, 4], entries[e, 5]
-            rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
-            memory, of_weights = pointer(bases[t], kind), pointer(weight_bases[t], kind)
-            for i in range(count):
-                b, start, weight = at + i, offset + i * step, 0.0
-                square = _square_rows(memory, start, rows, row_step, length)
-                squares[b] = square
-                if len(weights):
-                    weights[b] = _square_rows(of_weights, start, rows, row_step, length)
-                    weight = math.sqrt(weights[b]) if math.isfinite(weights[b]) else 0.0
-                if not math.isfinite(square):
-                    _zero_rows(memory, start, rows, row_step, length)
-                    touched[0] = 1
-                    continue
-                norm, limit = math.sqrt(square), _limit(lines, t, weight, rows * length)
-                if norm > limit:
-                    _multiply_rows(memory, start, rows, row_step, length, narrow(memory, limit / norm))
-                    touched[0] = 1
+    share(_bound_entries, work, arguments)
 
 
 @_plain
@@ -217,29 +218,28 @@ def _scale_row(memory, start, first, last, factors):
 
 
 @_plain
-def scale_bands(kind, bands, chunks, stops, bins, widest, bases, scale, zero, counter):
+def _scale_bands(c, worker, kind, bands, chunks, stops, bins, bases, scale, zero, columns_W):
+    factors = pointer(columns_W[worker].ctypes.data, 0.0)
+    for d in range(chunks[c], chunks[c + 1]):
+        offset, rows, row_step, cut, num_cuts = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 5], bands[d, 6]
+        memory = pointer(bases[bands[d, 0]], kind)
+        lo, first, last = 0, -1, 0
+        for i in range(num_cuts):
+            b = bins[cut + i]
+            factor = 0.0 if zero[b] else min(1.0, scale[b])
+            for j in range(lo, stops[cut + i]):
+                store(factors, j, factor)
+            if factor < 1.0:
+                first = lo if first < 0 else first
+                last = stops[cut + i]
+            lo = stops[cut + i]
+        if first < 0:
+            continue
+        for r in range(rows):
+            _scale_row(memory, offset + r * row_step, first, last, factors)
+
+
+@_plain
+def scale_bands(work, *arguments):
     """The same for bands: a factor a column, over the rows of those bands that have something to do."""
-    counting = pointer(counter.ctypes.data, np.int64(0))
-    columns = np.empty(widest, dtype=np.float64)
-    factors = pointer(columns.ctypes.data, 0.0)
-    while True:
-        c = fetch_add(counting)
-        if c >= len(chunks) - 1:
-            return
-        for d in range(chunks[c], chunks[c + 1]):
-            offset, rows, row_step, cut, num_cuts = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 5], bands[d, 6]
-            memory = pointer(bases[bands[d, 0]], kind)
-            lo, first, last = 0, -1, 0
-            for i in range(num_cuts):
-                b = bins[cut + i]
-                factor = 0.0 if zero[b] else min(1.0, scale[b])
-                for j in range(lo, stops[cut + i]):
-                    store(factors, j, factor)
-                if factor < 1.0:
-                    first = lo if first < 0 else first
-                    last = stops[cut + i]
-                lo = stops[cut + i]
-            if first < 0:
-                continue
-            for r in range(rows):
-                _scale_row(memory, offset + r * row_step, first, last, factors)
+    share(_scale_bands, work, arguments)

@@ -17,7 +17,7 @@ from .addresses import KINDS
 from .threads import Call
 from .walkable import obstacle, overlap
 
-__all__ = ["Signature", "Tables", "addresses_of", "counter", "scale_calls", "square_calls"]
+__all__ = ["Signature", "Tables", "addresses_of", "room_for_workers", "scale_calls", "square_calls"]
 
 Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
 """Per tensor its dtype and strides; None: not walked."""
@@ -75,23 +75,29 @@ def addresses_of(tensors: Sequence[Tensor | None], tables: Tables) -> np.ndarray
     )
 
 
-def counter() -> np.ndarray:
-    """Return what threads count their chunks with."""
-    return np.zeros(1, dtype=np.int64)
+def room_for_workers(longest: int, dtype: Any = np.float64) -> np.ndarray:
+    """Return a row of numbers for each thread, at multiples of 64 bytes.
+
+    Stores of whole vectors that cross cache lines take twice the time.
+    """
+    size, workers = -(-longest * np.dtype(dtype).itemsize // 64) * 64, torch.get_num_threads()
+    memory = np.empty(workers * size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + workers * size].view(dtype).reshape(workers, -1)
 
 
-def _widest(table: Lowered) -> int:
-    return int(table.bands[:, 4].max())
+def _columns(table: Lowered) -> np.ndarray:
+    return room_for_workers(int(table.bands[:, 4].max()))
 
 
 def square_calls(kind: Any, table: Lowered, bases: np.ndarray, slots: np.ndarray) -> list[Call]:
     """Return the calls that write a table's sums of squares to its slots."""
     calls: list[Call] = []
     if len(table.entries):
-        calls.append((loops.square_entries, (kind, table.entries, table.chunks, bases, slots, counter())))
+        calls.append((loops.square_entries, (kind, table.entries, table.chunks, bases, slots)))
     if len(table.bands):
-        bands = (table.bands, table.band_chunks, table.cut_stops, _widest(table), bases)
-        calls.append((loops.square_bands, (kind, *bands, slots, counter())))
+        bands = (table.bands, table.band_chunks, table.cut_stops)
+        calls.append((loops.square_bands, (kind, *bands, bases, slots, _columns(table))))
     return calls
 
 
@@ -102,8 +108,8 @@ def scale_calls(
     kind = KINDS[dtype]
     calls: list[Call] = []
     if len(table.entries):
-        calls.append((loops.scale_entries, (kind, table.entries, table.chunks, bases, scale, zero, counter())))
+        calls.append((loops.scale_entries, (kind, table.entries, table.chunks, bases, scale, zero)))
     if len(table.bands):
-        bands = (table.bands, table.band_chunks, table.cut_stops, table.cut_bins, _widest(table), bases)
-        calls.append((loops.scale_bands, (kind, *bands, scale, zero, counter())))
+        bands = (table.bands, table.band_chunks, table.cut_stops, table.cut_bins)
+        calls.append((loops.scale_bands, (kind, *bands, bases, scale, zero, _columns(table))))
     return calls

@@ -19,6 +19,7 @@ from ..budget.lines import line_table
 from ..kernels import squares_of
 from ..kernels.addresses import KINDS
 from ..kernels.numba_loops import fold
+from ..kernels.numba_tables import room_for_workers
 from ..kernels.threads import Call, run, threads_for
 from ..kernels.walkable import bump_versions
 from ..plan.lowering import Lowered, lower
@@ -87,12 +88,12 @@ class FusedUpdate(CompiledUpdate):
         calls: list[Call] = []
         for dtype, table in tables:
             kind, rows = KINDS[dtype], (table.entries, table.chunks, bases, numbers)
-            rest = (*bounds, squares, weights, np.zeros(1, dtype=np.int64))
+            rest = (*bounds, squares, weights)
             if by_bin:
                 calls.append((loops.one_pass_bin, (kind, *rows, self._places_B, *rest)))
             else:
-                like = np.zeros(0, dtype=np.float64 if dtype == torch.float64 else np.float32)
-                calls.append((loops.one_pass_element, (kind, like, table.longest, *rows, *rest)))
+                kept = room_for_workers(table.longest, np.float64 if dtype == torch.float64 else np.float32)
+                calls.append((loops.one_pass_element, (kind, *rows, *rest, kept)))
         run(calls, threads)
         self._measured, self._decision = (torch.from_numpy(squares), torch.from_numpy(weights)), None
 
@@ -164,7 +165,7 @@ class FusedUpdate(CompiledUpdate):
 
 
 def _call(loop: Any, dtype: torch.dtype, table: Lowered, *arguments: Any) -> Call:
-    return loop, (KINDS[dtype], table.entries, table.chunks, *arguments, np.zeros(1, dtype=np.int64))
+    return loop, (KINDS[dtype], table.entries, table.chunks, *arguments)
 
 
 def _numbers(gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:

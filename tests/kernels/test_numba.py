@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 
@@ -171,24 +170,6 @@ def test_from_several_threads_at_once():
     for worker in workers:
         worker.join()
     assert len(found) == 4 and all(torch.equal(one, found[0]) for one in found)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_after_a_fork():
-    from gradsplit.kernels.threads import run
-
-    run([(list, ())], 2)  # starts the pool, which the child does not inherit
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks beside threads: that is the point
-        child = os.fork()
-    if child == 0:
-        seen: list[int] = []
-        run([(seen.append, (1,))], 2)
-        os.write(writing, b"ok" if seen else b"no")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reading, 2) == b"ok"
 
 
 def test_auto_takes_it_on_the_cpu():
