@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-TASKS = {"runs": "benchmarks.faults.grid", "page": "benchmarks.faults.page"}
+TASKS = {"runs": "benchmarks.faults.grid", "ranks": "benchmarks.faults.ranks", "page": "benchmarks.faults.page"}
 
 
 def main() -> None:

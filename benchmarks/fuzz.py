@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 RESULT = ROOT / "benchmarks" / "results" / "fuzz.json"
-SECONDS = 20  # after which a case counts as a hang
+SECONDS = 20  # of processor time, after which a case counts as a hang
+WAIT = 600  # seconds, likewise, of a case that only waits
 CASES = {
     "layouts": 26_000,
     "plans": 8_000,
@@ -62,11 +63,13 @@ def run(name: str, first_seed: int, cases: int) -> dict[str, Any]:
     from benchmarks.fuzz import TARGETS
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _hang)
+    for kind in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(kind, _hang)
     began, kinds, failures = time.process_time(), collections.Counter(), []
     for seed in range(first_seed, first_seed + cases):
         torch.manual_seed(seed)
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.alarm(WAIT)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", RuntimeWarning)  # of arithmetic that went wrong unseen
@@ -76,6 +79,7 @@ def run(name: str, first_seed: int, cases: int) -> dict[str, Any]:
             place = f"{Path(last.filename).name}:{last.lineno}"
             failures.append({"seed": seed, "place": place, "error": f"{type(error).__name__}: {error}"[:600]})
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
     seconds = time.process_time() - began
     print(f"{name:<15} {cases:>7} cases {dict(kinds)} {len(failures)} failures, {seconds:.0f} s", flush=True)
@@ -105,8 +109,9 @@ def save(place: Path, counts: dict[str, Any]) -> None:
     print(f"{total} -> {place}")
 
 
-def _hang(*_: object) -> None:
-    raise TimeoutError(f"no end after {SECONDS} s")
+def _hang(kind: int, _: object) -> None:
+    spent = f"{SECONDS} s of processor time" if kind == signal.SIGPROF else f"{WAIT} s"
+    raise TimeoutError(f"no end after {spent}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,30 @@ from typing import Any
 import torch
 
 from benchmarks.faults.events import EXPONENT_BITS, FAULTS
-from benchmarks.faults.methods import METHODS
+from benchmarks.faults.methods import METHODS, WITH_HISTORY
 from benchmarks.faults.trial import CLEAN, Trial, run
 from benchmarks.faults.workloads import WORKLOADS
+from gradsplit.workloads.evidence import commit
 
-__all__ = ["HEADLINE", "RATES", "RAW", "done", "trials"]
+__all__ = ["HEADLINE", "LARGE", "RATES", "RAW", "done", "trials"]
 
 RAW = Path(__file__).resolve().parents[1] / "results" / "faults-runs.csv"
 RATES = (0.05, 0.01, 0.2)
 HEADLINE = "nan in one element"
 HEADLINE_SEEDS = 5
+SEEDS = 3
 SUDDEN = "sudden"
 LOW_BITS = tuple(f"gradient bit {bit} flips" for bit in EXPONENT_BITS if bit != EXPONENT_BITS[-1])
 # Finite values that stay within some powers of ten of their size: the methods that look for more are not all run.
 OF_LOW_BITS = ("none", "splitter")
+LARGE = ("3e38 in one tensor", "batch x 1e3", "batch x 1e4", "batch x 1e5", "batch x 1e6")
 
 
 def trials(methods: tuple[str, ...] = tuple(METHODS)) -> Iterator[Trial]:
-    """The headline with its clean runs over five seeds, every fault at 5 %, the other rates, then more seeds."""
+    """The headline with its clean runs over five seeds, every fault at 5 %, then at 20 % and 1 %, three seeds each.
+
+    `WITH_HISTORY` is for large values only.
+    """
     for seed in range(HEADLINE_SEEDS):
         for workload in WORKLOADS:
             for method in methods:
@@ -40,13 +47,16 @@ def trials(methods: tuple[str, ...] = tuple(METHODS)) -> Iterator[Trial]:
                 yield Trial(workload, method, HEADLINE, 0.05, seed)
     workloads = [name for name in WORKLOADS if name != SUDDEN]
     faults = [name for name in FAULTS if name not in LOW_BITS]
-    for seed in range(3):
-        for rate, names in ((0.05, faults), (0.01, [HEADLINE]), (0.2, [HEADLINE]), (0.05, LOW_BITS), (0.2, faults)):
-            for fault in names:
-                for workload in workloads:
-                    for method in methods:
-                        if fault not in LOW_BITS or method in OF_LOW_BITS:
-                            yield Trial(workload, method, fault, rate, seed)
+    first = ((0.05, faults), (0.01, [HEADLINE]), (0.2, [HEADLINE]), (0.05, LOW_BITS))
+    for seed, fault, workload, method in itertools.product(
+        range(SEEDS), (CLEAN, HEADLINE, *LARGE), workloads, WITH_HISTORY
+    ):
+        yield Trial(workload, method, fault, 0.0 if fault == CLEAN else 0.05, seed)
+    for parts in (first, ((0.2, faults),), ((0.01, faults),)):
+        for seed, (rate, names) in itertools.product(range(SEEDS), parts):
+            for fault, workload, method in itertools.product(names, workloads, methods):
+                if fault not in LOW_BITS or method in OF_LOW_BITS:
+                    yield Trial(workload, method, fault, rate, seed)
 
 
 def done(path: Path = RAW) -> dict[Trial, dict[str, str]]:
@@ -69,12 +79,13 @@ def main(arguments: list[str]) -> None:
     known = set(done(asked.raw))
     wanted = [trial for trial in dict.fromkeys(trials(tuple(asked.methods))) if trial not in known][: asked.most]
     print(f"{len(known)} runs done, {len(wanted)} to go")
+    code = commit()
     for trial in wanted:
-        append(run(trial), asked.raw)
+        append(run(trial) | {"commit": code}, asked.raw)
 
 
 def append(row: dict[str, Any], path: Path) -> None:
-    """Add one row, with the day it was measured on."""
+    """Add one row, with the moment it was measured at."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row = row | {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")}
     fresh = not path.is_file()

@@ -10,13 +10,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import gradsplit as gs
+from gradsplit.budget import DEFAULT_OF_GSO, DEFAULT_OF_SPLITTER
+from gradsplit.budget.base import Budget
 from gradsplit.workloads.task import Task
 
-__all__ = ["METHODS", "Method", "ZClip"]
+__all__ = ["METHODS", "WITH_HISTORY", "Method", "ZClip"]
 
 
 class Method(Protocol):
@@ -71,7 +75,12 @@ class SkipNotFinite(Alone):
     """The whole step is left out if any gradient is not finite, however often: as `optax.apply_if_finite`."""
 
     def bound(self) -> bool:
-        return all(bool(p.grad.isfinite().all()) for p in self.parameters if p.grad is not None)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        pieces = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        finite = torch.stack([piece.isfinite().all() for piece in pieces]).all().float()
+        if any(isinstance(g, DTensor) for g in gradients):  # one rank sees what the others must know
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
 
 
 class ZClip(Alone):
@@ -94,7 +103,8 @@ class ZClip(Alone):
 
     def bound(self) -> bool:
         """Scale all gradients by one factor."""
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         limit = min(self._limit(norm), self.max_norm)
         if norm > limit:
             for p in self.parameters:
@@ -118,16 +128,19 @@ class ZClip(Alone):
 
 
 class Split(Alone):
-    """GradientSplitter over rows: the default in front of SGD; in front of Adam the two bounds of GSO's default."""
+    """GradientSplitter over rows: the default in front of SGD; in front of Adam the two bounds of GSO's default.
+
+    Attributes:
+        history: budgets beside these.
+    """
+
+    history: tuple[Budget, ...] = ()
 
     def __init__(self, task: Task, optimizer: Optimizer) -> None:
         super().__init__(task, optimizer)
-        if isinstance(optimizer, torch.optim.SGD):
-            self.splitter = gs.GradientSplitter(task.model)
-        else:
-            self.splitter = gs.GradientSplitter(
-                task.model, budget=(gs.Relative(0.2), gs.RelativeStep(0.03)), cap_updates=True
-            )
+        sgd = isinstance(optimizer, torch.optim.SGD)
+        usual = (DEFAULT_OF_SPLITTER,) if sgd else DEFAULT_OF_GSO
+        self.splitter = gs.GradientSplitter(task.model, budget=(*self.history, *usual), cap_updates=not sgd)
         self.splitter.attach(optimizer)
         self.splitter.sinks.append(self._count)
         self._zeroed, self._pairs, self._all_zero = 0, 0, False
@@ -169,6 +182,18 @@ class Guarded(Split):
         return lost if action is None else action.num_undone
 
 
+class SplitByMean(Split):
+    """The same splitter; besides, no row may exceed half as much again as the running mean of its own norms."""
+
+    history = (gs.Ema(1.5),)
+
+
+class SplitByQuantile(Split):
+    """The same splitter; besides, no row may exceed the upper tenth of its own norms."""
+
+    history = (gs.Percentile(0.9),)
+
+
 METHODS: dict[str, Callable[[Task, Optimizer], Method]] = {
     "none": Alone,
     "clip 1": Clip,
@@ -177,3 +202,9 @@ METHODS: dict[str, Callable[[Task, Optimizer], Method]] = {
     "splitter": Split,
     "Guard": Guarded,
 }
+
+WITH_HISTORY: dict[str, Callable[[Task, Optimizer], Method]] = {
+    "splitter + Ema": SplitByMean,
+    "splitter + Percentile": SplitByQuantile,
+}
+"""Against large finite values; run for these faults only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.events import FAULTS
-from benchmarks.faults.grid import HEADLINE, SUDDEN
-from benchmarks.faults.methods import METHODS
+from benchmarks.faults.grid import HEADLINE, LARGE, SUDDEN
+from benchmarks.faults.methods import METHODS, WITH_HISTORY
+from benchmarks.faults.rank_summary import RANKS_SUMMARY, write_rank_summary
+from benchmarks.faults.rank_trial import PLACES, RANK_FAULTS, RANK_METHODS
 from benchmarks.faults.summary import SUMMARY, write_summary
+from benchmarks.faults.words import short, source, spread, table
 from benchmarks.faults.workloads import WORKLOADS
 
 __all__ = ["PAGES", "main", "with_tables"]
@@ -21,6 +25,7 @@ __all__ = ["PAGES", "main", "with_tables"]
 ROOT = Path(__file__).resolve().parents[2]
 FUZZ = SUMMARY.with_name("fuzz.json")
 MAIN = tuple(name for name in WORKLOADS if name != SUDDEN)
+USUAL = (0.05, 2)  # share of the steps, ranks
 
 Cells = dict[tuple[str, str, str, float], dict[str, Any]]
 
@@ -36,10 +41,8 @@ def headline(raw: dict[str, Any]) -> str:
     for method in METHODS:
         found = [cells.get((workload, method, HEADLINE, 0.05)) for workload in WORKLOADS]
         lost = [step for cell in found if cell and not cell["dead"] for step in cell["steps_lost"]]
-        rows.append(
-            [f"`{method}`", *(_spread(cell) for cell in found), str(max(lost)) if lost else "all from there on"]
-        )
-    return f"{_table(['method', *WORKLOADS, 'steps lost of 500'], rows)}\n\n{_source(raw)}"
+        rows.append([f"`{method}`", *(spread(cell) for cell in found), str(max(lost)) if lost else "all from there on"])
+    return f"{table(['method', *WORKLOADS, 'steps lost of 500'], rows)}\n\n{source(raw, fault=HEADLINE, rate=0.05)}"
 
 
 def every_fault(workload: str) -> Callable[[dict[str, Any]], str]:
@@ -48,8 +51,9 @@ def every_fault(workload: str) -> Callable[[dict[str, Any]], str]:
     def render(raw: dict[str, Any]) -> str:
         cells = _cells(raw)
         names = [name for name in FAULTS if any((workload, method, name, 0.05) in cells for method in METHODS)]
-        rows = [[name, *(_short(cells.get((workload, method, name, 0.05))) for method in METHODS)] for name in names]
-        return f"{_table(['fault', *(f'`{method}`' for method in METHODS)], rows)}\n\n{_source(raw)}"
+        rows = [[name, *(short(cells.get((workload, method, name, 0.05))) for method in METHODS)] for name in names]
+        made = table(["fault", *(f"`{method}`" for method in METHODS)], rows)
+        return f"{made}\n\n{source(raw, workload=workload, rate=0.05)}"
 
     return render
 
@@ -59,11 +63,24 @@ def rates(raw: dict[str, Any]) -> str:
     cells = _cells(raw)
     columns = [(workload, rate) for workload in MAIN for rate in (0.01, 0.05, 0.2)]
     rows = [
-        [f"`{method}`", *(_short(cells.get((workload, method, HEADLINE, rate))) for workload, rate in columns)]
+        [f"`{method}`", *(short(cells.get((workload, method, HEADLINE, rate))) for workload, rate in columns)]
         for method in METHODS
     ]
     head = ["method", *(f"{workload} {rate:.0%}" for workload, rate in columns)]
-    return f"{_table(head, rows)}\n\n{_source(raw)}"
+    return f"{table(head, rows)}\n\n{source(raw, fault=HEADLINE)}"
+
+
+def large(raw: dict[str, Any]) -> str:
+    """Large finite values, with and without a history beside the splitter's bounds: median and range."""
+    cells = _cells(raw)
+    methods = ("none", "clip 1", "splitter", *WITH_HISTORY)
+    rows = [
+        [workload, fault, *(spread(cells.get((workload, method, fault, 0.05))) for method in methods)]
+        for workload, fault in itertools.product(MAIN, LARGE)
+    ]
+    return (
+        f"{table(['workload', 'fault', *(f'`{m}`' for m in methods)], rows)}\n\n{source(raw, fault=LARGE, rate=0.05)}"
+    )
 
 
 def clean(raw: dict[str, Any]) -> str:
@@ -71,9 +88,40 @@ def clean(raw: dict[str, Any]) -> str:
     held = raw["clean_loss"]
     rows = [
         [f"`{m}`", *(f"{statistics.median(held[w][m]):.4g}" if m in held[w] else "–" for w in WORKLOADS)]
-        for m in METHODS
+        for m in (*METHODS, *WITH_HISTORY)
     ]
-    return f"{_table(['method', *WORKLOADS], rows)}\n\n{_source(raw)}"
+    return f"{table(['method', *WORKLOADS], rows)}\n\n{source(raw, fault=HEADLINE)}"
+
+
+def on_ranks(place: str) -> Callable[[dict[str, Any]], str]:
+    """Every fault of one rank at one place: medians, and whether the ranks end with other weights than one another."""
+
+    def render(raw: dict[str, Any]) -> str:
+        held = {
+            (cell["workload"], cell["fault"], cell["rate"], cell["ranks"], cell["method"]): cell
+            for cell in raw["cells"]
+            if cell["place"] == place
+        }
+        methods = [name for name in RANK_METHODS if any(key[-1] == name for key in held)]
+        rows = []
+        for workload, fault in itertools.product(MAIN, RANK_FAULTS):
+            for rate, ranks in sorted({key[2:4] for key in held if key[:2] == (workload, fault)}, key=_usual):
+                also = ("" if rate == USUAL[0] else f", {rate:.0%}") + ("" if ranks == USUAL[1] else f", {ranks} ranks")
+                cells = (held.get((workload, fault, rate, ranks, method)) for method in methods)
+                rows.append([workload, f"{fault}{also}", *(_on_ranks(cell) for cell in cells)])
+        made = table(["workload", "fault", *(f"`{name}`" for name in methods)], rows)
+        return f"{made}\n\n{source(raw, place=place)}"
+
+    return render
+
+
+def _usual(share: tuple[float, int]) -> tuple[bool, float, int]:
+    return (share != USUAL, *share)
+
+
+def _on_ranks(cell: dict[str, Any] | None) -> str:
+    apart = max(cell["apart"], default=0.0) if cell is not None else 0.0
+    return f"{short(cell)}, apart {apart:.0e}" if apart else short(cell)
 
 
 def fuzzing(raw: dict[str, Any]) -> str:
@@ -86,8 +134,8 @@ def fuzzing(raw: dict[str, Any]) -> str:
     rows.append(["all", *(f"{total[key]:,}" for key in ("cases", "answered", "refused")), str(total["failures"])])
     at = raw["conditions"]
     seconds = sum(target["seconds"] for target in raw["targets"].values())
-    source = f"{at['hardware']}, one thread, {seconds / 60:.0f} minutes; {at['date']}; `python benchmarks/fuzz.py`."
-    return f"{_table(['target', 'cases', 'answered', 'refused in our words', 'failures'], rows)}\n\n{source}"
+    about = f"{at['hardware']}, one thread, {seconds / 60:.0f} minutes; {at['date']}; `python benchmarks/fuzz.py`."
+    return f"{table(['target', 'cases', 'answered', 'refused in our words', 'failures'], rows)}\n\n{about}"
 
 
 PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
@@ -95,7 +143,9 @@ PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
         "headline": (headline, SUMMARY),
         **{f"faults-{workload}": (every_fault(workload), SUMMARY) for workload in MAIN},
         "rates": (rates, SUMMARY),
+        "large": (large, SUMMARY),
         "clean": (clean, SUMMARY),
+        **{f"ranks-{place}": (on_ranks(place), RANKS_SUMMARY) for place in PLACES},
     },
     "docs/security.md": {"fuzzing": (fuzzing, FUZZ)},
 }
@@ -103,11 +153,13 @@ PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
 
 
 def with_tables(page: str, text: str) -> str:
-    """The page with every table between its markers written anew."""
+    """The page with every table that it has markers for written anew between them."""
     for name, (render, path) in PAGES[page].items():
+        if f"<!-- table: {name} -->" not in text:
+            continue
         body = render(json.loads(path.read_text(encoding="utf8")))
-        table, _, source = body.partition("\n\n")
-        made = f"{source}\n\n<!-- evidence: {path.relative_to(ROOT).as_posix()} -->\n\n{table}"
+        rows, _, about = body.partition("\n\n")
+        made = f"{about}\n\n<!-- evidence: {path.relative_to(ROOT).as_posix()} -->\n\n{rows}"
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = marked.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
     return text
@@ -117,47 +169,8 @@ def main(arguments: list[str]) -> None:
     """Sum up the raw results and write the tables."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(arguments)
     write_summary()
+    write_rank_summary()
     for page in PAGES:
         place = ROOT / page
         place.write_text(with_tables(page, place.read_text(encoding="utf8")), encoding="utf8")
         print(place)
-
-
-def _spread(cell: dict[str, Any] | None) -> str:
-    """Median and range of the change, or how many runs have died."""
-    if cell is None:
-        return "–"
-    if cell["dead"]:
-        return f"**{cell['dead']} of {cell['seeds']} dead**"
-    changes = cell["change_percent"]
-    return f"{_signed(statistics.median(changes))} % [{_signed(min(changes))} to {_signed(max(changes))}]"
-
-
-def _short(cell: dict[str, Any] | None) -> str:
-    """The median change, or how many runs have died, or were stopped by a guard."""
-    if cell is None:
-        return "–"
-    if cell["dead"]:
-        return "dead" if cell["dead"] == cell["seeds"] else f"{cell['dead']} of {cell['seeds']} dead"
-    stopped = f", {cell['stopped']} of {cell['seeds']} stopped" if cell["stopped"] else ""
-    return f"{_signed(statistics.median(cell['change_percent']))} %{stopped}"
-
-
-def _signed(value: float) -> str:
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:.2f}".replace("-0.00", "0.00")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
-
-
-def _source(raw: dict[str, Any]) -> str:
-    at = raw["conditions"]
-    seeds = [cell["seeds"] for cell in raw["cells"]]
-    days = " to ".join(dict.fromkeys((raw["first_run"][:10], raw["last_run"][:10])))
-    return (
-        f"{at['hardware']}, one thread a run, {days}, {min(seeds)} to "
-        f"{max(seeds)} seeds a cell, {raw['num_runs']:,} runs in all; `{raw['command']}`."
-    )

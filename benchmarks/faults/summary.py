@@ -14,7 +14,7 @@ from benchmarks.faults.trial import CLEAN, Trial
 from benchmarks.faults.workloads import WORKLOADS
 from gradsplit.workloads.evidence import conditions
 
-__all__ = ["SUMMARY", "summarise", "write_summary"]
+__all__ = ["SUMMARY", "change_percent", "digits", "summarise", "write_summary"]
 
 SUMMARY = RAW.with_name("faults.json")
 
@@ -28,12 +28,12 @@ def summarise(rows: dict[Trial, dict[str, str]]) -> dict[str, Any]:
     clean: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for trial, row in sorted(rows.items(), key=lambda item: item[0].seed):
         if trial.fault == CLEAN:
-            clean[trial.workload][trial.method].append(_digits(float(row["final_loss"])))
+            clean[trial.workload][trial.method].append(digits(float(row["final_loss"])))
         elif replace(trial, fault=CLEAN, rate=0.0) in rows:
             by_cell[trial.workload, trial.method, trial.fault, trial.rate].append(trial)
     cells = []
     for (workload, method, fault, rate), trials in by_cell.items():
-        changes = [_change(rows, trial) for trial in trials]
+        changes = [change_percent(rows[trial], rows[replace(trial, fault=CLEAN, rate=0.0)]) for trial in trials]
         cells.append(
             {
                 "workload": workload,
@@ -46,7 +46,7 @@ def summarise(rows: dict[Trial, dict[str, str]]) -> dict[str, Any]:
                 "change_percent": [change for change in changes if change is not None],
                 "steps_lost": [int(rows[trial]["steps_lost"]) for trial in trials],
                 "zeroed_percent": [
-                    _digits(100 * float(rows[trial]["zeroed_share"]))
+                    digits(100 * float(rows[trial]["zeroed_share"]))
                     for trial in trials
                     if rows[trial]["zeroed_share"] != "nan"
                 ],
@@ -66,18 +66,17 @@ def summarise(rows: dict[Trial, dict[str, str]]) -> dict[str, Any]:
     }
 
 
-def _change(rows: dict[Trial, dict[str, str]], trial: Trial) -> float | None:
+def change_percent(row: dict[str, str], clean: dict[str, str]) -> float | None:
     """Percent by which the final loss is above the same seed's without faults; None where the run is dead.
 
     A run is dead if its weights or its loss are not finite, or if it ends worse than it began.
     """
-    row, clean = rows[trial], rows[replace(trial, fault=CLEAN, rate=0.0)]
     if row["dead"] == "1" or not float(row["final_loss"]) <= float(row["first_loss"]):
         return None
-    return _digits(100 * (float(row["final_loss"]) / float(clean["final_loss"]) - 1))
+    return digits(100 * (float(row["final_loss"]) / float(clean["final_loss"]) - 1))
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
     """Five significant digits, as plain JSON."""
     return float(f"{value:.5g}") if math.isfinite(value) else 0.0
 

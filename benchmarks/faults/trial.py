@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.faults.events import FAULTS, Fault, faulty_steps
-from benchmarks.faults.methods import METHODS
+from benchmarks.faults.methods import METHODS, WITH_HISTORY
 from benchmarks.faults.workloads import WORKLOADS
 from gradsplit.workloads.optimizers import make_schedule
 
@@ -27,7 +27,7 @@ class Trial:
 
     Attributes:
         workload: a name of `WORKLOADS`.
-        method: a name of `METHODS`.
+        method: a name of `METHODS`, or of `WITH_HISTORY`.
         fault: a name of `FAULTS`, or "clean".
         rate: share of the steps that are faulty; 0 where clean.
         seed: of weights, batches and faults.
@@ -54,7 +54,7 @@ def run(trial: Trial) -> dict[str, Any]:
     task = workload.build(trial.seed)
     optimizer = workload.optimizer(task)
     schedule = make_schedule(optimizer, workload.settings, warmup=0)
-    method = METHODS[trial.method](task, optimizer)
+    method = (METHODS | WITH_HISTORY)[trial.method](task, optimizer)
     fault = FAULTS.get(trial.fault)
     steps = workload.settings.steps
     at = frozenset() if fault is None else faulty_steps(fault, trial.seed, steps, trial.rate)
