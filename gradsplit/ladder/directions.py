@@ -1,4 +1,4 @@
-"""Directions of a ladder: minus the gradient, whole or restricted to the bins of a plan."""
+"""Directions of a ladder: one, whole or restricted to the bins of a plan."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Batch:
         return {name: x * factor_B.to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for name, x in self.tensors.items()}
 
 
-def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
-    """One given direction.
+def checked(direction: Mapping[str, Tensor], params: Params) -> dict[str, Tensor]:
+    """A given direction in float64.
 
     Raises:
         ValueError: a name that is no parameter, or a shape that differs from its parameter's.
@@ -55,7 +55,12 @@ def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
         raise ValueError(
             "taylor_ladder(direction): expected at least one tensor, got none. Leave it out for minus the gradient."
         )
-    tensors = {name: x.detach().double()[None] for name, x in direction.items()}
+    return {name: x.detach().double() for name, x in direction.items()}
+
+
+def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
+    """One direction as a batch."""
+    tensors = {name: x[None] for name, x in direction.items()}
     square = sum(float(x.square().sum()) for x in tensors.values())
     moved = [params[name].detach().double() for name in direction]
     return Batch(
@@ -67,14 +72,14 @@ def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
 
 
 def per_bin(
-    plan: Plan, params: Params, gradient: Mapping[str, Tensor], traced: TracedLoss, order: int, memory: int
+    plan: Plan, params: Params, direction: Mapping[str, Tensor], traced: TracedLoss, order: int, memory: int
 ) -> Iterator[Batch]:
-    """Minus the gradient on each bin alone, in batches that fit the memory.
+    """A direction restricted to each bin alone, in batches that fit the memory.
 
     Args:
         plan: its tensors must be among the parameters.
         params: the point.
-        gradient: gradient of the loss there.
+        direction: a tensor for every parameter; see ``checked``.
         traced: tells how many numbers one order of one bin needs.
         order: highest order.
         memory: bytes that one batch may take, roughly.
@@ -104,11 +109,11 @@ def per_bin(
                 break
             stop += 1
         chosen = by_bin[first_box_B[start] : first_box_B[stop]]
-        yield _bins(plan, params, gradient, range(start, stop), chosen)
+        yield _bins(plan, params, direction, range(start, stop), chosen)
         start = stop
 
 
-def _bins(plan: Plan, params: Params, gradient: Mapping[str, Tensor], bins: range, box_indices: np.ndarray) -> Batch:
+def _bins(plan: Plan, params: Params, direction: Mapping[str, Tensor], bins: range, box_indices: np.ndarray) -> Batch:
     tensors: dict[str, Tensor] = {}
     square_B, weight_B = np.zeros(len(bins)), np.zeros(len(bins))
     boxes, layout = plan.boxes, plan.layout
@@ -118,10 +123,10 @@ def _bins(plan: Plan, params: Params, gradient: Mapping[str, Tensor], bins: rang
         rows = slice(int(boxes.row_start_K[k]), int(boxes.row_stop_K[k]))
         columns = slice(int(boxes.col_start_K[k]), int(boxes.col_stop_K[k]))
         b = int(boxes.bin_K[k]) - bins.start
-        part = gradient[name].reshape(view)[rows, columns]
+        part = direction[name].reshape(view)[rows, columns]
         if name not in tensors:
-            tensors[name] = gradient[name].new_zeros(len(bins), *params[name].shape)
-        tensors[name][b].view(view)[rows, columns] = -part
+            tensors[name] = direction[name].new_zeros(len(bins), *params[name].shape)
+        tensors[name][b].view(view)[rows, columns] = part
         square_B[b] += float(part.square().sum())
         weight_B[b] += float(params[name].detach().double().reshape(view)[rows, columns].square().sum())
     return Batch(

@@ -1,9 +1,9 @@
 """How far the branches hold: the step at which units begin to change sides.
 
-A power series follows one side of every kink (``rules/branches.py``), and no coefficient tells where another side
-begins. What tells it is the gap itself: a comparison a > b decides by the sign of gap(t) = a(t) - b(t), and to first
-order that sign changes at t = -gap_0 / gap_1. The *kink* of a bin is the step at which ``SHARE`` of all decisions of
-the network would have changed; a single one matters little, since a ReLU is continuous where it bends.
+A power series follows one side of every kink (``rules/branches.py``, ``rules/extremes.py``), and no coefficient tells
+where another side begins. What tells it is the gap itself: a comparison a > b decides by the sign of gap(t) = a(t) -
+b(t), and to first order that sign changes at t = -gap_0 / gap_1. The *kink* of a bin is the step at which ``SHARE`` of
+all decisions of the network would have changed; a single one matters little, since a ReLU is continuous where it bends.
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from gradsplit.ladder.directions import Batch, per_bin, single
+from gradsplit.ladder.directions import Batch, checked, per_bin, single
 from gradsplit.ladder.kinks import kink_of
 from gradsplit.ladder.radius import Radius, crude_log_radius, radius_of
 from gradsplit.ladder.recipe import Climb, RecipeStep, climb
@@ -116,7 +117,7 @@ def taylor_ladder(
         params: the point theta, {name: tensor}.
         direction: d, {name: tensor}; tensors left out do not move. Default: minus the gradient.
         order: highest order, >= 1.
-        bins: a plan: one ladder per bin, along minus the gradient restricted to that bin.
+        bins: a plan: one ladder per bin, along the direction restricted to that bin.
         recipe: a preset's name ("ladder-292") or a list of operators, run on every ladder.
         memory: bytes that the bins followed together may take, roughly.
 
@@ -124,7 +125,7 @@ def taylor_ladder(
         The ladder; lengths and steps are in the units given there.
 
     Raises:
-        ValueError: an order below 1, a direction together with bins, names or shapes that do not fit.
+        ValueError: an order below 1, names or shapes that do not fit.
         UnsupportedOperation: the loss uses an operation without a rule for power series.
         FloatingPointError: the loss or its series is not finite at any scale of the step.
 
@@ -142,21 +143,38 @@ def taylor_ladder(
         raise ValueError(
             f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative wanted, such as 10."
         )
-    if bins is not None and direction is not None:
-        raise ValueError(
-            "taylor_ladder(direction=…, bins=…): expected one of them, since a plan's bins have directions of their "
-            "own (minus their gradients). Leave one out."
-        )
     traced = trace_loss(loss_of_params, params)
     point = {name: x.detach().double() for name, x in params.items()}
-    if direction is not None:
-        batches = iter([single(direction, point)])
+    if direction is None:
+        moves = {name: -g for name, g in traced.gradient(point).items()}
     else:
-        gradient = traced.gradient(point)
-        if bins is None:
-            batches = iter([single({name: -g for name, g in gradient.items()}, point)])
-        else:
-            batches = per_bin(bins, point, gradient, traced, order, memory)
+        moves = checked(direction, point)
+    if bins is None:
+        return ladder_along(traced, point, [single(moves, point)], order, recipe)
+    still = {name: torch.zeros_like(x) for name, x in point.items()}
+    return ladder_along(traced, point, per_bin(bins, point, still | moves, traced, order, memory), order, recipe)
+
+
+def ladder_along(
+    traced: TracedLoss,
+    point: Params,
+    batches: Iterable[Batch],
+    order: int,
+    recipe: str | Sequence[str | RecipeStep] | None = None,
+) -> Ladder:
+    """The ladder of a loss that has been traced, with one column for each direction of the batches.
+
+    Args:
+        traced: the loss.
+        point: the parameters, float64.
+        batches: directions that are followed together.
+        order: highest order, >= 1.
+        recipe: see `taylor_ladder`.
+
+    Raises:
+        UnsupportedOperation: the loss uses an operation without a rule for power series.
+        FloatingPointError: the loss or its series is not finite at any scale of the step.
+    """
     names: list[str] = []
     parts, lengths, kinks = [], [], []
     for batch in batches:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class TracedLoss:
 
     names: tuple[str, ...]
     graph: fx.GraphModule
+
+    def loss(self, params: Params) -> float:
+        """L(params), in float64; it may not be finite."""
+        with torch.no_grad(), _default_float64(), _one_draw():
+            return float(self.graph(*(params[name].detach().double() for name in self.names)))
 
     def series(self, params: Params, directions: Mapping[str, Tensor], order: int) -> Tensor:
         """Taylor coefficients of t -> L(params + t direction), one per order and bin.
@@ -139,11 +145,13 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
             return loss
 
     inputs = [params[name].detach().double() for name in names]
+    # A value that Python reads while tracing is a constant of the graph, instead of torch's error.
+    traced = partial(make_fx, _error_on_data_dependent_ops=False)
     # Attention is traced as the matrix products and the softmax that define it: the fused kernels have no series.
     with torch.no_grad(), _default_float64(), _one_draw(), sdpa_kernel(SDPBackend.MATH):
-        decomposed = make_fx(flat, decomposition_table=dict(core_aten_decompositions()))(*inputs)
+        decomposed = traced(flat, decomposition_table=dict(core_aten_decompositions()))(*inputs)
         # A second pass where it is needed: decompositions of recurrent cells, and models, may write in place.
-        graph = make_fx(functionalize(decomposed, remove="mutations"))(*inputs) if _writes(decomposed) else decomposed
+        graph = traced(functionalize(decomposed, remove="mutations"))(*inputs) if _writes(decomposed) else decomposed
     graph.graph.eliminate_dead_code()
     return TracedLoss(names, graph)
 

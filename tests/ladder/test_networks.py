@@ -225,6 +225,16 @@ def test_group_norm_and_its_affine_part_move():
     np.testing.assert_allclose(found, nested_autograd(formula, p, d, 5), rtol=1e-9)
 
 
+def test_what_python_reads_of_a_value_is_frozen_as_it_was():
+    def loss(p):
+        mask = torch.arange(3).cumsum(0)
+        scale = 2.0 if bool((mask == 0).all()) else 3.0  # of constants, as masks of attention are chosen
+        return (p["x"] if float(p["x"].detach().sum()) > 0 else 7 * p["x"]).exp().sum() * scale
+
+    ladder = taylor_ladder(loss, {"x": torch.tensor([0.5])}, {"x": torch.tensor([-1.0])}, order=3)
+    np.testing.assert_allclose(ladder.derivative.to_float()[:, 0], 3 * np.exp(0.5) * np.array([1, -1, 1, -1]))
+
+
 def test_dropout_is_one_fixed_draw():
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
     problem = loss_of_model(model, lambda m, x: m(x).square().mean(), torch.randn(8, 4))

@@ -1,6 +1,6 @@
 """Rules for power series, one file per family; importing this package fills the table."""
 
-from gradsplit.ladder.rules import branches, elementwise, normalisation, products, shapes
+from gradsplit.ladder.rules import branches, elementwise, extremes, normalisation, products, shapes
 from gradsplit.ladder.rules.registry import RULES, UnsupportedOperation, linear, rule, rule_of
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "rule_of",
     "branches",
     "elementwise",
+    "extremes",
     "normalisation",
     "products",
     "shapes",
