@@ -4,6 +4,7 @@ Each subcommand writes raw values to benchmarks/results/ladder-<name>.json and p
 
     python benchmarks/ladder.py cost --threads 2      # orders 1 to 99 and nested autograd, about 4 minutes
     python benchmarks/ladder.py safe-step             # 200 draws, about 3 minutes on one core
+    python benchmarks/ladder.py long-step             # the finding of diagnose, about 15 minutes on one core
     python benchmarks/ladder.py recipe                # seconds
     python benchmarks/ladder.py weights FILE.npz      # parameters for benchmarks/ladder_jet.py, which needs JAX
     python benchmarks/ladder.py page                  # writes the tables of docs/ladder.md from the raw results
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 TASKS = {
     "cost": "benchmarks.ladder.cost",
     "safe-step": "benchmarks.ladder.safe_step",
+    "long-step": "benchmarks.ladder.long_step",
     "recipe": "benchmarks.ladder.recipe",
     "weights": "benchmarks.ladder.weights",
     "page": "benchmarks.ladder.page",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,13 +18,16 @@ DEMOS = {"deep-stack": "deep-stack", "detection": "detection", "recurrence": "te
 def run(
     problem: Annotated[str, typer.Argument(help="module:factory that returns (model, loss_fn, batch).")] = "",
     demo: Annotated[str, typer.Option(help="deep-stack, detection or recurrence, in its place.")] = "",
+    ladder: Annotated[bool, typer.Option("--ladder", help="Ask how far each part may step; needs --lr.")] = False,
+    optimizer: Annotated[str, typer.Option(help="A class of torch.optim, at the start of its run.")] = "SGD",
+    lr: Annotated[float | None, typer.Option(help="Its learning rate, held against sharpness and ladder.")] = None,
     limit: Annotated[int, typer.Option(help="Findings shown at the most.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Write the findings to this JSON file.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write the chain as a path to this HTML file.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the findings and the chain to this HTML file.")] = None,
 ) -> None:
     """Factor the gradient layer by layer and say where it explodes, vanishes or breaks, and what to change.
 
-    One forward and a few backward passes on one batch; nothing is trained.
+    A few forward and backward passes on one batch, some dozens with --ladder; nothing is trained.
 
     Example: gradsplit diagnose --demo deep-stack
     """
@@ -32,16 +35,31 @@ def run(
         raise ValueError("diagnose: expected either module:factory or --demo, got both or none. Try --demo detection.")
     if demo and demo not in DEMOS:
         raise ValueError(f"diagnose(--demo {demo}): expected one of {', '.join(DEMOS)}.")
+    if ladder and lr is None:
+        raise ValueError("diagnose(--ladder): expected --lr with it, the step to be judged. Try --ladder --lr 0.1.")
     import gradsplit as gs
 
     model, loss_fn, batch = problem_from(DEMOS[demo] if demo else problem)
-    diagnosis = gs.diagnose(model, loss_fn, batch)
+    judged = None if lr is None else _optimizer(optimizer, model, lr)
+    diagnosis = gs.diagnose(model, loss_fn, batch, judged, ladder=ladder)
     typer.echo(diagnosis.text(limit))
     if out is not None:
         out.write_text(json.dumps(diagnosis.to_dict(), indent=1) + "\n", encoding="utf8")
     if page is not None:
-        from gradsplit.chain.figure import chain_figure
+        from gradsplit.report.diagnosis_page import diagnosis_page
 
-        figure = chain_figure(gs.gradient_chain(model, loss_fn, batch))
-        page.write_text(figure.to_html(include_plotlyjs=True, full_html=True), encoding="utf8")
-        typer.echo(f"the chain as a path: {page}")
+        asked = {"problem": demo or problem, "ladder": ladder, "gradsplit": gs.__version__}
+        if judged is not None:
+            asked |= {"optimizer": optimizer, "learning rate": lr}
+        page.write_text(diagnosis_page(diagnosis.to_dict(), diagnosis.chain, asked), encoding="utf8")
+        typer.echo(f"the findings and the chain as a page: {page}")
+
+
+def _optimizer(name: str, model: Any, lr: float) -> Any:
+    import torch
+
+    made = getattr(torch.optim, name, None)
+    if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
+        raise ValueError(f"diagnose(--optimizer {name}): expected a class of torch.optim, such as SGD or AdamW.")
+    build: Any = made  # the base class takes no lr
+    return build([p for p in model.parameters() if p.requires_grad], lr=lr)

@@ -25,15 +25,17 @@ class Diagnosis:
         chain: the factored gradient that they were read from.
         forks: signals of the task heads at each fork.
         loss: the loss.
+        notes: what a finding could not, or did not, ask.
     """
 
     findings: tuple[Finding, ...]
     chain: Chain
     forks: tuple[ForkShare, ...]
     loss: float
+    notes: tuple[str, ...] = ()
 
     def text(self, limit: int = 10) -> str:
-        """The findings as numbered paragraphs; then, for several heads, the loss weights that would equalise them."""
+        """The findings as numbered paragraphs; then loss weights for several heads, and the notes."""
         lines = [f"loss {self.loss:.4g}, {len(self.findings)} findings"]
         for number, finding in enumerate(self.findings[:limit], 1):
             lines.append(f"{number}. [{finding.kind}] {finding.text()}")
@@ -43,6 +45,7 @@ class Diagnosis:
             if min(fork.norms.values(), default=0.0) > 0:
                 weights = ", ".join(f"{name} {weight:.3g}" for name, weight in loss_weights(fork.norms).items())
                 lines.append(f"loss weights that would equalise the heads' signals at {fork.module}: {weights}")
+        lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,11 +54,14 @@ class Diagnosis:
             "loss": self.loss if abs(self.loss) < float("inf") else str(self.loss),
             "findings": [finding.to_dict() for finding in self.findings],
             "forks": [{"module": fork.module, "norms": fork.norms} for fork in self.forks],
+            "notes": list(self.notes),
             "chain": self.chain.to_dict(),
         }
 
 
-def diagnose(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any = None) -> Diagnosis:
+def diagnose(
+    model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any = None, *, ladder: bool = False
+) -> Diagnosis:
     """Say in plain words what is wrong with the gradient of a net, worst first.
 
     Explosion is a product of gains above one; this measures the gains, so it can name where the growth *begins* instead
@@ -66,12 +72,14 @@ def diagnose(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any = Non
         loss_fn: `loss_fn(model, batch) -> scalar tensor`; it may not be finite.
         batch: what the loss takes.
         optimizer: with one, its learning rate is held against the sharpness of the loss (20 more backward passes).
+        ladder: take its next step with one tensor after the other, and hold what raises the loss so against the radius
+            of convergence of `taylor_ladder`, row by row; see docs/diagnose.md for what it costs.
 
     Returns:
-        A `Diagnosis`: `.text()`, `.to_dict()`, `.findings`, `.chain`.
+        A `Diagnosis`: `.text()`, `.to_dict()`, `.findings`, `.chain`, `.notes`.
 
     Raises:
-        ValueError: the loss is no scalar, or does not depend on the parameters.
+        ValueError: the loss is no scalar, or does not depend on the parameters; the ladder without an optimizer.
 
     >>> import torch
     >>> model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
@@ -79,11 +87,17 @@ def diagnose(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any = Non
     >>> diagnose(model, lambda m, x: m(x).square().mean(), torch.ones(4, 8)).findings[0].name
     '2'
     """
+    if ladder and optimizer is None:
+        raise ValueError(
+            "diagnose(ladder=True): expected an optimizer with it, got none. Pass optimizer=…, whose next step the "
+            "ladder judges, or see gs.taylor_ladder for radii without a step."
+        )
     model = bare(model)
     with undisturbed(model):
         evidence = gather(model, loss_fn, batch, optimizer)
+        evidence.ladder = ladder
         findings = judge(evidence)
-    return Diagnosis(tuple(findings), evidence.chain, tuple(evidence.forks), evidence.chain.loss)
+    return Diagnosis(tuple(findings), evidence.chain, tuple(evidence.forks), evidence.chain.loss, tuple(evidence.notes))
 
 
 def judge(evidence: Evidence) -> list[Finding]:

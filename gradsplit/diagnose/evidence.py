@@ -76,6 +76,8 @@ class Evidence:
         forks: task forks with the norms of their branches.
         broken: where the backward pass stopped being finite, None if it did not.
         hot: weights hotter than their siblings.
+        ladder: whether the ladder is to be asked how far each part may step.
+        notes: what a finding could not, or did not, ask.
     """
 
     model: nn.Module
@@ -88,6 +90,8 @@ class Evidence:
     forks: list[ForkShare] = field(default_factory=list)
     broken: Break | None = None
     hot: list[WeightGain] = field(default_factory=list)
+    ladder: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def finite(self) -> bool:
