@@ -21,6 +21,7 @@ class Thawed:
     >>> thawed = Thawed(model.requires_grad_(False))
     >>> model.requires_grad_(True)(torch.ones(1, 2)).sum().backward()
     >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
     ...     thawed.look(call="step()")
     >>> str(told[0].message)[:35]
     'step(): weight, bias had requires_g'
