@@ -5,7 +5,7 @@ Per bin b, with gradient g, weights w, scale s_b from the budgets of the gradien
     g'  = s_b g                        m   = b1 m + (1 - b1) g'
     v   = b2 v + (1 - b2) g'^2         element-wise, or one a bin:  v_b = b2 v_b + (1 - b2) s_b^2 square_b / n_b
     u   = lr  m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
-    w   = w (1 - lr decay) - c_b u     c_b from the budgets of the update
+    w   = w - c_b (u + lr decay w)     c_b from the budgets of the update
 
 A bin whose gradient is not finite is passed over: weights, moments and history stay as they were.
 """
@@ -144,14 +144,13 @@ def gso_rule(
                 spreads = (*spreads, xp.cast(v, state.spreads[t]))
                 update = update / (xp.sqrt(v) * root + eps)
             updates.append(update)
-        of_update = state.of_update
+        of_update, shrink_B = state.of_update, live_B * (lr * weight_decay)
         if on_update:
             moved_B = patterns.amounts_B(updates, may_explode=False)
             update_terms = terms_of(plan, on_update, amount_B, rule=rule, call=call)
             cap, of_update = decide(plan, update_terms, of_update, moved_B, weight_B, pace, rule=rule)
-            updates = patterns.scaled(updates, cap.scale_B, ~cap.finite_B)
+            updates, shrink_B = patterns.scaled(updates, cap.scale_B, ~cap.finite_B), shrink_B * cap.scale_B
         decays = not _is_number(weight_decay) or weight_decay
-        shrink_B = live_B * (lr * weight_decay)
         changes = []
         for t, update in enumerate(updates):
             decay = xp.cast(weights[t], update) * patterns.factor(t, shrink_B) if decays else 0.0

@@ -137,9 +137,9 @@ class FusedUpdate(CompiledUpdate):
             moved += out[:num_bins]
         moved_B = torch.from_numpy(moved * rate * rate if by_bin else moved)
         cap = planned.update.decide(moved_B, weight_B, planned.rates.pace_B(num_bins))
-        times, sound = cap.scale_B.numpy() * (rate if by_bin else 1.0), cap.finite_B.numpy()
-        loop = loops.write_bin if by_bin else loops.write_element
-        run([_call(loop, dtype, t, bases, numbers, times, sound, finite) for dtype, t in tables], threads)
+        loop, more = (loops.write_bin, (rate,)) if by_bin else (loops.write_element, ())
+        last = (*more, cap.scale_B.numpy(), cap.finite_B.numpy(), finite)
+        run([_call(loop, dtype, t, bases, numbers, *last) for dtype, t in tables], threads)
 
     def _tables_of(self, weights: list[Tensor | None]) -> tuple[list[Table], bool]:
         """The lowered plan of each dtype, and whether one pass over whole bins will do."""
@@ -183,7 +183,7 @@ def _numbers(gradients: list[Tensor | None], states: list[dict[str, Any]], group
             rows.append(
                 (
                     *(1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)),
-                    *(group["eps"], 1 - lr * group["weight_decay"], -1.0 if group["maximize"] else 1.0),
+                    *(group["eps"], lr * group["weight_decay"], -1.0 if group["maximize"] else 1.0),
                 )
             )
         row_T.append(0 if gradient is None else known[key])

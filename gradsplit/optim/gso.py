@@ -35,12 +35,12 @@ class GSO(Optimizer):
         m = b1 m + (1 - b1) g'         v = b2 v + (1 - b2) g'^2     (or one v a bin)
         u = lr mhat / (sqrt(vhat) + eps)
         c_b = min(1, 0.03 (lr / lr_max) max(||w_b||, 0.01 sqrt(n_b)) / ||u_b||)
-        w = w (1 - lr weight_decay) - c_b u
+        w = w - c_b (u + lr weight_decay w)
 
     With a limit of inf and ``second_moment="element"`` it is `torch.optim.AdamW` to rounding. A bin whose gradient is
     not finite is passed over, and nothing else. From AdamW (Loshchilov & Hutter 2019), AGC (Brock et al. 2021), LARS
     (You et al. 2017) and, for one second moment a bin, Adam-mini (Zhang et al. 2024). Deviations: AGC bounds before
-    Adam's moments; the bound on the update is one-sided, LARS is not; bins of "bin" are rows everywhere, Adam-mini's
+    Adam's moments; the bound on the update is one-sided, LARS is not; decay is shortened with the update; bins of "bin" are rows everywhere, Adam-mini's
     are heads for query and key and whole tensors for convolutions.
 
     Args:
@@ -52,7 +52,7 @@ class GSO(Optimizer):
             the others on the gradient before the moments. Default ``(Relative(0.2), RelativeStep(0.03))``.
         betas: decay of the two moments, in [0, 1).
         eps: added to the denominator, >= 0.
-        weight_decay: decoupled, per step and unit of lr, >= 0; not part of what is bounded.
+        weight_decay: decoupled, per step and unit of lr, >= 0; not part of what is bounded, but shortened with it.
         second_moment: "element", or "bin": one a bin, which saves a copy of the weights.
         rule: "bottom_up" or "nearest", see `project`.
         maximize: ascend.

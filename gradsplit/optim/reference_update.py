@@ -5,7 +5,7 @@ Per bin b, with gradient g, weights w, scale s_b from the gradient's ledger:
     g'  = s_b g                        m   = b1 m + (1 - b1) g'
     v   = b2 v + (1 - b2) g'^2         element-wise, or one a bin:  v_b = b2 v_b + (1 - b2) s_b^2 square_b / n_b
     u   = lr  m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
-    w   = w (1 - lr decay) - c_b u     c_b from the update's ledger
+    w   = w - c_b (u + lr decay w)     c_b from the update's ledger
 
 A bin whose gradient is not finite is passed over: weights, moments and history stay as they were.
 """
@@ -82,11 +82,12 @@ class ReferenceUpdate:
             cap = planned.update.decide(moved_B, weight_squares_B, planned.rates.pace_B(num_bins))
         for t, update in enumerate(updates):
             if update is not None:
+                decay = groups[t]["lr"] * groups[t]["weight_decay"]
                 if cap is not None:
-                    update = self._where(t, cap.finite_B, update * self._factor(t, cap.scale_B, update), 0.0)
-                shrink = 1 - groups[t]["lr"] * groups[t]["weight_decay"]
+                    share = self._factor(t, cap.scale_B, update)
+                    update, decay = self._where(t, cap.finite_B, update * share, 0.0), decay * share
                 weight = weights[t].to(update.dtype)
-                fresh = self._where(t, decision.finite_B, weight * shrink - update, weight)
+                fresh = self._where(t, decision.finite_B, weight * (1 - decay) - update, weight)
                 planned.parameters[t].copy_(fresh)
         self.decision = decision
 

@@ -136,7 +136,7 @@ class TritonUpdate(CompiledUpdate):
             lr_T = self._send("rates", rates, torch.float64)
         root_T = (1 - beta2_T**count_T).rsqrt()
         step_T = lr_T / (1 - beta1_T**count_T)
-        columns = (1 - beta1_T, beta2_T, 1 - beta2_T, step_T, root_T, eps_T, 1 - lr_T * decay_T, sign_T)
+        columns = (1 - beta1_T, beta2_T, 1 - beta2_T, step_T, root_T, eps_T, lr_T * decay_T, sign_T)
         return torch.stack(columns, dim=1)
 
 

@@ -27,7 +27,7 @@ NUMBERS = (
     "lr / bias1",
     "1 / sqrt(bias2)",
     "eps",
-    "1 - lr decay",
+    "lr decay",
     "sign of gradient",
 )
 """The columns of ``numbers``."""
@@ -95,11 +95,11 @@ def _entered(g, m, v, at, there, s, number, WIDE: tl.constexpr):
 
 @triton.jit
 def _write(p, at, there, update, moved2, cap, number, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Decay the weights and take the update from them; one that is not finite is left out: 0 * inf is not 0."""
+    """Take update and decay from the weights, both times the cap; neither where the update is not finite."""
     weight = tl.load(p + at, mask=there, other=0.0).to(WIDE)
     sound = tl.zeros([BLOCK], tl.float64) + moved2 < float("inf")
-    taken = tl.where(there & sound, update * cap.to(WIDE), 0.0)
-    tl.store(p + at, (weight * tl.load(number + 6).to(WIDE) - taken).to(KIND), mask=there)
+    shrink = (1 - cap * tl.load(number + 6)).to(WIDE)
+    tl.store(p + at, (weight * shrink - update * cap.to(WIDE)).to(KIND), mask=there & sound)
 
 
 @triton.jit

@@ -31,7 +31,6 @@ from .update_rows import (
     _mean_row,
     _quick_mean_row,
     _reduced,
-    _shrink_row,
     _step_row,
     _take_row,
 )
@@ -46,7 +45,7 @@ NUMBERS = (
     "lr / bias1",
     "1 / sqrt(bias2)",
     "eps",
-    "1 - lr decay",
+    "lr decay",
     "sign of gradient",
 )
 """The columns of ``numbers``."""
@@ -66,7 +65,6 @@ def _one_pass_element(c, worker, kind, entries, chunks, bases, numbers, lines, c
         kept = pointer(keeping, narrow(p, 0.0))
         w1, b2, w2 = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 1]), narrow(p, numbers[t, 2])
         rate, root, eps = narrow(p, numbers[t, 3]), narrow(p, numbers[t, 4]), narrow(p, numbers[t, 5])
-        shrink = narrow(p, numbers[t, 6])
         for i in range(count):
             b, at = first + i, offset + i * step
             gradient2, weight2 = _bin_squares(g, p, at, rows, row_step, length)
@@ -87,9 +85,8 @@ def _one_pass_element(c, worker, kind, entries, chunks, bases, numbers, lines, c
                 moved, most = math.sqrt(moved2), _limit(caps, t, weight, rows * length)
                 cap = most / moved if moved > most else 1.0
                 if not math.isfinite(moved2):
-                    for r in range(rows):
-                        _shrink_row(p, at + r * row_step, length, shrink)
                     continue
+            shrink = narrow(p, 1 - cap * numbers[t, 6])
             for r in range(rows):
                 _take_row(p, at + r * row_step, length, shrink, narrow(p, cap), kept, r * length)
 
@@ -107,7 +104,7 @@ def _one_pass_bin(c, worker, kind, entries, chunks, bases, numbers, places, line
         rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
         p, g, m = pointer(bases[0, t], kind), pointer(bases[1, t], kind), pointer(bases[2, t], kind)
         v = pointer(bases[3, t], np.float32(0))
-        w1, shrink = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 6])
+        w1 = narrow(p, numbers[t, 0])
         for i in range(count):
             b, at = first + i, offset + i * step
             gradient2, weight2 = _bin_squares(g, p, at, rows, row_step, length)
@@ -124,17 +121,17 @@ def _one_pass_bin(c, worker, kind, entries, chunks, bases, numbers, places, line
             moment2 = 0.0
             for r in range(rows):
                 moment2 += _quick_mean_row(g, m, at + r * row_step, length, narrow(p, s * numbers[t, 7]), w1)
+            cap = 1.0
             if len(caps):
                 if not TINY < moment2 < HUGE:
                     moment2 = _bin_square(m, at, rows, row_step, length)
                 moved, most = rate * math.sqrt(moment2), _limit(caps, t, weight, rows * length)
                 if not math.isfinite(moved):
-                    for r in range(rows):
-                        _shrink_row(p, at + r * row_step, length, shrink)
                     continue
-                rate *= most / moved if moved > most else 1.0
+                cap = most / moved if moved > most else 1.0
+            shrink = narrow(p, 1 - cap * numbers[t, 6])
             for r in range(rows):
-                _step_row(p, m, at + r * row_step, length, shrink, narrow(p, rate))
+                _step_row(p, m, at + r * row_step, length, shrink, narrow(p, rate * cap))
 
 
 @_plain
@@ -151,7 +148,7 @@ def _update_element(c, worker, kind, entries, chunks, bases, numbers, scale, fin
         m, v = pointer(bases[2, t], kind), pointer(bases[3, t], kind)
         w1, b2, w2 = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 1]), narrow(p, numbers[t, 2])
         rate, root, eps = narrow(p, numbers[t, 3]), narrow(p, numbers[t, 4]), narrow(p, numbers[t, 5])
-        shrink = narrow(p, numbers[t, 6])
+        shrink = narrow(p, 1 - numbers[t, 6])
         for i in range(entries[e, 2]):
             b = entries[e, 1] + i
             if finite[b]:
@@ -195,17 +192,14 @@ def _write_element(c, worker, kind, entries, chunks, bases, numbers, cap, sound,
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         p, m, v = pointer(bases[0, t], kind), pointer(bases[2, t], kind), pointer(bases[3, t], kind)
-        root, eps, shrink = narrow(p, numbers[t, 4]), narrow(p, numbers[t, 5]), narrow(p, numbers[t, 6])
+        root, eps = narrow(p, numbers[t, 4]), narrow(p, numbers[t, 5])
         for i in range(entries[e, 2]):
             b = entries[e, 1] + i
-            if finite[b]:
+            if finite[b] and sound[b]:
+                rate, shrink = narrow(p, numbers[t, 3] * cap[b]), narrow(p, 1 - cap[b] * numbers[t, 6])
                 for r in range(entries[e, 6]):
                     start = entries[e, 4] + i * entries[e, 5] + r * entries[e, 7]
-                    if sound[b]:
-                        rate = narrow(p, numbers[t, 3] * cap[b])
-                        _apply_row(p, m, v, start, length, rate, root, eps, shrink)
-                    else:
-                        _shrink_row(p, start, length, shrink)
+                    _apply_row(p, m, v, start, length, rate, root, eps, shrink)
 
 
 @_plain
@@ -254,25 +248,22 @@ def moments_bin(work, *arguments):
 
 
 @_reduced
-def _write_bin(c, worker, kind, entries, chunks, bases, numbers, rate, sound, finite):
+def _write_bin(c, worker, kind, entries, chunks, bases, numbers, rate, cap, sound, finite):
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         p, m = pointer(bases[0, t], kind), pointer(bases[2, t], kind)
-        shrink = narrow(p, numbers[t, 6])
         for i in range(entries[e, 2]):
             b = entries[e, 1] + i
-            if finite[b]:
+            if finite[b] and sound[b]:
+                step, shrink = narrow(p, rate[b] * cap[b]), narrow(p, 1 - cap[b] * numbers[t, 6])
                 for r in range(entries[e, 6]):
                     start = entries[e, 4] + i * entries[e, 5] + r * entries[e, 7]
-                    if sound[b]:
-                        _step_row(p, m, start, length, shrink, narrow(p, rate[b]))
-                    else:
-                        _shrink_row(p, start, length, shrink)
+                    _step_row(p, m, start, length, shrink, step)
 
 
 @_plain
 def write_bin(work, *arguments):
-    """Apply the updates of `moments_bin` at each bin's rate, its cap included; none where it is not sound."""
+    """Apply the updates of `moments_bin` at each bin's rate times its cap; none where it is not sound."""
     share(_write_bin, work, arguments)
 
 
@@ -281,7 +272,7 @@ def _update_bin(c, worker, kind, entries, chunks, bases, numbers, scale, finite,
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         p, g, m = pointer(bases[0, t], kind), pointer(bases[1, t], kind), pointer(bases[2, t], kind)
-        w1, shrink = narrow(p, numbers[t, 0]), narrow(p, numbers[t, 6])
+        w1, shrink = narrow(p, numbers[t, 0]), narrow(p, 1 - numbers[t, 6])
         for i in range(entries[e, 2]):
             b = entries[e, 1] + i
             if finite[b]:

@@ -19,7 +19,6 @@ __all__ = [
     "_enter_row",
     "_mean_row",
     "_quick_mean_row",
-    "_shrink_row",
     "_step_row",
     "_take_row",
 ]
@@ -121,12 +120,6 @@ def _element_row(g, m, v, start, length, s, w1, b2, w2, step, root, eps, kept, a
 def _take_row(p, start, length, shrink, cap, kept, at):
     for j in range(length):
         store(p, start + j, load(p, start + j) * shrink - cap * load(kept, at + j))
-
-
-@_reduced
-def _shrink_row(p, start, length, shrink):
-    for j in range(length):
-        store(p, start + j, load(p, start + j) * shrink)
 
 
 @_reduced

@@ -58,23 +58,28 @@ FALLBACKS: dict[str, tuple[dict[str, Any], str]] = {
 }
 """What the definition updates, and the reason that the warning states."""
 
+SHORT = {"budget": (gs.Relative(0.2), gs.RelativeStep(0.001))}
+"""Budgets that shorten every update of `parameters`."""
+
 FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "the cap is not applied": ("update * cap.to(WIDE)", "update", {}),
     "the gradient is not scaled": ("s = (scale * tl.load(number + 7))", "s = tl.load(number + 7)", {}),
     "maximize is forgotten": ("scale * tl.load(number + 7)", "scale", {"maximize": True}),
-    "weights do not decay": ("weight * tl.load(number + 6).to(WIDE)", "weight", {}),
+    "the decay is not shortened with the update": ("cap * tl.load(number + 6)", "tl.load(number + 6)", SHORT),
+    "weights do not decay": ("weight * shrink", "weight", {}),
     "a bin that is not finite decays": (
         '    if gradient2 < float("inf"):  # nan is not\n        scale',
         "    if gradient2 - gradient2 != 0.0:\n"
         "        at, there = _elements(row, 0, BLOCK)\n"
-        "        _write(p, at, there, tl.zeros([BLOCK], WIDE), gradient2, gradient2, number, KIND, WIDE, BLOCK)\n"
+        "        none, one = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)\n"
+        "        _write(p, at, there, tl.zeros([BLOCK], WIDE), none, one, number, KIND, WIDE, BLOCK)\n"
         '    if gradient2 < float("inf"):\n        scale',
         {},
     ),
     "a bin that is not finite is entered": ('if gradient2 < float("inf"):  # nan is not\n', "if size > 0:\n", {}),
     "the first block alone is read and written": ("range(0, size, BLOCK)", "range(0, BLOCK, BLOCK)", {}),
     "lanes without an element count": ("tl.where(there, u, 0.0)", "u", {"eps": 0.0}),
-    "an update that is not finite is taken": ("tl.where(there & sound, ", "tl.where(there, ", {"eps": 0.0}),
+    "an update that is not finite is taken": ("mask=there & sound)", "mask=there)", {"eps": 0.0}),
     "floors are forgotten": ("floor + root * root_of_numel", "floor * 0.0", {}),
     "the second moment of a bin takes the gradient before its scale": (
         "mean = (scale * norm) * (scale * norm)",

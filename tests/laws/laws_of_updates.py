@@ -76,7 +76,7 @@ def check_equals_the_formulas(make: Make, plan: Plan, options: dict[str, Any], s
 
 
 def check_rows_move_by_a_share_of_their_length(make: Make, plan: Plan, dtype: torch.dtype) -> None:
-    """Whatever the gradients, no bin moves by more than 3 % of its length in one step, decay apart."""
+    """Whatever the gradients, no bin's update is longer than 3 % of the bin; here without decay, which is beside it."""
     pairs, labels = _pairs(dtype), label_elements(plan)
     optimizer = make(pairs, lr=3.0, plan=plan, weight_decay=0.0)
     slack = 1 + 8 * torch.finfo(dtype).eps

@@ -89,19 +89,26 @@ class SquaresTheGradientBeforeItsScale(ReferenceUpdate):
 
 
 class CapsWithTheDecay(ReferenceUpdate):
-    """The bound on the update takes in the decay, which is apart from it."""
+    """The bound on the update measures the decay too."""
 
     def _update(self, t, gradient, state, group, times_B, finite_B):
         update = super()._update(t, gradient, state, group, times_B, finite_B)
-        return update + group["lr"] * group["weight_decay"] * self.planned.parameters[t]
+        return update + self.decay_T[t] * self.planned.parameters[t]
 
     def step(self, gradients, states, groups, scaling=None):
-        parameters = self.planned.parameters
-        before = [p.clone() for p in parameters]
-        super().step(gradients, states, groups, scaling)
-        for p, old, g, group in zip(parameters, before, gradients, groups, strict=True):
-            if g is not None:  # the decay outside of the cap is taken back, that inside stays
-                p.add_(old, alpha=group["lr"] * group["weight_decay"])
+        self.decay_T = [group["lr"] * group["weight_decay"] for group in groups]
+        super().step(gradients, states, [{**group, "weight_decay": 0.0} for group in groups], scaling)
+
+
+class DecaysApartFromTheCap(ReferenceUpdate):
+    """The decay goes on at the full rate where the update is shortened."""
+
+    def step(self, gradients, states, groups, scaling=None):
+        before = [p.clone() for p in self.planned.parameters]
+        super().step(gradients, states, [{**group, "weight_decay": 0.0} for group in groups], scaling)
+        for p, old, g, group in zip(self.planned.parameters, before, gradients, groups, strict=True):
+            if g is not None:
+                p.sub_(old, alpha=group["lr"] * group["weight_decay"])
 
 
 class LeavesOutTheCap(ReferenceUpdate):
@@ -185,6 +192,7 @@ MUTANTS = {
     _with(SwapsTheBetas): _formulas,
     _with(SwapsTwoBins): _formulas,
     _with(CapsWithTheDecay): _formulas,
+    _with(DecaysApartFromTheCap): _formulas,
     _with(SquaresTheGradientBeforeItsScale): _formulas_of_a_bin,
     _with(LeavesOutTheCap): _moves,
     _with(NegatesTheGradientItself): _gradients_stay,

@@ -81,8 +81,9 @@ class Oracle:
         v = beta2 * self.second[t][members] + (1 - beta2) * square
         self.first[t][members], self.second[t][members] = m, v
         update = group.lr * (m / (1 - beta1**k)) / (np.sqrt(v / (1 - beta2**k)) + group.eps)
+        share = 1.0
         if self.tau is not None:
             cap = self.tau * (group.lr / group.top) * max(length, self.rms * np.sqrt(g.size))
             norm = np.sqrt((update**2).sum())
-            update = update * (cap / norm) if norm > cap else update
-        self.weights[t][members] = w * (1 - group.lr * group.weight_decay) - update
+            share = min(1.0, cap / norm) if norm > 0 else 1.0
+        self.weights[t][members] = w - share * (update + group.lr * group.weight_decay * w)

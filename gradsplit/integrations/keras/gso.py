@@ -31,7 +31,8 @@ class GSO(keras.optimizers.Optimizer):
         learning_rate: a float, a schedule or a function.
         plan, budget, rule, second_moment: as in `gradsplit.GSO`.
         beta_1, beta_2, epsilon: of the moments, under Keras' names.
-        weight_decay: decoupled, per step and unit of the learning rate; not part of what is bounded.
+        weight_decay: decoupled, per step and unit of the learning rate; not part of what is bounded, but
+            shortened with it.
         orientation: see `split`.
         **kwargs: of `keras.optimizers.Optimizer`.
 

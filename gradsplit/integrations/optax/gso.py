@@ -63,7 +63,8 @@ def gso(
         b1: decay of the mean gradient, in [0, 1).
         b2: decay of the mean square, in [0, 1).
         eps: added to the denominator, >= 0.
-        weight_decay: decoupled, per step and unit of the learning rate, >= 0; not part of what is bounded.
+        weight_decay: decoupled, per step and unit of the learning rate, >= 0; not part of what is bounded, but
+            shortened with it.
         second_moment: "element", or "bin": one a bin, which saves a copy of the weights.
         rule: "bottom_up" or "nearest".
         orientation: see `split_gradients`.
