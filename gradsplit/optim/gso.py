@@ -40,8 +40,8 @@ class GSO(Optimizer):
     With a limit of inf and ``second_moment="element"`` it is `torch.optim.AdamW` to rounding. A bin whose gradient is
     not finite is passed over, and nothing else. From AdamW (Loshchilov & Hutter 2019), AGC (Brock et al. 2021), LARS
     (You et al. 2017) and, for one second moment a bin, Adam-mini (Zhang et al. 2024). Deviations: AGC bounds before
-    Adam's moments; the bound on the update is one-sided, LARS is not; decay is shortened with the update; bins of "bin" are rows everywhere, Adam-mini's
-    are heads for query and key and whole tensors for convolutions.
+    Adam's moments; the bound on the update is one-sided, LARS is not; decay is shortened with
+    the update; bins of "bin" are rows everywhere, Adam-mini's are heads for query and key, tensors for convolutions.
 
     Args:
         params: a module, parameters, pairs (name, parameter), or groups; a group may carry its own ``plan`` and
