@@ -7,7 +7,7 @@ Each subcommand writes raw values to benchmarks/results/ladder-<name>.json and p
     python benchmarks/ladder.py long-step             # the finding of diagnose, about 15 minutes on one core
     python benchmarks/ladder.py recipe                # seconds
     python benchmarks/ladder.py weights FILE.npz      # parameters for benchmarks/ladder_jet.py, which needs JAX
-    python benchmarks/ladder.py page                  # writes the tables of docs/ladder.md from the raw results
+    python benchmarks/ladder.py page                  # writes the tables of the docs from the raw results
 """
 
 from __future__ import annotations

@@ -141,6 +141,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--raised", type=int, default=1, help="nets a model at 10 and 100 times that rate")
     parser.add_argument("--offset", type=int, default=100, help="first seed")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many; a second run goes on")
     options = parser.parse_args(arguments)
     cases = [
         (name, seed, optimizer, factor)
@@ -152,19 +153,17 @@ def main(arguments: list[str]) -> None:
     rows = load("long-step").get("rows", [])  # a run that was stopped goes on
     known = {(row["model"], row["seed"], row["optimizer"], row["factor"]) for row in rows}
     waiting = [key for key in cases if key not in known]
+    end = time.monotonic() + options.seconds
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.processes, initializer=_alone) as pool:
         for row in pool.imap_unordered(_case, waiting):
             rows.append(row)
             rows.sort(key=lambda row: cases.index((row["model"], row["seed"], row["optimizer"], row["factor"])))
             save("long-step", {**summary(rows), "rows": rows})
-            print(
-                len(rows),
-                "of",
-                len(cases),
-                *[row[key] for key in ("model", "optimizer", "rate", "findings")],
-                flush=True,
-            )
+            told = [row[key] for key in ("model", "optimizer", "rate", "findings")]
+            print(len(rows), "of", len(cases), *told, flush=True)
+            if time.monotonic() > end:
+                break
 
 
 def _alone() -> None:

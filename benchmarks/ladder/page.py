@@ -1,4 +1,4 @@
-"""Writes the tables of docs/ladder.md from the raw results, so that the page cannot say anything else."""
+"""Writes the tables of docs/ladder.md and docs/diagnose.md from the raw results, so that they say nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "ladder.md"
+PAGES = (PAGE, ROOT / "docs" / "diagnose.md")
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPE_STEPS = (*range(1, 15), 20, 50, 54, 90, 119, 120, 200, 292)
 
@@ -66,14 +67,33 @@ def cost(raw: dict[str, Any]) -> str:
 
 
 def jet(raw: dict[str, Any]) -> str:
-    """jax.experimental.jet, order by order."""
-    rows = [
-        [row["way"], str(row["order"]), *_cost_cells(row), f"{max(row['relative_difference']):.0e}"]
-        for row in raw["rows"]
-    ]
+    """jax.experimental.jet, order by order, and where each way of running it was stopped."""
+    rows = []
+    for row in raw["rows"]:
+        ended = "stopped" in row
+        cells = [row["stopped"], f"{row['seconds']:.1f}", ""] if ended else _cost_cells(row)
+        difference = "" if ended else f"{max(row['relative_difference']):.0e}"
+        rows.append([{"jit": "compiled"}.get(row["way"], row["way"]), str(row["order"]), *cells, difference])
     head = ["jet", "order", "s of CPU", "s on the clock", "GB", "largest difference to the ladder"]
-    ended = "; ".join(f"{way}: {why}" for way, why in raw["ended"].items()) or "stopped by hand"
-    return f"{_table(head, rows)}\n\nJAX {raw['jax']}, {raw['date']}, its own threads. Ended: {ended}."
+    limits, dates = raw["limits"], sorted({row["date"] for row in raw["rows"]})
+    asked = f"An order may take {limits['cpu_seconds']} s of CPU and {limits['gigabytes']:g} GB"
+    cores = " and ".join(str(cores) for cores in sorted({row["cores"] for row in raw["rows"]}))
+    how = f"JAX {raw['jax']}, {', '.join(dates)}, {cores} core(s), one run; compiling counts"
+    return f"{_table(head, rows)}\n\n{how}. {asked}."
+
+
+def long_step(raw: dict[str, Any]) -> str:
+    """The finding "long step" beside what ten steps do, and what it costs."""
+    rows = []
+    for row in raw["table"]:
+        found, silent = row["found"], row["silent"]
+        rows.append(
+            [row["optimizer"], f"{row['rate']:g}", str(row["n"]), str(found["n"]), str(found["up"]), str(silent["up"])]
+        )
+    head = ["optimizer", "rate", "nets", "with a long step", "of these, loss up after ten steps", "of the others"]
+    cost = ", ".join(f"{name} {before:.2g} and {after:.2g}" for name, (before, after) in raw["cpu_seconds"].items())
+    spent = f"Seconds of CPU of `diagnose` with `optimizer=` alone and with `ladder=True`: {cost}"
+    return f"{_table(head, rows)}\n\n{spent}. {_source(raw, 'Seeds from 100 on, random data')}"
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
@@ -81,6 +101,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "safe-step-order-30": (safe_step, "python benchmarks/ladder.py safe-step"),
     "cost-1-threads": (cost, "python benchmarks/ladder.py cost --threads 1"),
     "cost-2-threads": (cost, "python benchmarks/ladder.py cost --threads 2"),
+    "long-step": (long_step, "python benchmarks/ladder.py long-step"),
     "jet": (jet, "python benchmarks/ladder_jet.py weights.npz"),
 }
 
@@ -100,8 +121,9 @@ def with_tables(text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf8")), encoding="utf8")
-    print(PAGE)
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf8")), encoding="utf8")
+        print(page)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

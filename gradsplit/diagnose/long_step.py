@@ -34,16 +34,19 @@ def find(evidence: Evidence) -> list[Finding]:
 
 def _ask(evidence: Evidence) -> list[Finding]:
     trial = StepTrial.of(evidence.model, evidence.loss_fn, evidence.batch, evidence.optimizer)
-    # A tensor that promises little cannot be guilty, so the most promising ones are enough.
-    wholes = sorted((trial.whole(name) for name in trial.update.direction), key=lambda part: -trial.promise(part))
+    wholes = [trial.whole(name) for name in trial.update.direction]
     if not wholes:
         evidence.notes.append("the ladder was not asked: the optimizer moves no tensor of the model")
         return []
-    asked = wholes[:MAX_TENSORS]
+    bound = [part for part in wholes if not trial.heals(part)]
+    # A tensor that promises little cannot be guilty, so the most promising ones are enough.
+    asked = sorted(bound, key=lambda part: -trial.promise(part))[:MAX_TENSORS]
     guilty = [part for part in asked if trial.guilty(part)]
     if not guilty:
-        of = f" of {len(wholes)}, those that promise most" if len(asked) < len(wholes) else ""
-        evidence.notes.append(f"the ladder: your step suits each of {len(asked)} tensors{of}, taken alone")
+        left = [f"{len(wholes) - len(bound)} before a normalisation"] if len(bound) < len(wholes) else []
+        left += [f"{len(bound) - len(asked)} that promise little"] if len(asked) < len(bound) else []
+        others = f"; not tried: {', '.join(left)}" if left else ""
+        evidence.notes.append(f"the ladder: your step suits each of {len(asked)} tensors, taken alone{others}")
         return []
     if len(guilty) > MAX_LADDERS:
         evidence.notes.append(f"the ladder: your step is too long for {len(guilty)} tensors; {MAX_LADDERS} are shown")

@@ -146,6 +146,29 @@ def test_sound_nets_at_usual_rates_have_no_long_step(name: str, kind: type[torch
     assert any(note.startswith("the ladder: your step suits each of") for note in result.notes)
 
 
+def normalised() -> tuple[nn.Module, object, tuple[Tensor, Tensor]]:
+    """Two layers whose length batch normalisation divides out, and a head."""
+    torch.manual_seed(0)
+    layers = [
+        layer for _ in range(2) for layer in (nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8, eps=1e-12), nn.Tanh())
+    ]
+    model = nn.Sequential(*layers, nn.Linear(8, 4))
+    return model, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), (torch.randn(32, 8), torch.randint(4, (32,)))
+
+
+def test_rows_before_a_normalisation_heal_and_are_not_accused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss_fn, batch = normalised()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)  # a short row turns a thousand times as fast
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    result = diagnose(model, loss_fn, batch, optimizer, ladder=True)
+    assert not [finding for finding in result.findings if finding.kind == "long step"]
+    assert result.notes[-1].endswith("tensors, taken alone; not tried: 2 before a normalisation")
+    monkeypatch.setattr(step_trial, "RADIAL", 0.0)
+    accused = [finding.name for finding in diagnose(model, loss_fn, batch, optimizer, ladder=True).findings]
+    assert "0" in accused
+
+
 def _net() -> tuple[nn.Module, object, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 3))

@@ -1,4 +1,4 @@
-"""The tables of docs/ladder.md are those of the raw results beside it."""
+"""The tables of docs/ladder.md and docs/diagnose.md are those of the raw results beside them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from benchmarks.ladder import page
 
 
 def test_the_tables_of_the_page_are_written_from_the_raw_results():
-    text = page.PAGE.read_text(encoding="utf8")
-    assert page.with_tables(text) == text, "run: python benchmarks/ladder.py page"
-    assert all(f"<!-- table: {name} -->" in text for name in page.TABLES)
+    texts = [place.read_text(encoding="utf8") for place in page.PAGES]
+    assert [page.with_tables(text) for text in texts] == texts, "run: python benchmarks/ladder.py page"
+    assert all(f"<!-- table: {name} -->" in "".join(texts) for name in page.TABLES)
 
 
 def test_a_changed_figure_is_noticed():
