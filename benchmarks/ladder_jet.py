@@ -83,8 +83,8 @@ def derivatives(data: np.lib.npyio.NpzFile, order: int, way: str) -> list[float]
 
     def all_orders():
         series = [[direction[n]] + [jnp.zeros_like(direction[n])] * (order - 1) for n in names]
-        first, higher = jet(along, [params[n] for n in names], series)
-        return [first, *higher]
+        _, higher = jet(along, [params[n] for n in names], series)
+        return higher
 
     return [float(value) for value in (jax.jit(all_orders) if way == "jit" else all_orders)()]
 
@@ -133,8 +133,8 @@ def measured(path: str, order: int, way: str, cpu_seconds: int, gigabytes: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", help="what `benchmarks/ladder.py weights` wrote")
-    parser.add_argument("--cpu-seconds", type=int, default=200, help="an order may take so much")
-    parser.add_argument("--gigabytes", type=float, default=12.0, help="an order may hold so much memory")
+    parser.add_argument("--cpu-seconds", type=int, default=100, help="an order may take so much")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="an order may hold so much memory")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="in this order")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
