@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TASKS = {
     "detector": "benchmarks.chain.detector",
     "healthy-heads": "benchmarks.chain.healthy_heads",
+    "fork-signals": "benchmarks.chain.fork_signals",
     "temporal-order": "benchmarks.chain.temporal_order",
     "adding": "benchmarks.chain.adding",
     "deep-stack": "benchmarks.chain.deep_stacks",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
+import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.chain.record import middle, save
+from benchmarks.chain.record import RESULTS, middle, save
 from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
 from gradsplit.chain.splitter import ChainSplitter
 from gradsplit.workloads.detection import build_detection
@@ -28,7 +27,9 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "fork rule + module limits": (0.3, 1.0, 3.0),
     "loss weight": (0.1, 0.03, 0.01),
     "loss weight + module limits": (0.1, 0.03, 0.01),
+    "guard of the layers alone": (1.0,),
 }
+PLACES = {"fork rule + module limits": "forks", "guard of the layers alone": "layers"}
 
 
 class WeightedBoxes(nn.Module):
@@ -61,8 +62,8 @@ def train(method: str, optimizer: str, rate: float, strength: float, seed: int, 
     opt = make_optimizer(optimizer, model.parameters(), rate)
     weighted = WeightedBoxes(model, strength if method.startswith("loss weight") else 1.0)
     owners = modules_with_parameters(model)
-    total = strength if method == "module limits" or method.startswith("fork") else 1.0
-    chain = ChainSplitter(model, at="forks", total=total).attach(opt) if method.startswith("fork") else None
+    total = strength if method in ("module limits", "fork rule + module limits") else 1.0
+    chain = ChainSplitter(model, at=PLACES[method], total=total).attach(opt) if method in PLACES else None
     for step in range(steps):
         opt.zero_grad()
         loss = task.loss(weighted, task.batch(step))
@@ -86,57 +87,38 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tuning-seeds", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--grid", help="take the tuning grid from the printed output of an earlier run")
-    parser.add_argument("--only", nargs="+", help="fresh seeds for these methods only")
+    parser.add_argument("--only", nargs="+", choices=STRENGTHS, default=list(STRENGTHS), help="these methods only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    began, grid, fresh = time.time(), [], []
-    if options.grid:
-        lines = Path(options.grid).read_text().splitlines()
-        grid = [ast.literal_eval(line) for line in lines if line.startswith("{'method'")]
-    for method, strengths in STRENGTHS.items() if not options.grid else ():
-        for rate, strength in itertools.product(RATES[options.optimizer], strengths):
-            scores = [
-                train(method, options.optimizer, rate, strength, seed, options.steps, options.variant)["score"]
-                for seed in range(options.tuning_seeds)
-            ]
-            grid.append({"method": method, "rate": rate, "strength": strength, "scores": scores})
-            print(grid[-1], flush=True)
-    chosen = {
-        method: max((cell for cell in grid if cell["method"] == method), key=lambda cell: middle(cell["scores"]))
-        for method in STRENGTHS
-    }
-    untuned = max(
-        (c for c in grid if c["method"] == "fork rule + module limits" and c["strength"] == 1.0),
-        key=lambda cell: middle(cell["scores"]),
-    )
-    chosen["fork rule + module limits, total 1"] = {**untuned, "method": "fork rule + module limits, total 1"}
     name = f"chain_detector_{options.variant}_{options.optimizer}"
     command = f"OMP_NUM_THREADS=1 python benchmarks/chain_tasks.py detector --optimizer {options.optimizer}"
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"grid": [], "fresh": []}
+    grid, fresh = known["grid"], known["fresh"]
 
     def keep() -> Path:
-        facts = {
-            "seconds": time.time() - began,
-            "options": {**vars(options), "grid": bool(options.grid)},
-            "grid": grid,
-            "fresh": fresh,
-        }
-        return save(name, command, facts)
+        facts = {key: value for key, value in vars(options).items() if key != "only"}
+        return save(name, command, {"options": facts, "grid": grid, "fresh": fresh})
 
-    keep()
-    for label, cell in chosen.items():
-        if options.only and label not in options.only:
-            continue
+    def scores(method: str, rate: float, strength: float, seed: int) -> dict:
+        return train(method, options.optimizer, rate, strength, seed, options.steps, options.variant)
+
+    for method in options.only:
+        for rate, strength in itertools.product(RATES[options.optimizer], STRENGTHS[method]):
+            cell = {"method": method, "rate": rate, "strength": strength}
+            if any(cell.items() <= done.items() for done in grid):
+                continue
+            cell["scores"] = [scores(method, rate, strength, seed)["score"] for seed in range(options.tuning_seeds)]
+            grid.append(cell)
+            print(cell, flush=True)
+            keep()
+    for method in options.only:
+        cell = max((cell for cell in grid if cell["method"] == method), key=lambda cell: middle(cell["scores"]))
         for seed in range(100, 100 + options.seeds):
-            scores = train(
-                label, options.optimizer, cell["rate"], cell["strength"], seed, options.steps, options.variant
-            )
-            fresh.append({"method": label, "rate": cell["rate"], "strength": cell["strength"], "seed": seed, **scores})
-        values = [row["score"] for row in fresh if row["method"] == label]
-        print(
-            f"{label:36s} lr {cell['rate']:<6} strength {cell['strength']:<5} "
-            f"median {middle(values):.3f} [{min(values):.3f} to {max(values):.3f}]",
-            flush=True,
-        )
-        keep()
+            if any((row["method"], row["seed"]) == (method, seed) for row in fresh):
+                continue
+            row = {"method": method, "rate": cell["rate"], "strength": cell["strength"], "seed": seed}
+            fresh.append({**row, **scores(method, cell["rate"], cell["strength"], seed)})
+            print(fresh[-1], flush=True)
+            keep()
     print(keep())

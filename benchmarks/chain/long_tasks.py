@@ -8,6 +8,7 @@ of 500 fresh sequences wrong (adding: off by 0.04 or more), looked at every 200 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,48 +48,71 @@ def drawn(task: SequenceTask, draws: list[torch.Generator], count: int) -> tuple
     return torch.stack([x for x, _ in parts]).permute(2, 0, 1, 3).contiguous(), torch.stack([y for _, y in parts])
 
 
-def train(task: str, name: str, length: int, seeds: list[int], updates: int, options: Any) -> list[dict[str, Any]]:
-    """Runs of all seeds with one method, side by side; ends when all are solved, or after so many updates."""
-    data = BUILDERS[task](0, length=length)
-    nets = Recurrences([BUILDERS[task](seed, length=length).model for seed in seeds])
-    if options.std != 0.01:
-        for key in ("w_in", "head.weight"):
-            nets.weights[key] *= options.std / 0.01
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    fresh = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
-    running, how = list(seeds), method(name, options.penalty)
-    best, largest = dict.fromkeys(seeds, 1.0), dict.fromkeys(seeds, 0.0)
-    rows = []
+class Group:
+    """All seeds of one task, length and method, side by side; kept in a file after every look.
 
-    def finish(seed: int, solved: bool, update: int) -> None:
-        rows.append({"length": length, "method": name, "updates": updates, "seed": seed, "solved": solved,
-                     "after": update, "best_error": best[seed], "largest_norm": largest[seed]})  # fmt: skip
+    Args:
+        task: "temporal-order" or "adding".
+        length: of the sequences.
+        name: of the method.
+        seeds: of weights and sequences.
+        options: the rate, the penalty's weight and the folder of the file.
+    """
 
-    for look in range(updates // LOOK):
-        x, y = drawn(data, draws, LOOK * data.batch_size)
-        tops = torch.zeros(len(running))
-        for x_now, y_now in zip(x.split(data.batch_size, 2), y.split(data.batch_size, 1), strict=True):
-            h = nets.states(x_now)
-            grads, norm_R = nets.gradients(x_now, h, loss_gradient(task, nets.outputs(h[-1]), y_now), how)
-            tops = torch.maximum(tops, norm_R)
-            nets.update(grads, options.rate)
-        x, y = drawn(data, fresh, 500)
-        wrong = wrong_share(task, nets.outputs(nets.states(x)[-1]), y).tolist()
-        going = []
-        for i, seed in enumerate(running):
-            best[seed], largest[seed] = min(best[seed], wrong[i]), max(largest[seed], float(tops[i]))
-            if wrong[i] < SOLVED_ERROR:
-                finish(seed, True, (look + 1) * LOOK)
-            else:
-                going.append(i)
-        if len(going) < len(running):
-            nets.keep(torch.tensor(going, dtype=torch.long))
-            running, draws, fresh = ([values[i] for i in going] for values in (running, draws, fresh))
-        if not running:
-            return rows
-    for seed in running:
-        finish(seed, False, updates)
-    return rows
+    def __init__(self, task: str, length: int, name: str, seeds: list[int], options: Any) -> None:
+        self.task, self.length, self.name, self.rate = task, length, name, options.rate
+        self.how = method(name, options.penalty)
+        self.data = BUILDERS[task](0, length=length)
+        self.nets = Recurrences([BUILDERS[task](seed, length=length).model for seed in seeds])
+        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.fresh = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
+        self.running, self.update = list(seeds), 0
+        self.rows = {seed: {"seed": seed, "solved": False, "best_error": 1.0, "largest_norm": 0.0} for seed in seeds}
+        marks = f"{task} {length} {name} {seeds} {options.rate:g} {options.penalty:g}"
+        self.path = Path(options.states) / f"{marks.replace(' ', '_')}.pt"
+        if self.path.exists():
+            kept = torch.load(self.path)
+            self.nets.weights, self.running, self.update, self.rows = kept["state"]
+            for draw, at in zip(self.draws + self.fresh, kept["draws"], strict=True):
+                draw.set_state(at)
+
+    def keep(self) -> None:
+        """Write the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = (self.nets.weights, self.running, self.update, self.rows)
+        part = self.path.with_suffix(".part")
+        torch.save({"state": state, "draws": [draw.get_state() for draw in self.draws + self.fresh]}, part)
+        part.replace(self.path)
+
+    def train(self, updates: int) -> None:
+        """Go on until every run is solved, or has had so many updates."""
+        while self.running and self.update < updates:
+            self._look()
+            self.keep()
+
+    def _look(self) -> None:
+        """As many updates as lie between two looks, then the share of fresh sequences that are wrong."""
+        batch, seeds = self.data.batch_size, list(self.rows)
+        draws, fresh = ([of[seeds.index(seed)] for seed in self.running] for of in (self.draws, self.fresh))
+        x, y = drawn(self.data, draws, LOOK * batch)
+        largest_R = torch.zeros(len(self.running))
+        for x_now, y_now in zip(x.split(batch, 2), y.split(batch, 1), strict=True):
+            h = self.nets.states(x_now)
+            d_out = loss_gradient(self.task, self.nets.outputs(h[-1]), y_now)
+            grads, norm_R = self.nets.gradients(x_now, h, d_out, self.how)
+            largest_R = torch.maximum(largest_R, norm_R)
+            self.nets.update(grads, self.rate)
+        self.update += LOOK
+        x, y = drawn(self.data, fresh, 500)
+        wrong_R = wrong_share(self.task, self.nets.outputs(self.nets.states(x)[-1]), y).tolist()
+        for seed, wrong, largest in zip(self.running, wrong_R, largest_R.tolist(), strict=True):
+            row = self.rows[seed]
+            row["best_error"], row["largest_norm"] = min(row["best_error"], wrong), max(row["largest_norm"], largest)
+            row["after"], row["solved"] = self.update, wrong < SOLVED_ERROR
+        going = [i for i, seed in enumerate(self.running) if not self.rows[seed]["solved"]]
+        if len(going) < len(self.running):
+            self.nets.keep(torch.tensor(going, dtype=torch.long))
+            self.running = [self.running[i] for i in going]
 
 
 def main(arguments: list[str], task: str) -> None:
@@ -96,23 +120,24 @@ def main(arguments: list[str], task: str) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[20])
     parser.add_argument("--updates", type=int, nargs="+", default=[20000], help="one for all lengths, or one for each")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--penalty", type=float, default=2.0)
-    parser.add_argument("--std", type=float, default=0.01, help="of the input and output weights")
-    parser.add_argument("--out", default=f"chain_{task.replace('-', '_')}", help="name of the result file")
+    parser.add_argument("--states", default="build/long_tasks", help="folder of what is needed to go on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     numbers = options.updates * (len(options.lengths) if len(options.updates) == 1 else 1)
     command = f"OMP_NUM_THREADS=1 python benchmarks/chain_tasks.py {task} {' '.join(arguments)}"
-    rows = Rows(options.out, command, ("length", "method", "updates", "seed"))
+    rows = Rows(f"chain_{task.replace('-', '_')}", command, ("length", "method", "seed"))
     for length, updates in zip(options.lengths, numbers, strict=True):
         for name in options.methods:
-            seeds = range(options.first_seed, options.first_seed + options.seeds)
-            todo = [seed for seed in seeds if rows.missing(length, name, updates, seed)]
-            for row in train(task, name, length, todo, updates, options) if todo else ():
-                rows.add(row)
-    facts = {"rate": options.rate, "penalty": options.penalty, "std": options.std}
-    print(rows.write(options=facts))
+            seeds = list(range(options.seeds))
+            known = [rows.by_key.get((length, name, seed)) for seed in seeds]
+            if all(row is not None and (row["solved"] or row["updates"] >= updates) for row in known):
+                continue
+            group = Group(task, length, name, seeds, options)
+            group.train(updates)
+            for row in group.rows.values():
+                rows.add({"length": length, "method": name, "updates": updates, **row})
+    print(rows.write(options={"rate": options.rate, "penalty": options.penalty}))

@@ -5,11 +5,14 @@ python benchmarks/chain/tables.py        # rewrites what stands between the mark
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+METHODS = ("SGD", "global clip", "clip + gain penalty", "per-step bounds")
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "chain.md"
 START, END = "<!-- measured: written by benchmarks/chain/tables.py -->", "<!-- end of measured -->"
@@ -58,23 +61,56 @@ def detector() -> list[str]:
 
 
 def healthy_heads() -> list[str]:
-    """Scores of healthy heads without and with the fork rule."""
+    """Change of the score of healthy heads, seed by seed."""
     data = load("chain_healthy_heads")
     if data is None:
         return ["Healthy heads: not run.", ""]
-    options = data["options"]
+    rows = data["rows"]
+    (steps,), (rate,) = {row["steps"] for row in rows}, {row["rate"] for row in rows}
     lines = [
-        f"Detector with heads as they should be, AdamW at {options['rate']:g}, {options['steps']} steps, "
-        f"medians of {options['seeds']} seeds:",
+        f"Detector with heads as they should be, AdamW at {rate:g}, {steps} steps; change of the score against none, "
+        "seed by seed, mean and standard error:",
         "",
-        "| variant | none | fork rule + module limits | change |",
-        "|---|---|---|---|",
+        "| variant | method | n | none, mean | method, mean | change |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant, method in dict.fromkeys((row["variant"], row["method"]) for row in rows):
+        if method == "none":
+            continue
+        mine, plain = (
+            {r["seed"]: r["score"] for r in rows if (r["variant"], r["method"]) == (variant, m)}
+            for m in (method, "none")
+        )
+        seeds = sorted(mine.keys() & plain.keys())
+        changes = [mine[seed] / plain[seed] - 1 for seed in seeds]
+        means = [statistics.mean(scores[seed] for seed in seeds) for scores in (plain, mine)]
+        error = f" +- {statistics.stdev(changes) / math.sqrt(len(seeds)):.1%}" if len(seeds) > 1 else ""
+        lines.append(
+            f"| {variant} | {method} | {len(seeds)} | {means[0]:.3f} | {means[1]:.3f} | "
+            f"{statistics.mean(changes):+.1%}{error} |"
+        )
+    return [*lines, "", source("chain_healthy_heads", data), ""]
+
+
+def fork_signals() -> list[str]:
+    """Sizes of the heads' signals at the fork, unbounded."""
+    data = load("chain_fork_signals")
+    if data is None:
+        return ["Signals at the fork: not run.", ""]
+    steps, rate = data["options"]["steps"], data["options"]["rate"]
+    lines = [
+        f"Norms of the heads' signals at the fork where nothing is bounded, AdamW at {rate:g}, one seed, means of ten "
+        f"steps (the first ten; the ten up to step {steps // 3}; the last ten):",
+        "",
+        "| detector | head | first | later | last |",
+        "|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(row["variant"] for row in data["rows"]):
-        mine = [row for row in data["rows"] if row["variant"] == variant]
-        plain, ruled = (statistics.median(row[key] for row in mine) for key in ("none", "fork rule + module limits"))
-        lines.append(f"| {variant} | {plain:.3f} | {ruled:.3f} | {ruled / plain - 1:+.1%} |")
-    return [*lines, "", source("chain_healthy_heads", data), ""]
+        mine = [row["norms"] for row in data["rows"] if row["variant"] == variant]
+        for name in mine[0]:
+            head = name.removeprefix("detector.").split("_")[0]
+            lines.append(f"| {variant} | {head} | {' | '.join(f'{norms[name]:.2g}' for norms in mine)} |")
+    return [*lines, "", source("chain_fork_signals", data), ""]
 
 
 def deep_stack() -> list[str]:
@@ -96,27 +132,31 @@ def deep_stack() -> list[str]:
     return [*lines, "", f"n = {options['seeds']} seed. " + source("chain_deep_stack", data), ""]
 
 
-def temporal_order() -> list[str]:
-    """Solved runs by length and method."""
-    data = load("chain_temporal_order")
-    if data is None:
-        return ["Temporal order: not run.", ""]
-    rows = data["rows"]
-    lines = [
-        "Temporal order, runs solved (updates until then):",
-        "",
-        "| length | method | solved | updates |",
-        "|---|---|---|---|",
-    ]
-    for length in dict.fromkeys(row["length"] for row in rows):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            mine = [row for row in rows if (row["length"], row["method"]) == (length, method)]
+def long_tasks() -> list[str]:
+    """Solved runs by task, length and method."""
+    lines = []
+    for name, title in (("chain_temporal_order", "Temporal order"), ("chain_adding", "Adding")):
+        data = load(name)
+        if data is None:
+            lines += [f"{title}: not run.", ""]
+            continue
+        lines += [
+            f"{title}, runs solved; the updates that it took, or the least share of wrong sequences where it was not "
+            "solved within the updates that every method got:",
+            "",
+            "| length | updates | method | solved | after, or least error |",
+            "|---|---|---|---|---|",
+        ]
+        keys = dict.fromkeys((row["length"], row["updates"]) for row in data["rows"])
+        for (length, updates), method in itertools.product(keys, METHODS):
+            key = (length, updates, method)
+            mine = [row for row in data["rows"] if (row["length"], row["updates"], row["method"]) == key]
             if mine:
-                updates = ", ".join(str(row["updates"]) for row in mine)
-                lines.append(
-                    f"| {length} | {method} | {sum(row['solved'] for row in mine)} of {len(mine)} | {updates} |"
-                )
-    return [*lines, "", source("chain_temporal_order", data), ""]
+                told = ", ".join(f"{r['after']:,}" if r["solved"] else f"{r['best_error']:.0%}" for r in mine)
+                solved = sum(row["solved"] for row in mine)
+                lines.append(f"| {length} | {updates:,} | {method} | {solved} of {len(mine)} | {told} |")
+        lines += ["", source(name, data), ""]
+    return lines
 
 
 def healthy_runs() -> list[str]:
@@ -164,7 +204,15 @@ def cost() -> list[str]:
 def measured() -> str:
     """The whole section."""
     lines: list[str] = []
-    for line in [*detector(), *healthy_heads(), *deep_stack(), *temporal_order(), *healthy_runs(), *cost()]:
+    for line in [
+        *detector(),
+        *healthy_heads(),
+        *fork_signals(),
+        *deep_stack(),
+        *long_tasks(),
+        *healthy_runs(),
+        *cost(),
+    ]:
         if line.startswith("| ") and not lines[-1]:  # the first line of a table: what holds its figures
             lines += ["<!-- evidence: tests/chain/test_claims.py -->", ""]
         lines.append(line)
