@@ -42,11 +42,14 @@ class Budget:
 
     Attributes:
         name: what users write as ``budget="name"``.
+        reads_norms: limits or history depend on the norms; False spares their sums over the nodes above the bins, for
+            which ones stand then.
         reads_weights: limits depend on the norms of the weights.
         bounds_update: limits are lengths of the *update*, in units of the weights, not of the gradient.
     """
 
     name: ClassVar[str]
+    reads_norms: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = False
     bounds_update: ClassVar[bool] = False
 

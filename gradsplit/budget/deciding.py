@@ -138,10 +138,13 @@ def _readings(
     """What each term's nodes show, and their gain; amounts and sizes add, pace and gain are means by size."""
     xp, sums = namespace(norm_B), sums_for(norm_B)
     norm_N = weight_norm_N = pace_N = gain_N = None
-    if any(term.ids is not None for term in terms):  # sums over all nodes, taken once, whatever the number of terms
+    above = [term.budget for term in terms if term.ids is not None]
+    if above:  # sums over all nodes, taken once, whatever the number of terms, and only what a budget looks at
         nodes, numel_B = Nodes.of(plan, norm_B), xp.asarray(plan.numel_B, norm_B)
-        norm_N = sums.norm(nodes.amounts_N(sums.of(norm_B)))
-        weight_norm_N = None if weight_amount_B is None else sums.norm(nodes.amounts_N(weight_amount_B))
+        if any(budget.reads_norms for budget in above):
+            norm_N = sums.norm(nodes.amounts_N(sums.of(norm_B)))
+        if weight_amount_B is not None and any(budget.reads_weights for budget in above):
+            weight_norm_N = sums.norm(nodes.amounts_N(weight_amount_B))
         pace_N = nodes.sums_N(pace_B * numel_B) if _one_a_bin(pace_B) else None
         gain_N = nodes.sums_N(gain_B * numel_B) if _one_a_bin(gain_B) else None
     weight_norm_B = None if weight_amount_B is None else sums.norm(weight_amount_B)
@@ -155,7 +158,8 @@ def _readings(
         pace = xp.take(pace_N, ids) / term.numel if pace_N is not None else ones if pace_B is None else pace_B * ones
         gain = xp.take(gain_N, ids) / term.numel if gain_N is not None else gain_B
         weight_norm = None if weight_norm_N is None else xp.take(weight_norm_N, ids)
-        made.append((Reading(xp.take(norm_N, ids), weight_norm, term.numel, term.num_rows, pace), gain))
+        norm = ones if norm_N is None else xp.take(norm_N, ids)
+        made.append((Reading(norm, weight_norm, term.numel, term.num_rows, pace), gain))
     return made
 
 

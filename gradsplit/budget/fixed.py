@@ -38,6 +38,7 @@ class Fixed(Budget):
     """
 
     name: ClassVar[str] = "fixed"
+    reads_norms: ClassVar[bool] = False
     limit: Any = 1.0
 
     def __post_init__(self) -> None:

@@ -64,8 +64,9 @@ def overlap(tensors: Sequence[Tensor]) -> bool:
     return bool((starts[1:] < stops[:-1]).any())
 
 
-def bump_versions(tensors: Sequence[Tensor]) -> None:
+def bump_versions(tensors: list[Tensor]) -> None:
     """Tell autograd that memory was written, which it cannot see: graphs must not use old values they saved."""
-    tracked = [tensor for tensor in tensors if not tensor.is_inference()]
-    if tracked:
-        torch.autograd.graph.increment_version(tracked)
+    try:
+        torch.autograd.graph.increment_version(tensors)  # passes over those of inference mode, which have no version
+    except RuntimeError:  # an older torch that does not
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

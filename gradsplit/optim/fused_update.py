@@ -47,6 +47,8 @@ class FusedUpdate(CompiledUpdate):
         # Kept, since what is made anew in every hook of a backward pass comes to lie between gradients that are freed,
         # and their memory is then never whole again.
         self._squares = np.zeros((2, plan.num_bins))
+        self._gradient_table = line_table(self._gradient_lines or (), plan.width_T)
+        self._paced: tuple[np.ndarray, np.ndarray] | None = None  # paces of the tensors, and the limits they make
         # Where a bin's second moment stands among its tensor's; bins over several tensors have none.
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
@@ -63,28 +65,31 @@ class FusedUpdate(CompiledUpdate):
         gradients = arrays[1]
         tables, one_pass = self._tables_of(arrays[0])
         bases = np.array([[0 if t is None else t.data_ptr() for t in row] for row in arrays], dtype=np.int64)
-        numbers = _numbers(gradients, states, groups)
+        numbers = _numbers(states, groups)
         num_elements = sum(table.num_elements for _, table in tables)
         threads = threads_for(num_elements) if self._memory.is_apart(arrays[0], bases[0]) else 1
         by_bin = any("bin_sq" in state for state in states)
         if one_pass:
-            self._one_pass(tables, bases, numbers, by_bin, threads)
+            self._one_pass(tables, bases, numbers, by_bin, threads, any_missing=any(g is None for g in gradients))
         else:
             self._passes(tables, bases, numbers, by_bin, threads, gradients)
         bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
         return True
 
     def _one_pass(
-        self, tables: list[Table], bases: np.ndarray, numbers: np.ndarray, by_bin: bool, threads: int
+        self,
+        tables: list[Table],
+        bases: np.ndarray,
+        numbers: np.ndarray,
+        by_bin: bool,
+        threads: int,
+        *,
+        any_missing: bool,
     ) -> None:
-        num_bins = self.planned.plan.num_bins
         squares, weights = self._squares
-        squares.fill(0.0)
-        weights.fill(0.0)
-        assert self._gradient_lines is not None and self._update_lines is not None
-        times_T = self.planned.rates.pace_B(num_bins).numpy()[self._bin_of_tensor] if self._update_lines else None
-        width_T = self.planned.plan.width_T
-        bounds = (line_table(self._gradient_lines, width_T), line_table(self._update_lines, width_T, times_T))
+        if any_missing:  # all others are written
+            self._squares.fill(0.0)
+        bounds = (self._gradient_table, self._update_table())
         calls: list[Call] = []
         for dtype, table in tables:
             kind, rows = KINDS[dtype], (table.entries, table.chunks, bases, numbers)
@@ -96,6 +101,15 @@ class FusedUpdate(CompiledUpdate):
                 calls.append((loops.one_pass_element, (kind, *rows, *rest, kept)))
         run(calls, threads)
         self._measured, self._decision = (torch.from_numpy(squares), torch.from_numpy(weights)), None
+
+    def _update_table(self) -> np.ndarray:
+        """The limits on the update at the learning rates of now; most steps have the last step's."""
+        if not self._update_lines:
+            return line_table((), self.planned.plan.width_T)
+        times_T = self.planned.rates.pace_B(self.planned.plan.num_bins).numpy()[self._bin_of_tensor]
+        if self._paced is None or not np.array_equal(self._paced[0], times_T):
+            self._paced = (times_T, line_table(self._update_lines, self.planned.plan.width_T, times_T))
+        return self._paced[1]
 
     def _passes(
         self,
@@ -168,23 +182,20 @@ def _call(loop: Any, dtype: torch.dtype, table: Lowered, *arguments: Any) -> Cal
     return loop, (KINDS[dtype], table.entries, table.chunks, *arguments)
 
 
-def _numbers(gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
+def _numbers(states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
     """The constants of each tensor's step, columns `loops.NUMBERS`."""
-    known: dict[tuple[int, float], int] = {}
-    rows = [(0.0,) * len(loops.NUMBERS)]
     counts = torch.stack([state.get("step", _NONE) for state in states]).tolist()
-    row_T = []
-    for gradient, count, group in zip(gradients, counts, groups, strict=True):
-        key = (id(group), count)
-        if gradient is not None and key not in known:
-            (beta1, beta2), lr = group["betas"], float(group["lr"])
-            count = max(count, 1.0)  # 0 after an overflow in the first step, which is passed over
-            known[key] = len(rows)
-            rows.append(
-                (
-                    *(1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)),
-                    *(group["eps"], lr * group["weight_decay"], -1.0 if group["maximize"] else 1.0),
-                )
+    keys = list(zip(map(id, groups), counts, strict=True))
+    group_of = dict(zip(keys, groups, strict=True))
+    rows = []
+    for (_, count), group in group_of.items():
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        count = max(count, 1.0)  # 0 without a gradient, or after an overflow in the first step, which is passed over
+        rows.append(
+            (
+                *(1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)),
+                *(group["eps"], lr * group["weight_decay"], -1.0 if group["maximize"] else 1.0),
             )
-        row_T.append(0 if gradient is None else known[key])
-    return np.array(rows, dtype=np.float64)[row_T]
+        )
+    row_of = {key: row for row, key in enumerate(group_of)}
+    return np.array(rows, dtype=np.float64)[[row_of[key] for key in keys]]

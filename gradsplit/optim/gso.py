@@ -19,6 +19,7 @@ from .part_step import make_moments, step_part
 from .parts import make_part, make_parts
 from .registry import Update
 from .saved_state import check_moments, history_of, load_history, mend_moments
+from .untraced import untraced
 
 __all__ = ["GSO"]
 
@@ -164,7 +165,7 @@ class GSO(Optimizer):
         check_flags({**self.defaults, **group}, self.defaults)
         if group.get("fused", self.defaults["fused"]) != self.defaults["fused"]:
             override["fused"] = group["fused"]
-        super().add_param_group(group)
+        untraced(super().add_param_group)(group)
         self._overrides.append(override)
         if self._shared_groups:  # after construction: a part of its own, so that no other history moves
             try:
@@ -173,6 +174,10 @@ class GSO(Optimizer):
                 self.param_groups.pop()
                 self._overrides.pop()
                 raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, or to zero."""
+        untraced(super().zero_grad)(set_to_none)
 
     def _build(self) -> None:
         self._parts = make_parts(
@@ -216,7 +221,7 @@ class GSO(Optimizer):
         cyclic, found, seen = self._cyclic, [], 0
         for part in self._parts:
             size = len(part.planned.owners)
-            waiting = [cyclic is not None and not cyclic.is_active(seen + t) for t in range(size)]
+            waiting = [False] * size if cyclic is None else [not cyclic.is_active(seen + t) for t in range(size)]
             found.append((part, waiting))
             seen += size
         return found
@@ -253,7 +258,7 @@ class GSO(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state, and under "gradsplit" the budgets' history."""
-        return {**super().state_dict(), **history_of(self._parts, self._cyclic)}
+        return {**untraced(super().state_dict)(), **history_of(self._parts, self._cyclic)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -268,7 +273,7 @@ class GSO(Optimizer):
         before = history_of(self._parts, self._cyclic)
         load_history(self._parts, self._cyclic, state_dict)
         try:
-            super().load_state_dict(state_dict)
+            untraced(super().load_state_dict)(state_dict)
         except Exception:
             load_history(self._parts, self._cyclic, before)
             raise

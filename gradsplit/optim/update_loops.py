@@ -142,6 +142,7 @@ def one_pass_bin(work, *arguments):
 
 @_reduced
 def _update_element(c, worker, kind, entries, chunks, bases, numbers, scale, finite):
+    c = len(chunks) - 2 - c  # backwards: the gradients that were measured last are still in cache
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         p, g = pointer(bases[0, t], kind), pointer(bases[1, t], kind)
@@ -166,6 +167,7 @@ def update_element(work, *arguments):
 
 @_reduced
 def _moments_element(c, worker, kind, entries, chunks, bases, numbers, scale, finite, slots):
+    c = len(chunks) - 2 - c  # backwards: the gradients that were measured last are still in cache
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         g, m, v = pointer(bases[1, t], kind), pointer(bases[2, t], kind), pointer(bases[3, t], kind)
@@ -227,6 +229,7 @@ def learn_bins(tensor_of_bin, places, bases, numbers, norm, scale, finite, numel
 
 @_reduced
 def _moments_bin(c, worker, kind, entries, chunks, bases, numbers, scale, finite, slots):
+    c = len(chunks) - 2 - c  # backwards: the gradients that were measured last are still in cache
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         g, m = pointer(bases[1, t], kind), pointer(bases[2, t], kind)
@@ -269,6 +272,7 @@ def write_bin(work, *arguments):
 
 @_reduced
 def _update_bin(c, worker, kind, entries, chunks, bases, numbers, scale, finite, rate):
+    c = len(chunks) - 2 - c  # backwards: the gradients that were measured last are still in cache
     for e in range(chunks[c], chunks[c + 1]):
         t, length = entries[e, 3], entries[e, 8]
         p, g, m = pointer(bases[0, t], kind), pointer(bases[1, t], kind), pointer(bases[2, t], kind)

@@ -348,3 +348,17 @@ def test_a_state_that_does_not_fit_is_refused_whole(other, words):
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(stranger.state_dict())
     assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_step_counter_counts_and_autograd_knows(capturable):
+    w = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = gs.GSO([w], lr=1e-3, capturable=capturable)
+    for seen in (1.0, 2.0):
+        w.grad = torch.ones(2, 3)
+        optimizer.step()
+        step = optimizer.state[w]["step"]
+        assert step.dtype == torch.float32 and step.item() == seen and step._version >= seen
+    optimizer.state[w]["step"] = torch.tensor(5.0, dtype=torch.float64)  # a counter of another kind counts as well
+    optimizer.step()
+    assert optimizer.state[w]["step"].item() == 6.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,14 +50,12 @@ class Figure:
         return {**asdict(self), "verdict": self.verdict}
 
 
-def _figure(
-    name: str, layout: str, pair: Pair, bar: float | None, limit_seconds: float | None = None, **more: Any
-) -> Figure:
-    """Make a figure of a pair; ``limit_seconds`` is what our side would take if only memory set the pace."""
-    detail = {**pair.to_dict(), **more}
-    if limit_seconds is not None:
-        detail |= {"limit_seconds": limit_seconds, "floor": limit_seconds / detail["theirs_median"]}
-    return Figure(name, layout, pair.ratio, bar, detail=detail)
+def _figure(name: str, layout: str, pair: Pair, bar: float | None, **more: Any) -> Figure:
+    return Figure(name, layout, pair.ratio, bar, detail={**pair.to_dict(), **more})
+
+
+Traffic = Sequence[tuple[Callable[[], object], float]]
+"""Programs that move bytes, each with how many times its bytes a step moves; see `in_turn`."""
 
 
 def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
@@ -66,9 +64,14 @@ def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
     parameters = [p for _, p in named]
     gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
     small = layout.startswith("small")
-    num_bytes = 4 * sum(p.numel() for p in parameters)
-    rates = bandwidth(num_bytes // 4)
-    reading, scaling = num_bytes / rates["read"], 2 * num_bytes / rates["scale"]
+    num_elements = sum(p.numel() for p in parameters)
+    rates, array = bandwidth(num_elements), torch.ones(num_elements)
+
+    def read() -> None:
+        array.sum()
+
+    def scale() -> None:
+        array.mul_(1.0)
 
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1e9, foreach=True)
@@ -80,33 +83,32 @@ def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
         return gs.GradientSplitter(named, plan=plan, budget=budget, **more).step
 
     idle = splitter(gs.Fixed(1e9))
-    pair = in_turn(idle, clip, seconds=seconds)
+    pair = in_turn(idle, clip, memory=[(read, 1)], seconds=seconds)
     name = "GradientSplitter, rows, nothing over its limit / clip_grad_norm_(foreach)"
-    yield _figure(name, layout, pair, 0.70 if small else 0.35, reading, bins=gs.xsp(gs.layout_of(named)).num_bins)
+    yield _figure(name, layout, pair, 0.70 if small else 0.35, bins=gs.xsp(gs.layout_of(named)).num_bins)
     if small:
         return
     sgd = torch.optim.SGD(parameters, lr=RATE, momentum=0.9)
-    pair = in_turn(splitter(gs.RelativeStep(1e6), optimizer=sgd), clip, seconds=seconds / 2)
-    yield _figure("the same with RelativeStep, which reads the weights too", layout, pair, None, 2 * reading)
-    pair = in_turn(splitter(gs.Fixed(1e-9)), clip, before=refill, seconds=seconds)
-    yield _figure(
-        "GradientSplitter, rows, every bin over its limit / clip_grad_norm_(foreach)", layout, pair, 0.85, scaling
-    )
+    stepping = splitter(gs.RelativeStep(1e6), optimizer=sgd)
+    pair = in_turn(stepping, clip, memory=[(read, 2)], seconds=seconds / 2)
+    yield _figure("the same with RelativeStep, which reads the weights too", layout, pair, None)
+    pair = in_turn(splitter(gs.Fixed(1e-9)), clip, before=refill, memory=[(scale, 1)], seconds=seconds)
+    yield _figure("GradientSplitter, rows, every bin over its limit / clip_grad_norm_(foreach)", layout, pair, 0.85)
     refill()
-    yield from _other_plans(layout, named, idle, seconds / 2, reading)
-    yield from _updates(layout, parameters, named, clip, seconds, rates)
+    yield from _other_plans(layout, named, idle, seconds / 2, [(read, 1)])
+    yield from _updates(layout, parameters, named, clip, seconds, rates, (read, scale))
 
 
 def _other_plans(
-    layout: str, named: Any, idle: Callable[[], object], seconds: float, reading: float
+    layout: str, named: Any, idle: Callable[[], object], seconds: float, traffic: Traffic
 ) -> Iterator[Figure]:
     shapes = gs.layout_of(named)
-    columns = gs.xsp(shapes, parts=256, axis=1)
-    pair = in_turn(gs.GradientSplitter(named, plan=columns, budget=gs.Fixed(1e9)).step, idle, seconds=seconds)
-    yield _figure("column bins, 256 a tensor / row bins", layout, pair, 1.5, reading, bins=columns.num_bins)
-    boxes = _boxes(shapes)
-    pair = in_turn(gs.GradientSplitter(named, plan=boxes, budget=gs.Fixed(1e9)).step, idle, seconds=seconds)
-    yield _figure("L-BF-like boxes, 16 x 16 a tensor / row bins", layout, pair, 1.5, reading, bins=boxes.num_bins)
+    columns, boxes = gs.xsp(shapes, parts=256, axis=1), _boxes(shapes)
+    plans = {"column bins, 256 a tensor": columns, "L-BF-like boxes, 16 x 16 a tensor": boxes}
+    for name, plan in plans.items():
+        step = gs.GradientSplitter(named, plan=plan, budget=gs.Fixed(1e9)).step
+        pair = in_turn(step, idle, memory=traffic, seconds=seconds)
+        yield _figure(f"{name} / row bins", layout, pair, 1.5, bins=plan.num_bins)
 
 
 def _boxes(shapes: gs.Layout) -> gs.Plan:
@@ -125,10 +127,17 @@ def _boxes(shapes: gs.Layout) -> gs.Plan:
 
 
 def _updates(
-    layout: str, parameters: list[Any], named: Any, clip: Callable[[], None], seconds: float, limit: dict[str, float]
+    layout: str,
+    parameters: list[Any],
+    named: Any,
+    clip: Callable[[], None],
+    seconds: float,
+    rates: dict[str, float],
+    read_scale: tuple[Callable[[], None], Callable[[], None]],
 ) -> Iterator[Figure]:
     num_elements = sum(p.numel() for p in parameters)
     adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+    read, scale = read_scale
 
     def baseline() -> None:
         clip()
@@ -139,24 +148,18 @@ def _updates(
 
     for moment, bar, arrays in (("element", 0.60, 7), ("bin", 0.45, 5)):
         optimizer = gso(second_moment=moment)
-        pair = in_turn(optimizer.step, baseline, seconds=seconds)
-        # The kind of traffic it is: an update writes where it has read, like "scale".
-        at_limit = 4 * arrays * num_elements / limit["scale"]
+        # The kind of traffic it is: an update writes where it has read, as scaling two arrays does.
+        pair = in_turn(optimizer.step, baseline, memory=[(scale, arrays / 2)], seconds=seconds)
         name = f"GSO, default budget, second moment per {moment} / clip + fused AdamW"
-        yield _figure(name, layout, pair, bar, at_limit)
-        taken = pair.to_dict()["ours_median"]
-        detail = {
-            "bytes": 4 * arrays * num_elements,
-            "bytes_a_second": limit,
-            "seconds": taken,
-            "limit_seconds": at_limit,
-        }
-        detail["times_the_limit_at"] = {k: taken * rate / (4 * arrays * num_elements) for k, rate in limit.items()}
+        yield _figure(name, layout, pair, bar)
+        known, num_bytes = pair.to_dict(), 4 * arrays * num_elements
+        detail = {"bytes": num_bytes, "bytes_a_second": rates, "seconds": known["ours_median"]}
+        detail |= {"limit_seconds": known["limit_seconds"], "turns": known["turns"]}
         name = f"GSO per {moment} / its bytes at the bandwidth of scaling in place"
-        yield Figure(name, layout, taken / at_limit, 1.15 if moment == "element" else None, "times the limit", detail)
+        most = 1.15 if moment == "element" else None
+        yield Figure(name, layout, pair.times_the_memory, most, "times the limit", detail)
         del optimizer
     optimizer = gso(budget={"bin": gs.Ema(1.5), "root": gs.Fixed(1e9)})
-    pair = in_turn(optimizer.step, baseline, seconds=seconds)
-    both = 4 * num_elements / limit["read"] + 4 * 7 * num_elements / limit["scale"]
+    pair = in_turn(optimizer.step, baseline, memory=[(read, 1), (scale, 3.5)], seconds=seconds)
     name = "GSO per element, Ema and a root limit (two passes) / clip + fused AdamW"
-    yield _figure(name, layout, pair, 0.68, both)
+    yield _figure(name, layout, pair, 0.68)

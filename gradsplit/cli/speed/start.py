@@ -124,7 +124,7 @@ def start_figures(turns: int = 5) -> Iterator[Figure]:
         yield Figure(f"first step of {name}, warm cache", "512 x 512", statistics.median(warm), 1.0, "s", {"s": warm})
     program = _FIRST_STEP.format(program="torch.optim.AdamW([p], lr=1e-3, fused=True).step()")
     taken_by_torch = [float(_run(program)) for _ in range(3)]
-    name = "the same of torch.optim.AdamW(fused=True), which imports torch._dynamo as GSO does"
+    name = "the same of torch.optim.AdamW(fused=True), which imports torch._dynamo"
     yield Figure(name, "512 x 512", statistics.median(taken_by_torch), None, "s", {"s": taken_by_torch})
     seen = {kind: json.loads(_run(_LOOP, kind)) for kind in ("adamw", "bin", "in-backward")}
     state = seen["bin"]["state"] / seen["adamw"]["state"]
