@@ -23,6 +23,8 @@ def find(evidence: Evidence) -> list[Finding]:
         hindrance = "the loss or its gradient is not finite"
     elif any(p.device.type != "cpu" for p in evidence.model.parameters()):
         hindrance = "it runs on the CPU alone"
+    elif any(p.is_complex() for p in evidence.model.parameters()):
+        hindrance = "it has no rules for complex parameters"
     else:
         try:
             return _ask(evidence)
@@ -34,7 +36,7 @@ def find(evidence: Evidence) -> list[Finding]:
 
 def _ask(evidence: Evidence) -> list[Finding]:
     trial = StepTrial.of(evidence.model, evidence.loss_fn, evidence.batch, evidence.optimizer)
-    wholes = [trial.whole(name) for name in trial.update.direction]
+    wholes = [trial.whole(name) for name, moves in trial.update.direction.items() if moves.numel()]
     if not wholes:
         evidence.notes.append("the ladder was not asked: the optimizer moves no tensor of the model")
         return []
@@ -65,13 +67,18 @@ def _finding(trial: StepTrial, ladder: Ladder, b: int, part: Part) -> Finding:
     rate, radius, safe = trial.update.rate[part.tensor], ladder.radius_B[b], ladder.safe_step_B[b]
     good = rate * trial.good_share(part)
     # At the kink the series ends, not the fall of the loss: there the rate that was tried counts.
-    advised = good if ladder.limited_by[b] == "kink" else min(safe, good)
+    advised = safe if good == 0 else good if ladder.limited_by[b] == "kink" else min(safe, good)
     half = rate / 2
+    kept = (
+        f"half of the promise is kept from {good:.2g} down"
+        if good > 0
+        else f"no rate from {rate / 2**24:.2g} up keeps half"
+    )
     evidence = (
         f"moved alone along {trial.update.source}, loss {trial.before:.3g}: at your step the gradient promises "
         f"{trial.before - trial.promise(part):.3g} and the loss is {trial.after(part):.3g}; at {half:.2g} "
-        f"{trial.before - trial.promise(part) / 2:.3g} and {trial.after(part, 0.5):.3g}; half of the promise is kept "
-        f"from {good:.2g} down; {_reach(ladder, b)}"
+        f"{trial.before - trial.promise(part) / 2:.3g} and {trial.after(part, 0.5):.3g}; {kept}; "
+        f"{_reach(ladder, b)}"
     )
     return Finding(
         "long step",

@@ -140,8 +140,8 @@ class StepTrial:
         return self.kept(part) < KEPT and self.kept(part, 0.5) < KEPT
 
     def good_share(self, part: Part) -> float:
-        """Largest share 2^-k of the step that keeps at least half of its promise; 0 if none is found."""
-        return next((2.0**-k for k in range(1, 60) if self.kept(part, 2.0**-k) >= 0.5), 0.0)
+        """Largest share 2^-k >= 2^-24 of the step that keeps at least half of its promise; 0 if none does."""
+        return next((2.0**-k for k in range(1, 25) if self.kept(part, 2.0**-k) >= 0.5), 0.0)
 
     def ladder(self, parts: Sequence[Part], order: int) -> Ladder:
         """The ladder along the update of each part alone; its steps are learning rates."""

@@ -30,7 +30,11 @@ def find(evidence: Evidence) -> list[Finding]:
         bound = 2 * (1 + beta) / (1 - beta)
     else:
         return []
-    value = sharpness(evidence.model, evidence.loss_fn, evidence.batch, scales=scales)
+    try:
+        value = sharpness(evidence.model, evidence.loss_fn, evidence.batch, scales=scales)
+    except RuntimeError as error:  # torch has no second derivative of some operations
+        evidence.notes.append(f"the sharpness was not measured: {str(error).strip().partition(chr(10))[0]}")
+        return []
     if not value > 0 or not math.isfinite(value) or rate * value <= bound:
         return []
     what = "sharpness" if scales is None else "preconditioned sharpness"

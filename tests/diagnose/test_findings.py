@@ -199,6 +199,22 @@ def test_a_rate_beyond_stability() -> None:
     assert top(model, x, optimizer=adam)[0] == "unstable rate"
 
 
+def test_a_net_without_second_derivatives_is_diagnosed_without_its_sharpness() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.EmbeddingBag(20, 8), nn.Linear(8, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(self.table(tokens))
+
+    model = Bag()
+    result = diagnose(model, square, torch.arange(12).reshape(3, 4), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert result.notes == (
+        "the sharpness was not measured: the derivative for '_embedding_bag_backward' is not implemented.",
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sound_nets_have_no_finding_of_explosion_and_are_left_as_they_were(name: str) -> None:
     model, loss_fn, batch = build(name)

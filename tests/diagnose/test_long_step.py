@@ -63,6 +63,8 @@ def check_the_planted_rows() -> None:
     safe = float(re.search(r"safe step ([\d.e-]+)", finding.sentence)[1])
     assert 0.5 * radius < safe < radius
     assert f"a rate of {safe:.2g} is within" in finding.change
+    still, moved = (math.log1p(math.exp(x)) for x in (START, START - 0.1 * speed))
+    assert f"and the loss is {(5 * still + 3 * moved) / 8:.3g}; at 0.05" in finding.evidence
 
 
 def asked(model: nn.Module, loss_fn: object, optimizer: object, batch: object = None) -> list:
@@ -280,6 +282,24 @@ def test_more_than_three_tensors_are_counted() -> None:
     result = diagnose(model, loss, torch.zeros(1), optimizer, ladder=True)
     assert result.notes == ("the ladder: your step is too long for 5 tensors; 3 are shown",)
     assert sum(finding.kind == "long step" for finding in result.findings) == 3
+
+
+def test_a_rate_out_of_all_proportion_gets_the_rate_of_the_series() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    findings = asked(model, lambda m, x: m(x).square().mean(), optimizer, torch.randn(3, 4))
+    assert findings and all(finding.severity == long_step.SEVEREST for finding in findings)
+    for finding in findings:
+        safe = re.search(r"safe step ([\d.e+-]+),", finding.sentence)[1]
+        assert "no rate from 6e+22 up keeps half" in finding.evidence
+        assert finding.change.startswith(f"a rate of {safe} is within their reach")
+
+
+def test_complex_parameters_are_not_taken_for_real_ones() -> None:
+    model = nn.ParameterList([nn.Parameter(torch.randn(3, dtype=torch.complex64))])
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)  # whose sharpness is not asked
+    result = diagnose(model, lambda m, x: (m[0] * x).abs().square().sum(), torch.ones(3), optimizer, ladder=True)
+    assert "the ladder was not asked: it has no rules for complex parameters" in result.notes
 
 
 def test_long_lists_of_rows_are_cut_short() -> None:
