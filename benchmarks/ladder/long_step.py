@@ -158,7 +158,7 @@ def main(arguments: list[str]) -> None:
     with context.Pool(options.processes, initializer=_alone) as pool:
         for row in pool.imap_unordered(_case, waiting):
             rows.append(row)
-            rows.sort(key=lambda row: cases.index((row["model"], row["seed"], row["optimizer"], row["factor"])))
+            rows.sort(key=_place)
             save("long-step", {**summary(rows), "rows": rows})
             told = [row[key] for key in ("model", "optimizer", "rate", "findings")]
             print(len(rows), "of", len(cases), *told, flush=True)
@@ -169,6 +169,10 @@ def main(arguments: list[str]) -> None:
 def _alone() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+
+
+def _place(row: dict[str, Any]) -> tuple[float, int, int, int]:
+    return row["factor"], list(MODELS).index(row["model"]), list(OPTIMIZERS).index(row["optimizer"]), row["seed"]
 
 
 def _case(key: tuple[str, int, str, float]) -> dict[str, Any]:

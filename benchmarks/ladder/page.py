@@ -93,7 +93,7 @@ def long_step(raw: dict[str, Any]) -> str:
     head = ["optimizer", "rate", "nets", "with a long step", "of these, loss up after ten steps", "of the others"]
     cost = ", ".join(f"{name} {before:.2g} and {after:.2g}" for name, (before, after) in raw["cpu_seconds"].items())
     spent = f"Seconds of CPU of `diagnose` with `optimizer=` alone and with `ladder=True`: {cost}"
-    return f"{_table(head, rows)}\n\n{spent}. {_source(raw, 'Seeds from 100 on, random data')}"
+    return f"{_table(head, rows)}\n\n{spent}. {_source(raw, 'Random data')}"
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
