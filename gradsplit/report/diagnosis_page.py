@@ -22,15 +22,15 @@ def diagnosis_page(found: Mapping[str, Any], chain: Chain, evidence: Mapping[str
         evidence: where the numbers come from: name -> value, shown at the end.
     """
     rows = [
-        [str(number), entry["kind"], entry["sentence"], entry["evidence"], entry["change"]]
+        [str(number), f"{entry['kind']}: {entry['sentence']}", entry["evidence"], entry["change"]]
         for number, entry in enumerate(found["findings"], 1)
     ]
-    table = html_table(["", "finding", "what", "how it is known", "what to change"], rows)
+    table = html_table(["", "finding", "how it is known", "what to change"], rows)
     nothing = text("Nothing was found.")
     notes = [text(f"Note: {note}.") for note in found["notes"]]
     sections = [
         Section("What is wrong", "Worst first.", [table if rows else nothing, *notes]),
         Section("The chain", "From the loss down: what each factor makes of the signal.", [chain_figure(chain)]),
     ]
-    lead = f"Loss {found['loss']} on one batch, {len(rows)} findings."
+    lead = f"Loss {chain.loss:.4g} on one batch, {len(rows)} findings."
     return page("gradsplit: diagnosis", lead, sections, evidence)
