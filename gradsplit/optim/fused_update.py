@@ -48,7 +48,7 @@ class FusedUpdate(CompiledUpdate):
         # and their memory is then never whole again.
         self._squares = np.zeros((2, plan.num_bins))
         self._gradient_table = line_table(self._gradient_lines or (), plan.width_T)
-        self._paced: tuple[np.ndarray, np.ndarray] | None = None  # paces of the tensors, and the limits they make
+        self._paced: tuple[bytes, np.ndarray] | None = None  # paces of the tensors, and the limits they make
         # Where a bin's second moment stands among its tensor's; bins over several tensors have none.
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
@@ -68,7 +68,7 @@ class FusedUpdate(CompiledUpdate):
         numbers = _numbers(states, groups)
         num_elements = sum(table.num_elements for _, table in tables)
         threads = threads_for(num_elements) if self._memory.is_apart(arrays[0], bases[0]) else 1
-        by_bin = any("bin_sq" in state for state in states)
+        by_bin = "bin_sq" in next((state for state in states if state), {})
         if one_pass:
             self._one_pass(tables, bases, numbers, by_bin, threads, any_missing=any(g is None for g in gradients))
         else:
@@ -107,8 +107,8 @@ class FusedUpdate(CompiledUpdate):
         if not self._update_lines:
             return line_table((), self.planned.plan.width_T)
         times_T = self.planned.rates.pace_B(self.planned.plan.num_bins).numpy()[self._bin_of_tensor]
-        if self._paced is None or not np.array_equal(self._paced[0], times_T):
-            self._paced = (times_T, line_table(self._update_lines, self.planned.plan.width_T, times_T))
+        if self._paced is None or self._paced[0] != times_T.tobytes():
+            self._paced = (times_T.tobytes(), line_table(self._update_lines, self.planned.plan.width_T, times_T))
         return self._paced[1]
 
     def _passes(

@@ -21,40 +21,35 @@ class ParameterMemory:
     def __init__(self, planned: Planned) -> None:
         self.planned, self._device = planned, planned.kernel.device.type
         self._walked: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(planned.owners)
-        self._apart: np.ndarray | None = None
+        self._apart = b""
         self._warned = False
 
     def arrays(
         self, gradients: list[Tensor | None], states: list[dict[str, Any]]
     ) -> tuple[list[Tensor | None], ...] | None:
         """Weights, gradients and moments in matching strides, or None where one of them cannot be walked."""
-        weights: list[Tensor | None] = []
-        moments: list[Tensor | None] = []
-        spreads: list[Tensor | None] = []
-        parameters = self.planned.parameters
+        weights: list[Tensor | None] = [None] * len(gradients)
+        moments, spreads = weights.copy(), weights.copy()
+        parameters, device, walked = self.planned.parameters, self._device, self._walked
         for t, gradient in enumerate(gradients):
-            p = parameters[t]
+            p, state = parameters[t], states[t]
             if gradient is None or p.numel() == 0:
                 gradients[t] = None
-                weights.append(None)
-                moments.append(None)
-                spreads.append(None)
                 continue
-            m, v = states[t]["exp_avg"], states[t].get("exp_avg_sq")
+            m, v = state["exp_avg"], state.get("exp_avg_sq")
             strides, dtype = p.stride(), p.dtype
             reason = ""
-            if self._walked[t] != (strides, dtype) or not p.data_ptr():
+            if walked[t] != (strides, dtype) or not p.data_ptr():
                 reason = self._obstacle(t, p)
-                self._walked[t] = None if reason else (strides, dtype)
-            reason = reason or obstacle(gradient, self._device) or _difference(strides, dtype, gradient, m, v)
+                walked[t] = None if reason else (strides, dtype)
+            reason = reason or obstacle(gradient, device) or _difference(strides, dtype, gradient, m, v)
             if reason:
                 self._refuse(t, reason)
                 return None
             if gradient.stride() != strides:
                 gradients[t] = torch.empty_like(p).copy_(gradient)
-            weights.append(p)
-            moments.append(m)
-            spreads.append(states[t]["bin_sq"] if v is None else v)
+            weights[t], moments[t] = p, m
+            spreads[t] = state["bin_sq"] if v is None else v
         return weights, gradients, moments, spreads
 
     def _obstacle(self, t: int, p: Tensor) -> str:
@@ -75,10 +70,11 @@ class ParameterMemory:
 
     def is_apart(self, weights: list[Tensor | None], bases: np.ndarray) -> bool:
         """Whether no two parameters share memory; looked at once for the same addresses."""
-        if self._apart is None or not np.array_equal(self._apart, bases):
+        seen = bases.tobytes()
+        if self._apart != seen:
             if overlap([p for p in weights if p is not None]):
                 return False
-            self._apart = bases.copy()
+            self._apart = seen
         return True
 
 

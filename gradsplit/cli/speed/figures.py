@@ -65,13 +65,14 @@ def step_figures(layout: str, seconds: float) -> Iterator[Figure]:
     gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
     small = layout.startswith("small")
     num_elements = sum(p.numel() for p in parameters)
-    rates, array = bandwidth(num_elements), torch.ones(num_elements)
+    rates = bandwidth(num_elements)
+    one, other = torch.ones(num_elements), torch.ones(num_elements)  # two, or the second would find a part in cache
 
     def read() -> None:
-        array.sum()
+        one.sum()
 
     def scale() -> None:
-        array.mul_(1.0)
+        other.mul_(1.0)
 
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1e9, foreach=True)
