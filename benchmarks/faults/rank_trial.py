@@ -67,7 +67,30 @@ class SplitBefore(Split):
         )
 
 
-RANK_METHODS: dict[str, Callable[[Task, torch.optim.Optimizer], Any]] = {**METHODS, "splitter before": SplitBefore}
+class SplitAndRenew(Split):
+    """The splitter; every twenty steps all ranks take over the first rank's weights and optimizer states."""
+
+    every = 20
+
+    def __init__(self, task: Task, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(task, optimizer)
+        self.step = 0
+
+    def update(self, loss: Tensor) -> int:
+        """Update, then renew the copies if it is time."""
+        lost, self.step = super().update(loss), self.step + 1
+        if self.step % self.every == 0:
+            states = [value for p in self.parameters for value in self.optimizer.state[p].values()]
+            for tensor in [*self.parameters, *(value for value in states if isinstance(value, Tensor))]:
+                dist.broadcast(tensor.data, 0)
+        return lost
+
+
+RANK_METHODS: dict[str, Callable[[Task, torch.optim.Optimizer], Any]] = {
+    **METHODS,
+    "splitter before": SplitBefore,
+    "splitter + broadcast": SplitAndRenew,
+}
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,13 @@ def can_run(workload: str, method: str, place: str, fault: str) -> bool:
     """Whether there is such a run.
 
     `torch.nn.LSTM` keeps a list of its own weights, which FSDP2 does not follow; a gradient that was never averaged is
-    only bounded where there is one; without a fault "after" is "before".
+    only bounded where there is one, copies renewed where they differ; without a fault "after" is "before".
     """
-    if place == "shard":
-        return workload != "text" and method in METHODS
-    return place == "before" or (method in METHODS and fault != CLEAN)
+    if fault == CLEAN and place != "shard":
+        return place == "before"
+    if method in METHODS:
+        return place != "shard" or workload != "text"
+    return place == {"splitter before": "before", "splitter + broadcast": "after"}[method]
 
 
 def rank_trials() -> Iterator[RankTrial]:
