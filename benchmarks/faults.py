@@ -1,9 +1,12 @@
 """The fault campaign: bad values in gradients, optimizer state and batches, against six ways to control gradients.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py runs       # about 1 s a run; goes on where it was stopped
+    OMP_NUM_THREADS=1 python benchmarks/faults.py ranks      # the same on ranks of gloo, 2 s a run
+    OMP_NUM_THREADS=1 python benchmarks/faults.py moments    # what large values leave in Adam's moments, 10 s
     python benchmarks/faults.py page                         # sums up and writes the tables of docs/faults.md
 
-Every run is a row of benchmarks/results/faults-runs.csv; the sums are in benchmarks/results/faults.json.
+Every run is a row of benchmarks/results/faults-runs.csv or faults-ranks.csv; the sums are in faults.json and
+faults-ranks.json.
 """
 
 from __future__ import annotations
@@ -17,7 +20,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-TASKS = {"runs": "benchmarks.faults.grid", "ranks": "benchmarks.faults.ranks", "page": "benchmarks.faults.page"}
+TASKS = {
+    "runs": "benchmarks.faults.grid",
+    "ranks": "benchmarks.faults.ranks",
+    "moments": "benchmarks.faults.moments",
+    "page": "benchmarks.faults.page",
+}
 
 
 def main() -> None:

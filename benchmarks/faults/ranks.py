@@ -44,21 +44,24 @@ def can_run(workload: str, method: str, place: str, fault: str) -> bool:
 def rank_trials() -> Iterator[RankTrial]:
     """NaN in one element in 5 % of the steps of two ranks; other faults; four ranks; other shares: three seeds each."""
     nan, inf, huge = ([name for name in RANK_FAULTS if name.startswith(value)] for value in ("nan", "inf", "3e38"))
-    copies = PLACES[:2]
-    parts = [
-        ([CLEAN, nan[0]], 0.05, 2, copies),
-        ([CLEAN, nan[0]], 0.05, 2, PLACES[2:]),
-        ([nan[1], *huge], 0.05, 2, copies),
-        ([nan[1], *huge], 0.05, 2, PLACES[2:]),
+    copies, shard = PLACES[:2], PLACES[2:]
+    first = [([CLEAN, nan[0]], 0.05, 2, copies)]
+    then = [
+        ([CLEAN, nan[0]], 0.05, 2, shard),
+        ([huge[0], nan[1], huge[1]], 0.05, 2, copies),
+        ([huge[0], nan[1], huge[1]], 0.05, 2, shard),
+    ]
+    last = [
         ([CLEAN, nan[0]], 0.05, 4, copies),
         (inf, 0.05, 2, PLACES),
         (nan[:1], 0.2, 2, PLACES),
         (nan[:1], 0.01, 2, PLACES),
     ]
-    for (faults, rate, ranks, places), seed in itertools.product(parts, range(SEEDS)):
-        for fault, place, workload, method in itertools.product(faults, places, MAIN, RANK_METHODS):
-            if can_run(workload, method, place, fault):
-                yield RankTrial(workload, method, place, fault, 0.0 if fault == CLEAN else rate, seed, ranks)
+    for parts in (first, then, last):
+        for seed, (faults, rate, ranks, places) in itertools.product(range(SEEDS), parts):
+            for fault, place, workload, method in itertools.product(faults, places, MAIN, RANK_METHODS):
+                if can_run(workload, method, place, fault):
+                    yield RankTrial(workload, method, place, fault, 0.0 if fault == CLEAN else rate, seed, ranks)
 
 
 def done_on_ranks(path: Path = RANKS_RAW) -> dict[RankTrial, dict[str, str]]:

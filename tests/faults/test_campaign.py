@@ -114,7 +114,7 @@ def test_zclip_follows_its_formula():
 def test_the_campaign_goes_on_where_it_stopped(short, tmp_path, monkeypatch):
     raw = tmp_path / "raw.csv"
     wanted = [Trial("recurrence", "none", CLEAN, 0.0, seed) for seed in range(3)]
-    monkeypatch.setattr(grid, "trials", lambda methods: iter(wanted))
+    monkeypatch.setattr(grid, "trials", lambda: iter(wanted))
     grid.main(["--raw", str(raw), "--most", "2"])
     first = raw.read_text()
     grid.main(["--raw", str(raw)])
@@ -193,3 +193,19 @@ def test_what_the_page_says_against_the_splitter_and_for_the_guard_holds():
         assert (cells["detection", method, flips, 0.05]["dead"] == 0) == (method == "Guard")
     assert max(cells["detection", "Guard", flips, 0.05]["steps_lost"]) == 46
     assert change("recurrence", "splitter", flips) < 1 < 100 < change("recurrence", "none", flips)
+
+
+def test_what_the_page_says_of_moments_holds():
+    rows = json.loads(page.SUMMARY.with_name("faults-moments.json").read_text(encoding="utf8"))["rows"]
+
+    def median(method, of):
+        return page.statistics.median(of(r) for r in rows if (r["workload"], r["method"]) == ("text", method))
+
+    text = (ROOT / "docs/faults.md").read_text(encoding="utf8")
+    assert f"the limit is {median('splitter', lambda r: r['limit_over_usual']):.0f} times" in text
+    first = [median("splitter", lambda r, k=k: r["first"][k]) for k in ("0", "10")]
+    assert "{:.1f} times as large after that step as before and {:.1f} times".format(*first) in text
+    second = [median("splitter", lambda r, k=k: r["second"][k]) for k in ("0", "100")]
+    assert "second moment is {:.1f} times as large, and still {:.1f} times".format(*second) in text
+    mended = [median("splitter + Percentile", lambda r, m=m: r[m]["0"]) for m in ("first", "second")]
+    assert "these are {:.1f} and {:.1f}".format(*mended) in text
