@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.chain.long_tasks import BUILDERS, drawn, loss_gradient
+from benchmarks.chain import record
+from benchmarks.chain.long_tasks import BUILDERS, LOOK, Group, drawn, loss_gradient
 from benchmarks.chain.recurrences import METHODS, Recurrences, method
 from gradsplit.budget import Fixed
 from gradsplit.chain import ChainSplitter, Unrolled, gain_penalty
@@ -88,3 +93,33 @@ def test_runs_side_by_side_have_the_gradients_of_the_library(task: str, name: st
         if name == "SGD":
             total = torch.stack([g.square().sum() for g in theirs.values()]).sum().sqrt()
             assert float(norm_R[r]) == pytest.approx(float(total), rel=1e-9)
+
+
+def test_a_group_of_runs_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def group(folder: str) -> Group:
+        options = Namespace(rate=0.01, penalty=2.0, states=tmp_path / folder)
+        return Group("temporal-order", 10, "clip + gain penalty", [0, 1], options)
+
+    with torch.no_grad():
+        whole = group("whole")
+        whole.train(2 * LOOK)
+        group("parts").train(LOOK)
+        rest = group("parts")
+        assert rest.update == LOOK
+        rest.train(2 * LOOK)
+    assert rest.rows == whole.rows and rest.update == whole.update == 2 * LOOK
+    for name, weight in whole.nets.weights.items():
+        assert torch.equal(weight, rest.nets.weights[name])
+
+
+def test_rows_are_kept_as_they_come_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    rows = record.Rows("chain_some", "command 1", ("length", "seed"))
+    assert rows.missing(20, 1)
+    rows.add({"length": 20, "seed": 1, "solved": True})
+    again = record.Rows("chain_some", "command 2", ("length", "seed"))
+    assert not again.missing(20, 1) and again.missing(20, 2)
+    again.add({"length": 20, "seed": 0, "solved": False})
+    data = json.loads((tmp_path / "chain_some.json").read_text())
+    assert data["command"] == "command 2" and [row["seed"] for row in data["rows"]] == [0, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["chain_some.json"]
