@@ -27,9 +27,9 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "fork rule + module limits": (0.3, 1.0, 3.0),
     "loss weight": (0.1, 0.03, 0.01),
     "loss weight + module limits": (0.1, 0.03, 0.01),
-    "guard of the layers alone": (1.0,),
+    "default": (1.0,),
 }
-PLACES = {"fork rule + module limits": "forks", "guard of the layers alone": "layers"}
+PLACES = {"fork rule + module limits": "forks", "default": "auto"}
 
 
 class WeightedBoxes(nn.Module):

@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[str | None, bool, float]] = {
     "fork rule alone": ("forks", False, 1.0),
     "module limits alone": (None, True, 1.0),
     "fork rule at 10 x + module limits": ("forks", True, 10.0),
-    "guard of the layers alone": ("layers", False, 1.0),
+    "default": ("auto", True, 1.0),
     "forks measured": ("forks", False, math.inf),
 }
 VARIANTS = ("balanced heads", "three heads", "a finished head", "a head of weight .01")

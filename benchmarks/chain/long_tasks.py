@@ -2,7 +2,7 @@
 
 50 tanh units, `smart_tanh` initialisation, SGD at rate 0.01, batch 20, limit 1, penalty weight 2; per-step bounds hold
 each step's signal at 0.1. Every method gets the same updates at a length. A run ends when it is solved: less than 1 %
-of 500 fresh sequences wrong (adding: off by 0.04 or more), looked at every 200 updates.
+of 500 fresh sequences wrong (adding: a squared error above 0.04, as in the authors' code), looked at every 200 updates.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 from benchmarks.chain.record import Rows
 from benchmarks.chain.recurrences import METHODS, Recurrences, method
 from gradsplit.workloads.recurrence import (
-    ADDING_TOLERANCE,
     SOLVED_ERROR,
     SequenceTask,
     build_adding,
     build_temporal_order,
 )
 
+ADDING_TOLERANCE = 0.04  # of the squared error; the workload "adding" has the stricter 0.04 of the error itself
 LOOK = 200  # updates between two looks
 BUILDERS = {"temporal-order": build_temporal_order, "adding": build_adding}
 
@@ -38,7 +38,7 @@ def loss_gradient(task: str, out: Tensor, y: Tensor) -> Tensor:
 
 def wrong_share(task: str, out: Tensor, y: Tensor) -> Tensor:
     """Share (R,) of wrong sequences; an output that is not finite is wrong."""
-    right = (out[..., 0] - y).abs() < ADDING_TOLERANCE if task == "adding" else out.argmax(-1) == y
+    right = (out[..., 0] - y).square() <= ADDING_TOLERANCE if task == "adding" else out.argmax(-1) == y
     return 1 - (right & out.isfinite().all(-1)).double().mean(1)
 
 

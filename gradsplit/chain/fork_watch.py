@@ -106,6 +106,11 @@ class ForkWatch:
         self._forks: list[Fork] = []
 
     @property
+    def active(self) -> bool:
+        """Whether any fork is looked for."""
+        return self.automatic or bool(self.declared)
+
+    @property
     def planned(self) -> bool:
         """Whether a forward pass has been read."""
         return self._size is not None

@@ -19,6 +19,7 @@ from gradsplit.chain.signal_guard import SignalGuard
 from gradsplit.chain.splitter_state import JointRow, dump_state, load_state, rows_of
 from gradsplit.chain.structure import carries_signal, tensors_in
 from gradsplit.chain.walk import CallTrace, tracing, untraced
+from gradsplit.rates import follows_gradient
 
 _ALONE = (
     "ChainSplitter bounds a task fork ({forks}) without per-module limits on the parameters. Alone, or with a global "
@@ -35,13 +36,16 @@ class ChainSplitter:
 
     Ordinary joints have a guard: limit = 3 x a running median of the joint's own norm, so that only a sudden
     explosion is bounded. Task forks have the fork rule: limit = the smallest over the branches of a slowly decaying
-    maximum of each branch's norm. Residual adds are never bounded as forks. The statistics live on the signals'
+    maximum of each branch's norm. Residual adds are never bounded as forks. In front of an optimizer whose step does
+    not follow the gradient's size (Adam), "auto" leaves the fork rule and the limits of modules out: there they set
+    the shares of the heads and no more, which costs where nothing explodes. The statistics live on the signals'
     device and are those of this process's part of the batch: under DistributedDataParallel and FSDP2 each rank
     bounds its own signals. Every backward pass is one observation, so accumulated micro-batches count one by one.
 
     Args:
         model: the module to control; DDP wrappers are seen through.
-        at: "auto" (task forks and layers), "forks", "layers", or names of modules whose outputs are guarded.
+        at: "auto" (layers, and task forks unless attached to an optimizer as Adam), "forks", "layers", or names of
+            modules whose outputs are guarded.
         budget: limits of ordinary joints from their own norms; None: `RunningMedian(3.0)`; with inf it measures only.
         forks: modules whose output is a task fork, declared where the structure does not show it.
         parameters: what bounds the parameters beside a task fork: "modules" (`total` / sqrt(number of
@@ -92,6 +96,7 @@ class ChainSplitter:
         else:
             self.names = checked_names(self.model, at, f"ChainSplitter(at={list(at)!r})")
         declared = checked_names(self.model, forks, f"ChainSplitter(forks={list(forks)!r})")
+        self.at = at if isinstance(at, str) else "names"
         zero = on_nonfinite == "zero"
         self.guard = SignalGuard(budget or RunningMedian(), per_sample, steps, zero)
         self.watch = ForkWatch(declared, at in ("auto", "forks"), per_sample, zero)
@@ -109,6 +114,8 @@ class ChainSplitter:
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> ChainSplitter:
         """Set the hooks; with an optimizer, also bound the parameters by module before each of its steps.
 
+        The optimizer decides whether "auto" bounds task forks: under SGD it does, under Adam it does not.
+
         Returns:
             This splitter: `.remove()` takes everything off again.
 
@@ -121,10 +128,12 @@ class ChainSplitter:
             )
         self._generation += 1
         self.guard.new_pass()
+        if self.at == "auto":
+            self.watch.automatic = optimizer is None or follows_gradient(optimizer)
         modules = dict(self.model.named_modules())
         for name in dict.fromkeys([*self.names, *self.watch.declared]):
             self._handles.append(modules[name].register_forward_hook(untraced(self._output_hook(name))))
-        if self.watch.automatic or self.watch.declared:
+        if self.watch.active:
             self._tracing = tracing(self.model)
             self._trace = self._tracing.__enter__()
         self._handles.append(self.model.register_forward_pre_hook(untraced(self._start)))
@@ -151,7 +160,7 @@ class ChainSplitter:
     def bound_parameters(self) -> None:
         """Bound the parameters' gradients by module if a task fork is bounded and `parameters="modules"`."""
         self._unbounded = 0
-        if self.watch.memories and self.parameters == "modules":
+        if self.watch.active and self.watch.memories and self.parameters == "modules":
             if not self._asked_for_kernel:
                 self._kernel, self._asked_for_kernel = kernel_over_ranks(self.owners.values()), True
             self.module_norms = bound_modules(self.owners.values(), self.total, self._kernel)
@@ -198,7 +207,7 @@ class ChainSplitter:
             self._trace.calls.clear()
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or not (self.watch.automatic or self.watch.declared):
+        if not torch.is_grad_enabled() or not self.watch.active:
             return
         outputs = [tensor for _, tensor in tensors_in(output) if carries_signal(tensor)]
         if not outputs:

@@ -41,7 +41,7 @@ def find(evidence: Evidence) -> list[Finding]:
                 f"{strong} drowns the trunk: {share:.1%} of the signal at {fork.module} comes from it",
                 f"signals at {fork.module}: {shares}; {where}",
                 f"a loss weight of {weight:.2g} (1/{1 / weight:.0f}) on its loss would equalise the heads; "
-                "gs.ChainSplitter does it without a weight, with per-module limits on the parameters",
+                'gs.ChainSplitter(model, at="forks") does it without a weight, with limits on the modules',
                 max(0.0, 0.8 * excess),
             )
         )

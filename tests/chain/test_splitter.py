@@ -231,6 +231,28 @@ def test_module_limits_come_with_a_fork() -> None:
     assert float(chain.module_norms.amax()) > 1
 
 
+@pytest.mark.parametrize("at, bounded", [("auto", False), ("forks", True), ("layers", False)])
+def test_in_front_of_adam_task_forks_are_bounded_only_if_asked_for(at: str, bounded: bool) -> None:
+    torch.manual_seed(0)
+    model, x = TwoHeads().double(), torch.randn(6, 4).double()
+    chain = ChainSplitter(model, at=at)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # a splitter that has bounded forks before, and their modules, keeps nothing of that under Adam
+        for optimizer in (torch.optim.SGD(model.parameters(), lr=0.0), torch.optim.AdamW(model.parameters(), lr=0.0)):
+            chain.attach(optimizer)
+            for _ in range(3):
+                optimizer.zero_grad()
+                two(1e4)(model, x).backward()
+                before = [p.grad.clone() for p in model.parameters()]
+                optimizer.step()
+            chain.remove()
+    counts = {row.name: row.bounded for row in chain.rows() if row.role == "task"}
+    assert ("trunk.2->box" in counts) == (at != "layers")
+    assert max(counts.values(), default=0) == {"auto": 3, "forks": 6, "layers": 0}[at]
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True)) != bounded
+
+
 def test_closures_are_bounded_after_their_backward_pass() -> None:
     model, x = TwoHeads().double(), torch.randn(6, 4).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
