@@ -56,16 +56,21 @@ def square_entries(work, *arguments):
 
 
 @_reduced
-def _add_eight_rows(memory, start, step, length, columns):
-    """Add the squares of eight rows to the columns, which are then read and written once instead of eight times."""
+def _eight_squares(memory, at, step):
+    """The sum of the squares of an element and of seven below it."""
+    x0, x1 = np.float64(load(memory, at)), np.float64(load(memory, at + step))
+    x2, x3 = np.float64(load(memory, at + 2 * step)), np.float64(load(memory, at + 3 * step))
+    x4, x5 = np.float64(load(memory, at + 4 * step)), np.float64(load(memory, at + 5 * step))
+    x6, x7 = np.float64(load(memory, at + 6 * step)), np.float64(load(memory, at + 7 * step))
+    return ((x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3)) + ((x4 * x4 + x5 * x5) + (x6 * x6 + x7 * x7))
+
+
+@_reduced
+def _add_rows(memory, start, step, length, columns):
+    """Add the squares of sixteen rows to the columns, which are then read and written once instead of sixteen times."""
     for j in range(length):
-        at = start + j
-        x0, x1 = np.float64(load(memory, at)), np.float64(load(memory, at + step))
-        x2, x3 = np.float64(load(memory, at + 2 * step)), np.float64(load(memory, at + 3 * step))
-        x4, x5 = np.float64(load(memory, at + 4 * step)), np.float64(load(memory, at + 5 * step))
-        x6, x7 = np.float64(load(memory, at + 6 * step)), np.float64(load(memory, at + 7 * step))
-        upper, lower = (x0 * x0 + x1 * x1) + (x2 * x2 + x3 * x3), (x4 * x4 + x5 * x5) + (x6 * x6 + x7 * x7)
-        store(columns, j, load(columns, j) + (upper + lower))
+        upper = _eight_squares(memory, start + j, step)
+        store(columns, j, load(columns, j) + (upper + _eight_squares(memory, start + j + 8 * step, step)))
 
 
 @_reduced
@@ -84,9 +89,9 @@ def _square_bands(c, worker, kind, bands, chunks, stops, bases, slots, columns_W
         cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
         memory = pointer(bases[bands[d, 0]], kind)
         sums[:length] = 0.0
-        whole = rows - rows % 8
-        for r in range(0, whole, 8):
-            _add_eight_rows(memory, offset + r * row_step, row_step, length, columns)
+        whole = rows - rows % 16
+        for r in range(0, whole, 16):
+            _add_rows(memory, offset + r * row_step, row_step, length, columns)
         for r in range(whole, rows):
             _add_row(memory, offset + r * row_step, length, columns)
         lo = 0

@@ -172,6 +172,14 @@ def test_from_several_threads_at_once():
     assert len(found) == 4 and all(torch.equal(one, found[0]) for one in found)
 
 
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 49])
+def test_columns_add_up_however_many_rows_there_are(rows):
+    plan = gs.xsp(gs.Layout.from_shapes({"w": (rows, 40)}), parts=20, axis=1)
+    gradient = torch.randn(rows, 40)
+    squares = NumbaKernel(plan, CPU).squares([gradient])
+    torch.testing.assert_close(squares, gradient.double().square().sum(0).reshape(20, 2).sum(1))
+
+
 def test_auto_takes_it_on_the_cpu():
     model = torch.nn.Linear(3, 2)
     assert gs.GradientSplitter(model, budget=gs.Fixed(1.0)).kernel.name == "numba"
