@@ -220,7 +220,7 @@ def _alarm(model: nn.Module) -> float:
 
 def _distance(model: nn.Module) -> float:
     """Length of this rank's weights less the first rank's, over the length of these."""
-    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+    mine = torch.cat([p.detach().flatten() for p in model.parameters()]).double()  # 1e30 has a square
     first = mine.clone()
     dist.broadcast(first, 0)
     return 0.0 if torch.equal(mine, first) else float((mine - first).norm() / first.norm())

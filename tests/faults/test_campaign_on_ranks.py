@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -147,6 +148,17 @@ def test_what_the_page_says_of_one_nan_on_one_rank_holds():
         if cell["method"] != "skip":
             assert max(cell["apart"]) < 0.01 and max(map(abs, cell["change_percent"])) < 1
             assert set(cell["steps_lost"]) == {0}
+
+
+def test_what_the_page_says_of_a_whole_copy_holds():
+    held = json.loads(RANKS_SUMMARY.read_text(encoding="utf8"))["cells"]
+    cells = [cell for cell in held if cell["fault"] == "nan in all of the rank" and cell["place"] == "after"]
+    renewed = [cell for cell in cells if cell["method"] == "splitter + broadcast"]
+    assert len(renewed) == 3
+    assert all(abs(median(cell["change_percent"])) < 1 and not any(cell["apart"]) for cell in renewed)
+    by = {(cell["workload"], cell["method"]): median(cell["change_percent"]) for cell in cells if not cell["dead"]}
+    assert by["recurrence", "splitter"] > by["recurrence", "skip"] > 1
+    assert by["detection", "splitter"] > by["detection", "skip"] > 1
 
 
 def test_the_sums_are_those_of_the_ranks_raw_file():
