@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.chain.record import RESULTS, middle, save
+from benchmarks.chain.record import RESULTS, conditions, middle, save
 from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
 from gradsplit.chain.splitter import ChainSplitter
 from gradsplit.workloads.detection import build_detection
@@ -94,11 +94,16 @@ def main(arguments: list[str]) -> None:
     command = f"OMP_NUM_THREADS=1 python benchmarks/chain_tasks.py detector --optimizer {options.optimizer}"
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {"grid": [], "fresh": []}
-    grid, fresh = known["grid"], known["fresh"]
+    grid, fresh, earlier = known["grid"], known["fresh"], known.get("earlier", [])
+    before, now = known.get("conditions"), conditions()
+    if before and any(before[key] != now[key] for key in ("date", "cpu")):
+        told = {method for entry in earlier for method in entry["methods"]}
+        methods = [method for method in dict.fromkeys(cell["method"] for cell in grid) if method not in told]
+        earlier.append({"date": before["date"], "cpu": before["cpu"], "methods": methods})
 
     def keep() -> Path:
         facts = {key: value for key, value in vars(options).items() if key != "only"}
-        return save(name, command, {"options": facts, "grid": grid, "fresh": fresh})
+        return save(name, command, {"options": facts, "earlier": earlier, "grid": grid, "fresh": fresh})
 
     def scores(method: str, rate: float, strength: float, seed: int) -> dict:
         return train(method, options.optimizer, rate, strength, seed, options.steps, options.variant)

@@ -27,8 +27,9 @@ def load(name: str) -> dict[str, Any] | None:
 def source(name: str, data: dict[str, Any]) -> str:
     """Where the numbers are from."""
     where = data["conditions"]
+    before = "".join(f" ({', '.join(e['methods'])}: {e['date']}, {e['cpu']})" for e in data.get("earlier", []))
     link = f"[{name}.json](../benchmarks/results/{name}.json)"
-    return f"{where['date']}, {where['cpu']}, one thread, `{data['command']}`, {link}."
+    return f"{where['date']}, {where['cpu']}{before}, one thread, `{data['command']}`, {link}."
 
 
 def detector() -> list[str]:
