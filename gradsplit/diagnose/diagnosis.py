@@ -36,7 +36,8 @@ class Diagnosis:
 
     def text(self, limit: int = 10) -> str:
         """The findings as numbered paragraphs; then loss weights for several heads, and the notes."""
-        lines = [f"loss {self.loss:.4g}, {len(self.findings)} findings"]
+        count = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
+        lines = [f"loss {self.loss:.4g}, {count}"]
         for number, finding in enumerate(self.findings[:limit], 1):
             lines.append(f"{number}. [{finding.kind}] {finding.text()}")
         if len(self.findings) > limit:

@@ -32,5 +32,6 @@ def diagnosis_page(found: Mapping[str, Any], chain: Chain, evidence: Mapping[str
         Section("What is wrong", "Worst first.", [table if rows else nothing, *notes]),
         Section("The chain", "From the loss down: what each factor makes of the signal.", [chain_figure(chain)]),
     ]
-    lead = f"Loss {chain.loss:.4g} on one batch, {len(rows)} findings."
+    found_here = "1 finding" if len(rows) == 1 else f"{len(rows)} findings"
+    lead = f"Loss {chain.loss:.4g} on one batch, {found_here}."
     return page("gradsplit: diagnosis", lead, sections, evidence)

@@ -6,6 +6,7 @@ page(title, lead, [Section("heading", "one sentence", [html, figure])], evidence
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,8 @@ def html_table(
 
     >>> html_table(["a"], [["<b>"]], head=False)
     '<div class="wide"><table><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table></div>'
+    >>> html_table(["a"], [["0.1.0"], ["70.4 %"]], head=False).count("class=num")
+    1
     """
     strong = set(bold)
     top = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
@@ -104,8 +107,12 @@ def figure_html(figure: go.Figure, *, height: int | None = None) -> str:
     return f'<div class="figure">{made}</div>'
 
 
+_ONE = r"[<–-]*\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ?%| [a-zA-Z]{1,5})?"  # with a unit, if any
+_NUMBER = re.compile(rf"{_ONE}(( to | – | of |, | -> ){_ONE})*")
+
+
 def _is_number(cell: str) -> bool:
-    return cell in ("–", "", "never") or cell.lstrip("<–-")[:1].isdigit()
+    return cell in ("–", "", "never") or _NUMBER.fullmatch(cell) is not None
 
 
 def _flat(value: Any) -> str:
