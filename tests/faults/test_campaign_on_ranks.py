@@ -155,10 +155,24 @@ def test_what_the_page_says_of_a_whole_copy_holds():
     cells = [cell for cell in held if cell["fault"] == "nan in all of the rank" and cell["place"] == "after"]
     renewed = [cell for cell in cells if cell["method"] == "splitter + broadcast"]
     assert len(renewed) == 3
-    assert all(abs(median(cell["change_percent"])) < 1 and not any(cell["apart"]) for cell in renewed)
+    assert all(abs(median(cell["change_percent"])) < 1.5 and not any(cell["apart"]) for cell in renewed)
     by = {(cell["workload"], cell["method"]): median(cell["change_percent"]) for cell in cells if not cell["dead"]}
     assert by["recurrence", "splitter"] > by["recurrence", "skip"] > 1
     assert by["detection", "splitter"] > by["detection", "skip"] > 1
+
+
+def test_what_the_page_says_of_large_values_on_one_rank_holds():
+    held = json.loads(RANKS_SUMMARY.read_text(encoding="utf8"))["cells"]
+    by = {
+        (cell["workload"], cell["method"]): median(cell["change_percent"])
+        for cell in held
+        if (cell["fault"], cell["place"], cell["rate"]) == ("3e38 in all of the rank", "before", 0.05)
+        and cell["seeds"] == 3
+        and not cell["dead"]
+    }
+    for workload in ("text", "recurrence"):
+        assert 11 < by[workload, "splitter"] < 12
+        assert 5 < by[workload, "splitter before"] < 7.5
 
 
 def test_the_sums_are_those_of_the_ranks_raw_file():
