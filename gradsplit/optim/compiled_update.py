@@ -15,7 +15,19 @@ from .parameter_memory import ParameterMemory
 from .planned import Planned
 from .reference_update import ReferenceUpdate
 
-__all__ = ["CompiledUpdate"]
+__all__ = ["NUMBERS", "CompiledUpdate"]
+
+NUMBERS = (
+    "1 - beta1",
+    "beta2",
+    "1 - beta2",
+    "lr / bias1",
+    "1 / sqrt(bias2)",
+    "eps",
+    "lr decay",
+    "sign of gradient",
+)
+"""What each tensor's row of ``numbers`` holds in the compiled loops, Numba's and Triton's."""
 
 
 class CompiledUpdate(ABC):

@@ -183,7 +183,7 @@ def _call(loop: Any, dtype: torch.dtype, table: Lowered, *arguments: Any) -> Cal
 
 
 def _numbers(states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
-    """The constants of each tensor's step, columns `loops.NUMBERS`."""
+    """The constants of each tensor's step, columns `compiled_update.NUMBERS`."""
     counts = torch.stack([state.get("step", _NONE) for state in states]).tolist()
     keys = list(zip(map(id, groups), counts, strict=True))
     group_of = dict(zip(keys, groups, strict=True))

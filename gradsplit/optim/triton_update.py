@@ -20,7 +20,7 @@ from ..kernels.walkable import bump_versions, warn_of_fallback
 from ..plan import Plan
 from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
 from . import triton_update_loops as loops
-from .compiled_update import CompiledUpdate
+from .compiled_update import NUMBERS, CompiledUpdate
 from .planned import Planned
 
 __all__ = ["LONGEST", "TritonUpdate"]
@@ -74,7 +74,7 @@ class TritonUpdate(CompiledUpdate):
         for dtype, table in tables:
             program[(len(table),)](
                 *(table, addresses, numbers, self._lines, caps, squares, weights, len(groups)),
-                *(loops.COLUMNS, len(loops.NUMBERS), len(self._lines), len(caps), *_KINDS[dtype], loops.BLOCK),
+                *(loops.COLUMNS, len(NUMBERS), len(self._lines), len(caps), *_KINDS[dtype], loops.BLOCK),
             )
         self._measured, self._decision = (squares, weights), None
         bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
@@ -117,7 +117,7 @@ class TritonUpdate(CompiledUpdate):
     def _numbers(
         self, gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]
     ) -> Tensor:
-        """The constants of each tensor's step, columns `loops.NUMBERS`; counters and rates may live on the device."""
+        """The constants of each tensor's step, columns `NUMBERS`; counters and rates may live on the device."""
         counters = [state["step"] for g, state in zip(gradients, states, strict=True) if g is not None]
         if len({counter.device for counter in counters}) > 1:
             counters = [counter.to(self._device) for counter in counters]

@@ -4,7 +4,8 @@
 ``table`` has a row of `COLUMNS` numbers a bin: tensor, bin, place among its tensor's bins, start, size, length of a
 row, step from row to row. ``addresses`` (4, T) are those of weights, gradient, first moment, and second moment
 (element-wise, or the tensor's float32 values a bin); ``numbers`` (T, 8) each tensor's constants of this step, see
-`NUMBERS`; ``lines`` and ``caps`` (J, 3, T) the limits on gradient and update, as `line_table` makes them.
+`compiled_update.NUMBERS`; ``lines`` and ``caps`` (J, 3, T) the limits on gradient and update, from
+`line_table`.
 
 The gradient is entered into its moments twice, to measure the update and to write it: so half-precision moments are
 rounded when they are stored, not before they are used, and nothing has to be kept between the two.
@@ -15,22 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "COLUMNS", "NUMBERS", "one_pass_bin", "one_pass_element"]
+__all__ = ["BLOCK", "COLUMNS", "one_pass_bin", "one_pass_element"]
 
 BLOCK = 1024
 COLUMNS = 7
-
-NUMBERS = (
-    "1 - beta1",
-    "beta2",
-    "1 - beta2",
-    "lr / bias1",
-    "1 / sqrt(bias2)",
-    "eps",
-    "lr decay",
-    "sign of gradient",
-)
-"""The columns of ``numbers``."""
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 """Compiled loops of GSO's update, each a function of one chunk of the tables and one that shares out the chunks.
 
 ``bases`` (4, T) are the addresses of weights, gradient, first moment, and second moment (element-wise, or the tensor's
-float32 values a bin). ``numbers`` (T, 8) are each tensor's constants of this step, see `NUMBERS`; ``lines`` and
-``caps`` (J, 3, T) its limits on the gradient and on the update, as `bound_entries` takes them.
+float32 values a bin). ``numbers`` (T, 8) are each tensor's constants of this step, see `compiled_update.NUMBERS`;
+``lines`` and ``caps`` (J, 3, T) its limits on the gradient and on the update, as `bound_entries` takes them.
 
 `one_pass` sees a bin once: its rows stay in cache while gradient and weights are measured, the gradient is bounded and
 entered into the moments, the update's length is taken, bounded and applied. The others work element by element after
@@ -37,18 +37,6 @@ from .update_rows import (
 
 __all__ = ["learn_bins", "moments_bin", "moments_element", "one_pass_bin", "one_pass_element", "update_bin"]
 __all__ += ["update_element", "write_bin", "write_element"]
-
-NUMBERS = (
-    "1 - beta1",
-    "beta2",
-    "1 - beta2",
-    "lr / bias1",
-    "1 / sqrt(bias2)",
-    "eps",
-    "lr decay",
-    "sign of gradient",
-)
-"""The columns of ``numbers``."""
 
 _plain = compiled()
 

@@ -19,10 +19,11 @@ import triton.language as tl, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gradsplit.optim import triton_update_loops as loops
+from gradsplit.optim.compiled_update import NUMBERS
 for program, kind, bounds in ((loops.one_pass_element, tl.bfloat16, 2), (loops.one_pass_bin, tl.float32, 0)):
     names = program.arg_names
     types = {name: "*i64" if name in ("table", "addresses") else "*fp64" for name in names[:7]}
-    numbers = (loops.COLUMNS, len(loops.NUMBERS), bounds, bounds, kind, tl.float32, loops.BLOCK)
+    numbers = (loops.COLUMNS, len(NUMBERS), bounds, bounds, kind, tl.float32, loops.BLOCK)
     constants = {(8 + i,): number for i, number in enumerate(numbers)}
     types |= {"num_tensors": "i32", **{name: "constexpr" for name in names[8:]}}
     made = triton.compile(ASTSource(program, types, constexprs=constants), target=GPUTarget("cuda", 80, 32))
