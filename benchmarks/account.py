@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradsplit.record import RunFile
-from gradsplit.report.run_account import Account, account_of
-from gradsplit.run.session import Session
-from gradsplit.run.settings import Settings
-from gradsplit.workloads.registry import REGISTRY
+from gradsplit.lab.registry import REGISTRY
+from gradsplit.watch.record import RunFile
+from gradsplit.watch.report.account import Account, account_of
+from gradsplit.watch.run.session import Session
+from gradsplit.watch.run.settings import Settings
 
 STEPS = 60
 EARLIEST = 12  # a tensor needs a history before it can leave it

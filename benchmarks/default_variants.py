@@ -25,14 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import gradsplit as gs
+from gradsplit.lab.controls import Split, Tally, train
+from gradsplit.lab.evidence import conditions
+from gradsplit.lab.methods import Method
+from gradsplit.lab.optimizers import Settings
+from gradsplit.lab.registry import workload
 from gradsplit.plan import Boxes, Layout, Plan, xsp
-from gradsplit.workloads.controls import Split
-from gradsplit.workloads.evidence import conditions
-from gradsplit.workloads.methods import Method
-from gradsplit.workloads.optimizers import Settings
-from gradsplit.workloads.registry import workload
-from gradsplit.workloads.tally import Tally
-from gradsplit.workloads.train import train
 
 RESULTS = Path(__file__).parent / "results"
 OUT = RESULTS / "default-variants.json"

@@ -97,7 +97,7 @@ def run(name: str, first_seed: int, cases: int) -> dict[str, Any]:
 
 def save(place: Path, counts: dict[str, Any]) -> None:
     """Enter the counts; targets that were run alone take the place of their older counts."""
-    from gradsplit.workloads.evidence import conditions
+    from gradsplit.lab.evidence import conditions
 
     held = json.loads(place.read_text(encoding="utf8"))["targets"] if place.is_file() else {}
     at = conditions()

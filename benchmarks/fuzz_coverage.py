@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import atheris
 
-with atheris.instrument_imports(include=["gradsplit.record", "gradsplit.checkpoint", "gradsplit.report"]):
+with atheris.instrument_imports(include=["gradsplit.watch.record", "gradsplit.resume", "gradsplit.watch.report"]):
     from benchmarks.fuzz.checkpoints import FORMATS, sound_checkpoint
     from benchmarks.fuzz.run_files import read_whole, sound_file
     from benchmarks.fuzz.verdict import outcome
-    from gradsplit.checkpoint.checkpoint import read_tree
+    from gradsplit.resume.checkpoint import read_tree
 
 FOLDER = tempfile.TemporaryDirectory()
 PLACE = Path(FOLDER.name) / "input"

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import gradsplit as gs
 from gradsplit.budget import DEFAULT_OF_GSO
-from gradsplit.workloads.evidence import conditions
-from gradsplit.workloads.optimizers import Settings, make_schedule
-from gradsplit.workloads.registry import workload
+from gradsplit.lab.evidence import conditions
+from gradsplit.lab.optimizers import Settings, make_schedule
+from gradsplit.lab.registry import workload
 
 OUT = Path(__file__).parent / "results" / "gso-hot-stack.json"
 SEED, POINTS = 1000, 10

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import gradsplit as gs
-from gradsplit.workloads.registry import REGISTRY
+from gradsplit.lab.registry import REGISTRY
 
 EVERY = 100
 

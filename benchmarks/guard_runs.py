@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import gradsplit as gs
-from gradsplit.workloads.optimizers import Settings, make_optimizer
-from gradsplit.workloads.registry import REGISTRY
+from gradsplit.lab.optimizers import Settings, make_optimizer
+from gradsplit.lab.registry import REGISTRY
 
 HEALTHY = {
     "gpt": ("adamw", 3e-3),

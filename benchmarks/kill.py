@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
-from gradsplit.record import Recorder, RunFile, RunWriter
+from gradsplit.watch.record import Recorder, RunFile, RunWriter
 
 EPOCHS, BATCHES, CHECKPOINT_EVERY, FLUSH_EVERY = 4, 25, 3, 2
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from gradsplit.run.session import Session
-from gradsplit.run.settings import Settings
-from gradsplit.workloads.registry import REGISTRY
+from gradsplit.lab.registry import REGISTRY
+from gradsplit.watch.run.session import Session
+from gradsplit.watch.run.settings import Settings
 
 OPTIONS = {"layers": 13, "width": 384, "heads": 6, "context": 128, "batch": 2}
 

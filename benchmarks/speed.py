@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from gradsplit.cli.speed.figures import RATE, Figure
-from gradsplit.cli.speed.layouts import LAYOUTS, parameters_of
-from gradsplit.cli.speed.pairs import in_turn
-from gradsplit.cli.speed.session import measure, show, write
+from gradsplit.lab.speed.figures import LAYOUTS, RATE, Figure, parameters_of
+from gradsplit.lab.speed.pairs import in_turn
+from gradsplit.lab.speed.session import measure, show, write
 
 ROOT = Path(__file__).resolve().parents[1]
 

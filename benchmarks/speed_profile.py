@@ -23,11 +23,10 @@ import torch
 
 import gradsplit as gs
 from gradsplit.budget import Ledger
-from gradsplit.cli.speed.figures import RATE
-from gradsplit.cli.speed.layouts import LAYOUTS, parameters_of
-from gradsplit.cli.speed.session import conditions
 from gradsplit.kernels import numba_cpu
-from gradsplit.optim import fused_update
+from gradsplit.lab.speed.figures import LAYOUTS, RATE, parameters_of
+from gradsplit.lab.speed.session import conditions
+from gradsplit.optim.updates import numba_cpu as fused_update
 
 TWO_PASSES = {"bin": gs.Ema(1.5), "root": gs.Fixed(1e9)}
 PROGRAMS: dict[str, tuple[int, int, Callable[[Any], Callable[[], object]]]] = {

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from gradsplit.integrations.accelerate import split_gradients
-from gradsplit.workloads.registry import workload
+from gradsplit.lab.registry import workload
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradsplit as gs
-from gradsplit.workloads.registry import workload
+from gradsplit.lab.registry import workload
 
 
 def main() -> None:

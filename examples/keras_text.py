@@ -17,7 +17,7 @@ import numpy as np
 from keras import layers, ops
 
 from gradsplit.integrations.keras import GSO, SplitCallback
-from gradsplit.workloads.corpus import load_corpus
+from gradsplit.lab.text import load_corpus
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 64, 4, 64, 16
 HELD_OUT = 128

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gradsplit.integrations.lightning import GradientSplitting
-from gradsplit.workloads.registry import workload
-from gradsplit.workloads.task import Task
+from gradsplit.lab.registry import workload
+from gradsplit.lab.task import Task
 
 
 class Batches(Dataset):

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 
 import gradsplit as gs
-from gradsplit.workloads.registry import workload
+from gradsplit.lab.registry import workload
 
 
 class Scaler:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import gradsplit as gs
-from gradsplit.workloads.registry import workload
-from gradsplit.workloads.task import Task
+from gradsplit.lab.registry import workload
+from gradsplit.lab.task import Task
 
 
 class Trainer:

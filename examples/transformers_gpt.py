@@ -20,8 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import gradsplit as gs
 from gradsplit.integrations.transformers import GradientSplitting
-from gradsplit.workloads.registry import workload
-from gradsplit.workloads.task import Task
+from gradsplit.lab.registry import workload
+from gradsplit.lab.task import Task
 
 
 class Batches(IterableDataset):

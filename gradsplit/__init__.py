@@ -23,13 +23,7 @@ if TYPE_CHECKING:
     from .chain import gain_penalty as gain_penalty
     from .chain import gradient_chain as gradient_chain
     from .chain import joints as joints
-    from .checkpoint import Batches as Batches
-    from .checkpoint import CheckpointError as CheckpointError
-    from .checkpoint import load_checkpoint as load_checkpoint
-    from .checkpoint import save_checkpoint as save_checkpoint
     from .diagnose import diagnose as diagnose
-    from .guard import DivergenceError as DivergenceError
-    from .guard import Guard as Guard
     from .ladder import Ladder as Ladder
     from .ladder import taylor_ladder as taylor_ladder
     from .optim import GSO as GSO
@@ -41,8 +35,14 @@ if TYPE_CHECKING:
     from .plan import tree_sp as tree_sp
     from .plan import whole as whole
     from .plan import xsp as xsp
-    from .record import StepRecord as StepRecord
+    from .resume import Batches as Batches
+    from .resume import CheckpointError as CheckpointError
+    from .resume import DivergenceError as DivergenceError
+    from .resume import Guard as Guard
+    from .resume import load_checkpoint as load_checkpoint
+    from .resume import save_checkpoint as save_checkpoint
     from .splitter import GradientSplitter as GradientSplitter
+    from .splitter import StepRecord as StepRecord
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "plan": ("Layout", "Plan", "layout_of", "lbf", "per_tensor", "tree_sp", "whole", "xsp"),
@@ -50,14 +50,15 @@ _NAMES: dict[str, tuple[str, ...]] = {
         *("Budget", "Decision", "Ema", "Fixed", "Outcome", "Percentile", "Relative", "RelativeStep", "ZScore"),
         "project",
     ),
-    "record": ("StepRecord",),
-    "splitter": ("GradientSplitter",),
+    "splitter": ("GradientSplitter", "StepRecord"),
     "optim": ("GSO",),
     "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
     "diagnose": ("diagnose",),
     "ladder": ("Ladder", "taylor_ladder"),
-    "checkpoint": ("Batches", "CheckpointError", "load_checkpoint", "save_checkpoint"),
-    "guard": ("DivergenceError", "Guard"),
+    "resume": (
+        *("Batches", "CheckpointError", "DivergenceError", "Guard"),
+        *("load_checkpoint", "save_checkpoint"),
+    ),
 }
 """Module -> the public names it defines; a module is imported when one of its names is first used."""
 

@@ -2,27 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .amp import Scaling
-from .attach import Handle, attach_to
-from .bounding import Bounding
-from .budget import DEFAULT_OF_SPLITTER, Decision, RelativeStep, budgets_by_level, make_ledger
-from .distributed import adder, kernel_for
+from .budget import DEFAULT_OF_SPLITTER, Decision, Outcome, RelativeStep, budgets_by_level, make_ledger
+from .distributed import adder, kernel_for, local_of, whole_of
+from .hooks import Handle, attach_to
 from .kernels import make_kernel
-from .kernels.gradients import gradients_of
-from .plan import Layout, Plan, layout_of, make_plan, named_trainable, one_device
+from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Rates, follows_gradient
-from .record import StepRecord
-from .saved_state import check_state
-from .thawed import Thawed
+from .split import Bounding, check_state
 from .update_cap import UpdateCap
 
-__all__ = ["GradientSplitter"]
+__all__ = ["gradients_of", "Thawed", "BinReport", "StepRecord", "GradientSplitter", "calibrate"]
+
+
+def gradients_of(
+    names: Sequence[str], parameters: Sequence[Tensor], *, call: str = "GradientSplitter.step()"
+) -> list[Tensor | None]:
+    """Return the gradients in the layout's order; sparse ones coalesced, so that every stored row is there once.
+
+    Raises:
+        ValueError: a gradient that is neither dense nor made of stored rows; names the parameter.
+
+    Warns:
+        UserWarning: no parameter has a gradient.
+    """
+    for name, parameter in zip(names, parameters, strict=True):
+        gradient = parameter.grad
+        if gradient is None or gradient.layout == torch.strided:
+            continue
+        if not gradient.is_sparse or gradient.sparse_dim() != 1:
+            raise ValueError(
+                f"{call}: expected a dense gradient or one of stored rows, got {gradient.layout} of shape "
+                f"{tuple(gradient.shape)} at {name!r}. Set parameter.grad = parameter.grad.to_dense() first."
+            )
+        if not gradient.is_coalesced():
+            parameter.grad = gradient.coalesce()
+    gradients = [parameter.grad for parameter in parameters]
+    if all(gradient is None for gradient in gradients):
+        warnings.warn(
+            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad().",
+            UserWarning,
+            stacklevel=4,
+        )
+    return gradients
+
+
+class Thawed:
+    """Warn of parameters that were frozen at first and have a gradient now; a plan does not grow.
+
+    Args:
+        model: whose frozen parameters are watched; pairs (name, parameter) are taken as all that is meant.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> thawed = Thawed(model.requires_grad_(False))
+    >>> model.requires_grad_(True)(torch.ones(1, 2)).sum().backward()
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     thawed.look(call="step()")
+    >>> str(told[0].message)[:35]
+    'step(): weight, bias had requires_g'
+    """
+
+    def __init__(self, model: Any) -> None:
+        named = model.named_parameters() if hasattr(model, "named_parameters") else ()
+        self._frozen: list[tuple[str, Tensor]] = [(name, p) for name, p in named if not p.requires_grad]
+
+    def look(self, *, call: str) -> None:
+        """Name what trains without a bound, each parameter once.
+
+        Warns:
+            UserWarning: a parameter that was frozen when the splitter was made has a gradient.
+        """
+        if not self._frozen or torch.compiler.is_compiling():
+            return
+        names = [name for name, parameter in self._frozen if parameter.grad is not None]
+        if names:
+            self._frozen = [pair for pair in self._frozen if pair[0] not in names]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"{call}: {', '.join(names[:3])}{more} had requires_grad=False when the splitter was made and trains "
+                "now: no limit holds there. Make the splitter while all that will ever train is trainable, then "
+                "freeze; or make a new one now.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+class BinReport(NamedTuple):
+    """One bin of a step, on the host.
+
+    Attributes:
+        name: tensor and block.
+        norm: L2 norm before, gradient units; inf or nan where the gradient was not finite.
+        norm_after: L2 norm after.
+        limit: the bin's own limit; inf where only an ancestor is bounded.
+        outcome: KEPT, SCALED or ZEROED.
+    """
+
+    name: str
+    norm: float
+    norm_after: float
+    limit: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The record of one step. Nothing here waits for the device but `worst` and printing.
+
+    Attributes:
+        step: counted from 0.
+        squares_B: (B,) sums of squares as measured.
+        decision: limits, scales and outcomes.
+    """
+
+    step: int
+    squares_B: Tensor
+    decision: Decision
+
+    @property
+    def plan(self) -> Plan:
+        """The plan whose bins these are."""
+        return self.decision.plan
+
+    @property
+    def norm_B(self) -> Tensor:
+        """(B,) L2 norms as measured, gradient units; not finite where an entry was not."""
+        return torch.sqrt(self.squares_B)
+
+    def norm_after_B(self) -> Tensor:
+        """(B,) L2 norms after control; 0 for a zeroed bin."""
+        return self.decision.norm_B * self.decision.scale_B
+
+    def total_norm(self) -> Tensor:
+        """The norm of the whole gradient as measured, 0-d: what `clip_grad_norm_` returns."""
+        return torch.sqrt(self.squares_B.sum())
+
+    def worst(self, k: int = 5) -> list[BinReport]:
+        """Return the k bins that were touched hardest: zeroed ones first, then by falling scale, then by norm."""
+        decision = self.decision
+        norm, scale = self.norm_B.cpu(), decision.scale_B.cpu()
+        after, limit, outcome = self.norm_after_B().cpu(), decision.limit_B.cpu(), decision.outcome_B.cpu()
+        order = torch.argsort(norm.nan_to_num(nan=float("inf")), descending=True, stable=True)
+        order = order[torch.argsort(scale[order] - (outcome[order] == Outcome.ZEROED).to(scale.dtype), stable=True)]
+        return [
+            BinReport(
+                self.plan.bins[b].name,
+                float(norm[b]),
+                float(after[b]),
+                float(limit[b]),
+                Outcome(int(outcome[b])),
+            )
+            for b in order[:k].tolist()
+        ]
+
+    def __str__(self) -> str:
+        """Say how many bins were touched and name the worst."""
+        outcome = self.decision.outcome_B
+        scaled, zeroed = int((outcome == Outcome.SCALED).sum()), int((outcome == Outcome.ZEROED).sum())
+        worst = ", ".join(f"{r.name} {r.norm:.3g} -> {r.norm_after:.3g}" for r in self.worst(3))
+        return f"step {self.step}: {scaled} of {self.plan.num_bins} bins scaled, {zeroed} zeroed; worst: {worst}"
 
 
 class GradientSplitter:
@@ -203,8 +350,6 @@ class GradientSplitter:
         Returns:
             The plan now in force.
         """
-        from .calibration import calibrate
-
         return calibrate(self, closure, steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,3 +400,58 @@ def _record(splitter: GradientSplitter, squares_B: Tensor, decision: Decision) -
 # A count that is part of a graph would have it compiled anew at every step. This is what torch.compiler.disable leaves
 # on a function, without importing the compiler for those who do not use it.
 _record._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+_MEMORY = 0.9
+
+
+def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int) -> Plan:
+    """See `GradientSplitter.calibrate`."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"GradientSplitter.calibrate(steps={steps!r}): expected at least one backward pass.")
+    strategy = splitter._strategy
+    cuts_anew = isinstance(strategy, str) and STRATEGIES[strategy].needs_energy
+    whole_means = [torch.zeros_like(p.detach(), dtype=torch.float32) for p in splitter.parameters] if cuts_anew else []
+    mean: list[Any] = [local_of(value) for value in whole_means]
+    seen = [0] * len(splitter.parameters)
+    squares: list[Tensor] = []
+    for _ in range(steps):
+        for parameter in splitter.parameters:
+            parameter.grad = None
+        with torch.enable_grad():
+            closure()
+        gradients = gradients_of(splitter.layout.names, splitter.parameters, call="GradientSplitter.calibrate(…)")
+        squares.append(splitter.kernel.squares(gradients))
+        if not cuts_anew:
+            continue
+        energy_T = [None if gradient is None else _energy(gradient) for gradient in gradients]
+        for t, sound in enumerate(_sound_everywhere(splitter.kernel, energy_T)):
+            if sound:
+                mean[t].lerp_(energy_T[t], 1 - _MEMORY)
+                seen[t] += 1
+    for parameter in splitter.parameters:
+        parameter.grad = None
+    if cuts_anew:
+        energies = {
+            name: whole_of(value) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
+            for name, value, count in zip(splitter.layout.names, whole_means, seen, strict=True)
+        }
+        splitter._adopt(make_plan(strategy, splitter.layout, energies, call="GradientSplitter.calibrate"))
+    elif not splitter._needs_rates:
+        weights = splitter.kernel.squares(splitter.parameters) if splitter.ledger.reads_weights else None
+        for squares_B in squares:
+            splitter.ledger.decide(squares_B, weights)
+    return splitter.plan
+
+
+def _energy(gradient: Tensor) -> Tensor:
+    """Squares of what this rank holds of a gradient."""
+    local: Tensor = local_of(gradient.to_dense() if gradient.is_sparse else gradient)
+    return (local.abs() if local.is_complex() else local).float().square()
+
+
+def _sound_everywhere(kernel: Any, energy_T: list[Tensor | None]) -> list[bool]:
+    """Whether every rank has a finite gradient of a tensor; one answer for all ranks, or they would cut differently."""
+    bad = [energy is None or not bool(energy.isfinite().all()) for energy in energy_T]
+    bad_T = getattr(kernel, "add_", lambda values: values)(torch.tensor(bad, dtype=torch.float32, device=kernel.device))
+    return [not count for count in bad_T.tolist()]

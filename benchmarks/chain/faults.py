@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.chain.fault_models import detect
-from gradsplit.chain.structure import replace_tensors
+from gradsplit.chain.joints import replace_tensors
 from gradsplit.diagnose.missing_norm import is_norm
 
 Planted = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], set[str], dict[str, Any]]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from benchmarks.chain.detector import WeightedBoxes, make_optimizer
 from benchmarks.chain.record import Rows
-from gradsplit.chain import ChainSplitter, fork_watch
-from gradsplit.chain.fork_rule import fork_limit
+from gradsplit.chain import ChainSplitter
+from gradsplit.chain import fork_limits as fork_watch
+from gradsplit.chain.fork_limits import fork_limit
 from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
-from gradsplit.workloads.detection import build_detection
+from gradsplit.lab.detection import build_detection
 
 # what is bounded: (where ChainSplitter bounds signals, whether modules are bounded, times the smallest branch)
 METHODS: dict[str, tuple[str | None, bool, float]] = {

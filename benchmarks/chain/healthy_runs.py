@@ -10,8 +10,8 @@ from torch import nn
 
 from benchmarks.chain.record import Rows
 from gradsplit.chain import ChainSplitter
-from gradsplit.workloads.registry import workload
-from gradsplit.workloads.stacks import DigitsTask
+from gradsplit.lab.registry import workload
+from gradsplit.lab.stacks import DigitsTask
 
 
 def conv_net(seed: int) -> DigitsTask:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsplit.workloads.task import Batch, generator
+from gradsplit.lab.task import Batch, generator
 
 __all__ = ["EXPONENT_BITS", "FAULTS", "Fault", "faulty_steps", "flip_bit"]
 

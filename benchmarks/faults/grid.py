@@ -19,7 +19,7 @@ from benchmarks.faults.events import EXPONENT_BITS, FAULTS
 from benchmarks.faults.methods import METHODS, WITH_HISTORY
 from benchmarks.faults.trial import CLEAN, Trial, run
 from benchmarks.faults.workloads import WORKLOADS
-from gradsplit.workloads.evidence import commit
+from gradsplit.lab.evidence import commit
 
 __all__ = ["HEADLINE", "LARGE", "RATES", "RAW", "done", "trials"]
 

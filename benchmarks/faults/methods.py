@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 import gradsplit as gs
 from gradsplit.budget import DEFAULT_OF_GSO, DEFAULT_OF_SPLITTER
 from gradsplit.budget.base import Budget
-from gradsplit.workloads.task import Task
+from gradsplit.lab.task import Task
 
 __all__ = ["METHODS", "WITH_HISTORY", "Method", "ZClip"]
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.faults.grid import BEHIND_ADAM, RAW, SEEDS
 from benchmarks.faults.methods import METHODS, WITH_HISTORY
 from benchmarks.faults.workloads import WORKLOADS
-from gradsplit.workloads.evidence import conditions
+from gradsplit.lab.evidence import conditions
 
 __all__ = ["main", "measure"]
 

@@ -12,7 +12,7 @@ from benchmarks.faults.rank_trial import STEPS, RankTrial
 from benchmarks.faults.ranks import RANKS_RAW, done_on_ranks
 from benchmarks.faults.summary import change_percent, digits
 from benchmarks.faults.trial import CLEAN
-from gradsplit.workloads.evidence import conditions
+from gradsplit.lab.evidence import conditions
 
 __all__ = ["RANKS_SUMMARY", "summarise_ranks", "write_rank_summary"]
 

@@ -28,8 +28,8 @@ from benchmarks.faults.events import FAULTS, Fault, faulty_steps
 from benchmarks.faults.methods import METHODS, Split
 from benchmarks.faults.workloads import WORKLOADS
 from gradsplit import GradientSplitter, Relative
-from gradsplit.workloads.optimizers import make_schedule
-from gradsplit.workloads.task import Task
+from gradsplit.lab.optimizers import make_schedule
+from gradsplit.lab.task import Task
 
 __all__ = ["PLACES", "RANK_FAULTS", "RANK_METHODS", "STEPS", "RankTrial", "run_on_rank"]
 

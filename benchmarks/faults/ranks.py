@@ -19,7 +19,7 @@ from benchmarks.faults.grid import RAW, append
 from benchmarks.faults.methods import METHODS
 from benchmarks.faults.rank_trial import PLACES, RANK_FAULTS, RANK_METHODS, RankTrial, run_on_rank
 from benchmarks.faults.trial import CLEAN
-from gradsplit.workloads.evidence import commit
+from gradsplit.lab.evidence import commit
 
 __all__ = ["RANKS_RAW", "done_on_ranks", "rank_trials"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.faults.grid import RAW, done
 from benchmarks.faults.trial import CLEAN, Trial
 from benchmarks.faults.workloads import WORKLOADS
-from gradsplit.workloads.evidence import conditions
+from gradsplit.lab.evidence import conditions
 
 __all__ = ["SUMMARY", "change_percent", "digits", "summarise", "write_summary"]
 

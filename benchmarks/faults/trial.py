@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.faults.events import FAULTS, Fault, faulty_steps
 from benchmarks.faults.methods import METHODS, WITH_HISTORY
 from benchmarks.faults.workloads import WORKLOADS
-from gradsplit.workloads.optimizers import make_schedule
+from gradsplit.lab.optimizers import make_schedule
 
 __all__ = ["CLEAN", "Trial", "run"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import gradsplit as gs
 from benchmarks.fuzz.verdict import outcome
-from gradsplit.checkpoint.checkpoint import read_tree
+from gradsplit.resume.checkpoint import read_tree
 
 __all__ = ["checkpoint_bytes", "sound_checkpoint"]
 

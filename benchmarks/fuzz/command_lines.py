@@ -17,7 +17,7 @@ from benchmarks.fuzz.draws import name, number
 from benchmarks.fuzz.run_files import sound_file
 from benchmarks.fuzz.verdict import NotOurs
 from gradsplit.cli import COMMANDS, main
-from gradsplit.run import launch
+from gradsplit.watch.run import launch
 
 __all__ = ["command_lines"]
 

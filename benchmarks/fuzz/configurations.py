@@ -8,10 +8,10 @@ import random
 from benchmarks.fuzz.draws import damaged, name, number
 from benchmarks.fuzz.verdict import outcome
 from gradsplit.cli import words
-from gradsplit.run.settings import VARIABLE, Settings, budget_from_words
-from gradsplit.workloads.cells import Grid
-from gradsplit.workloads.methods import METHODS
-from gradsplit.workloads.optimizers import Settings as Training
+from gradsplit.lab.cells import Grid
+from gradsplit.lab.methods import METHODS
+from gradsplit.lab.optimizers import Settings as Training
+from gradsplit.watch.run.settings import VARIABLE, Settings, budget_from_words
 
 __all__ = ["configurations"]
 

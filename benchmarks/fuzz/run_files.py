@@ -18,10 +18,11 @@ import numpy as np
 from benchmarks.fuzz.draws import damaged, name, number
 from benchmarks.fuzz.verdict import outcome
 from gradsplit.plan import Layout
-from gradsplit.record import GuardAction, Outline, Rows, RunFile, RunWriter, Stream, recording_plan
-from gradsplit.report.run_account import account_of
-from gradsplit.report.run_page import run_page
-from gradsplit.report.run_text import report_text
+from gradsplit.resume.actions import GuardAction
+from gradsplit.watch.record import Outline, Rows, RunFile, RunWriter, Stream, recording_plan
+from gradsplit.watch.report.account import account_of
+from gradsplit.watch.report.run_page import run_page
+from gradsplit.watch.report.text import report_text
 
 __all__ = ["damaged_bytes", "damaged_rows", "read_whole", "sound_file"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gradsplit.workloads.evidence import conditions
+from gradsplit.lab.evidence import conditions
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -1,19 +1,16 @@
 """How large each node may be: one file a rule, `project` from limits to scales, and the ledger that keeps history."""
 
 from .base import Budget, Reading, State, limits_after, limits_of
-from .deciding import Term, begin, decide, terms_of
-from .decision import Decision, Outcome
+from .decision import Decision, Outcome, Term, begin, decide, terms_of
 from .ema import Ema
 from .fixed import Fixed
-from .ledger import Ledger, warn_of_idle_limits
-from .length_sums import LARGE, sums_for
-from .node_sums import Nodes
-from .over_stages import StagedLedger, make_ledger
+from .ledger import Ledger, StagedLedger, make_ledger, warn_of_idle_limits
 from .percentile import Percentile
-from .project import RULES, project
+from .projection import RULES, project
 from .registry import BUDGETS, DEFAULT_OF_GSO, DEFAULT_OF_SPLITTER, budgets_by_level
 from .relative import Relative
 from .relative_step import RelativeStep
+from .sums import LARGE, Nodes, sums_for
 from .zscore import ZScore
 
 __all__ = [

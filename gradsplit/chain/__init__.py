@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from gradsplit.chain.balance import Balanced, balance_
-from gradsplit.chain.chain import Chain, Link, Recurrence
-from gradsplit.chain.factors import factored_gradients, gradient_chain
-from gradsplit.chain.gain_penalty import gain_penalty
-from gradsplit.chain.joints import Joint, joints
-from gradsplit.chain.lyapunov import lyapunov_exponents
-from gradsplit.chain.running_median import RunningMedian
-from gradsplit.chain.splitter import ChainSplitter
-from gradsplit.chain.unrolled import Unrolled
+from ..budget.running_median import RunningMedian
+from .balance import Balanced, balance_
+from .chain import Chain, Link, Recurrence
+from .factors import factored_gradients, gradient_chain
+from .gain_penalty import gain_penalty
+from .joints import Joint, joints
+from .recurrent import Unrolled, lyapunov_exponents
+from .splitter import ChainSplitter
 
 __all__ = [
     "Balanced",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsplit.chain.structure import carries_signal, replace_tensors, tensors_in
+from .joints import carries_signal, replace_tensors, tensors_in
 
 INPUT = "(input)"
 LOSS = "(loss)"

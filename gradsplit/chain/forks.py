@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gradsplit.chain.walk import CallTrace, Graph
+from .graph import CallTrace, Graph
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsplit.chain.cells import Cell
-from gradsplit.chain.step_gains import squared_gains
-from gradsplit.chain.unrolled import Unrolled
+from .recurrent import Cell, Unrolled, squared_gains
 
 
 def gain_penalty(recurrence: Unrolled | Cell, inputs: Tensor | None = None, states: Tensor | None = None,

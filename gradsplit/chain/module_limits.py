@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradsplit.chain.bound import signal_norm
-from gradsplit.distributed import is_sharded, kernel_for
-from gradsplit.kernels import make_kernel
-from gradsplit.plan import Boxes, Layout, Plan
+from ..distributed import is_sharded, kernel_for
+from ..kernels import make_kernel
+from ..plan import Boxes, Layout, Plan
+from .signal_limits import signal_norm
 
 
 def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:

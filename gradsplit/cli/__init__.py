@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: without the program's name; None: those of the process.
     """
     try:
-        from gradsplit.cli.app import run_app
+        from .app import run_app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

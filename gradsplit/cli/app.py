@@ -67,7 +67,7 @@ def _teaching(call: Callable[[], Any]) -> None:
         typer.echo("\ninterrupted; what is finished is kept", err=True)
         sys.exit(130)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        if type(error).__module__ not in ("builtins", "gradsplit.workloads.task"):
+        if type(error).__module__ not in ("builtins", "gradsplit.lab.task"):
             raise
         typer.secho(f"gradsplit: {error}", fg="red", err=True)
         if not isinstance(error, ValueError):

@@ -26,7 +26,7 @@ def run(
     """
     import torch
 
-    from gradsplit.cli.speed.session import measure, show, write
+    from ..lab.speed.session import measure, show, write
 
     if threads:
         torch.set_num_threads(threads)

@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gradsplit.cli.comparison_tables import best_table, curve_table
-from gradsplit.cli.words import names, numbers, options
+from ..lab.pages.tables import best_table, curve_table
+from .words import names, numbers, options
 
 __all__ = ["run"]
 
@@ -39,11 +39,11 @@ def run(
 
     Example: gradsplit compare residual-stack --methods none,clip,xsp,default --lr 0.03,0.1,0.3 --seeds 2
     """
-    from gradsplit.workloads import workload as workload_named
-    from gradsplit.workloads.cells import Grid, methods_of_strategies
-    from gradsplit.workloads.compare import compare
-    from gradsplit.workloads.methods import METHODS
-    from gradsplit.workloads.optimizers import Settings
+    from ..lab import workload as workload_named
+    from ..lab.cells import Grid, methods_of_strategies
+    from ..lab.compare import compare
+    from ..lab.methods import METHODS
+    from ..lab.optimizers import Settings
 
     row = workload_named(workload)
     used = optimizer or row.optimizer
@@ -89,7 +89,7 @@ def run(
 
 
 def _of(strategies: str, methods_of: Any) -> tuple[str, ...]:
-    from gradsplit.plan import STRATEGIES
+    from ..plan import STRATEGIES
 
     wanted = names(strategies)
     unknown = [name for name in wanted if name not in STRATEGIES]
@@ -101,13 +101,13 @@ def _of(strategies: str, methods_of: Any) -> tuple[str, ...]:
 
 def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write the picture of the curve and, where plotly is installed, the page; return all paths of the folder."""
-    from gradsplit.report.rate_curve import rate_curve_svg
+    from ..lab.pages.rate_curve import rate_curve_svg
 
     picture = folder / "learning-rate.svg"
     picture.write_text(rate_curve_svg(results), encoding="utf8")
     paths = [folder / "cells.csv", folder / "results.json", picture]
     try:
-        from gradsplit.report.comparison import comparison_page
+        from ..lab.pages.comparison import comparison_page
     except ModuleNotFoundError as error:
         if error.name != "plotly":
             raise

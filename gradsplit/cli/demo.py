@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from gradsplit.cli.comparison_tables import number, share
+from ..lab.pages.tables import number, share
 
 __all__ = ["run"]
 
@@ -32,9 +32,9 @@ def run(
 
     Example: gradsplit demo --out runs/demo
     """
-    from gradsplit.workloads.demo import SCENES, collect, run_demo
-    from gradsplit.workloads.demo import quick as smaller
-    from gradsplit.workloads.evidence import conditions
+    from ..lab.demo import SCENES, collect, run_demo
+    from ..lab.demo import quick as smaller
+    from ..lab.evidence import conditions
 
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: expected at least one worker process.")
@@ -59,7 +59,7 @@ def run(
             bar.update(ids[at, row_at], completed=step, note=f"loss {loss:.3g}" if step else "building")
 
         def on_result(at: int, row_at: int, result: Any) -> None:
-            from gradsplit.workloads import workload
+            from ..lab import workload
 
             metric = workload(scenes[at].workload).metric
             note = "diverged" if result.diverged else f"{metric} {number(_finite(result.metrics[metric]))}"
@@ -120,7 +120,7 @@ def _write(scenes: list[dict[str, Any]], evidence: dict[str, Any], out: Path) ->
     plain = [{**scene, "rows": [{**row, "norms": None} for row in scene["rows"]]} for scene in scenes]
     raw.write_text(json.dumps({"conditions": evidence, "scenes": plain}, indent=1) + "\n", encoding="utf8")
     try:
-        from gradsplit.report.demo_page import demo_page
+        from ..lab.pages.demo import demo_page
     except ModuleNotFoundError as error:
         if error.name != "plotly":
             raise

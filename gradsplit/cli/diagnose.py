@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gradsplit.cli.factory import problem_from
+from ..chain.chain import Chain, chain_figure
+from ..watch.report.html import Section, html_table, page, text
+from .factory import problem_from
 
-__all__ = ["run"]
+__all__ = ["diagnosis_page", "run"]
+
+
+def diagnosis_page(found: Mapping[str, Any], chain: Chain, evidence: Mapping[str, Any]) -> str:
+    """Return the page as text.
+
+    Args:
+        found: `Diagnosis.to_dict()`.
+        chain: the factored gradient.
+        evidence: where the numbers come from: name -> value, shown at the end.
+    """
+    rows = [
+        [str(number), f"{entry['kind']}: {entry['sentence']}", entry["evidence"], entry["change"]]
+        for number, entry in enumerate(found["findings"], 1)
+    ]
+    table = html_table(["", "finding", "how it is known", "what to change"], rows)
+    nothing = text("Nothing was found.")
+    notes = [text(f"Note: {note}.") for note in found["notes"]]
+    sections = [
+        Section("What is wrong", "Worst first.", [table if rows else nothing, *notes]),
+        Section("The chain", "From the loss down: what each factor makes of the signal.", [chain_figure(chain)]),
+    ]
+    found_here = "1 finding" if len(rows) == 1 else f"{len(rows)} findings"
+    lead = f"Loss {chain.loss:.4g} on one batch, {found_here}."
+    return page("gradsplit: diagnosis", lead, sections, evidence)
+
 
 DEMOS = {"deep-stack": "deep-stack", "detection": "detection", "recurrence": "temporal-order"}
 
@@ -46,8 +74,6 @@ def run(
     if out is not None:
         out.write_text(json.dumps(diagnosis.to_dict(), indent=1) + "\n", encoding="utf8")
     if page is not None:
-        from gradsplit.report.diagnosis_page import diagnosis_page
-
         asked = {"problem": demo or problem, "ladder": ladder, "gradsplit": gs.__version__}
         if judged is not None:
             asked |= {"optimizer": optimizer, "learning rate": lr}

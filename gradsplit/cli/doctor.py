@@ -51,8 +51,8 @@ def run() -> None:
     """
     import torch
 
-    from gradsplit.kernels import BACKENDS
-    from gradsplit.workloads.evidence import hardware, installed_versions
+    from ..kernels import BACKENDS
+    from ..lab.evidence import hardware, installed_versions
 
     console = Console(highlight=False)
     console.print(f"[bold]hardware[/]  {hardware()}; torch computes with {torch.get_num_threads()} threads")

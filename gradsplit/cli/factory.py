@@ -24,7 +24,7 @@ def layout_from(place: str) -> Any:
 
     module_name, colon, name = place.partition(":")
     if not colon:
-        from gradsplit.workloads import REGISTRY
+        from ..lab import REGISTRY
 
         if place not in REGISTRY:
             raise ValueError(
@@ -47,7 +47,7 @@ def problem_from(place: str) -> tuple[Any, Any, Any]:
     """
     module_name, colon, name = place.partition(":")
     if not colon:
-        from gradsplit.workloads.registry import workload
+        from ..lab.registry import workload
 
         task = workload(place).build(seed=0)
         return task.model, task.loss, task.batch(0)

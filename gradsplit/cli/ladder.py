@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradsplit.cli.factory import problem_from
+from .factory import problem_from
 
 __all__ = ["run"]
 
@@ -25,8 +25,8 @@ def run(
 
     Example: gradsplit ladder temporal-order --order 10
     """
-    from gradsplit.ladder import ladder_figure, ladder_of_model, ladder_table
-    from gradsplit.plan import layout_of, make_plan
+    from ..ladder import ladder_figure, ladder_of_model, ladder_table
+    from ..plan import layout_of, make_plan
 
     model, loss_fn, batch = problem_from(problem)
     plan = make_plan(strategy, layout_of(model), call="ladder")

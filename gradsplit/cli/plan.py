@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradsplit.cli.factory import layout_from
+from .factory import layout_from
 
 __all__ = ["run"]
 
@@ -26,8 +26,8 @@ def run(
 
     Example: gradsplit plan train:make_model --strategy xsp
     """
-    from gradsplit.plan import STRATEGIES
-    from gradsplit.plan.registry import strategy_named
+    from ..plan import STRATEGIES
+    from ..plan.registry import strategy_named
 
     strategy_named(strategy, call=f"plan(strategy={strategy!r})")
     layout = layout_from(model)

@@ -31,9 +31,9 @@ def run(
 
     Example: gradsplit report run.db --fail-on explosion
     """
-    from gradsplit.record import RunFile, RunFileError
-    from gradsplit.report.run_account import account_of
-    from gradsplit.report.run_text import report_text
+    from ..watch.record import RunFile, RunFileError
+    from ..watch.report.account import account_of
+    from ..watch.report.text import report_text
 
     for word in fail_on or []:
         if word not in FAILURES:
@@ -47,7 +47,7 @@ def run(
         raise ValueError(str(error)) from error
     typer.echo(report_text(account))
     if page:
-        from gradsplit.report.run_page import write_run_page
+        from ..watch.report.run_page import write_run_page
 
         typer.echo(f"\nPage: {write_run_page(account, html or file.with_suffix('.html'))}")
     failed = [word for word in fail_on or [] if _failed(word, account)]
@@ -61,7 +61,7 @@ def run(
 def _failed(word: str, account: object) -> bool:
     import numpy as np
 
-    from gradsplit.report.run_account import Account
+    from ..watch.report.account import Account
 
     assert isinstance(account, Account)
     if word == "explosion":
@@ -73,7 +73,7 @@ def _failed(word: str, account: object) -> bool:
 
 def _write_lines(opened: object, place: Path) -> None:
     """Write numbers of which there is one a step; norms of nodes are for the page and for `RunFile`."""
-    from gradsplit.record import RunFile
+    from ..watch.record import RunFile
 
     assert isinstance(opened, RunFile)
     columns = ("step", "time", "loss", "lr", "own_scale", "skipped", "total")

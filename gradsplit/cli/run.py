@@ -45,10 +45,10 @@ def run(
 
     Example: gradsplit run --watch train.py --epochs 3
     """
-    from gradsplit.integrations.sinks import SINKS
-    from gradsplit.plan.registry import strategy_named
-    from gradsplit.run.launch import launch
-    from gradsplit.run.settings import Settings, budget_from_words
+    from ..plan.registry import strategy_named
+    from ..watch.loggers import SINKS
+    from ..watch.run.launch import launch
+    from ..watch.run.settings import Settings, budget_from_words
 
     if watch and control:
         raise ValueError("gradsplit run --watch --control: expected one of the two. --control measures, too.")
@@ -78,6 +78,6 @@ def run(
 
 
 if __name__ == "__main__":
-    from gradsplit.cli.app import run_app
+    from .app import run_app
 
     run_app({"run": ("run", "Run a training script under watch or control.")}, ["run", *__import__("sys").argv[1:]])

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from gradsplit.record import RunFile, Series
+    from ..watch.record import RunFile, Series
 
 __all__ = ["run", "view"]
 
@@ -32,7 +32,7 @@ def run(
     from rich.console import Console
     from rich.live import Live
 
-    from gradsplit.record import RunFile, RunFileError
+    from ..watch.record import RunFile, RunFileError
 
     def look() -> tuple[RenderableType, bool]:
         try:
@@ -60,7 +60,7 @@ def view(opened: RunFile) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from gradsplit.report.printable import printable
+    from ..watch.report.text import printable
 
     parts: list[Any] = []
     for stream in opened.streams:

@@ -6,8 +6,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from gradsplit.diagnose.diagnosis import Diagnosis, diagnose
-from gradsplit.diagnose.finding import Finding
+from .diagnosis import Diagnosis, diagnose
+from .finding import Finding
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from .evidence import Evidence
+from .finding import Finding
 
 SHARE = 0.5
 

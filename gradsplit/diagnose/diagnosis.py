@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from gradsplit.chain.chain import Chain
-from gradsplit.chain.joints import LossFn, bare
-from gradsplit.diagnose.evidence import Evidence, ForkShare, gather
-from gradsplit.diagnose.finding import Finding
-from gradsplit.diagnose.head_share import loss_weights
-from gradsplit.diagnose.registry import REGISTRY
-from gradsplit.diagnose.undisturbed import undisturbed
+from ..chain.chain import Chain
+from ..chain.joints import LossFn, bare
+from .evidence import Evidence, ForkShare, gather
+from .finding import Finding
+from .head_share import loss_weights
+from .registry import REGISTRY
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back what passes change: buffers (running statistics), gradients, the state of the generator."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    for p, _ in grads:
+        p.grad = None
+    devices = sorted({p.device.index or 0 for p, _ in grads if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, old in buffers:
+                buffer.copy_(old)
+        for p, grad in grads:
+            p.grad = grad
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from gradsplit.diagnose import explosion
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from . import explosion
+from .evidence import Evidence
+from .finding import Finding
 
 DECADES = 2.0
 

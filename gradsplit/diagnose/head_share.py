@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from gradsplit.chain.chain import Link
-from gradsplit.diagnose.evidence import Evidence, ForkShare
-from gradsplit.diagnose.finding import Finding
+from ..chain.chain import Link
+from .evidence import Evidence, ForkShare
+from .finding import Finding
 
 RATIO = 10.0
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
-from gradsplit.diagnose.step_trial import Part, StepTrial
-from gradsplit.ladder.ladder import Ladder
+from ..ladder.ladder import Ladder
+from .evidence import Evidence
+from .finding import Finding
+from .step_trial import Part, StepTrial
 
 ORDER = 30
 MAX_TENSORS, MAX_LADDERS = 32, 3

@@ -6,8 +6,8 @@ from collections import defaultdict
 
 from torch import nn
 
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from .evidence import Evidence
+from .finding import Finding
 
 SHARE = 0.65
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from .evidence import Evidence
+from .finding import Finding
 
 
 def find(evidence: Evidence) -> list[Finding]:

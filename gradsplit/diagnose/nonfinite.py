@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from gradsplit.chain.structure import tensors_in
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from ..chain.joints import tensors_in
+from .evidence import Evidence
+from .finding import Finding
 
 
 def find(evidence: Evidence) -> list[Finding]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from .evidence import Evidence
+from .finding import Finding
 
 GROWN, LOST = 2.0, 6.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gradsplit.diagnose import (
+from . import (
     dead_units,
     explosion,
     forward_explosion,
@@ -20,8 +20,8 @@ from gradsplit.diagnose import (
     unstable_rate,
     vanishing,
 )
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from .evidence import Evidence
+from .finding import Finding
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsplit.chain.joints import LossFn
-from gradsplit.diagnose.next_update import NextUpdate, next_update
-from gradsplit.ladder.directions import single
-from gradsplit.ladder.ladder import Ladder, ladder_along
-from gradsplit.ladder.model import loss_of_model
-from gradsplit.ladder.trace import Params, TracedLoss, trace_loss
+from ..chain.joints import LossFn
+from ..ladder.directions import single
+from ..ladder.ladder import Ladder, ladder_along
+from ..ladder.model import loss_of_model
+from ..ladder.trace import Params, TracedLoss, trace_loss
+from .next_update import NextUpdate, next_update
 
 KEPT = 0.2
 """A step that brings less than this share of what the gradient promises, as does half of it, is too long."""

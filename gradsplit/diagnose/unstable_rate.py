@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsplit.chain.joints import LossFn
-from gradsplit.diagnose.evidence import Evidence
-from gradsplit.diagnose.finding import Finding
+from ..chain.joints import LossFn
+from .evidence import Evidence
+from .finding import Finding
 
 
 def find(evidence: Evidence) -> list[Finding]:

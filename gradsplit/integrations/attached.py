@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attach import Handle
+from ..hooks import Handle
 from ..splitter import GradientSplitter
 
 __all__ = ["attached", "refuse_own_bound"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..attach import Handle
+from ..hooks import Handle
 from ..splitter import GradientSplitter
 from .attached import attached, refuse_own_bound
 

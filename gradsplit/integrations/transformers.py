@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..attach import Handle
+from ..hooks import Handle
 from ..splitter import GradientSplitter
 from .attached import attached, refuse_own_bound
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from .precision import accumulate_dtype
+from .kernel import accumulate_dtype
 
 __all__ = ["ReferenceKernel"]
 

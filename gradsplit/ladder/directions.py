@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.signedlog import Floats
-from gradsplit.ladder.trace import Params, TracedLoss
-from gradsplit.plan import Plan
+from ..plan import Plan
+from .signedlog import Floats
+from .trace import Params, TracedLoss
 
 FLOOR_RMS = 0.01  # a bin of zeros (a fresh bias) is taken to be this long per element, as in RelativeStep
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.signedlog import Floats
+from .signedlog import Floats
 
 SHARE = 0.005  # of all decisions: at 0.01 six of a hundred predictions at half the kink are off by over 1 %
 

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.directions import Batch, checked, per_bin, single
-from gradsplit.ladder.kinks import kink_of
-from gradsplit.ladder.radius import Radius, crude_log_radius, radius_of
-from gradsplit.ladder.recipe import Climb, RecipeStep, climb
-from gradsplit.ladder.safe import increase, safe_step
-from gradsplit.ladder.signedlog import Floats, SignedLog, factorial_log
-from gradsplit.ladder.trace import LossOfParams, Params, TracedLoss, trace_loss
-from gradsplit.plan import Plan
+from ..plan import Plan
+from .directions import Batch, checked, per_bin, single
+from .kinks import kink_of
+from .radius import Radius, crude_log_radius, increase, radius_of, safe_step
+from .recipe import Climb, RecipeStep, climb
+from .signedlog import Floats, SignedLog, factorial_log
+from .trace import LossOfParams, Params, TracedLoss, trace_loss
 
 PILOT_ORDER = 24  # a short pass at this order finds the scale of the step before a long one
 FACTOR_OFF = 3.0  # a long pass is repeated if its scale was wrong by more than this

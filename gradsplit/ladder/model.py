@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from gradsplit.ladder.ladder import Ladder, taylor_ladder
-from gradsplit.ladder.recipe import RecipeStep
-from gradsplit.ladder.trace import LossOfParams, to_float64
-from gradsplit.plan import Plan
+from ..plan import Plan
+from .ladder import Ladder, taylor_ladder
+from .recipe import RecipeStep
+from .trace import LossOfParams, to_float64
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

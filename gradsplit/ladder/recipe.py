@@ -24,7 +24,7 @@ from importlib import resources
 
 import numpy as np
 
-from gradsplit.ladder.signedlog import Floats, SignedLog, factorial_log
+from .signedlog import Floats, SignedLog, factorial_log
 
 OPERATORS = ("derivative", "gradient", "square", "cube")
 PRESETS = ("ladder-292",)

@@ -15,8 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.cauchy import product_kernel, square_kernel
-from gradsplit.ladder.series import padded, weighted
+from .series import padded, product_kernel, square_kernel, weighted
 
 
 def _push(out: Tensor, m: int, tail: Tensor, factor: Tensor, value: float = 1) -> None:

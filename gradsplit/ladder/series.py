@@ -13,6 +13,7 @@ bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,3 +153,159 @@ def map_orders(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 def _is_series(value: Any) -> bool:
     return isinstance(value, Series)
+
+
+LOW_DEGREE = 3  # up to here a factor is looped over with whole tensors
+BLOCK_NUMBERS = 100_000  # orders x elements of one array in a block: 0.8 MB, so that three arrays fit a 4 MB cache
+FFT_FROM = 24  # degree of both matrix factors from which roots of unity are faster (benchmarks/results/ladder-*.json)
+FFT_MULTIPLY_ADDS = 100_000  # and the least size of one order's matrix product
+
+
+def product_kernel(a: Tensor, b: Tensor, order: int) -> Tensor:
+    """Coefficients of a b for coefficient arrays (degree + 1, …), truncated after ``order``."""
+    if a.shape[0] > b.shape[0]:
+        a, b = b, a
+    degree = min(order, a.shape[0] + b.shape[0] - 2)
+    out = torch.zeros(degree + 1, *torch.broadcast_shapes(a.shape[1:], b.shape[1:]), dtype=b.dtype, device=b.device)
+    for j in range(min(a.shape[0], degree + 1)):
+        stop = min(degree + 1, j + b.shape[0])
+        out[j:stop].addcmul_(b[: stop - j], a[j])
+    return out
+
+
+def square_kernel(a: Tensor, order: int) -> Tensor:
+    """Coefficients of a^2: each unequal pair once, half the work of a product."""
+    degree = min(order, 2 * (a.shape[0] - 1))
+    out = torch.zeros(degree + 1, *a.shape[1:], dtype=a.dtype, device=a.device)
+    for j in range(min(a.shape[0], degree + 1)):
+        stop = min(degree + 1, 2 * j)  # pairs (j, i) with i < j
+        if stop > j:
+            out[j:stop].addcmul_(a[: stop - j], a[j], value=2)
+        if 2 * j <= degree:
+            out[2 * j].addcmul_(a[j], a[j])
+    return out
+
+
+def blockwise(kernel: Callable[..., Tensor], *factors: Series, degree: int | None = None) -> Series:
+    """Run an elementwise kernel over blocks of elements that stay in the cache while all orders pass over them.
+
+    Args:
+        kernel: maps coefficient arrays (degree_i + 1, n) to one array (degree + 1, n), element by element.
+        factors: series that broadcast against each other.
+        degree: degree of the result; by default the truncation order.
+    """
+    order = factors[0].order
+    degree = order if degree is None else degree
+    ndim = max(x.ndim for x in factors)
+    coefs = [aligned(x.coef, ndim) for x in factors]
+    shape = torch.broadcast_shapes(*(c.shape[1:] for c in coefs))
+    flat = [c.expand(c.shape[0], *shape).reshape(c.shape[0], -1) for c in coefs]
+    num_elements = math.prod(shape)
+    block = max(256, BLOCK_NUMBERS // (order + 1))
+    if num_elements <= block:
+        return Series(kernel(*flat).reshape(degree + 1, *shape), order)
+    out = torch.empty(degree + 1, num_elements, dtype=coefs[0].dtype, device=coefs[0].device)
+    for start in range(0, num_elements, block):
+        columns = slice(start, start + block)
+        out[:, columns] = kernel(*(f[:, columns].contiguous() for f in flat))
+    return Series(out.reshape(degree + 1, *shape), order)
+
+
+def product(a: Series, b: Series) -> Series:
+    """Elementwise product of two series."""
+    ndim = max(a.ndim, b.ndim)
+    if min(a.degree, b.degree) <= LOW_DEGREE:
+        return a.like(product_kernel(aligned(a.coef, ndim), aligned(b.coef, ndim), a.order))
+    degree = min(a.order, a.degree + b.degree)
+    return blockwise(lambda x, y: product_kernel(x, y, a.order), a, b, degree=degree)
+
+
+def square(a: Series) -> Series:
+    """Elementwise square."""
+    degree = min(a.order, 2 * a.degree)
+    return blockwise(lambda x: square_kernel(x, a.order), a, degree=degree)
+
+
+def bilinear(op: Callable[[Tensor, Tensor], Tensor], a: Series, b: Series) -> Series:
+    """Cauchy product of any bilinear operation, such as a convolution whose input and weight both move.
+
+    One vectorised call per stored order of the factor of lower degree. A value at t = 0 is the same for all bins, so
+    order 0 of that factor is used without its bin axis.
+    """
+    swap = a.degree < b.degree
+    long, short = (b, a) if swap else (a, b)
+    call = (lambda x, y: op(y, x)) if swap else op
+    degree = min(a.order, a.degree + b.degree)
+    out: Tensor | None = None
+    for j in range(min(short.degree, degree) + 1):
+        stop = min(degree + 1, j + long.degree + 1)
+        tail = long.coef[: stop - j]
+        if j == 0:
+            part = torch.vmap(call, in_dims=(0, None))(tail.flatten(0, 1), short.value).unflatten(0, tail.shape[:2])
+        else:
+            per_bin = torch.vmap(torch.vmap(call, in_dims=(0, None)), in_dims=(1, 0), out_dims=1)
+            part = per_bin(tail, short.coef[j])
+        if out is None:
+            out = padded(part, degree) if part.shape[0] == degree + 1 else padded(part, degree).clone()
+        else:
+            out[j:stop] += part
+    assert out is not None
+    return Series(out, a.order)
+
+
+def matmul(a: Series, b: Series) -> Series:
+    """Matrix product of two series of matrices (or equal batches of matrices)."""
+    if min(a.degree, b.degree) <= LOW_DEGREE:
+        return bilinear(torch.matmul, a, b)
+    multiply_adds = math.prod(a.coef.shape[1:]) * b.shape[-1]
+    if min(a.degree, b.degree) >= FFT_FROM and multiply_adds >= FFT_MULTIPLY_ADDS:
+        return _matmul_at_roots(a, b)
+    return _matmul_by_order(a, b)
+
+
+def _matmul_by_order(a: Series, b: Series) -> Series:
+    """Order k as one product: the inner axis holds a_0 … a_k beside b_k … b_0, so its sum runs over the pairs."""
+    degree = min(a.order, a.degree + b.degree)
+    inner = a.shape[-1]
+    left = padded(a.coef, degree).movedim(0, -2)  # (B, …, rows, order, inner)
+    left = left.reshape(*left.shape[:-2], (degree + 1) * inner)
+    right = padded(b.coef, degree).flip(0).movedim(0, -3)  # (B, …, order, inner, columns), highest order first
+    right = right.reshape(*right.shape[:-3], (degree + 1) * inner, right.shape[-1])
+    parts = [left[..., : (k + 1) * inner] @ right[..., (degree - k) * inner :, :] for k in range(degree + 1)]
+    return Series(torch.stack(parts), a.order)
+
+
+def _matmul_at_roots(a: Series, b: Series) -> Series:
+    """The same by evaluation at roots of unity; see the module docstring for its rounding."""
+    degree = min(a.order, a.degree + b.degree)
+    num_roots = _smooth(a.degree + b.degree + 1)
+    log_rho = torch.minimum(_log_balance(a.coef), _log_balance(b.coef))  # (B,)
+    values = [torch.fft.rfft(x.coef * _powers(log_rho, x.coef), n=num_roots, dim=0) for x in (a, b)]
+    out = torch.fft.irfft(values[0] @ values[1], n=num_roots, dim=0)[: degree + 1]
+    return Series(out * _powers(-log_rho, out), a.order)
+
+
+def _log_balance(coef: Tensor) -> Tensor:
+    """log of the largest factor rho, per bin, for which |coef[k]| rho**k stays below the first few coefficients."""
+    size = coef.abs().flatten(2).amax(-1) if coef.ndim > 2 else coef.abs()
+    base = size[:3].amax(0)
+    k = torch.arange(3, coef.shape[0], dtype=coef.dtype, device=coef.device)
+    growth = ((size[3:] / base).log() / k[:, None]).amax(0)
+    return torch.where(growth.isfinite(), -growth, torch.zeros_like(growth)).clamp(-5, 5)
+
+
+def _powers(log_rho: Tensor, coef: Tensor) -> Tensor:
+    k = torch.arange(coef.shape[0], dtype=log_rho.dtype, device=log_rho.device)
+    return (k[:, None] * log_rho).exp().reshape(*coef.shape[:2], *([1] * (coef.ndim - 2)))
+
+
+def _smooth(length: int) -> int:
+    """The next length with no prime factor above 5: fast Fourier transforms like those."""
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 1

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gradsplit.ladder.ladder import Ladder
-from gradsplit.ladder.recipe import Climb
+from .ladder import Ladder
+from .recipe import Climb
 
 COLUMNS = ("bin", "gradient", "safe step", "ended by", "radius", "spread", "kink", "2nd", "3rd", "last")
 

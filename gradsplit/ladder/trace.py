@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from gradsplit.ladder.kinks import noting_crossings
-from gradsplit.ladder.rules import rule_of
-from gradsplit.ladder.series import Series, series_leaves
+from .kinks import noting_crossings
+from .rules import rule_of
+from .series import Series, series_leaves
 
 Params = Mapping[str, Tensor]
 LossOfParams = Callable[[dict[str, Tensor]], Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,16 +12,189 @@ from torch.optim import Optimizer
 
 from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO
+from ..hooks import untraced
 from .cyclic import Cyclic
-from .hyperparameters import FLAGS, check_flags, check_modes, check_numbers, differentiable_backend
 from .in_backward import InBackward, check_model
-from .part_step import make_moments, step_part
-from .parts import make_part, make_parts
-from .registry import Update
-from .saved_state import check_moments, history_of, load_history, mend_moments
-from .untraced import untraced
+from .parts import Update, make_moments, make_part, make_parts, step_part
 
-__all__ = ["GSO"]
+__all__ = [
+    "FLAGS",
+    "check_flags",
+    "check_modes",
+    "check_numbers",
+    "differentiable_backend",
+    "HISTORY",
+    "check_moments",
+    "history_of",
+    "load_history",
+    "mend_moments",
+    "GSO",
+]
+
+FLAGS: dict[str, Any] = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+"""torch's flags in torch's order, with their defaults; states of older versions are completed with these."""
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Check the ranges of torch's usual constants.
+
+    Raises:
+        ValueError: a constant out of its range; the words are torch's.
+    """
+    lr, eps, decay, betas = options["lr"], options["eps"], options["weight_decay"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not lr >= 0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    if not decay >= 0:
+        raise ValueError(f"Invalid weight_decay value: {decay}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    if isinstance(betas[0], Tensor):
+        raise ValueError("GSO(betas=…): expected two numbers, got tensors. Use float(beta).")
+    for i, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+def check_flags(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check a group's flags against each other and against the optimizer's.
+
+    Raises:
+        RuntimeError: flags that exclude each other; the words are torch's.
+        ValueError: a flag that has no meaning here, or that would have to be the same in all groups.
+    """
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group["foreach"]:
+        raise ValueError(
+            "GSO(foreach=True): expected None or False, since each bin has a scale of its own and torch has no "
+            "multi-tensor kernel for that. Use fused=True on the CPU, or torch.compile(optimizer.step)."
+        )
+    if group["differentiable"] != defaults["differentiable"]:
+        raise ValueError(
+            f"GSO(differentiable={defaults['differentiable']}) with a group of differentiable="
+            f"{group['differentiable']}: expected one value for all groups, since one step updates them all. Make a "
+            "second GSO for the group."
+        )
+
+
+def check_modes(*, second_moment: str, schedule: str, in_backward: bool) -> None:
+    """Check the ways to keep moments and to go through the parameters.
+
+    Raises:
+        ValueError: an unknown one, or two that exclude each other.
+    """
+    if second_moment not in ("element", "bin"):
+        raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
+    if schedule not in ("all", "cyclic"):
+        raise ValueError(f"GSO(schedule={schedule!r}): expected 'all' or 'cyclic'.")
+    if in_backward and schedule == "cyclic":
+        raise ValueError(
+            "GSO(in_backward=True, schedule='cyclic'): expected one of the two, since the gradients of blocks "
+            "that wait would never be freed. Leave one out."
+        )
+
+
+def differentiable_backend(backend: str, *, in_backward: bool, schedule: str) -> str:
+    """Return the backend through which autograd can see.
+
+    Raises:
+        ValueError: a mode or a backend through which it cannot.
+    """
+    if in_backward or schedule == "cyclic":
+        raise ValueError(
+            "GSO(differentiable=True): expected in_backward=False and schedule='all', since both let go of what "
+            "autograd would need. Leave them out."
+        )
+    if backend not in ("auto", "eager"):
+        raise ValueError(
+            f"GSO(differentiable=True, backend={backend!r}): expected backend 'auto' or 'eager', since autograd cannot "
+            "see through compiled kernels. Leave it out."
+        )
+    return "eager"
+
+
+HISTORY = "gradsplit"
+"""The key of the budgets' history beside torch's "state" and "param_groups"."""
+
+_CYCLE = "gradsplit_cycle"
+
+
+def history_of(parts: Sequence[Update], cyclic: Cyclic | None) -> dict[str, Any]:
+    """Return what the next step depends on and no parameter holds."""
+    saved: dict[str, Any] = {HISTORY: [part.planned.state() for part in parts]}
+    if cyclic is not None:
+        saved[_CYCLE] = cyclic.state()
+    return saved
+
+
+def load_history(parts: Sequence[Update], cyclic: Cyclic | None, saved: Mapping[str, Any]) -> None:
+    """Take over what `history_of` returned; nothing is taken unless all of it fits.
+
+    A state without history, such as torch's AdamW leaves or a distributed checkpoint, starts it anew.
+
+    Raises:
+        ValueError: the state of other plans, budgets or blocks.
+    """
+    history = saved.get(HISTORY)
+    if history is not None and len(history) != len(parts):
+        raise ValueError(
+            f"GSO.load_state_dict(…): expected the state of {len(parts)} plans, got {len(history)}. Add the groups of "
+            "the saved run in the same order first."
+        )
+    before = history_of(parts, cyclic)
+    try:
+        for part, state in zip(parts, history or (), strict=False):
+            part.planned.load(state)
+        if cyclic is not None and _CYCLE in saved:
+            cyclic.load(saved[_CYCLE])
+    except Exception:
+        for part, state in zip(parts, before[HISTORY], strict=True):
+            part.planned.load(state)
+        raise
+
+
+def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
+    """Refuse the moments of the other kind.
+
+    Raises:
+        ValueError: a saved parameter without the second moment that this optimizer keeps.
+    """
+    wanted, other = ("bin_sq", "element") if second_moment == "bin" else ("exp_avg_sq", "bin")
+    for i, state in saved["state"].items():
+        if state and wanted not in state:
+            raise ValueError(
+                f"GSO.load_state_dict(…): expected {wanted!r} in the state of parameter {i}, got {sorted(state)}. Make "
+                f"GSO with second_moment={other!r} as in the saved run, or start without its state."
+            )
+
+
+def mend_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Undo what torch's loading did to the moments.
+
+    It casts all but "step" to the parameter's dtype, and a statistic a bin must keep its precision; overriding torch's
+    choice of the dtype has no effect, since it is called by its class's name. Old states hold "step" as a number.
+    """
+    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+    owners = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, owner in zip(saved_ids, owners, strict=True):
+        state = saved["state"].get(i, {})
+        if "bin_sq" in state:
+            optimizer.state[owner]["bin_sq"] = state["bin_sq"].to(owner.device, torch.float32, copy=True)
+        if "step" in state and not isinstance(state["step"], torch.Tensor):
+            optimizer.state[owner]["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+
 
 _KEPT = ("_options", "_overrides", "_shared_groups", "_one_tensor_a_part", "_cyclic")
 """What a copy takes over; parts and hooks are made anew, for its own parameters."""

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .planned import Planned
-
 if TYPE_CHECKING:
     from .gso import GSO
 
-__all__ = ["InBackward", "check_budget", "check_model"]
+__all__ = ["InBackward", "check_model"]
 
 _CALL = "GSO(in_backward=True)"
 
@@ -105,27 +103,4 @@ def check_model(model: object) -> None:
         raise ValueError(
             f"{_CALL}: expected a model of one process, or FSDP2, got DistributedDataParallel, whose gradients are "
             "averaged after the hooks have run. Use in_backward=False."
-        )
-
-
-def check_budget(planned: Planned) -> None:
-    """Refuse budgets that need other tensors' gradients of the same step.
-
-    Raises:
-        ValueError: a limit above the tensors, or a bin over several tensors.
-    """
-    above = [
-        (level, b) for level, b in planned.gradient_budgets + planned.update_budgets if level in ("root", "module")
-    ]
-    if above:
-        level, budget = above[0]
-        raise ValueError(
-            f"{_CALL}: expected budgets of bins or tensors, got {budget!r} at level {level!r}, which needs the "
-            "gradients of all its tensors at once; here each is freed before the next is there. Use "
-            "in_backward=False, or a budget per bin."
-        )
-    if not planned.bins_in_one_tensor:
-        raise ValueError(
-            f"{_CALL}: expected bins inside one tensor each, got {planned.plan!r} with bins over several. Use a plan "
-            "by rows or tensors, or in_backward=False."
         )

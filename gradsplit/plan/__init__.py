@@ -1,15 +1,13 @@
 """What is controlled together: layout, boxes, tree, and the strategies that cut."""
 
-from .baselines import per_tensor, whole
 from .boxes import Boxes
 from .layout import Layout, layout_of, named_trainable, one_device
 from .lbf import lbf, log_likelihood
-from .part import part_of
-from .plan import Bin, Box, Node, Plan
+from .plan import Bin, Box, Node, Plan, part_of
 from .registry import STRATEGIES, Strategy, make_plan
+from .slices import per_tensor, whole, xsp
 from .tree import LEVELS, Tree
 from .tree_sp import tree_sp
-from .xsp import xsp
 
 __all__ = [
     "LEVELS",

@@ -11,7 +11,7 @@ import numpy as np
 from .boxes import Boxes
 from .layout import Layout
 from .plan import Plan
-from .xsp import xsp
+from .slices import xsp
 
 __all__ = ["lbf", "log_likelihood"]
 

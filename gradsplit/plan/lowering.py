@@ -11,16 +11,120 @@ come in only when a kernel runs.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from .bands import BAND_CUT, BAND_LENGTH, BAND_NUM_CUTS, BAND_ROWS, BAND_SLOT, bands_of, cut_bands
 from .plan import Plan
-from .strides import Memory, memory_of
 
-__all__ = ["Lowered", "lower", "walks"]
+__all__ = ["Memory", "memory_of", "bands_of", "cut_bands", "Lowered", "lower", "walks"]
+
+
+class Memory(NamedTuple):
+    """How a matrix view lies in memory.
+
+    Attributes:
+        turned: rows of the matrix are columns of memory, as in a transposed tensor.
+        line: elements from one memory row to the next.
+        mixed: columns lie in another order than the matrix view's (channels_last): only whole rows can be cut out.
+    """
+
+    turned: bool
+    line: int
+    mixed: bool
+
+
+@lru_cache(maxsize=4096)
+def memory_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Memory | None:
+    """Return how a tensor's matrix view lies in memory, or None where its rows cannot be walked.
+
+    None: elements that overlap (an expanded tensor), or neither rows nor columns that are contiguous.
+
+    >>> memory_of((4, 3), (3, 1)), memory_of((4, 3), (1, 4))
+    (Memory(turned=False, line=3, mixed=False), Memory(turned=True, line=4, mixed=False))
+    >>> memory_of((4, 3), (0, 1)) is None
+    True
+    """
+    dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    reach = 0
+    for size, stride in sorted(dims, key=lambda dim: (dim[1], dim[0])):
+        if stride <= reach:
+            return None
+        reach += (size - 1) * stride
+    matrix = len(shape) > 1
+    inner = [(s, d) for s, d in zip(shape[1:], strides[1:], strict=True) if s != 1] if matrix else dims
+    cols = math.prod(size for size, _ in inner)
+    line = strides[0] if matrix and shape[0] > 1 else cols
+    if all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(inner)):
+        col_stride = inner[-1][1] if inner else 1
+        if col_stride == 1:
+            return Memory(False, line, False)
+        one_row = not matrix or shape[0] == 1
+        return Memory(True, col_stride, False) if one_row or line == 1 else None
+    rising = sorted(inner, key=lambda dim: dim[1])
+    dense = rising[0][1] == 1 and all(b[1] == a[0] * a[1] for a, b in itertools.pairwise(rising))
+    return Memory(False, line, True) if dense else None
+
+
+BAND_TENSOR, BAND_OFFSET, BAND_ROWS, BAND_ROW_STEP, BAND_LENGTH, BAND_CUT, BAND_NUM_CUTS, BAND_SLOT = range(8)
+"""The columns of a band. Its i-th cut stops at column ``cut_stops[cut + i]``; its bin is ``cut_bins[cut + i]``."""
+
+
+def bands_of(
+    plan: Plan, part: slice, memory: Memory, t: int, num_cuts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a tensor's bands (D, 8), the stops of their cuts and the cuts' bins.
+
+    Args:
+        plan: the bins.
+        part: the tensor's boxes.
+        memory: how the tensor lies in memory.
+        t: its index.
+        num_cuts: cuts of the tensors before it.
+    """
+    boxes = plan.boxes
+    r0, r1 = boxes.row_start_K[part], boxes.row_stop_K[part]
+    c0, c1 = boxes.col_start_K[part], boxes.col_stop_K[part]
+    if memory.turned:
+        r0, r1, c0, c1 = c0, c1, r0, r1
+    edges = np.unique(np.concatenate((r0, r1)))
+    top, bottom = np.searchsorted(edges, r0), np.searchsorted(edges, r1)
+    # Every box once a band that it crosses; then, band by band, from left to right.
+    times = bottom - top
+    box = np.repeat(np.arange(len(r0)), times)
+    band = np.arange(len(box)) - np.repeat(np.cumsum(times) - times, times) + top[box]
+    order = np.lexsort((c0[box], band))
+    box, band = box[order], band[order]
+    num_bands = len(edges) - 1
+    per_band = np.bincount(band, minlength=num_bands)
+    table = np.zeros((num_bands, 8), dtype=np.int64)
+    table[:, BAND_TENSOR] = t
+    table[:, BAND_OFFSET] = edges[:-1] * memory.line
+    table[:, BAND_ROWS] = np.diff(edges)
+    table[:, BAND_ROW_STEP] = memory.line
+    table[:, BAND_LENGTH] = c1.max()
+    table[:, BAND_CUT] = num_cuts + np.cumsum(per_band) - per_band
+    table[:, BAND_NUM_CUTS] = per_band
+    return table, c1[box], boxes.bin_K[part][box]
+
+
+def cut_bands(bands: np.ndarray, target: int) -> np.ndarray:
+    """Cut bands above the target's number of elements between rows; each piece has all cuts of its band."""
+    pieces = [np.zeros((0, 8), dtype=np.int64)]
+    for row in bands:
+        most = max(1, target // int(row[BAND_LENGTH]), 4 * int(row[BAND_NUM_CUTS]) // int(row[BAND_LENGTH]))
+        starts = np.arange(0, int(row[BAND_ROWS]), most)
+        out = np.repeat(row[None], len(starts), axis=0)
+        out[:, BAND_ROWS] = np.minimum(most, row[BAND_ROWS] - starts)
+        out[:, BAND_OFFSET] += starts * row[BAND_ROW_STEP]
+        pieces.append(out)
+    return np.concatenate(pieces)
+
 
 SLOT, BIN, COUNT, TENSOR, OFFSET, STEP, ROWS, ROW_STEP, LENGTH = range(9)
 """The columns of an entry."""

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .baselines import per_tensor, whole
 from .layout import Layout
 from .lbf import lbf
 from .plan import Plan
+from .slices import per_tensor, whole, xsp
 from .tree_sp import tree_sp
-from .xsp import xsp
 
 __all__ = ["STRATEGIES", "Strategy", "make_plan", "strategy_named"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .baselines import per_tensor
 from .layout import Layout
 from .plan import Plan
+from .slices import per_tensor
 
 __all__ = ["tree_sp"]
 

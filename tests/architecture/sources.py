@@ -71,13 +71,13 @@ def relative(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    """`gradsplit/plan/xsp.py` -> `gradsplit.plan.xsp`; a package's `__init__.py` -> the package."""
+    """`gradsplit/plan/slices.py` -> `gradsplit.plan.slices`; a package's `__init__.py` -> the package."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def unit_of(module: str) -> str:
-    """The part of the package a module belongs to: `gradsplit.plan.xsp` -> `plan`."""
+    """The part of the package a module belongs to: `gradsplit.plan.slices` -> `plan`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 

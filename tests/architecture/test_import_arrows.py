@@ -14,38 +14,33 @@ from tests.architecture.sources import (
     unit_of,
 )
 
-# Each part of the package, and the parts it may import. A part without a row is an error: choose its place.
-MAY_IMPORT: dict[str, set[str]] = {
-    "xp": set(),
-    "plan": {"xp"},
-    "budget": {"plan", "xp"},
-    "functional": {"budget", "plan", "xp"},
-    "kernels": {"plan", "xp"},
-    "record": {"budget", "plan", "xp"},  # a record holds the budget's decision
-    "distributed": {"plan", "xp"},
-    "checkpoint": set(),  # whatever has a state_dict
+# The house from the ground up: each storey may import the storeys below it, and its own neighbours only where named.
+# A part of the package without a place here is an error: choose its storey.
+STOREYS: tuple[set[str], ...] = (
+    {"xp", "hooks", "amp"},
+    {"plan"},
+    {"budget", "kernels", "rates"},
+    {"distributed", "functional"},
+    {"split", "update_cap"},
+    {"splitter", "optim", "ladder"},
+    {"chain", "sources", "resume"},
+    {"integrations", "diagnose"},
+    {"watch"},
+    {"lab"},
+    {"cli"},
+    {"__main__"},
+)
+NEIGHBOURS = {
+    "update_cap": {"split"},  # a cap holds a Split
 }
-_LOW = set(MAY_IMPORT)
-# What stands between an optimizer and the splitter or GSO.
-MAY_IMPORT |= {
-    "amp": set(),
-    "attach": set(),
-    "rates": {"plan"},
-    "saved_state": set(),
-    "thawed": set(),
-    "update_cap": _LOW | {"rates"},
-    "bounding": _LOW | {"amp", "rates"},
-    "calibration": _LOW | {"splitter"},
-}
-_LOW = set(MAY_IMPORT)
-MAY_IMPORT |= dict.fromkeys(("splitter", "optim", "chain", "ladder", "guard"), _LOW)
-_MIDDLE = set(MAY_IMPORT)
-# Workloads are examples: like a user's script they may say `import gradsplit as gs`.
-MAY_IMPORT |= {name: _MIDDLE | {"gradsplit"} for name in ("workloads", "report", "run", "diagnose", "integrations")}
-MAY_IMPORT["run"] |= {"integrations"}  # a run hands its records to the sinks that were asked for
-MAY_IMPORT["cli"] = set(MAY_IMPORT) | {"gradsplit"}
-MAY_IMPORT["__main__"] = {"cli"}
-MAY_IMPORT["gradsplit"] = _MIDDLE | {"diagnose"}
+MAY_IMPORT: dict[str, set[str]] = {}
+for _storey in STOREYS:
+    _below = set(MAY_IMPORT)
+    MAY_IMPORT |= {name: _below | NEIGHBOURS.get(name, set()) for name in _storey}
+MAY_IMPORT["cli"] |= {"gradsplit"}
+for _name in ("lab", "watch", "integrations"):
+    MAY_IMPORT[_name] |= {"gradsplit"}  # the version; and like a user's script the lab may say `import gradsplit as gs`
+MAY_IMPORT["gradsplit"] = set(MAY_IMPORT) - {"cli", "lab", "watch", "integrations"}
 
 # Frameworks stay out of the parts that every framework shares; in xp each has one module, named after it.
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "numba", "triton"}
@@ -54,14 +49,14 @@ FRAMEWORK_FREE = {"plan": _NEVER, "budget": _NEVER, "functional": _NEVER, "xp": 
 
 # A heavy or optional package belongs to one layer, so that the others run without it.
 OWNERS = {
-    "numba": {"kernels", "optim", "cli"},
-    "triton": {"kernels", "optim", "cli"},
+    "numba": {"kernels", "optim", "lab", "cli"},
+    "triton": {"kernels", "optim", "lab", "cli"},
     "typer": {"cli"},
-    "rich": {"cli"},
-    "plotly": {"chain", "report", "cli"},
-    "sklearn": {"workloads"},
-    "pycocotools": {"workloads"},
-    "PIL": {"workloads"},
+    "rich": {"lab", "cli"},
+    "plotly": {"chain", "watch", "lab", "cli"},
+    "sklearn": {"lab"},
+    "pycocotools": {"lab"},
+    "PIL": {"lab"},
     "scipy": set(),
     "tensorflow": {"integrations", "xp"},
     "keras": {"integrations", "xp"},
@@ -108,12 +103,12 @@ def test_every_module_imports_only_what_its_layer_may(path):
 @pytest.mark.parametrize(
     ("module", "source", "names"),
     [
-        ("gradsplit.plan.xsp", "import torch", "free of frameworks"),
+        ("gradsplit.plan.slices", "import torch", "free of frameworks"),
         ("gradsplit.budget.ema", "def limit():\n    import jax.numpy", "free of frameworks"),
         ("gradsplit.xp", "import torch", "free of frameworks"),
         ("gradsplit.xp.numpy_xp", "import torch", "free of frameworks"),
-        ("gradsplit.plan.xsp", "from gradsplit.budget import Fixed", "must not import budget"),
-        ("gradsplit.plan.xsp", "from ..splitter import GradientSplitter", "must not import splitter"),
+        ("gradsplit.plan.slices", "from gradsplit.budget import Fixed", "must not import budget"),
+        ("gradsplit.plan.slices", "from ..splitter import GradientSplitter", "must not import splitter"),
         (
             "gradsplit.kernels.eager",
             "def f():\n    from gradsplit.budget.fixed import Fixed",
@@ -123,8 +118,8 @@ def test_every_module_imports_only_what_its_layer_may(path):
         ("gradsplit.optim.gso", "from gradsplit.cli import main", "must not import cli"),
         (
             "gradsplit.splitter",
-            "from gradsplit.workloads.registry import REGISTRY",
-            "must not import workloads",
+            "from gradsplit.lab.registry import REGISTRY",
+            "must not import lab",
         ),
         ("gradsplit.splitter", "import gradsplit as gs", "must not import gradsplit"),
         ("gradsplit.splitter", "from gradsplit import xsp", "must not import gradsplit"),
@@ -141,14 +136,14 @@ def test_a_planted_arrow_is_caught(module, source, names):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("gradsplit.budget.project", "from gradsplit.plan import Plan\nfrom ..xp import namespace_of"),
+        ("gradsplit.budget.projection", "from gradsplit.plan import Plan\nfrom ..xp import namespace_of"),
         (
             "gradsplit.plan.layout",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from torch import nn",
         ),
         ("gradsplit.xp.torch_xp", "import torch"),
         ("gradsplit.xp", "def namespace():\n    import torch"),
-        ("gradsplit.workloads.text", "import gradsplit as gs\nfrom gradsplit import xsp"),
+        ("gradsplit.lab.text", "import gradsplit as gs\nfrom gradsplit import xsp"),
         ("gradsplit.kernels.eager", "from .lowering import rows"),
     ],
 )

@@ -36,7 +36,7 @@ def _run(program: str) -> dict[str, list[str]]:
 def test_the_public_names_bring_no_framework_but_torch_and_no_heavy_part():
     loaded = _run(_PROBE)
     assert loaded["packages"] == [], "import these where they are called"
-    heavy = {"cli", "workloads", "report", "run", "integrations"} & set(loaded["parts"])
+    heavy = {"cli", "lab", "watch", "integrations"} & set(loaded["parts"])
     assert not heavy, f"import these parts where they are called: {sorted(heavy)}"
 
 

@@ -12,13 +12,24 @@ from tests.architecture.sources import module_of, package_files, relative, unit_
 # A limit is not a threshold, a bin is not a group or a segment, and bounding is not clipping. Beside each word stand
 # the parts of the package that deal with somebody else's thing of that name.
 _OPTIMIZER_GROUPS = {
-    *("attach", "diagnose", "distributed", "guard", "integrations", "optim", "rates", "splitter", "update_cap"),
+    *(
+        "diagnose",
+        "distributed",
+        "hooks",
+        "integrations",
+        "optim",
+        "rates",
+        "resume",
+        "splitter",
+        "update_cap",
+        "watch",
+    ),
 }
 FOREIGN = {
-    "clip": {"workloads", "integrations"},  # a baseline is called what its users call it, a hook what Keras calls it
+    "clip": {"lab", "integrations"},  # a baseline is called what its users call it, a hook what Keras calls it
     "threshold": set(),
     "segment": {"xp"},  # segment_sum, the name in numpy-like libraries
-    "group": _OPTIMIZER_GROUPS | {"chain", "ladder", "workloads"},  # also group norm, and groups of a convolution
+    "group": _OPTIMIZER_GROUPS | {"chain", "ladder", "lab"},  # also group norm, and groups of a convolution
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import gradsplit as gs
 from gradsplit.budget import Ledger
-from gradsplit.budget.node_sums import Nodes
+from gradsplit.budget.sums import Nodes
 
 
 def ledger(above: gs.budget.Budget) -> Ledger:

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsplit.chain import joints
-from gradsplit.chain.joints import layers_of
-from gradsplit.chain.structure import replace_tensors, tensors_in
+from gradsplit.chain.joints import layers_of, replace_tensors, tensors_in
 from tests.chain.nets import Pair, Recurrent, Residual, Structured, Tied, TwoHeads
 
 

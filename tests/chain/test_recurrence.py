@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from gradsplit.chain import Unrolled, gain_penalty, gradient_chain, lyapunov_exponents
-from gradsplit.chain.cells import Cell
-from gradsplit.chain.step_gains import squared_gains
+from gradsplit.chain.recurrent import Cell, squared_gains
 from tests.chain.nets import Recurrent
 
 KINDS = [nn.RNN, nn.GRU, nn.LSTM]

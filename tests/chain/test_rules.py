@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsplit.budget.base import limits_after
-from gradsplit.chain.bound import apply_scale, scale_within, signal_norm
-from gradsplit.chain.fork_rule import fork_limit, remember_branch
+from gradsplit.budget.running_median import RunningMedian
+from gradsplit.chain.factors import operator_norm
+from gradsplit.chain.fork_limits import fork_limit, remember_branch
 from gradsplit.chain.module_limits import bound_modules
-from gradsplit.chain.operator_norm import operator_norm
-from gradsplit.chain.running_median import RunningMedian
+from gradsplit.chain.signal_limits import apply_scale, scale_within, signal_norm
 
 norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 

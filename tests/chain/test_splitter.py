@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from gradsplit.budget import Fixed, Relative
-from gradsplit.chain import ChainSplitter, RunningMedian
+from gradsplit.budget.running_median import RunningMedian
+from gradsplit.chain import ChainSplitter
 from gradsplit.chain.module_limits import modules_with_parameters
-from gradsplit.chain.signal_guard import JointMemory, SignalGuard
+from gradsplit.chain.signal_limits import JointMemory, SignalGuard
 from gradsplit.xp import torch_xp
 from tests.chain.nets import Recurrent, Residual, TwoHeads, build
 

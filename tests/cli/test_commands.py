@@ -10,9 +10,9 @@ import pytest
 
 import gradsplit as gs
 from gradsplit.cli import main
-from gradsplit.workloads.demo import SCENES
-from gradsplit.workloads.methods import METHODS
-from gradsplit.workloads.registry import REGISTRY
+from gradsplit.lab.demo import SCENES
+from gradsplit.lab.methods import METHODS
+from gradsplit.lab.registry import REGISTRY
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import gradsplit.diagnose
 from gradsplit.diagnose import diagnose
+from gradsplit.diagnose.evidence import weight_gains
 from gradsplit.diagnose.head_share import loss_weights
 from gradsplit.diagnose.registry import EXPLODING, REGISTRY
 from gradsplit.diagnose.unstable_rate import sharpness
-from gradsplit.diagnose.weights import weight_gains
 from tests.chain.nets import NAMES, Recurrent, TwoHeads, build
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import gradsplit as gs
 from gradsplit.cli import main
+from gradsplit.cli.diagnose import diagnosis_page
 from gradsplit.diagnose import diagnose, long_step, step_trial
 from gradsplit.diagnose.next_update import next_update
 from gradsplit.diagnose.step_trial import Part, StepTrial
-from gradsplit.report.diagnosis_page import diagnosis_page
 from tests.chain.nets import build
 
 GUILTY, START = (2, 3, 5), 2.0

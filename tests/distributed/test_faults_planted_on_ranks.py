@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import gradsplit as gs
-from gradsplit.distributed import Carried, ShardedKernel
-from gradsplit.optim.sharded_update import ShardedUpdate
+from gradsplit.distributed import ShardedKernel
+from gradsplit.optim.updates.sharded import Carried, ShardedUpdate
 from tests.distributed.models import batch, make_net, shard, weights_of
 from tests.distributed.ranks import on_ranks
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradsplit as gs
-from gradsplit.optim import sharded_update
+from gradsplit.optim.updates import sharded as sharded_update
 from tests.distributed.models import batch, make_net, shard, weights_of
 from tests.distributed.ranks import counted, on_ranks
 

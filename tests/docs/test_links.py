@@ -31,7 +31,7 @@ def test_every_relative_link_resolves(page):
 
 @pytest.mark.parametrize("page", [page for page in pages() if page.name not in _HISTORY], ids=relative)
 def test_every_named_path_exists(page):
-    """`gradsplit/plan/xsp.py` in backticks is a promise; so is a folder with its slash."""
+    """`gradsplit/plan/slices.py` in backticks is a promise; so is a folder with its slash."""
     named = re.findall(r"`((?:\.ci|gradsplit|tests|docs|benchmarks|examples)/[\w./-]*)`", prose_of(page))
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing, f"{relative(page)} names {missing}"

@@ -8,8 +8,8 @@ import pytest
 
 import gradsplit as gs
 from gradsplit.budget import BUDGETS
+from gradsplit.lab.registry import REGISTRY
 from gradsplit.plan import STRATEGIES
-from gradsplit.workloads.registry import REGISTRY
 from tests.architecture.sources import ROOT
 
 CHOOSING = ROOT / "docs" / "choosing.md"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 
 import gradsplit as gs
-from gradsplit.budget.length_sums import Lengths, Squares, sums_for
+from gradsplit.budget.sums import Lengths, Squares, sums_for
 from gradsplit.functional import Patterns
 from gradsplit.xp import jax_xp
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import gradsplit as gs
-from gradsplit.budget import bottom_up, deciding
+from gradsplit.budget import decision as deciding
+from gradsplit.budget import projection as bottom_up
 from gradsplit.functional import Patterns, gso, gso_rule, splitting
 from tests.functional import in_torch
 from tests.functional.cases import CASES, LR, MOMENTUM, gradients, pace_at, weights

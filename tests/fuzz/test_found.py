@@ -12,11 +12,11 @@ import torch
 import gradsplit as gs
 from benchmarks.fuzz.run_files import sound_file
 from gradsplit.plan import Layout
-from gradsplit.record import RunFile
-from gradsplit.report.run_account import account_of
-from gradsplit.report.run_advice import advice_of
-from gradsplit.run.settings import VARIABLE, Settings, budget_from_words
-from gradsplit.saved_state import check_state
+from gradsplit.split import check_state
+from gradsplit.watch.record import RunFile
+from gradsplit.watch.report.account import account_of
+from gradsplit.watch.report.advice import advice_of
+from gradsplit.watch.run.settings import VARIABLE, Settings, budget_from_words
 
 LAYOUT = Layout.from_shapes({"w": (2, 3), "b": (2,)})
 

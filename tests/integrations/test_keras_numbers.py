@@ -13,7 +13,9 @@ from tests.functional.cases import CASES, LR, MOMENTUM, gradients, pace_at, turn
 keras = pytest.importorskip("keras")
 
 from gradsplit.integrations import keras as gsk  # noqa: E402 - needs the line above
-from gradsplit.integrations.keras import bounding, layout, rates  # noqa: E402
+from gradsplit.integrations.keras import layout  # noqa: E402
+from gradsplit.integrations.keras import split as bounding  # noqa: E402
+from gradsplit.integrations.keras import state as rates  # noqa: E402
 from tests.integrations.keras_cases import last_scales, tensors, values, variables  # noqa: E402
 
 NUM_STEPS = 50

@@ -12,14 +12,7 @@ import pytest
 from jax import numpy as jnp
 
 import gradsplit as gs
-from gradsplit.integrations.optax import (
-    SplitTransformation,
-    cap_updates,
-    energies_of,
-    gso,
-    layout_of,
-    split_gradients,
-)
+from gradsplit.integrations.optax import SplitTransformation, cap_updates, energies_of, gso, layout_of, split_gradients
 from tests.functional import in_torch
 from tests.functional.cases import (
     CASES,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import gradsplit as gs
-from gradsplit.workloads.registry import workload
+from gradsplit.lab.registry import workload
 from tests.architecture.sources import ROOT
-from tests.run.processes import run_python
+from tests.watch.run.processes import run_python
 
 STEPS = 6
 EXAMPLES = ROOT / "examples"

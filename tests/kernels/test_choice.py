@@ -7,7 +7,7 @@ import torch
 
 import gradsplit as gs
 from gradsplit.kernels import BACKENDS, Backend, make_kernel
-from gradsplit.kernels.precision import accumulate_dtype
+from gradsplit.kernels.kernel import accumulate_dtype
 from gradsplit.plan import Layout
 
 PLAN = gs.xsp(Layout.from_shapes({"w": (3, 2)}))

@@ -15,8 +15,8 @@ from gradsplit.kernels.reference import ReferenceKernel
 
 pytest.importorskip("numba", reason="the numba backend needs the package numba: pip install gradsplit[fast]")
 
+from gradsplit.kernels.addressable import FallbackWarning
 from gradsplit.kernels.numba_cpu import NumbaKernel
-from gradsplit.kernels.walkable import FallbackWarning
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

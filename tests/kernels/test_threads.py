@@ -14,7 +14,7 @@ import torch
 numba = pytest.importorskip("numba", reason="needs the package numba: pip install numba")
 
 from gradsplit.kernels import threads  # noqa: E402
-from gradsplit.kernels.sharing import COUNT, NEXT, share  # noqa: E402
+from gradsplit.kernels.numba_loops import COUNT, NEXT, share  # noqa: E402
 
 BOUNDS = np.arange(501, dtype=np.int64)
 

@@ -19,7 +19,7 @@ import triton.language as tl, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gradsplit.optim import triton_update_loops as loops
-from gradsplit.optim.compiled_update import NUMBERS
+from gradsplit.optim.updates.compiled import NUMBERS
 for program, kind, bounds in ((loops.one_pass_element, tl.bfloat16, 2), (loops.one_pass_bin, tl.float32, 0)):
     names = program.arg_names
     types = {name: "*i64" if name in ("table", "addresses") else "*fp64" for name in names[:7]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradsplit.kernels.walkable import bump_versions
+from gradsplit.kernels.addressable import bump_versions
 
 
 def test_every_tensor_counts_a_write_but_those_of_inference_mode():

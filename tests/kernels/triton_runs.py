@@ -109,7 +109,7 @@ def parameters(dtype: torch.dtype, *, shared: bool = False) -> list[Parameter]:
 
 def difference(*, dtype: torch.dtype = torch.float32, steps: int = 2, shared: bool = False, **options: Any) -> str:
     """What differs between the two after one of some steps from the same state; empty: nothing."""
-    from gradsplit.optim.triton_update import TritonUpdate
+    from gradsplit.optim.updates.triton_gpu import TritonUpdate
 
     options = {"lr": 1e-2, "weight_decay": 0.1, "budget": ROWS_ONLY["bin"], **options}
     ours, truth = parameters(dtype, shared=shared), parameters(dtype, shared=shared)
@@ -149,7 +149,7 @@ def _state(optimizer: gs.GSO, parameters: list[Parameter]) -> list[torch.Tensor]
 
 def equal(options: dict[str, Any]) -> str:
     """A run of the programs, which must not fall back."""
-    from gradsplit.kernels.walkable import FallbackWarning
+    from gradsplit.kernels.addressable import FallbackWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
@@ -158,8 +158,8 @@ def equal(options: dict[str, Any]) -> str:
 
 def falls_back(options: dict[str, Any]) -> str:
     """A run that warns once, and what it says; "differs" if the result does."""
-    from gradsplit.kernels.walkable import FallbackWarning
-    from gradsplit.optim import triton_update
+    from gradsplit.kernels.addressable import FallbackWarning
+    from gradsplit.optim.updates import triton_gpu as triton_update
 
     before, options = triton_update.LONGEST, dict(options)
     triton_update.LONGEST = options.pop("longest", before)
@@ -175,7 +175,8 @@ def falls_back(options: dict[str, Any]) -> str:
 
 def faulty(folder: Path, old: str, new: str, options: dict[str, Any]) -> str:
     """A run of programs with a fault."""
-    from gradsplit.optim import triton_update, triton_update_loops
+    from gradsplit.optim.updates import triton_gpu as triton_update
+    from gradsplit.optim.updates import triton_gpu as triton_update_loops
 
     text = Path(str(triton_update_loops.__file__)).read_text(encoding="utf-8")
     if old not in text:
@@ -221,7 +222,7 @@ def readings(options: dict[str, Any], *, look: bool = False) -> str:
 
 def main(folder: Path) -> None:
     """Run all cases."""
-    from gradsplit.kernels.registry import BACKENDS
+    from gradsplit.kernels.kernel import BACKENDS
 
     BACKENDS["triton"] = dataclasses.replace(BACKENDS["triton"], devices=())  # the interpreter's device is the CPU
     cases: dict[str, Callable[[], str]] = {f"equal: {name}": partial(equal, run) for name, run in EQUAL.items()}

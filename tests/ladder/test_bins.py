@@ -9,14 +9,7 @@ from torch import nn
 
 import gradsplit as gs
 from gradsplit.ladder import directions as directions_module
-from gradsplit.ladder import (
-    ladder_figure,
-    ladder_of_model,
-    ladder_rows,
-    ladder_table,
-    loss_of_model,
-    taylor_ladder,
-)
+from gradsplit.ladder import ladder_figure, ladder_of_model, ladder_rows, ladder_table, loss_of_model, taylor_ladder
 
 
 @pytest.fixture

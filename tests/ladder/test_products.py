@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsplit.ladder import cauchy
+from gradsplit.ladder import series as cauchy
 from gradsplit.ladder.series import Series, map_orders
 
 

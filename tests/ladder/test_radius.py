@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsplit.ladder.radius import radius_of
-from gradsplit.ladder.safe import increase, reach_of, safe_step
+from gradsplit.ladder.radius import increase, radius_of, reach_of, safe_step
 from gradsplit.ladder.signedlog import SignedLog
 
 

@@ -7,8 +7,9 @@ import copy
 import torch
 
 import gradsplit as gs
-from gradsplit.optim import moments, part_step
-from gradsplit.optim.reference_update import ReferenceUpdate
+from gradsplit.optim import parts as moments
+from gradsplit.optim import parts as part_step
+from gradsplit.optim.updates.reference import ReferenceUpdate
 from tests.laws import laws_of_updates as laws
 from tests.laws.cases import PLANS
 from tests.optim import amp_runs

@@ -10,7 +10,7 @@ import gradsplit as gs
 
 pytest.importorskip("numba", reason="the fused update needs the package numba: pip install gradsplit[fast]")
 
-from gradsplit.kernels.walkable import FallbackWarning
+from gradsplit.kernels.addressable import FallbackWarning
 
 BUDGETS = {
     "default": (gs.Relative(0.2), gs.RelativeStep(0.03)),

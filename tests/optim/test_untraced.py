@@ -9,7 +9,7 @@ import sys
 import torch
 
 import gradsplit as gs
-from gradsplit.optim.untraced import untraced
+from gradsplit.hooks import untraced
 
 _PROGRAM = """
 import sys, torch

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import gradsplit as gs
+from gradsplit.lab.deep_stack import literal_layout
 from gradsplit.plan import Boxes, Layout, Plan, make_plan
-from gradsplit.workloads.deep_stack import literal_layout
 
 LAYOUT = Layout.from_shapes({"a.w": (4, 3), "a.b": (4,), "c": (), "d.none": (0, 2)})
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsplit.record import GuardAction, RunFile, RunWriter, Stream
-from gradsplit.report.comparison import comparison_page
-from gradsplit.report.demo_page import demo_page
-from gradsplit.report.page import Section, page
-from gradsplit.report.rate_curve import rate_curve_svg
-from gradsplit.report.run_account import account_of
-from gradsplit.report.run_page import write_run_page
-from tests.record.recorded import noise, outline, rows_of
+from gradsplit.lab.pages.comparison import comparison_page
+from gradsplit.lab.pages.demo import demo_page
+from gradsplit.lab.pages.rate_curve import rate_curve_svg
+from gradsplit.resume.actions import GuardAction
+from gradsplit.watch.record import RunFile, RunWriter, Stream
+from gradsplit.watch.report.account import account_of
+from gradsplit.watch.report.html import Section, page
+from gradsplit.watch.report.run_page import write_run_page
 from tests.security.hostile import HOSTILE
+from tests.watch.record.recorded import noise, outline, rows_of
 
 __all__ = ["MAKERS"]
 
@@ -92,8 +93,7 @@ def curve(folder):
 
 def chain(folder):
     """The figure of a backward chain through modules with hostile names."""
-    from gradsplit.chain.chain import Chain, Link
-    from gradsplit.chain.figure import chain_figure
+    from gradsplit.chain.chain import Chain, Link, chain_figure
 
     links = [
         Link(**{**_blank(Link), "name": name, "kind": name, "above": HOSTILE[max(i - 1, 0)], "gain": 1.5, "signal": 1.0,

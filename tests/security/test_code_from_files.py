@@ -11,7 +11,7 @@ import torch
 
 import gradsplit as gs
 from benchmarks.fuzz.run_files import sound_file
-from gradsplit.checkpoint import torch_file
+from gradsplit.resume import torch_file
 from tests.architecture.sources import package_files, relative
 
 # Modules that make objects, and so run code, from bytes.

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from tests.report.browser import Browser, chromium
 from tests.security.hostile import HOSTILE, elements_of
 from tests.security.pages import MAKERS
+from tests.watch.report.browser import Browser, chromium
 
 ALLOWED = {
     *(

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from gradsplit.cli import main
 from gradsplit.cli.watch import view
-from gradsplit.record import RunFile, Stream
-from tests.record.recorded import noise, outline, write_run
+from gradsplit.watch.record import RunFile, Stream
+from tests.watch.record.recorded import noise, outline, write_run
 
 EVIL = "w\x1b]0;owned\x07\x1b[2J\x9b31m\rgone\u202eleft"
 

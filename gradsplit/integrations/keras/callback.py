@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from .report import Report
+from .state import Report
 
 __all__ = ["SplitCallback"]
 

@@ -10,12 +10,10 @@ import numpy as np
 from ...budget import DEFAULT_OF_GSO
 from ...functional import GsoRule, gso_rule
 from ...plan import Layout, Plan, make_plan, per_tensor
-from .bounding import refuse_replicas, spread, values_of
 from .layout import oriented_of
 from .options import Options
-from .rates import Rates
-from .report import Report
-from .state import Kept
+from .split import refuse_replicas, spread, values_of
+from .state import Kept, Rates, Report
 
 __all__ = ["GSO"]
 

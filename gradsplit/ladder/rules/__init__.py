@@ -1,7 +1,7 @@
 """Rules for power series, one file per family; importing this package fills the table."""
 
-from gradsplit.ladder.rules import branches, elementwise, extremes, normalisation, products, shapes
-from gradsplit.ladder.rules.registry import RULES, UnsupportedOperation, linear, rule, rule_of
+from . import branches, elementwise, extremes, normalisation, products, shapes
+from .registry import RULES, UnsupportedOperation, linear, rule, rule_of
 
 __all__ = [
     "RULES",

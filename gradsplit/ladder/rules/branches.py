@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.kinks import note_gap
-from gradsplit.ladder.rules.registry import Rule, rule
-from gradsplit.ladder.series import Series, Value, aligned, padded, promote, scale
+from ..kinks import note_gap
+from ..series import Series, Value, aligned, padded, promote, scale
+from .registry import Rule, rule
 
 aten = torch.ops.aten
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsplit.ladder import recurrences
-from gradsplit.ladder.cauchy import blockwise, product, square
-from gradsplit.ladder.rules.branches import positive, where
-from gradsplit.ladder.rules.registry import Rule, linear, rule
-from gradsplit.ladder.series import Series, Value, add, padded, scale
+from .. import recurrences
+from ..series import Series, Value, add, blockwise, padded, product, scale, square
+from .branches import positive, where
+from .registry import Rule, linear, rule
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.kinks import note_gap
-from gradsplit.ladder.rules.registry import rule
-from gradsplit.ladder.series import Series, map_orders
+from ..kinks import note_gap
+from ..series import Series, map_orders
+from .registry import rule
 
 aten = torch.ops.aten
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsplit.ladder import recurrences
-from gradsplit.ladder.cauchy import blockwise, product, square
-from gradsplit.ladder.rules.elementwise import multiply
-from gradsplit.ladder.rules.registry import rule
-from gradsplit.ladder.series import Series, Value, add, map_orders, scale
+from .. import recurrences
+from ..series import Series, Value, add, blockwise, map_orders, product, scale, square
+from .elementwise import multiply
+from .registry import rule
 
 aten = torch.ops.aten
 Dims = Sequence[int] | int | None

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsplit.ladder.cauchy import bilinear
-from gradsplit.ladder.cauchy import matmul as series_matmul
-from gradsplit.ladder.rules.registry import rule
-from gradsplit.ladder.series import Series, Value, add, scale
+from ..series import Series, Value, add, bilinear, scale
+from ..series import matmul as series_matmul
+from .registry import rule
 
 aten = torch.ops.aten
 

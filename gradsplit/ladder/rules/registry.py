@@ -5,7 +5,7 @@ Adding one is a function and a row. The function has the operation's own signatu
 
     >>> import torch
     >>> from gradsplit.ladder.rules import rule
-    >>> from gradsplit.ladder.cauchy import square
+    >>> from gradsplit.ladder.series import square
     >>> @rule(torch.ops.aten.absolute_square)  # doctest: +SKIP
     ... def absolute_square(x):
     ...     return square(x)
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gradsplit.ladder.series import map_orders
+from ..series import map_orders
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}

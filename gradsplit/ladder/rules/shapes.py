@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from gradsplit.ladder.rules.registry import linear, rule
-from gradsplit.ladder.series import Series, Value, map_orders, scale
+from ..series import Series, Value, map_orders, scale
+from .registry import linear, rule
 
 aten = torch.ops.aten
 

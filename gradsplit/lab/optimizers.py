@@ -1,0 +1,145 @@
+"""The optimizers that comparisons train with, by name, and the schedule of their learning rate.
+
+All Adam-like ones take the same betas and weight decay, so that a comparison compares methods and not constants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import gradsplit as gs
+
+from .task import MissingDataError, reject_unknown
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Settings", "make_optimizer", "make_schedule", "rate_factor"]
+
+SCHEDULES = ("constant", "cosine")
+FLOOR = 0.01  # of the learning rate, at the end of a cosine
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is trained, apart from method, strength, learning rate and seed.
+
+    Attributes:
+        steps: updates.
+        optimizer: a name of `OPTIMIZERS`; methods that are optimizers themselves ignore it.
+        schedule: "constant" or "cosine" (to 1 % of the learning rate).
+        warmup: steps of warm-up *of the methods that warm up*; None: a tenth of `steps`. The others have none.
+        beta2: memory of Adam's second moment.
+        weight_decay: decoupled, of the Adam-like ones; SGD has none.
+    """
+
+    steps: int
+    optimizer: str = "sgdm"
+    schedule: str = "constant"
+    warmup: int | None = None
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        reject_unknown("Settings", "optimizer", self.optimizer, BASE_OPTIMIZERS)
+        reject_unknown("Settings", "schedule", self.schedule, SCHEDULES)
+        if self.steps < 1:
+            raise ValueError(f"Settings(steps={self.steps}): expected at least one step.")
+        if self.warmup is not None and not 0 <= self.warmup < self.steps:
+            raise ValueError(f"Settings(warmup={self.warmup}): expected 0 <= warmup < steps, here {self.steps}.")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up of a method that warms up."""
+        return self.steps // 10 if self.warmup is None else self.warmup
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """What every Adam-like optimizer is given."""
+        return {"betas": (0.9, self.beta2), "weight_decay": self.weight_decay}
+
+
+Make = Callable[[nn.Module, float, Settings], torch.optim.Optimizer]
+
+
+def _package(package: str, name: str) -> Any:
+    """An optimizer class from a package that only comparisons need.
+
+    Raises:
+        MissingDataError: the package is not installed.
+    """
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        pip = package.replace("_", "-")
+        raise MissingDataError(
+            f"method of the package {pip}: expected it to be installed, found none. Run: pip install {pip}, "
+            "or leave the method out."
+        ) from error
+    return getattr(module, name)
+
+
+def _sgd(momentum: float) -> Make:
+    return lambda model, lr, settings: torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+
+
+def _schedulefree(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    # It warms up by itself, and has no other schedule: that is its promise.
+    made = _package("schedulefree", "AdamWScheduleFree")
+    return made(model.parameters(), lr=lr, warmup_steps=settings.warmup_steps, **settings.adam)
+
+
+def _prodigy(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay
+        return _package("prodigyopt", "Prodigy")(model.parameters(), lr=lr, **settings.adam)
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": _sgd(0.0),
+    "sgdm": _sgd(0.9),
+    "adam": lambda model, lr, settings: torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, settings.beta2)),
+    "adamw": lambda model, lr, settings: torch.optim.AdamW(model.parameters(), lr=lr, **settings.adam),
+    "gso": lambda model, lr, settings: gs.GSO(model, lr, **settings.adam),
+    "gso-bin": lambda model, lr, settings: gs.GSO(model, lr, second_moment="bin", **settings.adam),
+    "gso-cap": lambda model, lr, settings: gs.GSO(model, lr, budget=gs.RelativeStep(0.03), **settings.adam),
+    "lamb": lambda model, lr, settings: _package("pytorch_optimizer", "Lamb")(
+        model.parameters(), lr=lr, **settings.adam
+    ),
+    "prodigy": _prodigy,
+    "schedulefree": _schedulefree,
+}
+"""Name -> maker from (model, learning rate, settings)."""
+
+BASE_OPTIMIZERS = ("sgd", "sgdm", "adam", "adamw")  # what a control may stand in front of
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer of that name over a model's parameters."""
+    reject_unknown("make_optimizer", "name", name, tuple(OPTIMIZERS))
+    return OPTIMIZERS[name](model, lr, settings)
+
+
+def rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
+    """Learning rate at `step` over the learning rate asked for: a linear rise over `warmup` steps, then the schedule.
+
+    >>> [round(rate_factor(step, 10, "cosine", 2), 3) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.505, 0.01]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    share = (step - warmup) / max(steps - warmup, 1)
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings, *, warmup: int) -> LambdaLR:
+    """torch's scheduler for `rate_factor`; call its step() after every update."""
+    return LambdaLR(optimizer, lambda step: rate_factor(step, settings.steps, settings.schedule, warmup))

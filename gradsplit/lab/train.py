@@ -1,0 +1,152 @@
+"""One run: a task trained by a method, stopped early where it has diverged, scored at the end.
+
+The loss is read from the device every few steps only, many at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .controls import Tally
+from .methods import Arrangement, Method, arrange, method_named
+from .optimizers import Settings
+from .task import Task
+from .watch import NormHistory, NormWatch
+
+__all__ = ["LOST", "READ_EVERY", "Result", "smoothed", "steps_to", "train"]
+
+READ_EVERY = 10  # steps between two reads of the losses
+LOST = 1e6  # times the first loss: beyond this a run is lost, not merely bad
+WINDOW = 25  # steps of the running mean by which losses are compared
+
+
+@dataclass
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        metrics: from `Task.evaluate` after the last step.
+        losses: one a step, as far as it went; not finite where the loss was not.
+        diverged: the loss was not finite or above `LOST` times its start to the end, or weights are not finite.
+        seconds: wall time of the training alone.
+        scaled_share: share of all (bin, step) pairs that were scaled; None: nothing counts them.
+        zeroed_share: the same for bins that were not finite.
+        worst: (name, geometric mean scale) of the bins bounded hardest.
+        num_bins: how many bins there are; 0: nothing is split.
+        norms: norms of all nodes, if they were watched.
+    """
+
+    metrics: dict[str, float]
+    losses: list[float]
+    diverged: bool
+    seconds: float
+    scaled_share: float | None = None
+    zeroed_share: float | None = None
+    worst: list[tuple[str, float]] = field(default_factory=list)
+    num_bins: int = 0
+    norms: NormHistory | None = None
+
+
+def train(
+    task: Task,
+    method: Method | str,
+    *,
+    lr: float,
+    settings: Settings,
+    strength: float | None = None,
+    watch: bool = False,
+    on_progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Result:
+    """Train a task from its initial weights and score it.
+
+    Args:
+        task: freshly built; its model is changed.
+        method: a row of `METHODS`, or its name.
+        lr: learning rate > 0.
+        settings: steps, optimizer, schedule, warm-up.
+        strength: in the method's unit; None where it has nothing to tune.
+        watch: keep the norms of all nodes, at the price of two more measurements on the steps kept.
+        on_progress: called with the number of steps done and the last loss, every `READ_EVERY` steps.
+
+    Returns:
+        The result. A run counts as lost when its loss has been bad for a twentieth of all steps (at least
+        `READ_EVERY`) without a break; it then stops.
+    """
+    row = method_named(method) if isinstance(method, str) else method
+    arrangement = arrange(row, task, lr, strength, settings)
+    model, watcher = task.model, NormWatch(task.model, settings.steps) if watch else None
+    patience = max(READ_EVERY, settings.steps // 20)
+    losses: list[float] = []
+    unread: list[Tensor] = []
+    bad_for, start = 0, time.perf_counter()
+    arrangement.mode(training=True)
+    for step in range(settings.steps):
+        arrangement.optimizer.zero_grad()
+        loss = task.loss(model, task.batch(step))
+        torch.autograd.backward(loss)
+        _update(arrangement, watcher, step)
+        unread.append(loss.detach())
+        if len(unread) == READ_EVERY or step == settings.steps - 1:
+            losses += torch.stack(unread).double().cpu().tolist()
+            unread.clear()
+            bad_for = _bad_at_the_end(losses)
+            on_progress(step + 1, losses[-1])
+            if bad_for >= patience:
+                break
+    seconds = time.perf_counter() - start
+    arrangement.mode(training=False)
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    result = Result(task.evaluate(model), losses, bad_for >= patience or not finite, seconds)
+    _count(result, arrangement.control.tally)
+    result.norms = None if watcher is None else watcher.history
+    return result
+
+
+def _update(arrangement: Arrangement, watcher: NormWatch | None, step: int) -> None:
+    if watcher is None or not watcher.wants(step):
+        arrangement.update()
+        return
+    watcher.before(step)
+    arrangement.update()
+    watcher.after()
+
+
+def _bad_at_the_end(losses: list[float]) -> int:
+    """How many of the last losses without a break are lost."""
+    first = losses[0] if math.isfinite(losses[0]) else 1.0
+    for count, loss in enumerate(reversed(losses)):
+        if math.isfinite(loss) and loss <= LOST * abs(first):
+            return count
+    return len(losses)
+
+
+def _count(result: Result, tally: Tally | None) -> None:
+    if tally is not None:
+        result.scaled_share, result.zeroed_share = tally.scaled_share, tally.zeroed_share
+        result.worst, result.num_bins = tally.worst(), tally.num_bins
+
+
+def smoothed(losses: list[float], window: int = WINDOW) -> list[float]:
+    """Running mean over the last `window` losses, one a step from the window's end on.
+
+    >>> smoothed([4.0, 2.0, 0.0], window=2)
+    [3.0, 1.0]
+    """
+    window = min(window, len(losses))
+    return [math.fsum(losses[i : i + window]) / window for i in range(len(losses) - window + 1)] if losses else []
+
+
+def steps_to(losses: list[float], target: float, window: int = WINDOW) -> int | None:
+    """Steps until the running mean of the loss is at most `target`; None: never.
+
+    >>> steps_to([4.0, 2.0, 0.0, 0.0], 1.0, window=2)
+    3
+    """
+    window = min(window, len(losses))
+    return next((i + window for i, mean in enumerate(smoothed(losses, window)) if mean <= target), None)

@@ -1,0 +1,168 @@
+"""What the compiled updates share: when a step is theirs, and the decision that is worked out only when asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...amp import Scaling
+from ...budget import Decision
+from ...budget.lines import lines_of
+from ...kernels.addressable import DTYPES, obstacle, overlap, warn_of_fallback
+from ...plan.lowering import walks
+from ..parts import Planned
+from .reference import ReferenceUpdate
+
+__all__ = ["ParameterMemory", "NUMBERS", "CompiledUpdate"]
+
+
+class ParameterMemory:
+    """The memory of one part's parameters: what was found fit to be walked is not looked at again every step."""
+
+    def __init__(self, planned: Planned) -> None:
+        self.planned, self._device = planned, planned.kernel.device.type
+        self._walked: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(planned.owners)
+        self._apart = b""
+        self._warned = False
+
+    def arrays(
+        self, gradients: list[Tensor | None], states: list[dict[str, Any]]
+    ) -> tuple[list[Tensor | None], ...] | None:
+        """Weights, gradients and moments in matching strides, or None where one of them cannot be walked."""
+        weights: list[Tensor | None] = [None] * len(gradients)
+        moments, spreads = weights.copy(), weights.copy()
+        parameters, device, walked = self.planned.parameters, self._device, self._walked
+        for t, gradient in enumerate(gradients):
+            p, state = parameters[t], states[t]
+            if gradient is None or p.numel() == 0:
+                gradients[t] = None
+                continue
+            m, v = state["exp_avg"], state.get("exp_avg_sq")
+            strides, dtype = p.stride(), p.dtype
+            reason = ""
+            if walked[t] != (strides, dtype) or not p.data_ptr():
+                reason = self._obstacle(t, p)
+                walked[t] = None if reason else (strides, dtype)
+            reason = reason or obstacle(gradient, device) or _difference(strides, dtype, gradient, m, v)
+            if reason:
+                self._refuse(t, reason)
+                return None
+            if gradient.stride() != strides:
+                gradients[t] = torch.empty_like(p).copy_(gradient)
+            weights[t], moments[t] = p, m
+            spreads[t] = state["bin_sq"] if v is None else v
+        return weights, gradients, moments, spreads
+
+    def _obstacle(self, t: int, p: Tensor) -> str:
+        """Say why a parameter cannot be walked; empty if it can."""
+        if p.dtype not in DTYPES:
+            return obstacle(p, self._device) or f"its dtype is {p.dtype}"
+        walked = walks(self.planned.plan, t, p.stride())
+        unfit = "" if walked else f"its strides {p.stride()} have no contiguous rows the plan could cut"
+        return obstacle(p, self._device) or unfit
+
+    def _refuse(self, t: int, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            name = self.planned.plan.layout.names[t]
+            warn_of_fallback(
+                "GSO's fused update", name, reason, "Make the parameter contiguous, or say backend='eager'."
+            )
+
+    def is_apart(self, weights: list[Tensor | None], bases: np.ndarray) -> bool:
+        """Whether no two parameters share memory; looked at once for the same addresses."""
+        seen = bases.tobytes()
+        if self._apart != seen:
+            if overlap([p for p in weights if p is not None]):
+                return False
+            self._apart = seen
+        return True
+
+
+def _difference(strides: tuple[int, ...], dtype: torch.dtype, gradient: Tensor, m: Tensor, v: Tensor | None) -> str:
+    """Say why a parameter, its gradient and its moments cannot be walked together; empty if they can."""
+    if gradient.dtype is not dtype:
+        return f"its dtype is {dtype}, its gradient's {gradient.dtype}"
+    if m.stride() != strides or (v is not None and v.stride() != strides):
+        return f"its strides {strides} are not those of its moments"
+    if m.dtype is not dtype or (v is not None and v.dtype is not dtype):
+        return f"its dtype is {dtype}, its moments' {m.dtype}"
+    return ""
+
+
+NUMBERS = (
+    "1 - beta1",
+    "beta2",
+    "1 - beta2",
+    "lr / bias1",
+    "1 / sqrt(bias2)",
+    "eps",
+    "lr decay",
+    "sign of gradient",
+)
+"""What each tensor's row of ``numbers`` holds in the compiled loops, Numba's and Triton's."""
+
+
+class CompiledUpdate(ABC):
+    """One step by a compiled program; where that cannot be, by the reference."""
+
+    def __init__(self, planned: Planned) -> None:
+        self.planned = planned
+        self._gradient_lines = lines_of(planned.gradient_budgets)
+        self._update_lines = lines_of(planned.update_budgets)
+        self._memory = ParameterMemory(planned)
+        self._measured: tuple[Tensor, Tensor] | None = None
+        self._decision: Decision | None = None
+        self._reference: ReferenceUpdate | None = None
+
+    @property
+    def reference(self) -> ReferenceUpdate:
+        """The definition, for tensors that cannot be walked in memory, and for steps that are traced."""
+        self._make_reference()
+        assert self._reference is not None
+        return self._reference
+
+    def _make_reference(self) -> bool:
+        """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
+        if self._reference is None:
+            self._reference = ReferenceUpdate(self.planned)
+        return True
+
+    # What torch.compiler.assume_constant_result does, without importing the compiler for those who do not use it.
+    _make_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @property
+    def decision(self) -> Decision | None:
+        """The decision on the gradient of the last step; after one pass over memory made when asked for."""
+        if self._measured is not None:
+            self._decision, self._measured = self.planned.gradient.decide(*self._measured), None
+        return self._decision
+
+    def step(
+        self,
+        gradients: list[Tensor | None],
+        states: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
+        scaling: Scaling | None = None,
+    ) -> None:
+        """See `ReferenceUpdate.step`. Steps that are traced, and scaled float16 gradients, are the reference's."""
+        half = scaling is not None and any(g is not None and g.dtype == torch.float16 for g in gradients)
+        if not half and not torch.compiler.is_compiling():
+            if scaling is not None:
+                gradients = [None if g is None else scaling.plain(g) for g in gradients]
+                scaling = None
+            arrays = self._memory.arrays(gradients, states)
+            if arrays is not None and self._walk(arrays, states, groups):
+                return
+        self.reference.step(gradients, states, groups, scaling)
+        self._measured, self._decision = None, self.reference.decision
+
+    @abstractmethod
+    def _walk(
+        self, arrays: tuple[list[Tensor | None], ...], states: list[dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> bool:
+        """Update by the compiled program and leave its decision; False, with nothing touched, where it cannot."""

@@ -1,0 +1,264 @@
+"""The update of GSO over sharded parameters, by one all-reduce where every bin's limits need that bin alone.
+
+A tensor whose bins lie whole on their ranks is updated where it lies, before anything is sent, by the update of one
+process. A tensor with a bin over several ranks (under FSDP2 a bias, the scale of a norm) is small: its pieces of
+gradient, weights and moments travel in the one message that also tells every rank what was decided elsewhere; every
+rank then updates the whole tensor alike and keeps its piece. Sums of squares alone would need a second message, since
+the length of an update follows from the bounded gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...amp import Scaling
+from ...budget import Decision
+from ...budget.lines import lines_of
+from ...distributed.shards import shard_of
+from ...plan import part_of
+from ..parts import Planned
+
+__all__ = ["Carried", "ShardedUpdate", "can_update"]
+
+
+class Carried:
+    """Places of E elements, those of some sharded tensors one after the other, in rows of a message.
+
+    Every rank writes what it holds and zeros elsewhere; the sum over ranks, divided by how many wrote an element, is
+    the whole tensor, to the bit where the number of copies is a power of two.
+
+    Args:
+        names, tensors: as the optimizer holds them.
+        add: adds a tensor over the ranks in place; called once, to count copies.
+        like: a tensor of the message's dtype and device.
+    """
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[Any], add: Callable[[Tensor], Any], like: Tensor):
+        self.shapes = [tuple(int(size) for size in tensor.shape) for tensor in tensors]
+        self._shards = [shard_of(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+        self._bounds = [0, *accumulate(int(tensor.numel()) for tensor in tensors)]
+        self.copies_E = like.new_zeros(self._bounds[-1])
+        for t, shard in enumerate(self._shards):
+            self.write(self.copies_E, t, like.new_ones(shard.shape))
+        add(self.copies_E)
+
+    def __len__(self) -> int:
+        return self._bounds[-1]
+
+    def write(self, row_E: Tensor, t: int, piece: Tensor) -> None:
+        """Write this rank's piece of tensor t into a row of the message."""
+        self.piece(self.whole(row_E, t), t).copy_(piece)
+
+    def whole(self, row_E: Tensor, t: int) -> Tensor:
+        """Return tensor t as a row of the message holds it, sharing memory."""
+        return row_E[self._bounds[t] : self._bounds[t + 1]].view(self.shapes[t])
+
+    def piece(self, whole: Tensor, t: int) -> Tensor:
+        """Return this rank's piece of the whole tensor t, sharing memory."""
+        shard, shape = self._shards[t], self.shapes[t]
+        if len(shape) < 2:
+            return whole.reshape(-1)[shard.col_start : shard.col_stop].reshape(shard.shape)
+        behind = max(1, whole[0, 0].numel()) if whole.numel() else 1
+        left, right = shard.col_start // behind, shard.col_stop // behind
+        return whole[shard.row_start : shard.row_stop, left:right]
+
+
+CARRIED, CARRIED_A_BIN = 1 << 16, 2
+"""Elements that may be carried: so many, or so many a bin if that is more; so the message stays about as long."""
+
+_Gradients = list[Tensor | None]
+_States = list[dict[str, Any]]
+
+
+def can_update(planned: Planned) -> bool:
+    """Whether limits look at one bin each, and the tensors with bins over several ranks are small together."""
+    budgets = [planned.gradient_budgets, planned.update_budgets]
+    alone = all(lines_of(pairs) is not None for pairs in budgets)
+    plain = planned.bins_in_one_tensor and not any(owner.is_complex() for owner in planned.owners)
+    num_carried = sum(planned.plan.layout.numels[t] for t in _spread(planned))
+    return alone and plain and num_carried <= max(CARRIED, CARRIED_A_BIN * planned.plan.num_bins)
+
+
+def _spread(planned: Planned) -> list[int]:
+    """The tensors with a bin over several ranks."""
+    plan = planned.plan
+    return [int(t) for t in np.unique(plan.tensor_K[planned.kernel.spread_B[plan.bin_K]])]
+
+
+class ShardedUpdate:
+    """One step over the shards of a `Planned`, see the module.
+
+    Args:
+        planned: one for which `can_update` holds.
+        make: planned -> update, for plain tensors.
+    """
+
+    def __init__(self, planned: Planned, make: Callable[[Planned], Any]) -> None:
+        self.planned = planned
+        self.decision: Decision | None = None
+        spread = _spread(planned)
+        self._own = _Own(planned, [t for t in range(len(planned.owners)) if t not in spread], make)
+        self._whole = _Whole(planned, spread, make) if spread else None
+        wide = (
+            torch.float64 if any(p.dtype == torch.float64 for p in planned.owners) else planned.gradient.numel_B.dtype
+        )
+        self._like = torch.empty(0, dtype=wide, device=planned.kernel.device)
+
+    def step(
+        self,
+        gradients: _Gradients,
+        states: _States,
+        groups: list[dict[str, Any]],
+        scaling: Scaling | None = None,
+    ) -> None:
+        """See `ReferenceUpdate.step`; every rank takes part, with whatever gradients it has."""
+        if scaling is not None:
+            gradients = [None if gradient is None else scaling.plain(gradient) for gradient in gradients]
+        planned, num_bins = self.planned, self.planned.plan.num_bins
+        num_carried = 0 if self._whole is None else len(self._whole.carried)
+        message = self._like.new_zeros(4 * num_bins + 5 * num_carried)
+        shown, rows = message[: 4 * num_bins].view(4, num_bins), message[4 * num_bins :].view(5, num_carried)
+        self._own.step(gradients, states, groups, shown)
+        if self._whole is not None:
+            self._whole.write(gradients, states, rows)
+        planned.kernel.add_(message)
+        norm_B, scale_B, limit_B = (shown[:3] / shown[3].clamp(min=1.0)).to(planned.gradient.numel_B.dtype)
+        silent_B = shown[3] == 0  # no gradient anywhere, or a bin of the whole tensors
+        scale_B, limit_B = scale_B.masked_fill(silent_B, 1.0), limit_B.masked_fill(silent_B, float("inf"))
+        if self._whole is not None:
+            bins, decision = self._whole.step(rows, gradients, states, groups)
+            norm_B[bins] = torch.where(decision.finite_B, decision.norm_B, float("nan"))
+            scale_B[bins], limit_B[bins] = decision.scale_B, decision.limit_B
+        finite_B = norm_B.isfinite()
+        norm_B = norm_B.masked_fill(~finite_B, 0.0)
+        self.decision = Decision(planned.plan, norm_B, finite_B, scale_B, (("bin", None, limit_B),))
+        self._own.learn_elsewhere(self.decision, gradients, states, groups)
+
+
+class _Own:
+    """The tensors whose bins lie whole on their ranks: updated where they lie."""
+
+    def __init__(self, planned: Planned, at: list[int], make: Callable[[Planned], Any]) -> None:
+        self.planned, self.all = planned, at
+        pieces = planned.parameters
+        self.at = [t for t in at if pieces[t].numel()]
+        self.pieces = [pieces[t] for t in self.at]
+        self.bins = np.zeros(0, dtype=np.int64)
+        if self.at:
+            plan, self.bins = part_of(planned.local_plan, self.at)
+            plan.width_T = planned.plan.width_T[self.at]  # of the whole tensors, whatever pieces of rows are here
+            self.part = planned.over(self.pieces, plan, self.at)
+            self.update = make(self.part)
+        # Of every tensor: where among its bins those stand that are here.
+        self.places = {t: np.flatnonzero(np.isin(planned.bins_of_tensor[t], self.bins)) for t in at}
+
+    def step(self, gradients: _Gradients, states: _States, groups: list[dict[str, Any]], shown: Tensor) -> None:
+        """Update, and write (norm, scale, limit, 1) of every bin that is here into four rows."""
+        mine = [gradients[t] for t in self.at]
+        if all(gradient is None for gradient in mine):
+            return
+        present = np.array([gradient is not None for gradient in mine])
+        tables = self.planned.parameters
+        self.pieces[:] = [tables[t] for t in self.at]
+        kept = [dict(states[t]) for t in self.at]
+        for t, state in zip(self.at, kept, strict=True):
+            if "bin_sq" in state:
+                state["bin_sq"] = state["bin_sq"][torch.from_numpy(self.places[t]).to(state["bin_sq"].device)]
+        self.update.step(mine, kept, [groups[t] for t in self.at])
+        for t, state in zip(self.at, kept, strict=True):
+            if "bin_sq" in state:
+                states[t]["bin_sq"][torch.from_numpy(self.places[t]).to(state["bin_sq"].device)] = state["bin_sq"]
+        made: Decision = self.update.decision
+        norm_B = torch.where(made.finite_B, made.norm_B, float("nan"))
+        rows = torch.stack([norm_B, made.scale_B, made.limit_B, torch.ones_like(norm_B)]).to(shown.dtype)
+        bins = torch.from_numpy(self.bins).to(shown.device)
+        if not present.all():
+            plan = self.part.plan
+            has = np.zeros(plan.num_bins, dtype=bool)
+            has[plan.bin_K] = present[plan.tensor_K]
+            there = torch.from_numpy(has).to(shown.device)
+            rows, bins = rows[:, there], bins[there]
+        shown[:, bins] = rows
+
+    def learn_elsewhere(
+        self, decision: Decision, gradients: _Gradients, states: _States, groups: list[dict[str, Any]]
+    ) -> None:
+        """Enter the bins of other ranks into one second moment a bin, which every rank holds whole."""
+        for t in self.all:
+            if gradients[t] is None or "bin_sq" not in states[t]:
+                continue
+            v, beta2 = states[t]["bin_sq"], groups[t]["betas"][1]
+            elsewhere = np.ones(len(v), dtype=bool)
+            elsewhere[self.places[t]] = False
+            places = torch.from_numpy(np.flatnonzero(elsewhere)).to(v.device)
+            ids = torch.from_numpy(self.planned.bins_of_tensor[t]).to(v.device)[places]
+            mean = (decision.norm_B[ids] * decision.scale_B[ids]) ** 2 / self.planned.gradient.numel_B[ids]
+            fresh = beta2 * v[places] + (1 - beta2) * mean.to(v.dtype)
+            v[places] = torch.where(decision.finite_B[ids], fresh, v[places])
+
+
+class _Whole:
+    """The tensors with a bin over several ranks: carried, updated whole on every rank, each keeping its piece."""
+
+    def __init__(self, planned: Planned, at: list[int], make: Callable[[Planned], Any]) -> None:
+        self.planned, self.at = planned, at
+        plan, bins = part_of(planned.plan, at)
+        like = planned.gradient.numel_B
+        self.bins = torch.from_numpy(bins).to(like.device)
+        owners = [planned.owners[t] for t in at]
+        self.carried = Carried(plan.layout.names, owners, planned.kernel.add_, like)
+        self.weights = [torch.empty(tuple(p.shape), dtype=p.dtype, device=like.device) for p in owners]
+        self.update = make(planned.over(self.weights, plan, at))
+
+    def write(self, gradients: _Gradients, states: _States, rows: Tensor) -> None:
+        """Write this rank's pieces into five rows: weights, gradient, both moments, and 1 where there is a gradient."""
+        weights = self.planned.parameters
+        for i, t in enumerate(self.at):
+            self.carried.write(rows[0], i, weights[t])
+            gradient, state = gradients[t], states[t]
+            if gradient is not None:
+                self.carried.write(rows[1], i, gradient)
+                self.carried.write(rows[2], i, state["exp_avg"])
+                if "exp_avg_sq" in state:
+                    self.carried.write(rows[3], i, state["exp_avg_sq"])
+                self.carried.piece(self.carried.whole(rows[4], i), i).fill_(1.0)
+
+    def step(
+        self, rows: Tensor, gradients: _Gradients, states: _States, groups: list[dict[str, Any]]
+    ) -> tuple[Tensor, Decision]:
+        """Update the whole tensors and keep this rank's pieces; return the bins and what was decided of them."""
+        present = rows[4].clamp(min=1.0)
+        wholes = [rows[0] / self.carried.copies_E, rows[1] / present, rows[2] / present, rows[3] / present]
+        by_bin = any("bin_sq" in state for state in states)
+        made: _States = []
+        whole_gradients: list[Tensor | None] = []
+        for i, t in enumerate(self.at):
+            weight, state = self.weights[i], states[t]
+            w, g, m, v = (self.carried.whole(whole, i).to(weight.dtype) for whole in wholes)
+            weight.copy_(w)
+            whole_gradients.append(g)
+            one: dict[str, Any] = {"step": state.get("step", torch.ones(())), "exp_avg": m}
+            if by_bin:
+                bins = len(self.planned.bins_of_tensor[t])
+                one["bin_sq"] = state["bin_sq"].clone() if state else torch.zeros(bins, device=weight.device)
+            else:
+                one["exp_avg_sq"] = v
+            made.append(one)
+        self.update.step(whole_gradients, made, [groups[t] for t in self.at])
+        weights = self.planned.parameters
+        for i, t in enumerate(self.at):
+            if gradients[t] is None:
+                continue
+            weights[t].copy_(self.carried.piece(self.weights[i], i))
+            for key, value in made[i].items():
+                if key == "bin_sq":
+                    states[t][key].copy_(value)
+                elif key != "step":
+                    states[t][key].copy_(self.carried.piece(value, i))
+        return self.bins, self.update.decision

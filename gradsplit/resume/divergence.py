@@ -1,0 +1,233 @@
+"""Divergence: whether a run has diverged, from its losses, zeroed bins and, if a loss is not finite, its weights."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Agreement", "nonfinite_names", "LossHistory", "Divergence"]
+
+
+class Agreement:
+    """Means and alarms over the processes of a group; without a process group, what this process sees.
+
+    Args:
+        process_group: None: all processes.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        self.process_group = process_group
+
+    @property
+    def num_processes(self) -> int:
+        """How many have to agree."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.process_group)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over processes; not finite where it was not in any of them."""
+        if self.num_processes > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.process_group)
+            values /= self.num_processes
+        return values
+
+    def any(self, alarm: bool, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether any process raises the alarm; asked on the device of the optimizer's first parameter."""
+        if self.num_processes == 1:
+            return alarm
+        flag = torch.tensor(float(alarm), device=optimizer.param_groups[0]["params"][0].device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.process_group)
+        return bool(flag)
+
+
+@torch.no_grad()
+def nonfinite_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of tensors with a value that is not finite, in one pass over memory and one wait.
+
+    A buffer may hold inf, as attention masks do; nan is bad anywhere.
+
+    Args:
+        model: has ``named_parameters()`` and ``named_buffers()``.
+        optimizer: whose states per parameter are looked at, too.
+
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> _ = torch.nn.init.constant_(layer.bias, float("inf"))
+    >>> nonfinite_names(layer, torch.optim.SGD(layer.parameters(), 0.1))
+    ['bias']
+    """
+    names, sums = [], []
+    for name, tensor, may_be_inf in _tensors(model, optimizer):
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_sparse:
+            continue
+        low, high = torch.aminmax(tensor)  # both nan if any entry is
+        if may_be_inf:
+            low, high = low.clamp(min=-1.0, max=1.0), high.clamp(min=-1.0, max=1.0)
+        names.append(name)
+        sums.append(low.double().abs() + high.double().abs())
+    if not names:
+        return []
+    device = sums[0].device
+    finite = torch.isfinite(torch.stack([one.to(device) for one in sums])).tolist()
+    return [name for name, ok in zip(names, finite, strict=True) if not ok]
+
+
+def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor, whether inf is no fault."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        names[id(parameter)] = name
+        yield name, parameter, False
+    for name, buffer in model.named_buffers():
+        yield name, buffer, True
+    for i, (parameter, state) in enumerate(optimizer.state.items()):
+        if isinstance(state, dict):
+            owner = names.get(id(parameter), f"parameter {i}")
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    yield f"{owner} ({key})", value, False
+
+
+LEAST = 16  # losses before which nothing is judged
+FLOOR = 0.05  # of the median: a loss that hardly varies is not out for a few per cent
+
+
+class LossHistory:
+    """The last losses that were in order, and how far a new one is above them.
+
+        score = (loss - median) / max(1.4826 MAD, 0.05 |median|)
+
+    A loss is *out* if it is not finite, or its score is above ``score``. Neither median nor median absolute deviation
+    follows a few spikes; losses that are out are not to be taken in.
+
+    Args:
+        length: losses kept.
+        score: no unit.
+
+    >>> history = LossHistory(128, 10.0)
+    >>> for k in range(20):
+    ...     history.add(1.0 + 0.01 * (k % 3))
+    >>> history.median, history.is_out(1.4), history.is_out(2.0), history.is_out(math.nan)
+    (1.01, False, True, True)
+    """
+
+    def __init__(self, length: int, score: float) -> None:
+        self.length, self.score = length, score
+        self._losses: deque[float] = deque(maxlen=length)  # lists: numpy's calls cost more than 128 numbers do
+        self._summary: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def add(self, loss: float) -> None:
+        """Take in a loss that is in order."""
+        self._losses.append(loss)
+        self._summary = None
+
+    def is_out(self, loss: float) -> bool:
+        """Whether a loss is out; never, before there are 16 to judge by, if it is finite."""
+        if not math.isfinite(loss):
+            return True
+        if len(self) < LEAST:
+            return False
+        median, spread = self._numbers()
+        return loss - median > self.score * spread
+
+    @property
+    def median(self) -> float:
+        """The usual loss; nan without a history."""
+        return self._numbers()[0] if len(self) else math.nan
+
+    @property
+    def spread(self) -> float:
+        """What a score of 1 is, in units of the loss; nan without a history."""
+        return self._numbers()[1] if len(self) else math.nan
+
+    def _numbers(self) -> tuple[float, float]:
+        if self._summary is None:
+            median = _median(self._losses)
+            deviation = _median([abs(loss - median) for loss in self._losses])
+            self._summary = (median, max(1.4826 * deviation, FLOOR * abs(median)))
+        return self._summary
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses, oldest first, as plain data."""
+        return {"losses": list(self._losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take losses over; the last ones, if this history is shorter."""
+        self._losses = deque((float(loss) for loss in state["losses"]), maxlen=self.length)
+        self._summary = None
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+MOST = 0.5  # share of bins ZEROED above which a step counts as bad
+
+
+class Divergence:
+    """Judge step after step.
+
+    A step is bad if its loss is out of its history, or most bins were ZEROED. A run has diverged if ``patience`` steps
+    in a row were bad, or at once if a loss is not finite and neither is what it came from: a single bad batch whose
+    update was not made (by a splitter, by a GradScaler) leaves everything finite and does no harm.
+
+    Args:
+        model: see `nonfinite_names`.
+        optimizer: likewise.
+        history: of the losses.
+        patience: bad steps in a row.
+        agreement: over processes.
+
+    Attributes:
+        bad: bad steps in a row so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        history: LossHistory,
+        patience: int,
+        agreement: Agreement,
+    ) -> None:
+        self.model, self.optimizer, self.history = model, optimizer, history
+        self.patience, self.agreement = patience, agreement
+        self.bad = 0
+
+    def reason(self, loss: float, zeroed: float) -> str:
+        """Return why the run has diverged at this step; empty if it has not.
+
+        Args:
+            loss: the same in all processes.
+            zeroed: share of bins ZEROED, likewise.
+        """
+        if not self.history.is_out(loss) and zeroed <= MOST:
+            self.bad = 0
+            self.history.add(loss)
+            return ""
+        self.bad += 1
+        if not math.isfinite(loss):
+            lost = nonfinite_names(self.model, self.optimizer)
+            if self.agreement.any(bool(lost), self.optimizer):
+                shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+                return f"the loss is {loss:g} and these are not finite: {shown or 'tensors of another process'}"
+        if self.bad < self.patience:
+            return ""
+        return (
+            f"{self.bad} steps in a row were bad: loss {loss:.4g}, usually {self.history.median:.4g} and at most "
+            f"{self.history.score:g} x {self.history.spread:.2g} above, {zeroed:.0%} of bins ZEROED"
+        )

@@ -1,0 +1,416 @@
+"""Guard: snapshots of a run, and the way back to them when it diverges."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..splitter import StepRecord
+from .actions import GuardAction
+from .batches import Batches, Loaders
+from .divergence import Agreement, Divergence, LossHistory, nonfinite_names
+from .snapshots import DiskSnapshots, LoweredRate, MemorySnapshots, Snapshot, restore
+
+__all__ = [
+    "DivergenceError",
+    "check_constants",
+    "check_counts",
+    "check_parts",
+    "stop_message",
+    "worst_of",
+    "Looks",
+    "Guard",
+]
+
+
+class DivergenceError(RuntimeError):
+    """Training diverged and no rollback is left; the weights are those of the last snapshot.
+
+    Attributes:
+        actions: everything that the guard did, oldest first; the last one is this stop.
+    """
+
+    def __init__(self, message: str, actions: Sequence[GuardAction] = ()) -> None:
+        super().__init__(message)
+        self.actions = tuple(actions)
+
+
+def check_counts(**least: tuple[int, int]) -> None:
+    """Check whole numbers against the least that each may be.
+
+    Raises:
+        ValueError: one is below it, or no whole number.
+    """
+    for name, (value, bound) in least.items():
+        if not isinstance(value, int) or value < bound:
+            raise ValueError(f"Guard({name}={value!r}): expected a whole number >= {bound}.")
+
+
+def check_constants(score: float, lr_factor: float) -> None:
+    """Check the numbers that need not be whole.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    if not score > 0:
+        raise ValueError(f"Guard(score={score!r}): expected a number above 0, for example 10.")
+    if not 0 < lr_factor <= 1:
+        raise ValueError(f"Guard(lr_factor={lr_factor!r}): expected a factor in (0, 1]; 1 leaves the rate alone.")
+
+
+def check_parts(parts: Mapping[str, Any]) -> None:
+    """Check that every part has a state.
+
+    Raises:
+        ValueError: one has none, or the guard's own name.
+    """
+    for name, part in parts.items():
+        if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")) or name == "guard":
+            raise ValueError(
+                f"Guard({name}={type(part).__name__}): expected an object with state_dict() and load_state_dict(), "
+                "under a name other than 'guard'."
+            )
+
+
+def worst_of(record: StepRecord | None, model: Any, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Name what was hit worst: the splitter's bins with their norms, else the tensors that are not finite."""
+    if record is not None:
+        return tuple(f"{one.name} norm {one.norm:.3g} -> {one.norm_after:.3g}" for one in record.worst(3))
+    return tuple(f"{name} not finite" for name in nonfinite_names(model, optimizer)[:3])
+
+
+def stop_message(actions: Sequence[GuardAction], allowed: int) -> str:
+    """Say why it stops, what was tried, and what to do; the last action is the stop."""
+    *earlier, stop = actions
+    tried = "".join(f" {action}" for action in earlier)
+    return (
+        f"Guard.step(loss={stop.loss:g}): training diverged at step {stop.step} and none of {allowed} rollbacks is "
+        f"left, {stop.reason}. Worst: {', '.join(stop.worst) or 'unknown'}.{tried} The weights are those of step "
+        f"{stop.to_step}. Look at the tensors and batches named here, then bound the gradient with GradientSplitter, "
+        "lower the learning rate, or raise max_rollbacks."
+    )
+
+
+class Looks:
+    """Keep a loss and the share of bins ZEROED a step, on their device, and copy them to the host when asked.
+
+    Args:
+        agreement: over processes, which then all read the means.
+    """
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+        self._kept: list[tuple[Tensor | float, Tensor | float]] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, loss: Tensor | float, record: StepRecord | None, *, copy: bool) -> None:
+        """Add a step.
+
+        Args:
+            loss: a number, or a tensor of one entry.
+            record: of the splitter, if there is one.
+            copy: keep a copy of the loss, since it is read at a later step.
+        """
+        if isinstance(loss, Tensor):
+            loss = loss.detach().reshape(())
+            loss = loss.clone() if copy else loss
+        zeroed: Tensor | float = 0.0
+        if record is not None:
+            zeroed = (~record.decision.finite_B).to(torch.float32).mean()
+        self._kept.append((loss, zeroed))
+
+    def take(self) -> list[tuple[float, float]]:
+        """Return loss and share of every step, and start anew. Waits for the device."""
+        kept, self._kept = self._kept, []
+        alone = self._agreement.num_processes == 1
+        if alone and (len(kept) == 1 or not any(isinstance(value, Tensor) for look in kept for value in look)):
+            return [(float(loss), float(zeroed)) for loss, zeroed in kept]
+        device = next((v.device for look in kept for v in look if isinstance(v, Tensor)), torch.device("cpu"))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        table = torch.stack(
+            [torch.as_tensor(value, dtype=dtype, device=device) for look in kept for value in look]
+        ).reshape(len(kept), 2)
+        return [(loss, zeroed) for loss, zeroed in self._agreement.mean(table).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has not been looked at, as plain numbers."""
+        return {"kept": [[float(loss), float(zeroed)] for loss, zeroed in self._kept]}
+
+    def load_state_dict(self, state: dict[str, Sequence[Sequence[float]]]) -> None:
+        """Undo `state_dict`."""
+        self._kept = [(float(loss), float(zeroed)) for loss, zeroed in state["kept"]]
+
+
+_LOG = logging.getLogger("gradsplit")
+
+
+class Guard:
+    """Undo the updates of a run that has diverged, leave the offending batches out, lower the rate, and go on.
+
+    Call `step` last in every iteration. A step is *bad* if its loss is not finite, or out of its history (more than
+    ``score`` x max(1.4826 MAD, 0.05 |median|) above the median of the last ``history`` losses that were not), or if
+    more than half of the splitter's bins were ZEROED. The run has *diverged* if a loss is not finite and neither
+    are the weights, buffers or optimizer states (at once), or if ``patience`` steps in a row were bad. Then weights,
+    buffers, optimizer, scheduler and splitter go back to the newest snapshot (to the one before, if that has led
+    here already), every learning rate is multiplied by ``lr_factor``, and the data go on: what was drawn since the
+    snapshot is not drawn again. Nothing is kept while steps are bad, and never a snapshot that is not finite.
+
+    Args:
+        model: its parameters and buffers are guarded.
+        optimizer: a ``torch.optim.Optimizer``.
+        splitter: a GradientSplitter, or anything with ``state_dict()``.
+        scheduler: a learning-rate scheduler; it is set back, and never meets the lowered rates.
+        others: more objects with ``state_dict()``, by name: a GradScaler, a moving average.
+        every: steps between snapshots.
+        keep: snapshots; memory (or disk) for so many copies of all states, each like a checkpoint, is used.
+        folder: keep the snapshots there, as checkpoints written by a thread, and one copy in memory.
+        score, patience, history: see above; no unit, steps, losses.
+        lr_factor: in (0, 1]; of every rollback, for good.
+        max_rollbacks: after so many the next divergence is raised.
+        skip: further batches to leave out after a rollback, where the guard hands them out.
+        check_every: steps between looks at the losses; a look waits for a GPU.
+        process_group: the ranks that train one model; None: all. One small all-reduce a look, so that all decide alike.
+        sinks: functions called with every `GuardAction`; a recorder of the splitter is told anyway.
+
+    Raises:
+        ValueError: a number out of its range, or a part without a state.
+
+    Source: going back and leaving batches out is what PaLM did by hand (Chowdhery et al. 2022, section 5.1: about 100
+    steps back, 200 to 500 batches). Deviations: only what was seen since the snapshot, and ``skip`` more, is left out;
+    the rate is lowered as well. The random generators are not set back, since a loop that draws its batches from
+    them would meet the same ones again.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> guard = Guard(model, sgd)
+    >>> before = model.weight.item()
+    >>> for scale in guard.batches([1.0, float("nan"), 1.0]):
+    ...     sgd.zero_grad()
+    ...     loss = scale * model(torch.ones(1, 1)).sum()
+    ...     loss.backward()
+    ...     sgd.step()
+    ...     if guard.step(loss):
+    ...         print(guard.actions[-1].batches, model.weight.item() == before)
+    epoch 0: 0 to 1 True
+    >>> guard.factor, round(before - model.weight.item(), 3)
+    (0.5, 0.05)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        splitter: Any = None,
+        scheduler: Any = None,
+        *,
+        others: Mapping[str, Any] | None = None,
+        every: int = 100,
+        keep: int = 2,
+        folder: str | Path | None = None,
+        score: float = 10.0,
+        patience: int = 10,
+        history: int = 128,
+        lr_factor: float = 0.5,
+        max_rollbacks: int = 3,
+        skip: int = 0,
+        check_every: int = 1,
+        process_group: Any = None,
+        sinks: Iterable[Callable[[GuardAction], Any]] = (),
+    ) -> None:
+        check_counts(
+            every=(every, 1),
+            keep=(keep, 1),
+            patience=(patience, 1),
+            history=(history, 16),
+            max_rollbacks=(max_rollbacks, 0),
+            skip=(skip, 0),
+            check_every=(check_every, 1),
+        )
+        check_constants(score, lr_factor)
+        named = {"model": model, "optimizer": optimizer, "splitter": splitter, "scheduler": scheduler}
+        self._states = {name: part for name, part in named.items() if part is not None} | dict(others or {})
+        check_parts(self._states)
+        self.model, self.optimizer, self.splitter = model, optimizer, splitter
+        self.every, self.check_every, self.skip = every, check_every, skip
+        self.lr_factor, self.max_rollbacks = lr_factor, max_rollbacks
+        self.snapshots = MemorySnapshots(keep) if folder is None else DiskSnapshots(Path(folder), keep)
+        self.step_count, self.num_updates, self.num_rollbacks = 0, 0, 0
+        self.actions: list[GuardAction] = []
+        self._rate = LoweredRate(optimizer, self._first_snapshot)
+        self._agreement = Agreement(process_group)
+        self.history = LossHistory(history, score)
+        self._divergence = Divergence(model, optimizer, self.history, patience, self._agreement)
+        self._loaders = Loaders(self._first_snapshot)
+        self._looks = Looks(self._agreement)
+        self._since = 0
+        self._used: Snapshot | None = None
+        self._record: StepRecord | None = None
+        self.sinks = list(sinks)
+        if hasattr(splitter, "sinks"):
+            self.sinks += [sink.note for sink in splitter.sinks if hasattr(sink, "note")]
+            splitter.sinks.append(self._remember)
+
+    @property
+    def factor(self) -> float:
+        """By which every learning rate is multiplied while the optimizer steps."""
+        return self._rate.factor
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All that belongs into a checkpoint, by name: ``gs.save_checkpoint(path, **guard.parts)``."""
+        return {**self._states, "guard": self}
+
+    def batches(self, loader: Iterable[Any]) -> Batches:
+        """Hand out a loader's batches, know the position, and leave out what is to be skipped; see `Batches`.
+
+        The same loader gives the same object again, so that the call may stand in the loop over epochs.
+        """
+        return self._loaders.batches_of(loader)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | float) -> GuardAction | None:
+        """Judge the iteration that ends here; roll back if the run has diverged, take a snapshot if one is due.
+
+        Args:
+            loss: what backward was called on, a number or a scalar tensor; under accumulation the mean or the last.
+
+        Returns:
+            What was done, or None.
+
+        Raises:
+            DivergenceError: the run has diverged and no rollback, or no snapshot, is left.
+        """
+        self._looks.add(loss, self._record, copy=self.check_every > 1)
+        self.step_count += 1
+        self.num_updates += 1
+        if len(self._looks) < self.check_every:
+            return None
+        looks = self._looks.take()
+        first = self.step_count - len(looks)
+        for i, (number, zeroed) in enumerate(looks):
+            reason = self._divergence.reason(number, zeroed)
+            if reason:
+                return self._roll_back(first + i, number, reason)
+        if self._divergence.bad == 0 and self.step_count - self._since >= self.every:
+            self._take_snapshot()
+        return None
+
+    def _remember(self, record: StepRecord) -> None:
+        self._record = record
+
+    def _first_snapshot(self) -> None:
+        """A run is guarded from its first update on, whatever happened between making the guard and training."""
+        if self.snapshots.newest is None:
+            self._take_snapshot()
+
+    def _take_snapshot(self) -> None:
+        lost = bool(nonfinite_names(self.model, self.optimizer))
+        if self._agreement.any(lost, self.optimizer):
+            return  # the loss will show it
+        parts = self.parts if isinstance(self.snapshots, DiskSnapshots) else self._states
+        self._since = self.step_count
+        self.snapshots.take(Snapshot(self.step_count, self.num_updates, self._loaders.places), parts)
+
+    def remove(self) -> None:
+        """Let optimizer and splitter alone; the lowered rates with them."""
+        self._rate.remove()
+        if self._remember in getattr(self.splitter, "sinks", ()):
+            self.splitter.sinks.remove(self._remember)
+
+    def roll_back(self, reason: str = "asked for") -> GuardAction:
+        """Do what a divergence does, now.
+
+        Raises:
+            DivergenceError: no rollback, or no snapshot, is left.
+        """
+        return self._roll_back(self.step_count - 1, math.nan, reason)
+
+    def _roll_back(self, step: int, loss: float, reason: str) -> GuardAction:
+        stops = self.num_rollbacks >= self.max_rollbacks
+        if self._used is not None and self._used is self.snapshots.newest and len(self.snapshots) > 1:
+            self.snapshots.discard_newest()
+        snapshot = self.snapshots.newest
+        if snapshot is None:
+            raise DivergenceError(
+                f"Guard.step(loss={loss:g}): training diverged before there was a finite snapshot, {reason}. Look at "
+                "the initial weights and the first batches.",
+                self.actions,
+            )
+        worst = worst_of(self._record, self.model, self.optimizer)
+        left_out = self._loaders.since(snapshot.places, 0 if stops else self.skip)
+        undone = self.num_updates - snapshot.num_updates
+        restore(self.snapshots.tree(snapshot), self._states)
+        self.num_updates, self._since, self._used = snapshot.num_updates, self.step_count, snapshot
+        self._divergence.bad = 0
+        if not stops:
+            self.num_rollbacks += 1
+            self._rate.factor *= self.lr_factor
+            self._loaders.skip(self.skip)
+        action = GuardAction(
+            kind="stopped" if stops else "rolled_back",
+            step=step,
+            to_step=snapshot.step,
+            time=time.time(),
+            reason=reason,
+            loss=loss,
+            usual=self.history.median,
+            factor=self.factor,
+            num=self.num_rollbacks,
+            num_undone=undone,
+            optimizer=type(self.optimizer).__name__,
+            batches=left_out,
+            worst=worst,
+        )
+        self.actions.append(action)
+        _LOG.warning("gradsplit guard: %s", action)
+        for sink in self.sinks:
+            sink(action)
+        if stops:
+            raise DivergenceError(stop_message(self.actions, self.max_rollbacks), self.actions)
+        return action
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the guard's own state and the data positions; model, optimizer and others have their own."""
+        return {
+            "step_count": self.step_count,
+            "num_updates": self.num_updates,
+            "num_rollbacks": self.num_rollbacks,
+            "bad": self._divergence.bad,
+            "since": self._since,
+            "factor": self.factor,
+            "history": self.history.state_dict(),
+            "looks": self._looks.state_dict(),
+            "actions": [action.to_dict() for action in self.actions],
+            "batches": self._loaders.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` left off; the next snapshot is taken at once, for the ones before are gone.
+
+        Raises:
+            ValueError: the state of something else.
+        """
+        missing = set(self.state_dict()) - set(state)
+        if missing:
+            raise ValueError(
+                f"Guard.load_state_dict(…): expected what state_dict() returned, got a mapping without "
+                f"{sorted(missing)}."
+            )
+        self._loaders.load_state_dict(state["batches"])
+        self.step_count, self.num_updates = int(state["step_count"]), int(state["num_updates"])
+        self.num_rollbacks, self._divergence.bad = int(state["num_rollbacks"]), int(state["bad"])
+        self._since, self._rate.factor = int(state["since"]), float(state["factor"])
+        self.history.load_state_dict(state["history"])
+        self._looks.load_state_dict(state["looks"])
+        self.actions = [GuardAction.from_dict(action) for action in state["actions"]]
+        self.snapshots.clear()
+        self._used = None

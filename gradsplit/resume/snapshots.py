@@ -1,0 +1,261 @@
+"""Snapshots of a run in memory or on disk, a stated number of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_tree, read_tree, save_tree, tree_of
+from .generators import generators_state
+from .plain import CheckpointError, copied
+
+__all__ = ["DiskSnapshots", "MemorySnapshots", "Snapshot", "restore", "LoweredRate"]
+
+
+@dataclass
+class Snapshot:
+    """The state of a run between two steps.
+
+    Attributes:
+        step: guarded steps before it.
+        num_updates: updates that the weights in it have gone through.
+        places: epoch and position of each data loader that is known.
+        tree: the states, on the host; None where they are on disk.
+        path: the file, if any.
+    """
+
+    step: int
+    num_updates: int
+    places: list[tuple[int, int]]
+    tree: dict[str, Any] | None = None
+    path: Path | None = None
+
+
+class MemorySnapshots:
+    """The newest ``keep`` snapshots in host memory; memory of old ones is used again.
+
+    Copies from a GPU are ordered on its stream and not waited for.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self._taken: list[Snapshot] = []
+        self._free: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """None before the first."""
+        return self._taken[-1] if self._taken else None
+
+    def take(self, snapshot: Snapshot, parts: Mapping[str, Any]) -> None:
+        """Copy the states of the parts."""
+        if len(self._taken) == self.keep:
+            self._discard(0)
+        # No check for plain data here: nothing leaves the process, and sharded tensors are welcome.
+        tree = {
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "objects": list(parts),
+            "generators": generators_state(),
+        }
+        snapshot.tree = copied(tree, self._free.pop() if self._free else None, wait=False)
+        self._taken.append(snapshot)
+
+    def tree(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Return the states, for reading only."""
+        assert snapshot.tree is not None
+        _wait_for_copies()
+        return snapshot.tree
+
+    def discard_newest(self) -> None:
+        """Forget the newest."""
+        self._discard(-1)
+
+    def clear(self) -> None:
+        """Forget all."""
+        while self._taken:
+            self._discard(-1)
+
+    def _discard(self, place: int) -> None:
+        tree = self._taken.pop(place).tree
+        if tree is not None:
+            self._free.append(tree)
+
+
+class DiskSnapshots:
+    """The newest ``keep`` snapshots as checkpoints in a folder, written by a thread; one copy in memory.
+
+    Args:
+        folder: made if it is not there; files are called ``step-00000100.ckpt``.
+        keep: files.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        self._taken: list[Snapshot] = []
+        self._buffer: dict[str, Any] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gradsplit-snapshots")
+        self._writing: Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """None before the first."""
+        return self._taken[-1] if self._taken else None
+
+    def take(self, snapshot: Snapshot, parts: Mapping[str, Any]) -> None:
+        """Copy the states of the parts, and leave the writing to the thread."""
+        self.wait()
+        self._buffer = copied(tree_of(parts), self._buffer, wait=False)
+        snapshot.path = self.folder / f"step-{snapshot.step:08d}.ckpt"
+        self._taken.append(snapshot)
+        self._writing = self._thread.submit(self._write, snapshot, self._buffer)
+
+    def _write(self, snapshot: Snapshot, tree: dict[str, Any]) -> None:
+        assert snapshot.path is not None
+        _wait_for_copies()
+        save_tree(snapshot.path, tree)
+        while len(self._taken) > self.keep:
+            self._remove(self._taken.pop(0))
+
+    def wait(self) -> None:
+        """Wait for the file that is being written; one that could not be written is given up with a warning."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            failed = self._taken.pop()
+            warnings.warn(
+                f"gradsplit: the snapshot {failed.path} could not be written, the training goes on ({error}).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def tree(self, snapshot: Snapshot) -> dict[str, Any]:
+        """Read the states back, verified.
+
+        Raises:
+            CheckpointError: the file has been changed or removed.
+        """
+        self.wait()
+        if snapshot.path is None:
+            raise CheckpointError("Guard: expected a snapshot that was written, got none.")
+        return read_tree(snapshot.path)
+
+    def discard_newest(self) -> None:
+        """Remove the newest file."""
+        self.wait()
+        self._remove(self._taken.pop())
+
+    def clear(self) -> None:
+        """Forget all; the files stay."""
+        self.wait()
+        self._taken = []
+
+    @staticmethod
+    def _remove(snapshot: Snapshot) -> None:
+        if snapshot.path is not None:
+            snapshot.path.unlink(missing_ok=True)
+
+
+def _wait_for_copies() -> None:
+    """Wait until what was copied from a GPU has arrived."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Set model, optimizer, splitter, scheduler and others back, and the gradients to 0.
+
+    The splitter's steps are counted on, since they name rows of a recording. Without a scheduler among them the
+    learning rates stay as they are, since whoever sets them is not known here and goes on.
+
+    Args:
+        tree: of a snapshot.
+        states: the objects by name.
+    """
+    optimizer, splitter = states["optimizer"], states.get("splitter")
+    count = getattr(splitter, "step_count", None)
+    rates = [entry.get("lr") for entry in optimizer.param_groups]
+    rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+    load_tree(tree, states, call="Guard", generators=False, undo=False)
+    if splitter is not None and count is not None:
+        splitter.step_count = count
+    if "scheduler" not in states:
+        for entry, rate in zip(optimizer.param_groups, rates, strict=True):
+            if rate is not None:
+                entry["lr"] = rate
+    optimizer.zero_grad(set_to_none=False)  # whoever looks at gradients after a step still finds them
+
+
+class LoweredRate:
+    """Multiply the learning rates when a step begins and set them back when it ends.
+
+    So the factor acts whoever sets the rates, a scheduler or the script itself, and neither meets it.
+
+    Args:
+        optimizer: whose rates.
+        before_step: called before every step.
+
+    Deviation: an optimizer that updates inside ``backward()`` does so outside of its step, at its full rate.
+
+    >>> w = torch.nn.Parameter(torch.zeros(1))
+    >>> sgd = torch.optim.SGD([w], lr=1.0)
+    >>> lowered = LoweredRate(sgd)
+    >>> lowered.factor, w.grad = 0.5, torch.ones(1)
+    >>> sgd.step()
+    >>> w.item(), sgd.param_groups[0]["lr"]
+    (-0.5, 1.0)
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, before_step: Callable[[], Any] | None = None) -> None:
+        self.factor = 1.0
+        self._before_step = before_step
+        self._own: list[tuple[dict[str, Any], Any, Any]] = []  # entry of param_groups, its rate, the lowered one
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self._lower),
+            optimizer.register_step_post_hook(self._set_back),
+        ]
+
+    def remove(self) -> None:
+        """Let the optimizer alone."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _lower(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._set_back()  # a step that raised has not come to its end
+        if self._before_step is not None:
+            self._before_step()
+        if self.factor == 1.0:
+            return
+        for entry in optimizer.param_groups:
+            own = entry.get("lr", 0.0)
+            if isinstance(own, Tensor):  # compiled and captured steps hold on to this very tensor
+                saved = own.clone()
+                own.mul_(self.factor)
+                self._own.append((entry, saved, own))
+            else:
+                entry["lr"] = own * self.factor
+                self._own.append((entry, own, entry["lr"]))
+
+    def _set_back(self, *_: Any) -> None:
+        for entry, own, lowered in self._own:
+            if isinstance(own, Tensor):
+                lowered.copy_(own)
+            elif entry["lr"] == lowered:  # else somebody has set it since
+                entry["lr"] = own
+        self._own = []

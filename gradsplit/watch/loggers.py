@@ -1,0 +1,228 @@
+"""Where rows of a run can go beside the run file: TensorBoard, JSON lines, Weights & Biases, MLflow."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+from .record import Rows, RowSink, Stream
+
+__all__ = [
+    "scalars_of",
+    "top_nodes",
+    "JsonLinesSink",
+    "TensorBoardSink",
+    "WandbSink",
+    "MlflowSink",
+    "SINKS",
+    "sink_from_words",
+]
+
+_MAX_MODULES = 30
+
+
+def top_nodes(stream: Stream) -> list[int]:
+    """Return the nodes worth a curve each: children of the root; the level below where the root has only one child."""
+    outline, nodes = stream.outline, stream.outline.children(0)
+    while len(nodes) == 1 and outline.children(nodes[0]):
+        nodes = outline.children(nodes[0])
+    return nodes[:_MAX_MODULES]
+
+
+def scalars_of(rows: Rows) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """Yield (step, time, {name: value}); non-finite norms are counted under ``nonfinite`` and otherwise left out.
+
+    Names: ``norm/all``, ``norm/<module>``, ``loss``, ``lr``, ``own_scale``, ``nonfinite``; under control ``kept/all``
+    (norm after / before), ``scaled``, ``zeroed`` (bins). A second optimizer's begin with ``1/``, and so on.
+    """
+    outline, stream = rows.stream.outline, rows.stream
+    nodes = top_nodes(stream)
+    norms, total = rows.node_norms(nodes), rows.total_S
+    prefix = f"{stream.index}/" if stream.index else ""
+    after = None
+    if rows.kept_SL is not None:
+        after = (((rows.norm_SL.astype("f8") * rows.kept_SL) ** 2).sum(axis=1)) ** 0.5
+    for s in range(len(rows)):
+        values = {"norm/all": float(total[s]), "loss": float(rows.loss_S[s]), "lr": float(rows.lr_S[s])}
+        values |= {f"norm/{outline.names_N[node]}": float(norms[s, i]) for i, node in enumerate(nodes)}
+        values["own_scale"] = float(rows.own_scale_S[s])
+        if after is not None and rows.scaled_SL is not None and rows.zeroed_SL is not None:
+            values["kept/all"] = float(after[s] / total[s]) if total[s] else 1.0
+            values["scaled"] = float(rows.scaled_SL[s].sum())
+            values["zeroed"] = float(rows.zeroed_SL[s].sum())
+        finite = {prefix + name: value for name, value in values.items() if math.isfinite(value)}
+        finite[f"{prefix}nonfinite"] = float(sum(not math.isfinite(value) for value in rows.norm_SL[s].tolist()))
+        yield int(rows.step_S[s]), float(rows.time_S[s]), finite
+
+
+class JsonLinesSink:
+    """Append ``{"step": 12, "time": …, "loss": …, "norm/all": …}`` a step to a file; a sink of `Recorder`.
+
+    Args:
+        place: the file; opened to append, so that nothing is lost.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self._file: TextIO = open(place, "a", encoding="utf8")  # noqa: SIM115 - closed by close()
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+        for rows in batch:
+            for step, when, values in scalars_of(rows):
+                line = {"step": step, "time": round(when, 3), "optimizer": rows.stream.index, **values}
+                self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self, **meta: Any) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Write scalars ``gradsplit/…`` with ``torch.utils.tensorboard``; a sink of `Recorder`.
+
+    Args:
+        place: a folder for event files, or a ``SummaryWriter`` of yours, which stays open.
+
+    Raises:
+        ImportError: the package tensorboard is missing.
+    """
+
+    def __init__(self, place: Any) -> None:
+        self._owns = not hasattr(place, "add_scalar")
+        if self._owns:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    f"TensorBoardSink({place!r}): expected the package tensorboard. Run: pip install tensorboard"
+                ) from error
+            place = SummaryWriter(str(place))
+        self._writer = place
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+        for rows in batch:
+            for step, when, values in scalars_of(rows):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"gradsplit/{name}", value, step, walltime=when)
+        self._writer.flush()
+
+    def close(self, **meta: Any) -> None:
+        """Close the event file, if it is ours."""
+        if self._owns:
+            self._writer.close()
+
+
+class WandbSink:
+    """Log scalars ``gradsplit/…``; a sink of `Recorder`.
+
+    Only plain finite floats are sent: histograms of non-finite gradients are what crashes elsewhere. The steps are an
+    axis of their own (``gradsplit/step``), so that the script's own ``wandb.log`` keeps its count.
+
+    Args:
+        place: a project, or a run of yours, which stays open.
+
+    Raises:
+        ImportError: the package wandb is missing.
+    """
+
+    def __init__(self, place: Any) -> None:
+        self._owns = not hasattr(place, "log")
+        if self._owns:
+            try:
+                wandb: Any = importlib.import_module("wandb")
+            except ImportError as error:
+                raise ImportError(
+                    f"WandbSink({place!r}): expected the package wandb. Run: pip install wandb"
+                ) from error
+            place, self._owns = (wandb.run, False) if wandb.run is not None else (wandb.init(project=str(place)), True)
+        self._run = place
+        self._run.define_metric("gradsplit/step")
+        self._run.define_metric("gradsplit/*", step_metric="gradsplit/step")
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+        for rows in batch:
+            for step, _, values in scalars_of(rows):
+                self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
+
+    def close(self, **meta: Any) -> None:
+        """Finish the run, if it is ours."""
+        if self._owns:
+            self._run.finish()
+
+
+_NOT_ALLOWED = re.compile(r"[^\w./ -]")  # in names of metrics
+
+
+class MlflowSink:
+    """Log metrics ``gradsplit/…``; a sink of `Recorder`.
+
+    Args:
+        place: an experiment's name, or a client with ``log_metrics(metrics, step=…)`` such as the module mlflow
+            inside a run of yours.
+
+    Raises:
+        ImportError: the package mlflow is missing.
+    """
+
+    def __init__(self, place: Any) -> None:
+        self._owns = False
+        if not hasattr(place, "log_metrics"):
+            try:
+                mlflow: Any = importlib.import_module("mlflow")
+            except ImportError as error:
+                raise ImportError(
+                    f"MlflowSink({place!r}): expected the package mlflow. Run: pip install mlflow"
+                ) from error
+            if mlflow.active_run() is None:
+                mlflow.set_experiment(str(place))
+                mlflow.start_run()
+                self._owns = True
+            place = mlflow
+        self._client = place
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+        for rows in batch:
+            for step, _, values in scalars_of(rows):
+                metrics = {f"gradsplit/{_NOT_ALLOWED.sub('_', name)}": value for name, value in values.items()}
+                self._client.log_metrics(metrics, step=step)
+
+    def close(self, **meta: Any) -> None:
+        """End the run, if it is ours."""
+        if self._owns:
+            self._client.end_run()
+
+
+SINKS: dict[str, tuple[Callable[[str], RowSink], str]] = {
+    "tensorboard": (TensorBoardSink, "scalars for TensorBoard, in a folder"),
+    "jsonl": (JsonLinesSink, "one JSON object per step, in a file"),
+    "wandb": (WandbSink, "a run of Weights & Biases, in a project"),
+    "mlflow": (MlflowSink, "metrics of an MLflow run, in an experiment"),
+}
+"""Name -> (class, what it makes)."""
+
+
+def sink_from_words(word: str) -> RowSink:
+    """Return the sink of ``NAME:PLACE``.
+
+    Raises:
+        ValueError: an unknown name, or no place.
+
+    >>> sink_from_words("jsonl")
+    Traceback (most recent call last):
+    ...
+    ValueError: --to jsonl: expected NAME:PLACE with NAME of tensorboard, jsonl, wandb, mlflow. Write --to jsonl:PLACE.
+    """
+    name, _, place = word.partition(":")
+    if name not in SINKS or not place:
+        hint = name if name in SINKS else next(iter(SINKS))
+        raise ValueError(f"--to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}. Write --to {hint}:PLACE.")
+    return SINKS[name][0](place)

@@ -1,0 +1,28 @@
+"""What a step leaves behind, and where it goes: step records, sinks, the run file."""
+
+from ...resume.actions import GuardAction
+from ...splitter import BinReport, StepRecord
+from .outline import Outline, recording_plan
+from .reader import Event, RunFile, Series
+from .rows import Rows, Stream
+from .run_file import RunFileError
+from .sinks import Recorder, RowSink, summed_up
+from .writer import RunWriter
+
+__all__ = [
+    "BinReport",
+    "Event",
+    "GuardAction",
+    "Outline",
+    "Recorder",
+    "Rows",
+    "RowSink",
+    "RunFile",
+    "RunFileError",
+    "RunWriter",
+    "Series",
+    "StepRecord",
+    "Stream",
+    "recording_plan",
+    "summed_up",
+]

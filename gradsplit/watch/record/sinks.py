@@ -1,0 +1,272 @@
+"""Where rows go: the protocol of a sink, and the recorder that feeds any number of them off the training thread."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...resume.actions import GuardAction
+from ...splitter import StepRecord
+from .outline import Outline
+from .rows import Rows, Stream
+
+__all__ = ["RowBuffer", "Recorder", "RowSink", "summed_up"]
+
+_LARGEST = 3.4028234e38  # of float32: a finite norm is recorded as finite
+
+
+class RowBuffer:
+    """A table on the device, filled row by row; `take` copies it to the host in a few transfers.
+
+    Args:
+        stream: what the rows are about.
+        device: where the norms are.
+        capacity: rows; `full` says when to take them.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device, *, capacity: int = 64) -> None:
+        self.stream, self.device, self.capacity = stream, device, capacity
+        self._norm = self._table()
+        self._kept = self._table() if stream.controlled else None
+        # Counts as float32: exact below 2^24 bins a leaf, and one dtype to copy.
+        self._scaled = self._table() if stream.controlled else None
+        self._zeroed = self._table() if stream.controlled else None
+        self._numbers: list[tuple[int, float, float | Tensor, float | Tensor, float | Tensor, float | Tensor]] = []
+
+    def _table(self) -> Tensor:
+        return torch.empty(self.capacity, self.stream.outline.num_leaves, dtype=torch.float32, device=self.device)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next row has no place."""
+        return len(self) == self.capacity
+
+    @torch.no_grad()
+    def add(
+        self,
+        step: int,
+        squares_L: Tensor,
+        *,
+        after_L: Tensor | None = None,
+        scaled_L: Tensor | None = None,
+        zeroed_L: Tensor | None = None,
+        loss: float | Tensor = float("nan"),
+        lr: float | Tensor = float("nan"),
+        own_scale: float | Tensor = 1.0,
+        skipped: float | Tensor = 0.0,
+    ) -> None:
+        """Add one row.
+
+        Args:
+            step: the optimizer's step.
+            squares_L: (L,) sums of squares as measured, any float dtype, on the device.
+            after_L: (L,) sums of squares after control, if controlled.
+            scaled_L: (L,) bins scaled, if controlled.
+            zeroed_L: (L,) bins zeroed, if controlled.
+            loss: a number or a 0-d tensor; a tensor is copied later.
+            lr: likewise.
+            own_scale: likewise; the script's own factor on all gradients.
+            skipped: likewise; not 0 if the step is not made.
+        """
+        row = len(self)
+        norm_L = torch.sqrt(squares_L)
+        finite_L = norm_L.clamp(max=_LARGEST)
+        self._norm[row].copy_(torch.where(torch.isfinite(norm_L), finite_L, norm_L))
+        if self._kept is not None and after_L is not None and self._scaled is not None and self._zeroed is not None:
+            share_L = torch.sqrt(after_L / squares_L)
+            # nan: nothing was there (0/0, all of it kept), or it was not finite and has been zeroed.
+            absent_L = torch.where(squares_L == 0, 1.0, 0.0).to(share_L.dtype)
+            self._kept[row].copy_(torch.where(torch.isfinite(share_L), share_L, absent_L).clamp(max=1.0))
+            self._scaled[row].copy_(torch.zeros_like(squares_L) if scaled_L is None else scaled_L)
+            self._zeroed[row].copy_(torch.zeros_like(squares_L) if zeroed_L is None else zeroed_L)
+        self._numbers.append((step, time.time(), loss, lr, own_scale, skipped))
+
+    def take(self) -> Rows | None:
+        """Return all rows on the host and start anew; None if there are none. Waits for the device."""
+        count = len(self)
+        if not count:
+            return None
+        numbers, self._numbers = self._numbers, []
+        step, when, loss, lr, own_scale, skipped = zip(*numbers, strict=True)
+
+        def host(table: Tensor | None) -> np.ndarray | None:
+            return None if table is None else table[:count].cpu().numpy().copy()
+
+        norm = host(self._norm)
+        assert norm is not None
+        return Rows(
+            self.stream,
+            np.array(step, dtype=np.int64),
+            np.array(when),
+            _numbers(loss),
+            _numbers(lr),
+            _numbers(own_scale),
+            (_numbers(skipped) != 0).astype(np.uint8),
+            norm,
+            host(self._kept),
+            host(self._scaled),
+            host(self._zeroed),
+        )
+
+
+def _numbers(values: tuple[float | Tensor, ...]) -> np.ndarray:
+    """Copy numbers to the host, all tensors of one device in one transfer."""
+    out = np.array([float("nan") if isinstance(value, Tensor) else value for value in values], dtype=np.float64)
+    where = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    if where:
+        tensors = [values[i].detach().reshape(()).to(torch.float64) for i in where]  # type: ignore[union-attr]
+        out[where] = torch.stack(tensors).cpu().numpy()
+    return out
+
+
+class RowSink(Protocol):
+    """Takes rows on the host, a flush at a time: a run file, TensorBoard, Weights & Biases, MLflow, JSON lines.
+
+    A sink that also has ``note(action)`` is told what a guard did.
+    """
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+
+    def close(self, **meta: Any) -> None:
+        """End; ``meta`` says how."""
+
+
+class Recorder:
+    """Gather rows on the device and hand them to sinks about once a second, from a thread of its own.
+
+    It is itself a sink: ``GradientSplitter(model, sinks=[Recorder([RunWriter("run.db")])])``. A sink of its own that
+    raises is dropped with one warning; the training goes on. After a fork the child records nothing.
+
+    Args:
+        sinks: what takes the rows.
+        seconds: between flushes; 0: after every row, on the calling thread.
+        max_nodes: how fine a StepRecord is summed up, see `Outline`.
+    """
+
+    def __init__(self, sinks: Iterable[RowSink], *, seconds: float = 1.0, max_nodes: int = 1000) -> None:
+        self.sinks = list(sinks)
+        self.seconds, self.max_nodes = seconds, max_nodes
+        self._buffers: dict[int, RowBuffer] = {}
+        self._full: list[Rows] = []
+        self._fill = threading.Lock()  # guards the buffers; held by the training thread for one row at most
+        self._flush = threading.Lock()  # guards the sinks
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pid, self._closed = os.getpid(), False
+        self._leaf_of_bin_B: Tensor | None = None
+        atexit.register(self.close)
+
+    def open(self, stream: Stream, device: torch.device) -> None:
+        """Make room for the rows of a stream."""
+        with self._fill:
+            self._buffers[stream.index] = RowBuffer(stream, device)
+
+    def add(self, stream: int, step: int, squares_L: Tensor, **numbers: Any) -> None:
+        """Add a row, see `RowBuffer.add`; does not wait for the device unless the buffer is full."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._fill:
+            buffer = self._buffers[stream]
+            buffer.add(step, squares_L, **numbers)
+            if buffer.full:
+                rows = buffer.take()
+                assert rows is not None
+                self._full.append(rows)
+        if self.seconds <= 0:
+            self.flush()
+        elif self._thread is None:
+            self._thread = threading.Thread(target=self._tick, name="gradsplit-recorder", daemon=True)
+            self._thread.start()
+
+    def __call__(self, record: StepRecord) -> None:
+        """Record a splitter's step."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        plan, squares_B = record.plan, record.squares_B
+        if self._leaf_of_bin_B is None:
+            outline = Outline.of(plan, max_nodes=self.max_nodes)
+            about = {"plan": plan.describe(max_lines=0), "fingerprint": plan.fingerprint, "num_bins": plan.num_bins}
+            self.open(Stream(0, "", outline, True, about), squares_B.device)
+            self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
+        self.add(0, record.step, **summed_up(record, self._leaf_of_bin_B, self._buffers[0].stream.outline.num_leaves))
+
+    def note(self, action: GuardAction) -> None:
+        """Hand what a guard did to the sinks that keep it, at once and behind the rows before it."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self.flush()
+        with self._flush:
+            self._to_sinks(lambda sink: sink.note(action) if hasattr(sink, "note") else None)
+
+    def flush(self) -> None:
+        """Hand everything to the sinks now. Waits for the device."""
+        if os.getpid() != self._pid:
+            return
+        with self._flush:
+            with self._fill:
+                batch, self._full = self._full, []
+                batch += [rows for buffer in self._buffers.values() if (rows := buffer.take()) is not None]
+            if batch:
+                self._to_sinks(lambda sink: sink.write(batch))
+
+    def close(self, **meta: Any) -> None:
+        """Flush and end every sink; later rows are ignored."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10.0)
+        self.flush()
+        self._closed = True
+        with self._flush:
+            self._to_sinks(lambda sink: sink.close(**meta))
+        atexit.unregister(self.close)
+
+    def _tick(self) -> None:
+        while not self._stop.wait(self.seconds):
+            try:
+                self.flush()
+            except Exception as error:
+                warnings.warn(f"gradsplit: a flush of the recording failed ({error!r}).", RuntimeWarning, stacklevel=1)
+
+    def _to_sinks(self, act: Any) -> None:
+        for sink in list(self.sinks):
+            try:
+                act(sink)
+            except Exception as error:
+                self.sinks.remove(sink)
+                warnings.warn(
+                    f"gradsplit: {type(sink).__name__} failed and gets no more rows, the training goes on ({error!r}).",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+
+def summed_up(record: StepRecord, leaf_of_bin_B: Tensor, num_leaves: int) -> dict[str, Tensor]:
+    """Return a step's squares before and after and its outcomes, summed over the bins of each leaf."""
+    decision, squares_B = record.decision, record.squares_B
+
+    def sums(values_B: Tensor) -> Tensor:
+        return torch.zeros(num_leaves, dtype=squares_B.dtype, device=squares_B.device).index_add(
+            0, leaf_of_bin_B, values_B.to(squares_B.dtype)
+        )
+
+    return {
+        "squares_L": sums(squares_B),
+        "after_L": sums(record.norm_after_B().square()),
+        "scaled_L": sums((decision.scale_B < 1) & decision.finite_B),
+        "zeroed_L": sums(~decision.finite_B),
+    }

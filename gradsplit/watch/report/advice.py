@@ -1,0 +1,173 @@
+"""What to change after a run, each as a sentence and a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ...budget.registry import BUDGETS
+from ...resume.actions import GuardAction
+from .account import Account, StreamAccount
+
+__all__ = ["Advice", "advice_of", "ACTION_HEADINGS", "action_rows", "action_sentence"]
+
+OFTEN = 0.5  # share of steps from which a bound is no exception any more
+SELDOM = 0.001
+ENOUGH_ROWS = 50  # before a budget is called unused
+
+# The number of each budget that grows when it is to bound less.
+_WIDENED_BY = {"relative_step": "tau", "fixed": "limit", "relative": "factor", "ema": "ratio", "zscore": "z"}
+
+
+class Advice(NamedTuple):
+    """A sentence that says why, and a command line to try; empty where nothing is to be run."""
+
+    reason: str
+    command: str
+
+
+def advice_of(account: Account) -> list[Advice]:
+    """Return what the recording suggests, most important first; never empty."""
+    found: list[Advice] = []
+    controlled = [s for s in account.streams if s.stream.controlled]
+    first = account.first
+    if first is not None and not controlled:
+        found.append(
+            Advice(
+                f"{first.tensor} left its history at step {first.step} and nothing kept it there. Bound every row by "
+                "a budget of its own; the others then go on as they were.",
+                _command(account, "--control"),
+            )
+        )
+    elif first is not None:
+        (stream,) = [s for s in account.streams if s.stream.index == first.stream]
+        held = next((use for use in stream.uses if use.name == first.tensor), None)
+        after = "" if held is None else f", at most {number(held.largest_after)} of it was let through"
+        found.append(Advice(f"{first.tensor} left its history at step {first.step} and was bounded{after}.", ""))
+    for stream in account.streams:
+        found += _own_bound(account, stream)
+    for stream in controlled:
+        found += _budget(account, stream)
+    if not found:
+        found.append(Advice("No norm left its history and no bound was in the way: nothing to change.", ""))
+    return found
+
+
+def _own_bound(account: Account, stream: StreamAccount) -> list[Advice]:
+    if stream.own_scaled < OFTEN or stream.stream.controlled:
+        return []
+    return [
+        Advice(
+            f"The script's own clip_grad_norm_ scaled every gradient of {stream.stream.optimizer} on "
+            f"{stream.own_scaled:.0%} of the steps, at the median by {stream.own_median:.3g}: it sets the step size "
+            "there and couples all tensors to the largest. Take it out or raise it, and bound each row instead.",
+            _command(account, "--control"),
+        )
+    ]
+
+
+def _budget(account: Account, stream: StreamAccount) -> list[Advice]:
+    uses = {use.name: use for use in stream.uses}
+    if stream.scaled > OFTEN:
+        return [
+            Advice(
+                f"The budget of {stream.stream.optimizer} is tight: {stream.scaled:.0%} of all bins were scaled on the "
+                f"average step, and {stream.kept:.0%} of the gradient's length was kept at the median. If the loss "
+                "falls too slowly, widen it.",
+                _command(account, "--control", *_words(stream, 2.0)),
+            )
+        ]
+    if stream.series.num_rows < ENOUGH_ROWS:
+        return []
+    tight = sorted((u for u in uses.values() if u.scaled > OFTEN and u.node), key=lambda u: -u.scaled)
+    if tight:
+        return [
+            Advice(
+                f"{len(tight)} nodes were scaled on most steps, {tight[0].name} on {tight[0].scaled:.0%}; the others "
+                "hardly. That is what bounds of their own are for; widen them only if these parts learn too slowly.",
+                _command(account, "--control", *_words(stream, 2.0)),
+            )
+        ]
+    if stream.scaled < SELDOM and not any(use.zeroed for use in uses.values()):
+        return [
+            Advice(
+                f"The budget of {stream.stream.optimizer} was never used: {stream.scaled:.2%} of all bins were scaled. "
+                "Leave it as a guard, which changes nothing while it is idle, or tighten it.",
+                _command(account, "--control", *_words(stream, 0.5)),
+            )
+        ]
+    return []
+
+
+def _words(stream: StreamAccount, factor: float) -> list[str]:
+    """Return ``--plan`` and ``--budget`` of the run with its numbers multiplied."""
+    about = stream.stream.about
+    words: list[str] = list(about.get("words") or []) or _default_words(str(about.get("budget", "")))
+    made = []
+    for word in words:
+        level, at, rest = word.rpartition("@")
+        name, *pairs = rest.split(":")
+        options: dict[str, Any] = dict(pair.split("=") for pair in pairs)
+        key = _WIDENED_BY.get(name)
+        if key is not None:
+            default = next((f.default for f in dataclasses.fields(BUDGETS[name]) if f.name == key), None)
+            now = options.get(key, default if isinstance(default, float) else 1.0)
+            options[key] = f"{float(now) * factor:g}"
+        made += ["--budget", f"{level}{at}{':'.join([name, *(f'{k}={v}' for k, v in options.items())])}"]
+    return [*(["--plan", str(about["strategy"])] if "strategy" in about else []), *made]
+
+
+def _default_words(budget: str) -> list[str]:
+    return [name for name, cls in BUDGETS.items() if f"{cls.__name__}(" in budget]
+
+
+def _command(account: Account, *options: str) -> str:
+    program = [str(word) for word in account.meta.get("argv", ["SCRIPT"])]
+    return shlex.join(["gradsplit", "run", *options, *program])
+
+
+def number(value: float) -> str:
+    """Return a norm in three digits, "inf" or "nan" in words that say what they are.
+
+    >>> number(1234567.0), number(float("nan")), number(0.25)
+    ('1.23e+06', 'not finite', '0.25')
+    """
+    return f"{value:.3g}" if math.isfinite(value) else "not finite"
+
+
+__all__ += ["number"]
+
+
+ACTION_HEADINGS = ["after step", "what", "because", "loss", "usual loss", "undone", "batches left out", "rates ×"]
+
+
+def action_rows(actions: Sequence[GuardAction]) -> list[list[str]]:
+    """Return table rows, oldest first."""
+    return [
+        [
+            str(action.step),
+            f"back to step {action.to_step}" if action.kind == "rolled_back" else f"stopped at step {action.to_step}",
+            action.reason,
+            number(action.loss),
+            number(action.usual),
+            str(action.num_undone),
+            action.batches or "–",
+            f"{action.factor:g}",
+        ]
+        for action in actions
+    ]
+
+
+def action_sentence(actions: Sequence[GuardAction]) -> str:
+    """Say in one sentence what the guard did."""
+    undone = sum(action.num_undone for action in actions)
+    back = sum(action.kind == "rolled_back" for action in actions)
+    stopped = actions[-1].kind == "stopped"
+    return (
+        f"The guard rolled back {back} time{'s' if back != 1 else ''}"
+        + (" and then stopped the run" if stopped else "")
+        + f": {undone} updates undone, learning rates × {actions[-1].factor:g} since step {actions[-1].step}."
+    )

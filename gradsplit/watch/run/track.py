@@ -1,0 +1,300 @@
+"""Track: what is kept about one optimizer, and what happens at one of its steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...budget import DEFAULT_OF_SPLITTER, Relative, RelativeStep
+from ...plan import Layout, Plan
+from ...rates import follows_gradient
+from ...splitter import GradientSplitter
+from ..record import Outline, Recorder, Stream, recording_plan, summed_up
+from .names import named_parameters_of
+from .settings import Settings, budget_from_words
+
+__all__ = ["BlockReader", "Track", "signature"]
+
+
+class BlockReader:
+    """Squares of the bins of a plan whose bins are whole rows, such as `recording_plan` makes.
+
+    Sharded gradients (DTensor): each rank reads the rows it holds, and one all-reduce for each mesh dimension that
+    shards anything adds them up, so that every rank has the same numbers. Plain gradients need no communication.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.num_blocks, self.device = plan.num_bins, device
+        bounds = plan.boxes.slices_T(len(plan.layout))
+        self._rows_T: list[Tensor | int] = []
+        for t, rows in enumerate(plan.layout.rows):
+            part = slice(bounds[t], bounds[t + 1])
+            blocks = plan.bin_K[part]
+            if len(blocks) == 0:
+                self._rows_T.append(-1)
+            elif len(blocks) == 1:
+                self._rows_T.append(int(blocks[0]))
+            else:
+                sizes = plan.row_stop_K[part] - plan.row_start_K[part]
+                assert sizes.sum() == rows, "blocks must be whole rows"
+                self._rows_T.append(torch.from_numpy(np.repeat(blocks, sizes)).to(device))
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+
+    @torch.no_grad()
+    def squares(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return (L,) sums of squares, float64; not finite where an entry was not. Changes nothing."""
+        ids: list[Tensor] = []
+        sums: list[Tensor] = []
+        single: list[int] = []
+        single_sums: list[Tensor] = []
+        sharded: dict[tuple[Any, int], list[int]] = {}
+        for t, gradient in enumerate(gradients):
+            rows = self._rows_T[t]
+            if gradient is None or (isinstance(rows, int) and rows < 0):
+                continue
+            first_row = 0
+            if hasattr(gradient, "placements"):
+                for dim in _sharding_dims(gradient):
+                    sharded.setdefault((gradient.device_mesh, dim), []).append(t)  # type: ignore[attr-defined]
+                gradient, first_row = _local_part(gradient)
+            if gradient.is_sparse:
+                gradient = gradient.coalesce()
+                if isinstance(rows, Tensor):
+                    rows = rows[gradient.indices()[0].to(rows.device)]
+                gradient = gradient.values()
+            if gradient.numel() == 0:
+                continue
+            if isinstance(rows, int):
+                single.append(rows)
+                single_sums.append(self._one(gradient))
+            else:
+                ids.append(rows[first_row : first_row + gradient.shape[0]])
+                sums.append(self._each_row(gradient))
+        squares_L = torch.zeros(self.num_blocks, dtype=self._dtype, device=self.device)
+        if ids:
+            squares_L.index_add_(0, torch.cat(ids), torch.cat(sums))
+        if single:
+            squares_L.index_add_(0, torch.tensor(single, device=self.device), torch.stack(single_sums))
+        return self._shared(squares_L, sharded) if sharded else squares_L
+
+    def _one(self, gradient: Tensor) -> Tensor:
+        value = self._norm(gradient, None)
+        if gradient.device.type == "cpu" and not torch.isfinite(value) and value.dtype != self._dtype:
+            value = torch.linalg.vector_norm(gradient, dtype=_wide(gradient, self._dtype))
+        return value.to(self.device, self._dtype).square()
+
+    def _each_row(self, gradient: Tensor) -> Tensor:
+        dims = tuple(range(1, gradient.dim()))
+        value = self._norm(gradient, dims)
+        if gradient.device.type == "cpu" and value.dtype != self._dtype and not bool(torch.isfinite(value).all()):
+            value = torch.linalg.vector_norm(gradient, dim=dims, dtype=_wide(gradient, self._dtype))
+        return value.to(self.device, self._dtype).square()
+
+    def _norm(self, gradient: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+        """On a CPU as fast as memory, for the second look above; elsewhere in float64 at once, never looked at."""
+        if gradient.device.type != "cpu":
+            return torch.linalg.vector_norm(gradient, dim=dims, dtype=_wide(gradient, self._dtype))
+        half = gradient.dtype in (torch.float16, torch.bfloat16)
+        return torch.linalg.vector_norm(gradient, dim=dims, dtype=torch.float32 if half else None)
+
+    def _shared(self, squares_L: Tensor, sharded: dict[tuple[Any, int], list[int]]) -> Tensor:
+        """Add up over ranks what is sharded, leaving what every rank holds whole."""
+        for (mesh, dim), tensors in sharded.items():
+            here = torch.zeros(self.num_blocks, dtype=torch.bool, device=self.device)
+            for t in tensors:
+                rows = self._rows_T[t]
+                here[rows] = True
+            part = torch.where(here, squares_L, torch.zeros_like(squares_L))
+            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+            squares_L = torch.where(here, part, squares_L)
+        return squares_L
+
+
+def _wide(gradient: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_complex() if gradient.is_complex() else dtype
+
+
+def _sharding_dims(gradient: Any) -> list[int]:
+    return [dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+
+
+def _local_part(gradient: Any) -> tuple[Tensor, int]:
+    """Return what this rank holds, and the global row at which it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local = gradient._local_tensor
+    _, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+    return local, int(offset[0]) if len(offset) > 1 else 0
+
+
+def signature(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+    """Return what changes when parameters are added, or thawed; then a new stream begins."""
+    return tuple(
+        value
+        for entry in optimizer.param_groups
+        for value in (len(entry["params"]), sum(p.requires_grad for p in entry["params"]))
+    )
+
+
+@dataclass
+class _Reading:
+    """Numbers of a row before it is recorded, the state of the gradients then, and what the script did after."""
+
+    numbers: dict[str, Tensor]
+    state: tuple[tuple[int, int], ...]
+    own_scale: Tensor | None = None
+
+
+class Track:
+    """One optimizer under watch or control.
+
+    Args:
+        optimizer: whose steps they are; not kept alive.
+        stream: its number in the recording.
+        settings: what was asked for.
+        recorder: what takes the rows.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, stream: int, settings: Settings, recorder: Recorder) -> None:
+        pairs = [(n, p) for n, p in named_parameters_of(optimizer) if p.numel() and _is_number(p)]
+        self.parameters = [parameter for _, parameter in pairs]
+        self.signature = signature(optimizer)
+        self.keys = {id(parameter) for parameter in self.parameters}
+        self.step, self.recorder, self.index = -1, recorder, stream
+        self.last_loss: Tensor | float = float("nan")
+        self._pending: _Reading | None = None
+        self._missed_scale: Tensor | None = None
+        self.splitter: GradientSplitter | None = None
+        device = self.parameters[0].device
+        layout = Layout(tuple(n for n, _ in pairs), tuple(tuple(int(k) for k in p.shape) for p in self.parameters))
+        about: dict[str, Any] = {"num_parameters": layout.num_elements, "device": str(device)}
+        if settings.control:
+            self.splitter, budget = self._make_splitter(optimizer, pairs, settings)
+            plan = self.splitter.plan
+            about |= {"strategy": settings.plan, "budget": budget, "words": list(settings.budget)}
+            outline = Outline.of(plan, max_nodes=settings.max_nodes)
+            self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(device)
+        else:
+            plan = recording_plan(layout, max_nodes=settings.max_nodes)
+            outline = Outline.of(plan, max_nodes=settings.max_nodes)
+            self._reader = BlockReader(plan, device)
+        about |= {
+            "names": list(layout.names),
+            "shapes": [list(shape) for shape in layout.shapes],
+            "dtypes": sorted({str(parameter.dtype) for parameter in self.parameters}),
+            "num_bins": plan.num_bins,
+            "plan": plan.fingerprint,
+            "defaults": {key: _plain(value) for key, value in optimizer.defaults.items()},
+        }
+        self.num_leaves = outline.num_leaves
+        recorder.open(Stream(stream, type(optimizer).__name__, outline, settings.control, about), device)
+
+    @staticmethod
+    def _make_splitter(
+        optimizer: torch.optim.Optimizer, pairs: list[tuple[str, Tensor]], settings: Settings
+    ) -> tuple[GradientSplitter, str]:
+        """Without a budget: RelativeStep, and where it must cap the update itself, Relative before the moments too."""
+        caps = not follows_gradient(optimizer)
+        budget: Any = budget_from_words(settings.budget)
+        if not budget:
+            budget = {"bin": (Relative(0.2), RelativeStep()) if caps else (DEFAULT_OF_SPLITTER,)}
+        bounds_update = any(one.bounds_update for several in budget.values() for one in several)
+        splitter = GradientSplitter(
+            pairs, settings.plan, budget, optimizer=optimizer, cap_updates=caps and bounds_update
+        )
+        return splitter, "; ".join(f"{level}: {', '.join(map(repr, several))}" for level, several in budget.items())
+
+    def covers(self, keys: set[int]) -> bool:
+        """Whether a set of parameters (by id) contains all of these."""
+        return self.keys <= keys
+
+    def begin_step(self) -> None:
+        """Count a step of the optimizer; a closure may look at the gradients several times within one."""
+        self.step += 1
+
+    def read(self) -> None:
+        """Measure the gradients as they are now, and bound them in place under control; `commit` records it."""
+        self._pending = _Reading(self._measured(), self._state())
+
+    def note_own_scale(self, factor: Tensor) -> None:
+        """Note by what the script itself scaled the gradients, after `read` or before this track began."""
+        if self._pending is None:
+            self._missed_scale = factor
+        else:
+            self._pending = _Reading(self._pending.numbers, self._state(), factor)
+
+    def commit(self, optimizer: torch.optim.Optimizer, loss: Tensor | float, rate_factor: float = 1.0) -> None:
+        """Record one row for gradients that are ready; measure them now unless that has been done."""
+        self.last_loss = loss
+        if all(parameter.grad is None for parameter in self.parameters):
+            return
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        skipped: Tensor | float = 0.0 if found_inf is None else found_inf
+        if grad_scale is not None and self.splitter is not None:
+            if bool(skipped):
+                return  # no update is made, so that nothing is bounded and no history moves
+            self._unscale(optimizer, grad_scale)
+            grad_scale = None
+        reading, self._pending = self._pending, None
+        if reading is None or reading.state != self._state():
+            reading = _Reading(self._measured(), (), self._missed_scale)
+            if self._missed_scale is not None:
+                factor = torch.where(torch.isfinite(self._missed_scale), self._missed_scale, 1.0)
+                reading.numbers["squares_L"] = reading.numbers["squares_L"] / factor.square()
+        self._missed_scale = None
+        if grad_scale is not None:
+            squares_L = reading.numbers["squares_L"]
+            reading.numbers["squares_L"] = squares_L / grad_scale.to(squares_L.device, squares_L.dtype).square()
+        self.recorder.add(
+            self.index,
+            self.step,
+            **reading.numbers,
+            loss=loss,
+            lr=optimizer.param_groups[0].get("lr", float("nan")) * rate_factor,
+            own_scale=1.0 if reading.own_scale is None else reading.own_scale,
+            skipped=skipped,
+        )
+        if self.splitter is not None and self.splitter._cap is not None:
+            self.splitter._cap.remember()
+
+    def _measured(self) -> dict[str, Tensor]:
+        if self.splitter is None:
+            return {"squares_L": self._reader.squares([parameter.grad for parameter in self.parameters])}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a step without gradients is the script's business
+            record = self.splitter.step()
+        return summed_up(record, self._leaf_of_bin_B, self.num_leaves)
+
+    def _unscale(self, optimizer: torch.optim.Optimizer, grad_scale: Tensor) -> None:
+        """Do what ``scaler.unscale_(optimizer)`` does for an optimizer that would have done it itself."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(1.0 / grad_scale.to(parameter.grad.device))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+    def after_update(self) -> None:
+        """Bound the update that the optimizer made, where a budget bounds updates."""
+        if self.splitter is not None:
+            self.splitter._after_update()
+
+    def _state(self) -> tuple[tuple[int, int], ...]:
+        """What differs once anybody has written to the gradients since."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return tuple((id(gradient), gradient._version) for gradient in (*gradients[:2], *gradients[-2:]))
+
+
+def _is_number(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _plain(value: Any) -> Any:
+    """A default of the optimizer as plain data; anything unusual by its text."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

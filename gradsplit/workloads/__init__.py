@@ -1,8 +1,0 @@
-"""Tasks on real data: examples, demonstrations, benchmarks and integration tests in one."""
-
-from __future__ import annotations
-
-from gradsplit.workloads.registry import REGISTRY, workload
-from gradsplit.workloads.task import Batch, Expected, MissingDataError, Task, Workload
-
-__all__ = ["REGISTRY", "Batch", "Expected", "MissingDataError", "Task", "Workload", "workload"]

@@ -1,0 +1,97 @@
+"""The page of a run: offline, names escaped, and in a browser without errors, with hover and an unfolding tree."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from gradsplit.watch.record import RunFile, RunWriter, Stream
+from gradsplit.watch.report.account import account_of
+from gradsplit.watch.report.figures import pooled
+from gradsplit.watch.report.run_page import write_run_page
+from tests.watch.record.recorded import noise, outline, rows_of
+from tests.watch.report.browser import Browser, chromium
+
+EVIL = "<img src=x onerror=document.title='owned'>"
+SHAPES = {"enc.0.weight": (8, 4), "enc.1.weight": (8, 4), f"enc.{EVIL}": (4,), "head.weight": (4, 8)}
+
+
+def _page(folder, *, rows=300, shapes=None, controlled=False):
+    stream = Stream(0, "AdamW", outline(shapes or SHAPES), controlled)
+    norm = noise(rows, stream.outline.num_leaves)
+    at = [leaf for leaf, tensor in enumerate(stream.outline.tensors_L) if tensor == "head.weight"]
+    norm[rows // 2, at] *= 1e4
+    norm[rows // 2 + 3, 0] = np.nan
+    columns = {}
+    if controlled:
+        zeros = np.zeros(norm.shape, dtype=int)
+        columns = {"kept_SL": np.ones(norm.shape), "scaled_SL": zeros, "zeroed_SL": zeros}
+    writer = RunWriter(folder / "run.db", {"argv": [f"{EVIL}.py", "</script>"], "mode": "watch"})
+    writer.write([rows_of(stream, norm, **columns)])
+    writer.close()
+    with RunFile(folder / "run.db") as file:
+        return write_run_page(account_of(file), folder / "run.html")
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_the_page_needs_no_network_and_trusts_no_name(tmp_path, controlled):
+    text = _page(tmp_path, controlled=controlled).read_text(encoding="utf8")
+    own = re.sub(r"<script>/\*\*.*?</script>", "", text, count=1, flags=re.DOTALL)  # without plotly's own text
+    assert "<img" not in own
+    assert "It began at step 150 in head.weight" in own
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", own)
+    assert "&lt;img src=x" in own
+
+
+def test_pooling_keeps_the_largest():
+    values = np.arange(1000.0)
+    values[500] = 1e6
+    best, starts = pooled(values, 60)
+    assert len(best) == 60
+    assert best.max() == 1e6
+    assert best[-1] == 999
+    assert starts[0] == 0
+
+
+@pytest.mark.slow
+def test_in_a_browser(tmp_path):
+    program = chromium()
+    if program is None:
+        pytest.skip("not run: no Chromium on this machine, so the page was not looked at in a browser")
+    page = _page(tmp_path)
+    with Browser(program) as browser:
+        browser.open(page)
+        browser.until("document.querySelectorAll('.js-plotly-plot .plot-container').length >= 2")
+        assert browser.run("document.title").startswith("gradsplit: <img"), "the name is text"
+        _check_hover(browser)
+        _check_tree(browser)
+        browser.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 20_000
+        assert browser.errors == []
+
+
+def _check_hover(browser):
+    x, y, width, height = browser.run(
+        "(() => { const map = [...document.querySelectorAll('.js-plotly-plot')].find(p => p.data[0].type == 'heatmap');"
+        " map.scrollIntoView({block: 'center'}); const box = map.querySelector('.nsewdrag').getBoundingClientRect();"
+        " return [box.x, box.y, box.width, box.height]; })()"
+    )
+    for shift in (0.4, 0.41):
+        browser.move_to(x + width * shift, y + height * 0.5)
+    browser.until("document.querySelector('.hoverlayer .hovertext')")
+    told = browser.run("[...document.querySelectorAll('.hoverlayer')].map(layer => layer.textContent).join('')")
+    assert "times its median" in told
+
+
+def _check_tree(browser):
+    before = browser.run("document.querySelectorAll('.tree details[open]').length")
+    x, y = browser.run(
+        "(() => { const shut = document.querySelector('.tree details:not([open]) > summary');"
+        " shut.scrollIntoView({block: 'center'}); const box = shut.getBoundingClientRect();"
+        " return [box.x + 20, box.y + box.height / 2]; })()"
+    )
+    browser.click(x, y)
+    browser.until(f"document.querySelectorAll('.tree details[open]').length == {before + 1}")
+    assert browser.run("document.querySelectorAll('.tree details').length") > before
