@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .moved import tell as _tell_what_moved
+
 __version__ = "0.1.0"
+_tell_what_moved()
 
 if TYPE_CHECKING:
     from .budget import Budget as Budget
