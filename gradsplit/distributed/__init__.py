@@ -1,6 +1,6 @@
 """Sharded tensors: a rank's local boxes, and the one all-reduce of squares a step."""
 
-from .kernel import ShardedKernel, add_over, adder, kernel_for
+from .kernel import ShardedKernel, add_over, adder, kernel_for, make_kernel
 from .shards import LocalPlan, Shard, is_sharded, local_of, shard_of, whole_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "is_sharded",
     "kernel_for",
     "local_of",
+    "make_kernel",
     "shard_of",
     "whole_of",
 ]

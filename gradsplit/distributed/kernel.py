@@ -1,24 +1,28 @@
-"""One all-reduce a step: a kernel over local shards whose sums are those of the whole tensors."""
+"""The kernel of tensors that may be sharded: one all-reduce per step makes the sums those of the whole tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels import Kernel, choose_backend
 from ..plan import Plan
 from .shards import LocalPlan, is_sharded, local_of, pieces_of, shard_of
 
-__all__ = ["add_over", "adder", "ShardedKernel", "kernel_for"]
+__all__ = ["add_over", "adder", "ShardedKernel", "kernel_for", "make_kernel"]
 
 
-def add_over(group: Any | None, values: Tensor) -> Tensor:
+def add_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
     """Add a tensor over the ranks of a group in place, by one all-reduce, and return it.
+
+    Args:
+        group: the ranks; None: all.
+        values: of the same shape and dtype on every rank.
 
     Raises:
         RuntimeError: a rank has ended, or does not take part in time.
@@ -28,26 +32,26 @@ def add_over(group: Any | None, values: Tensor) -> Tensor:
     except RuntimeError as error:
         raise RuntimeError(
             f"add_over(…): expected every rank to take part in a sum over {values.numel()} numbers, got {error}. A "
-            "rank has probably ended: read its log; then start all ranks again from a checkpoint."
+            "rank has probably ended: read its log, then start all ranks again from a checkpoint."
         ) from error
     return values
 
 
-def adder(group: Any | None) -> Callable[[Tensor], Tensor] | None:
+def adder(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor] | None:
     """Return what adds over a group; None without one, where there is nothing to add."""
     return None if group is None else partial(add_over, group)
 
 
-class ShardedKernel:
-    """The kernel contract over DTensors: measured where they lie, added over the ranks once, scaled where they lie.
+class ShardedKernel(Kernel):
+    """A kernel over DTensors: measured where they lie, added over the ranks once, scaled where they lie.
 
-    A rank sends, for each list of tensors, its sums of squares and how many elements they are over. Dividing by the
-    copies thus counted is right for replicas on any sub-mesh, for empty shards, and where a gradient is None on some of
-    the ranks. Every rank receives the same bits, so every rank decides the same.
+    For each list of tensors, a rank sends its sums of squares and the number of elements that they are over. The sums
+    are divided by the number of copies that follows. This is right for replicas on any sub-mesh, for empty shards, and
+    where a gradient is None on some of the ranks. Every rank receives the same bits, so every rank decides the same.
 
     Args:
         plan: over the global shapes.
-        tensors: the parameters, one a layout entry.
+        tensors: the parameters, one per entry of the layout.
         make: plan -> kernel, for the local shards.
         group: the ranks that hold the tensors; None: all.
 
@@ -55,16 +59,22 @@ class ShardedKernel:
         ValueError: shards that do not make up a whole number of copies of a bin.
     """
 
-    def __init__(self, plan: Plan, tensors: Sequence[Any], make: Callable[[Plan], Any], group: Any | None) -> None:
-        self.plan, self.group = plan, group
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Sequence[Tensor],
+        make: Callable[[Plan], Kernel],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        super().__init__(plan, tensors[0].device)
+        self.group = group
         shards = [shard_of(name, t) for name, t in zip(plan.layout.names, tensors, strict=True)]
         self.local_plan = LocalPlan(plan, shards)
-        # Measured and scaled by pieces of bins, one a tensor; nearly always these are the bins.
+        # Measured and scaled by pieces of bins, one per tensor; nearly always these are the bins.
         pieces, self._bin_of_piece = pieces_of(plan)
         self._local_pieces = self.local_plan if self._bin_of_piece is None else LocalPlan(pieces, shards)
         self.local = make(self._local_pieces)
         self.name = f"{self.local.name}, sharded"
-        self.device: torch.device = self.local.device
         self._like = self.local.squares([None] * len(tensors))
         self._numel = self._vector(pieces.numel_B)
         self._counts: dict[bytes, Tensor] = {}
@@ -78,16 +88,15 @@ class ShardedKernel:
             )
         mine = self.local_plan.held_B()
         spread_B = self.add_(self._vector((mine > 0) & (mine < plan.numel_B)))
-        self.spread_B: np.ndarray = spread_B.cpu().numpy() > 0
-        """(B,) whether some rank holds a part of a bin and not all of it, as of a bias under FSDP."""
+        self.spread_B = spread_B.cpu().numpy() > 0
         self.bins_are_local = not bool(self.spread_B.any())
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """See `ReferenceKernel.squares`; one all-reduce."""
+        """See `Kernel.squares`; one all-reduce."""
         return self.squares_many([tensors])[0]
 
     def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
-        """Return the squares of several lists of tensors, by one all-reduce of (2 x lists, B)."""
+        """See `Kernel.squares_many`; one all-reduce of (2 x lists, B)."""
         counts = [self._held(tensors) for tensors in lists]
         total = self.add_(torch.stack([*self._sums(lists), *counts]))
         squares, held = total[: len(lists)], total[len(lists) :]
@@ -96,22 +105,23 @@ class ShardedKernel:
         return [self._of_bins(row) for row in squares / copies]
 
     def squares_here(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return the squares of what this rank holds; no communication."""
+        """See `Kernel.squares_here`."""
         return self._of_bins(self._sums([tensors])[0])
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """See `ReferenceKernel.scale_`; no communication."""
+        """See `Kernel.scale_`."""
         if self._bin_of_piece is not None:
             ids = torch.from_numpy(self._bin_of_piece).to(self.device)
             scale_B, zero_B = scale_B[ids], zero_B[ids]
         self.local.scale_([local_of(t) for t in tensors], scale_B, zero_B)
 
+    def add_(self, values: Tensor) -> Tensor:
+        """See `Kernel.add_` and `add_over`."""
+        return add_over(self.group, values)
+
     def _sums(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
         """Squares of the pieces of each list's tensors that are here."""
-        locals_ = [[local_of(t) for t in tensors] for tensors in lists]
-        many = getattr(self.local, "squares_many", None)
-        made: list[Tensor] = [self.local.squares(tensors) for tensors in locals_] if many is None else many(locals_)
-        return made
+        return self.local.squares_many([[local_of(t) for t in tensors] for tensors in lists])
 
     def _of_bins(self, pieces: Tensor) -> Tensor:
         if self._bin_of_piece is None:
@@ -130,16 +140,48 @@ class ShardedKernel:
     def _vector(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=self._like.dtype, device=self.device)
 
-    def add_(self, values: Tensor) -> Tensor:
-        """Add a tensor over the ranks in place, see `add_over`."""
-        return add_over(self.group, values)
 
+def make_kernel(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
+    *,
+    call: str,
+) -> Kernel:
+    """Return the kernel that reads and scales a plan's bins: over shards if a tensor is sharded.
 
-def kernel_for(plan: Plan, tensors: Sequence[Any], make: Callable[[Plan], Any], *, group: Any | None = None) -> Any:
-    """Return ``make(plan)``, or a `ShardedKernel` around it where a tensor is sharded.
+    Plain tensors under DDP are the same bits on every rank, so nothing is sent for them.
 
-    Plain tensors under DDP are the same bits on every rank: nothing is sent for them.
+    Args:
+        plan: the bins, over the whole shapes.
+        tensors: the parameters, one per entry of the layout, all on one device.
+        backend: "auto", or the name of a backend for what this process holds.
+        group: the ranks that hold shards of the tensors; None: all.
+        call: the caller's name, for errors.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve the device here; shards that do not make up a whole
+            number of copies of a bin.
+
+    >>> from gradsplit.plan import Layout, whole
+    >>> kernel = make_kernel(whole(Layout.from_shapes({"w": (2, 2)})), [torch.ones(2, 2)], call="f")
+    >>> kernel.squares([torch.full((2, 2), 3.0)]).tolist()
+    [36.0]
     """
+    device = tensors[0].device
+    row = choose_backend(backend, device, call=call)
+    return kernel_for(plan, tensors, lambda local: row.make(local, device), group=group)
+
+
+def kernel_for(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    make: Callable[[Plan], Kernel],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Kernel:
+    """Return ``make(plan)``, or a `ShardedKernel` around it where a tensor is sharded."""
     if any(is_sharded(tensor) for tensor in tensors):
         return ShardedKernel(plan, tensors, make, group)
     return make(plan)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from .kernel import accumulate_dtype
+from .kernel import Kernel, accumulate_dtype
 
 __all__ = ["EagerKernel"]
 
@@ -82,7 +82,7 @@ class _Pattern:
         return values.view(1, *shape[1:]) if self.kind == "cols" and len(shape) > 1 else values.view(shape)
 
 
-class EagerKernel:
+class EagerKernel(Kernel):
     """The same contract as `ReferenceKernel`, vectorised.
 
     L-BF bins keep one int64 an element of their tensor: use the numba backend where that is too much.
@@ -91,12 +91,12 @@ class EagerKernel:
     name = "eager"
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+        super().__init__(plan, device)
         bounds = plan.boxes.slices_T(len(plan.layout))
         self._patterns = [_Pattern(plan, t, slice(bounds[t], bounds[t + 1]), device) for t in range(len(plan.layout))]
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """See `ReferenceKernel.squares`."""
+        """See `Kernel.squares`."""
         dtype = accumulate_dtype(self.device)
         ids, sums = [], []
         for tensor, pattern in zip(tensors, self._patterns, strict=True):
@@ -114,7 +114,7 @@ class EagerKernel:
         return squares_B.index_add(0, torch.cat(ids), torch.cat(sums)) if ids else squares_B
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """See `ReferenceKernel.scale_`. Multiplies unconditionally: looking first would wait for the device."""
+        """See `Kernel.scale_`. Multiplies unconditionally: looking first would wait for the device."""
         for t, tensor in enumerate(tensors):
             if tensor is None or tensor.numel() == 0:
                 continue

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..plan import Plan
 
-__all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "make_kernel", "squares_of"]
+__all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "choose_backend", "make_kernel", "squares_of"]
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
@@ -24,16 +25,94 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Kernel(Protocol):
-    """Reads and scales the bins of one plan on one device."""
+class Kernel(ABC):
+    """Reads and scales the bins of one plan on one device; lists everything that callers use.
+
+    A backend defines `squares` and `scale_`. Every other method and attribute has a default that is right for tensors
+    that lie whole in one process; a backend overrides what it can do better.
+
+    Args:
+        plan: the bins.
+        device: where the tensors are.
+
+    Attributes:
+        name: the backend's name.
+        plan: the bins.
+        device: where the tensors are, and where results are returned.
+        local_plan: what this process holds of the plan; the plan itself unless tensors are sharded.
+        spread_B: (B,) bool, whether some rank holds a part of a bin and not all of it, as of a bias under FSDP.
+        bins_are_local: no bin is spread: every rank that holds a part of a bin holds all of it.
+        bounds_while_reading: `bound_` can do its work; otherwise a caller need not make the table of limits for it.
+    """
 
     name: str
+    bounds_while_reading: bool = False
 
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.local_plan = plan
+        self.spread_B = np.zeros(plan.num_bins, dtype=bool)
+        self.bins_are_local = True
+
+    @abstractmethod
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return each bin's sum of squares, shape (B,)."""
+        """Return the sum of squared entries of each bin: squares_B (B,), gradient units squared.
 
+        A complex entry counts with its squared modulus. The sums have the dtype of `accumulate_dtype` and are added
+        over all ranks that hold shards.
+
+        Args:
+            tensors: one per entry of the layout, of any dtype, stride and layout that the backend serves; None counts
+                as zero.
+        """
+
+    @abstractmethod
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """Multiply each bin by its scale in place; zeros where ``zero_B``."""
+        """Multiply each bin by its scale in place; write zeros where ``zero_B``, since 0 * inf is not 0.
+
+        A bin with scale 1 keeps its bits. Nothing is sent between ranks.
+
+        Args:
+            tensors: as in `squares`; sparse ones coalesced.
+            scale_B: (B,) factors in [0, 1].
+            zero_B: (B,) bool.
+        """
+
+    def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+        """Return the squares of several lists of tensors, each as `squares` would; in one pass where that is possible.
+
+        Args:
+            lists: for example the gradients and the weights.
+        """
+        return [self.squares(tensors) for tensors in lists]
+
+    def squares_here(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return the squares of what this rank holds, (B,); nothing is sent between ranks."""
+        return self.squares(tensors)
+
+    def bound_(
+        self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Measure each bin, find its limit and scale it in place, all while the bin is in cache.
+
+        The limit of bin b of tensor t, with weights w_b and n_b elements, is the smallest over the lines j of
+        ``max(slope ||w_b||, floor + root sqrt(n_b))`` with ``slope, floor, root = lines[j, :, t]``. A bin that is not
+        finite becomes zero; weights that are not finite count as zero.
+
+        Args:
+            gradients: one per entry of the layout.
+            weights: the same for limits that depend on them, else None.
+            lines: (J, 3, T), in gradient units: slope per unit of weight, floor, root.
+
+        Returns:
+            Squares of the gradients and of the weights as they were, (B,) each, the latter None without weights. None,
+            with nothing done, where the kernel cannot do this: then call `squares_many` and `scale_`.
+        """
+        return None
+
+    def add_(self, values: Tensor) -> Tensor:
+        """Add a tensor over the ranks that hold shards, in place, and return it; as it is where nothing is sharded."""
+        return values
 
 
 @dataclass(frozen=True)
@@ -99,27 +178,37 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def choose_backend(name: str, device: torch.device, *, call: str) -> Backend:
+    """Return the row of a backend; "auto": the first row that serves the device.
+
+    Args:
+        name: "auto" or a key of `BACKENDS`.
+        device: where the tensors are.
+        call: the caller's name, for errors.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot serve the device here.
+
+    >>> choose_backend("auto", torch.device("meta"), call="f").name
+    'eager'
+    """
+    if name == "auto":
+        return next(row for row in BACKENDS.values() if row.automatic and not row.missing(device))
+    if name not in BACKENDS:
+        raise ValueError(f"{call}(backend={name!r}): expected 'auto' or one of {', '.join(BACKENDS)}.")
+    missing = BACKENDS[name].missing(device)
+    if missing:
+        raise ValueError(
+            f"{call}(backend={name!r}): expected a backend that serves {device}, but {missing}. Use 'auto'."
+        )
+    return BACKENDS[name]
+
+
 def squares_of(kernel: Kernel, *lists: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return the squares of several lists of tensors, in one pass where the kernel can."""
-    many = getattr(kernel, "squares_many", None)
-    made: list[Tensor] = [kernel.squares(tensors) for tensors in lists] if many is None else many(lists)
-    return made
+    """Return `Kernel.squares_many` of the lists."""
+    return kernel.squares_many(lists)
 
 
 def make_kernel(backend: str, plan: Plan, device: torch.device, *, call: str) -> Kernel:
-    """Return the kernel of a backend for a plan; "auto": the first row that serves the device.
-
-    Raises:
-        ValueError: unknown name, or a backend that cannot serve the device here.
-    """
-    if backend == "auto":
-        row = next(row for row in BACKENDS.values() if row.automatic and not row.missing(device))
-        return row.make(plan, device)
-    if backend not in BACKENDS:
-        raise ValueError(f"{call}(backend={backend!r}): expected 'auto' or one of {', '.join(BACKENDS)}.")
-    missing = BACKENDS[backend].missing(device)
-    if missing:
-        raise ValueError(
-            f"{call}(backend={backend!r}): expected a backend that serves {device}, but {missing}. Use 'auto'."
-        )
-    return BACKENDS[backend].make(plan, device)
+    """Return the kernel of a backend for a plan of tensors that are not sharded, see `choose_backend`."""
+    return choose_backend(backend, device, call=call).make(plan, device)

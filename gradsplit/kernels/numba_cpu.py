@@ -118,7 +118,7 @@ def scale_calls(
     return calls
 
 
-class NumbaKernel:
+class NumbaKernel(Kernel):
     """The same contract as `ReferenceKernel`, by address, for dense tensors on the CPU.
 
     Float32, float64, bfloat16 and float16 of any strides whose rows or columns are contiguous. Sparse and complex
@@ -127,16 +127,17 @@ class NumbaKernel:
     """
 
     name = "numba"
+    bounds_while_reading = True
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+        super().__init__(plan, device)
         self._tables: list[Tables] = []  # most recent first: gradients and weights, few layouts in a run
         self._measured: tuple[list[Tensor | None], Tables] | None = None
         self._warned = False
         self._eager: Kernel | None = None
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """See `ReferenceKernel.squares`."""
+        """See `Kernel.squares`."""
         return self.squares_many([tensors])[0]
 
     def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
@@ -171,7 +172,7 @@ class NumbaKernel:
         return squares_B if rest is None else squares_B + rest
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """See `ReferenceKernel.scale_`. Bins with a scale of 1 are neither read nor written."""
+        """See `Kernel.scale_`. Bins with a scale of 1 are neither read nor written."""
         if torch.compiler.is_compiling():
             return self.eager.scale_(tensors, scale_B, zero_B)
         tables = self._just_measured(tensors) or self._tables_of(tensors)
@@ -192,16 +193,7 @@ class NumbaKernel:
     def bound_(
         self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Measure, bound and scale bins; a bin in one piece in one go, while it is in cache.
-
-        Args:
-            gradients: one a tensor of the plan.
-            weights: the same for limits that depend on them, else None.
-            lines: (J, 3, T) slope, floor, root: the limit is the least of max(slope ||w_b||, floor + root sqrt(n_b)).
-
-        Returns:
-            Squares of gradients and weights as they were; None, with nothing done, where a bin lies in several tensors.
-        """
+        """See `Kernel.bound_`. Where bins lie in several pieces of memory, one pass measures and another one scales."""
         if torch.compiler.is_compiling() or self._tensor_B is None:
             return None
         tables = self._tables_of(gradients)
@@ -325,14 +317,7 @@ class NumbaKernel:
         warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "plan": self.plan,
-            "device": self.device,
-            "_tables": [],
-            "_measured": None,
-            "_warned": self._warned,
-            "_eager": None,
-        }
+        return {**vars(self), "_tables": [], "_measured": None, "_eager": None}
 
 
 def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:

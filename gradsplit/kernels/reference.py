@@ -7,31 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan import Plan
-from .kernel import accumulate_dtype
+from .kernel import Kernel, accumulate_dtype
 
 __all__ = ["ReferenceKernel"]
 
 
-class ReferenceKernel:
-    """Squares and scaling of a plan's bins, one box after the other.
-
-    Args:
-        plan: the bins.
-        device: where the tensors live.
-    """
+class ReferenceKernel(Kernel):
+    """Squares and scaling of a plan's bins, one box after the other, for tensors of every kind."""
 
     name = "reference"
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
-
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return each bin's sum of squared entries (modulus for complex ones), shape (B,), float64.
-
-        Args:
-            tensors: one a layout entry, of any stride, dtype or layout; None counts as zero.
-        """
+        """See `Kernel.squares`."""
         dtype = accumulate_dtype(self.device)
         squares_B = torch.zeros(self.plan.num_bins, dtype=dtype, device=self.device)
         for k in range(len(self.plan.boxes)):
@@ -43,10 +30,7 @@ class ReferenceKernel:
         return squares_B
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """Multiply each bin by its scale in place; write zeros where ``zero_B``, since 0 * inf is not 0.
-
-        A bin of scale 1 keeps its bits. Sparse tensors must be coalesced.
-        """
+        """See `Kernel.scale_`."""
         for k in range(len(self.plan.boxes)):
             tensor = tensors[self.plan.tensor_K[k]]
             if tensor is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..plan import Plan
 from ..plan.lowering import lower
 from .addressable import bump_versions
+from .kernel import Kernel
 
 __all__ = ["BLOCK", "scale_pieces", "square_pieces", "TritonKernel"]
 
@@ -72,7 +73,7 @@ _KINDS: dict[torch.dtype, tuple[Any, Any]] = {
 """Each dtype's element type, and the one to compute in."""
 
 
-class TritonKernel:
+class TritonKernel(Kernel):
     """The same contract as `ReferenceKernel`, for dense tensors whose rows or columns are contiguous.
 
     Raises:
@@ -82,11 +83,11 @@ class TritonKernel:
     name = "triton"
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+        super().__init__(plan, device)
         self._known: list[tuple[Any, list[tuple[torch.dtype, Tensor]]]] = []
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """See `ReferenceKernel.squares`."""
+        """See `Kernel.squares`."""
         squares_B = torch.zeros(self.plan.num_bins, dtype=torch.float64, device=self.device)
         tables, addresses = self._tables(tensors)
         for dtype, table in tables:
@@ -94,7 +95,7 @@ class TritonKernel:
         return squares_B
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """See `ReferenceKernel.scale_`."""
+        """See `Kernel.scale_`."""
         tables, addresses = self._tables(tensors)
         zero = zero_B.to(torch.int32)
         for dtype, table in tables:
