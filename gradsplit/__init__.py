@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .resume import Guard as Guard
     from .resume import load_checkpoint as load_checkpoint
     from .resume import save_checkpoint as save_checkpoint
+    from .sources import SampleSplitter as SampleSplitter
     from .splitter import GradientSplitter as GradientSplitter
     from .splitter import StepRecord as StepRecord
 
@@ -56,6 +57,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "splitter": ("GradientSplitter", "StepRecord"),
     "optim": ("GSO",),
     "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
+    "sources": ("SampleSplitter",),
     "diagnose": ("diagnose",),
     "ladder": ("Ladder", "taylor_ladder"),
     "resume": (

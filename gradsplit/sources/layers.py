@@ -1,0 +1,356 @@
+"""A layer's own weight gradient as a sum over samples: what one sample adds is masked or bounded, per kind of layer.
+
+    dL/dW = sum_i a_i d_i^T        n_i = ||a_i|| ||d_i||      (at least the norm of what sample i adds)
+    d_i <- d_i min(1, limit / n_i) in this sum alone;  0 where a_i or d_i is not finite, here and in what is passed on
+
+A sample that is finite sends its full signal to the layers below: every layer bounds for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "KINDS",
+    "Decided",
+    "LayerKind",
+    "Listener",
+    "length",
+    "looks",
+    "masked",
+    "once",
+    "row_shape",
+    "spread",
+    "times",
+    "wide",
+]
+
+
+class Decided(NamedTuple):
+    """What was decided for the samples of one layer.
+
+    Attributes:
+        factor_S: what each sample's part of the sum is multiplied by, in [0, 1].
+        sound_S: False where the sample is masked.
+    """
+
+    factor_S: Tensor
+    sound_S: Tensor
+
+
+class Listener(Protocol):
+    """What a layer asks: where its samples lie, and what is to be done with them."""
+
+    batch_dim: int
+    token: bool
+
+    def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
+        """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
+
+
+def row_shape(shape: Sequence[int], num_features: int, batch_dim: int, token: bool = False) -> list[int]:
+    """The shape of one number per sample, which broadcasts against a tensor of the given shape.
+
+    The last ``num_features`` dimensions are the sample's content. A tensor without others is one sample. Where a
+    tensor has fewer dimensions than ``batch_dim`` asks for, its last leading one is the batch.
+
+    >>> row_shape((8, 5, 3), 1, 0), row_shape((8, 5, 3), 1, 1), row_shape((8, 5, 3), 1, 0, token=True)
+    ([8, 1, 1], [1, 5, 1], [8, 5, 1])
+    """
+    lead = len(shape) - num_features
+    batch = min(batch_dim, lead - 1)
+    return [size if dim < lead and (token or dim == batch) else 1 for dim, size in enumerate(shape)]
+
+
+def looks(tensor: Tensor) -> bool:
+    """Whether a value may be looked at in the middle of a step, since its device has no queue to wait for."""
+    return tensor.device.type == "cpu"
+
+
+def length(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The L2 norm of every sample, in one dimension; at least float32.
+
+    On the CPU a row whose float32 norm overflows is measured again in float64. On other devices, where a look would
+    wait, its norm is inf and the row counts as not finite.
+    """
+    tensor = tensor.detach()
+    dims = [dim for dim, size in enumerate(rows) if size != tensor.shape[dim]]
+    if tensor.numel() == 0:
+        return tensor.new_zeros(math.prod(rows), dtype=torch.float32)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if dims and dims == list(range(1, tensor.dim())):
+        tensor, dims = tensor.flatten(1), [1]
+    norm = torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype) if dims else tensor.to(dtype).abs()
+    norm_S = norm.reshape(-1)
+    if looks(norm_S) and not bool(norm_S.isfinite().all()):
+        norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1) if dims else norm_S
+    return norm_S
+
+
+def wide(number_S: Tensor) -> Tensor:
+    """The numbers in float64, where the device has it."""
+    return number_S.float() if number_S.device.type == "mps" else number_S.double()
+
+
+def spread(number_S: Tensor, rows: Sequence[int]) -> Tensor:
+    """One number per sample, in the shape that broadcasts against the tensor."""
+    return number_S.view(list(rows))
+
+
+def times(tensor: Tensor, factor_S: Tensor, sound_S: Tensor, rows: Sequence[int]) -> Tensor:
+    """Every sample times its factor; zeros, never 0 * inf, where it is not sound."""
+    scaled = tensor * spread(factor_S, rows).to(tensor.dtype)
+    return torch.where(spread(sound_S, rows), scaled, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def masked(tensor: Tensor, sound_S: Tensor, rows: Sequence[int]) -> Tensor:
+    """The tensor with zeros where a sample is not sound."""
+    return torch.where(spread(sound_S, rows), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def once() -> None:
+    """Refuse a backward pass that is to be differentiated again.
+
+    Raises:
+        RuntimeError: create_graph=True.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "SampleSplitter: expected a backward pass without create_graph=True, since a bounded sum over samples has "
+            "no second derivative. Take the splitter off for this model, and bound its loss terms with TermSplitter."
+        )
+
+
+class LayerKind:
+    """How one kind of layer runs, and its gradients from the signal; the rest is the same for every kind."""
+
+    modules: tuple[type[nn.Module], ...] = ()
+    measures_activation = True
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the module is of this kind and has its own forward."""
+        return isinstance(module, self.modules) and any(type(module).forward is kind.forward for kind in self.modules)
+
+    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+        """How many trailing dimensions of the input, and of the output, are one sample's content at one place."""
+        return 1, 1
+
+    def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
+        """The input and the constants that `run` and `gradients` get."""
+        return a, None
+
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+        """The layer's output."""
+        raise TypeError(f"{type(self).__name__}: expected a kind that says how it runs.")
+
+    def gradients(
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of input, weight and bias from the signal; None where not needed."""
+        raise TypeError(f"{type(self).__name__}: expected a kind that says what its gradients are.")
+
+    def __call__(self, listener: Listener, module: Any, a: Tensor) -> Tensor:
+        """Run the layer so that its own weight gradient is split by sample."""
+        a, config = self.prepare(module, a)
+        bias = getattr(module, "bias", None)
+        features = self.features(module, module.weight)
+        split: Tensor = _Split.apply(a, module.weight, bias, self, features, listener, config)
+        return split
+
+
+class _Split(torch.autograd.Function):
+    """The layer as it is; in backward its own gradient is made from masked and bounded samples."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: LayerKind,
+        features: tuple[int, int],
+        listener: Listener,
+        config: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(a, weight)
+        ctx.kind, ctx.features, ctx.listener, ctx.config = kind, features, listener, config
+        ctx.has_bias = bias is not None
+        return kind.run(a, weight, bias, config)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        once()
+        a, weight = ctx.saved_tensors
+        kind, listener, config = ctx.kind, ctx.listener, ctx.config
+        # Under autocast the signal has the precision in which the layer ran.
+        weight = weight.to(d.dtype)
+        a = a.to(d.dtype) if a.is_floating_point() else a
+        rows = row_shape(d.shape, ctx.features[1], listener.batch_dim, listener.token)
+        signal_S = length(d, rows)
+        rows_a = row_shape(a.shape, ctx.features[0], listener.batch_dim, listener.token)
+        activation_S = length(a, rows_a) if a.is_floating_point() else torch.ones_like(signal_S)
+        if not kind.measures_activation:
+            activation_S = activation_S * 0 + 1
+        decided = listener.decide(activation_S, signal_S)
+        down, own = bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1])
+        need_bias = ctx.has_bias and bool(ctx.needs_input_grad[2])
+        if decided is None:
+            found = kind.gradients(d, a, weight, config, (down, own, need_bias))
+            return (*found, None, None, None, None)
+        factor_S, sound_S = decided
+        if a.is_floating_point():
+            a = masked(a, sound_S, rows_a)
+        mine = times(d, factor_S, sound_S, rows)
+        _, grad_weight, grad_bias = kind.gradients(mine, a, weight, config, (False, own, need_bias))
+        passed = None
+        if down:
+            passed = kind.gradients(masked(d, sound_S, rows), a, weight, config, (True, False, False))[0]
+        return passed, grad_weight, grad_bias, None, None, None, None
+
+
+class _Linear(LayerKind):
+    modules = (nn.Linear,)
+
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+        return F.linear(a, weight, bias)
+
+    def gradients(
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        flat_d, flat_a = d.reshape(-1, d.shape[-1]), a.reshape(-1, a.shape[-1])
+        return (
+            d @ weight if need[0] else None,
+            flat_d.t() @ flat_a if need[1] else None,
+            flat_d.sum(0) if need[2] else None,
+        )
+
+
+class _Conv(LayerKind):
+    modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+        return weight.dim() - 1, weight.dim() - 1
+
+    def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
+        padding = module.padding
+        if module.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            a = F.pad(a, module._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(module.kernel_size)
+        return a, (module.stride, padding, module.dilation, module.groups)
+
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+        return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](a, weight, bias, *config)
+
+    def gradients(
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        stride, padding, dilation, parts = config
+        alone = d.dim() < weight.dim()  # no batch dimension
+        if alone:
+            d, a = d.unsqueeze(0), a.unsqueeze(0)
+        zeros = [0] * (weight.dim() - 2)
+        found = torch.ops.aten.convolution_backward(
+            d, a, weight, [weight.shape[0]], stride, padding, dilation, False, zeros, parts, list(need)
+        )
+        passed, grad_weight, grad_bias = (tensor if asked else None for tensor, asked in zip(found, need, strict=True))
+        return passed.squeeze(0) if alone and passed is not None else passed, grad_weight, grad_bias
+
+
+class _Embedding(LayerKind):
+    modules = (nn.Embedding,)
+
+    def fits(self, module: nn.Module) -> bool:
+        return super().fits(module) and not module.sparse and module.max_norm is None
+
+    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+        return 0, 1
+
+    def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
+        return a, (module.padding_idx, module.scale_grad_by_freq)
+
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+        return F.embedding(a, weight, padding_idx=config[0])
+
+    def gradients(
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        empty, by_frequency = config
+        if not need[1]:
+            return None, None, None
+        empty = -1 if empty is None else empty
+        return None, torch.ops.aten.embedding_dense_backward(d, a, weight.shape[0], empty, by_frequency), None
+
+
+class _Norm(LayerKind):
+    """The gain's gradient is a sum of d_i times the normalised row, whose length is the same for all: n_i = ||d_i||."""
+
+    measures_activation = False
+
+    def fits(self, module: nn.Module) -> bool:
+        return super().fits(module) and module.weight is not None
+
+    def features(self, module: nn.Module, weight: Tensor) -> tuple[int, int]:
+        return weight.dim(), weight.dim()
+
+
+class _LayerNorm(_Norm):
+    modules = (nn.LayerNorm,)
+
+    def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
+        return a, (module.normalized_shape, module.eps)
+
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+        return F.layer_norm(a, config[0], weight, bias, config[1])
+
+    def gradients(
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        d, a, weight = _at_least_float32(d, a, weight)
+        shape, eps = config
+        dims = list(range(a.dim() - len(shape), a.dim()))
+        variance, mean = torch.var_mean(a, dims, correction=0, keepdim=True)
+        zero = torch.zeros_like(weight) if need[2] else None
+        found = torch.ops.aten.native_layer_norm_backward(
+            d, a, list(shape), mean, (variance + eps).rsqrt(), weight, zero, list(need)
+        )
+        passed, grad_weight, grad_bias = (tensor if asked else None for tensor, asked in zip(found, need, strict=True))
+        return passed, grad_weight, grad_bias
+
+
+class _RMSNorm(_Norm):
+    modules = (nn.RMSNorm,)
+
+    def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
+        return a, (module.normalized_shape, module.eps)
+
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+        return F.rms_norm(a, config[0], weight, config[1])
+
+    def gradients(
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        eps = torch.finfo(a.dtype).eps if config[1] is None else config[1]
+        d, a, weight = _at_least_float32(d, a, weight)
+        dims = list(range(a.dim() - len(config[0]), a.dim()))
+        rate = (a.square().mean(dims, keepdim=True) + eps).rsqrt()
+        row = a * rate
+        inner = d * weight
+        passed = rate * (inner - row * (inner * row).mean(dims, keepdim=True)) if need[0] else None
+        lead = list(range(dims[0]))
+        grad_weight = ((d * row).sum(lead) if lead else d * row) if need[1] else None
+        return passed, grad_weight, None
+
+
+def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
+
+
+KINDS: tuple[LayerKind, ...] = (_Linear(), _Conv(), _Embedding(), _LayerNorm(), _RMSNorm())
+"""One row per kind of layer whose own sum over samples is made here; a new kind is one class and one row."""

@@ -1,0 +1,458 @@
+"""SampleSplitter: what one sample adds to a layer's weight gradient is masked, bounded and named."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .ends import WHOLE, WholeKind
+from .layers import KINDS, Decided, LayerKind, looks, spread, wide
+from .limits import Rule, rule_of
+from .quarantine import BATCH_NORMS, Quarantine
+
+__all__ = ["SampleSplitter", "StoodOut"]
+
+_SMALLEST = 1e-30  # so that 1 / factor is finite in float32
+
+
+class StoodOut(NamedTuple):
+    """A sample that was masked or bounded.
+
+    Attributes:
+        step: number of the backward pass, from 0; with accumulation every micro-batch is one.
+        sample: position in the batch.
+        layer: dotted name of the module.
+        ratio: its norm / the limit, or "not finite".
+    """
+
+    step: int
+    sample: int
+    layer: str
+    ratio: float | str
+
+
+class SampleSplitter:
+    """Split the gradient by sample: one bad sample neither poisons nor drowns the others, and is named.
+
+        dL/dW = sum_i a_i d_i^T in every layer;   n_i = ||a_i|| ||d_i||;   d_i <- d_i min(1, limit / n_i) in this sum
+        0 where a_i or d_i is not finite, in this sum and in the signal that is passed on
+
+    So the others get exactly the gradient of the batch without the sample that is not finite (under a mean loss
+    still divided by the whole batch). The limit follows the samples' norms of the layer; see `RunningLimit`. The rules
+    know Linear, Conv1d to Conv3d, Embedding, and the gains of LayerNorm and RMSNorm; RNN, GRU, LSTM and
+    MultiheadAttention are bounded as a whole at their two ends. In front of BatchNorm, which mixes the samples, a bad
+    row is replaced by an ordinary one and its loss is left out: quarantine. All numbers stay on their device; on
+    the CPU, where a look costs nothing, a batch without bad samples takes the ordinary backward pass. Scales are those
+    of this process's part of the batch.
+
+    Args:
+        model: what is trained; a DDP wrapper is seen through.
+        kind: "classification" (2 x a slowly falling 90 % quantile), "regression" (3 x a running median), or a rule such
+            as ``RunningLimit(quantile=0.5)``.
+        batch_dim: the dimension of the samples in the inputs of layers; recurrent nets and attention say it themselves.
+        per: "sample", or "token": every place of a sequence is one sample.
+        quarantine: "auto" (in front of every BatchNorm; by length in front of the first alone), or names of modules
+            whose outputs are looked at, or () for none.
+        also: names of modules whose samples do not meet inside them, to be bounded as a whole.
+        leave_out: names of modules that are left as they are, with all below them, and of parameters without a rule.
+        scaler: the GradScaler of the training loop. A signal that overflows is then left to it, and only samples whose
+            activation is not finite are masked.
+        keep: how many notes (layer and pass) are remembered for `named`.
+
+    Raises:
+        ValueError: an unknown kind, name or option.
+        RuntimeError: the model is compiled, or split by sample already.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 2.0], [math.nan, 0.0]])
+    >>> with SampleSplitter(model, "regression") as splitter:
+    ...     model(x).sum().backward()
+    >>> model.weight.grad, splitter.named()
+    (tensor([[1., 2.]]), [StoodOut(step=0, sample=1, layer='(model)', ratio='not finite')])
+
+    Source: the project's trials; the norm of a layer's sum per sample is Goodfellow 2015, here its upper bound.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str | Rule = "classification",
+        *,
+        batch_dim: int = 0,
+        per: str = "sample",
+        quarantine: str | Sequence[str] = "auto",
+        also: Sequence[str] = (),
+        leave_out: Sequence[str] = (),
+        scaler: Any = None,
+        keep: int = 10_000,
+    ) -> None:
+        self.rule = rule_of(kind, "SampleSplitter")
+        if per not in ("sample", "token"):
+            raise ValueError(f"SampleSplitter(per={per!r}): expected 'sample' or 'token'.")
+        if not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ValueError(f"SampleSplitter(batch_dim={batch_dim!r}): expected a dimension counted from 0.")
+        if isinstance(quarantine, str) and quarantine != "auto":
+            raise ValueError(f"SampleSplitter(quarantine={quarantine!r}): expected 'auto' or a list of module names.")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "SampleSplitter(model=DataParallel(…)): expected a model that runs in one thread, since its replicas "
+                "are made anew at every step. Use DistributedDataParallel."
+            )
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+            raise RuntimeError(
+                "SampleSplitter(model): expected a model that is not compiled, since its layers are run by the "
+                "splitter. Give it the model from before torch.compile."
+            )
+        self.model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.batch_dim, self.token, self.scaler = batch_dim, per == "token", scaler
+        names = {name for name, _ in self.model.named_modules()}
+        parameters = {name for name, _ in self.model.named_parameters()}
+        found = [] if isinstance(quarantine, str) else list(quarantine)
+        for option, asked in (("quarantine", found), ("also", also), ("leave_out", leave_out)):
+            for name in asked:
+                if name not in (names | parameters if option == "leave_out" else names):
+                    near = ", ".join(map(repr, difflib.get_close_matches(name, names))) or "none is near"
+                    raise ValueError(
+                        f"SampleSplitter({option}={list(asked)!r}): the model has no module {name!r} ({near})."
+                    )
+        self.quarantine, self.also, self.leave_out = quarantine, tuple(also), tuple(leave_out)
+        self.unruled: list[str] = []
+        self.layers: dict[str, _Layer] = {}
+        self.joints: dict[str, Quarantine] = {}
+        self._notes: deque[tuple[int, str, Tensor]] = deque(maxlen=keep)
+        self._patched: list[nn.Module] = []
+        self._handle: Any = None
+        self._passes, self._task = 0, -1
+        self._known: dict[int, Tensor] = {}
+        self._away: Tensor | None = None
+        self._inside = False
+        self._lost: set[int] = set()
+        self._stepped = 0
+        self._said: set[str] = set()
+        self._plan()
+
+    def attach(self, optimizer: torch.optim.Optimizer | None = None) -> SampleSplitter:
+        """Split from now on; with an optimizer, a step whose samples were all bad is passed over (on the CPU).
+
+        Returns:
+            This splitter; `.remove()` makes the model as it was.
+
+        Raises:
+            RuntimeError: a layer is split already.
+        """
+        if self._patched or any(isinstance(m.__dict__.get("forward"), _Forward) for m in self.model.modules()):
+            raise RuntimeError(
+                "SampleSplitter.attach(): expected a model that is not split by sample yet. "
+                "Call .remove() of the first splitter."
+            )
+        modules = dict(self.model.named_modules())
+        if self.unruled:
+            self._say(
+                f"SampleSplitter: no rule for {', '.join(self.unruled)}; their gradients stay as they are. Name "
+                "a module whose samples do not meet inside it in `also`, or name it in `leave_out` to accept this."
+            )
+        for name, layer in self.layers.items():
+            self._patch(modules[name], layer.call)
+        for name, joint in self.joints.items():
+            norm = isinstance(modules[name], BATCH_NORMS)
+            self._patch(modules[name], _BeforeNorm(joint) if norm else _AfterJoint(self, joint))
+        if self.joints:
+            self._patch(self.model, self._run_model)
+        if optimizer is not None:
+            self._handle = optimizer.register_step_pre_hook(self._before_step)
+        return self
+
+    def remove(self) -> None:
+        """Take everything off; the model is as it was."""
+        for module in self._patched:
+            module.__dict__.pop("forward", None)
+        self._patched.clear()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __enter__(self) -> SampleSplitter:
+        return self.attach()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def named(self, beyond: float = 1.0, *, last: bool = False) -> list[StoodOut]:
+        """The samples that were masked, or whose ratio is above ``beyond``, oldest first; waits for the device.
+
+        Args:
+            beyond: smallest ratio of norm to limit.
+            last: of the last step alone.
+        """
+        found = []
+        newest = max((step for step, _, _ in self._notes), default=0)
+        for step, layer, ratio_S in self._notes:
+            if last and step < newest:
+                continue
+            for index, ratio in enumerate(ratio_S.tolist()):
+                if math.isnan(ratio) or ratio > beyond:
+                    found.append(StoodOut(step, index, layer, "not finite" if math.isnan(ratio) else ratio))
+        return found
+
+    @property
+    def kept_S(self) -> Tensor | None:
+        """Which rows of the last forward pass are not in quarantine; None where all are kept."""
+        return None if self._away is None else ~self._away
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running scales by layer and joint, and the number of passes."""
+        parts: dict[str, dict[str, Any]] = {"layers": dict(self.layers), "joints": dict(self.joints)}
+        state: dict[str, Any] = {
+            key: {name: part.scale.clone() for name, part in these.items() if part.scale is not None}
+            for key, these in parts.items()
+        }
+        return {**state, "passes": self._passes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: it names a layer that this splitter does not have.
+        """
+        parts: dict[str, dict[str, Any]] = {"layers": dict(self.layers), "joints": dict(self.joints)}
+        for key, these in parts.items():
+            for name in state[key]:
+                if name not in these:
+                    raise ValueError(
+                        f"SampleSplitter.load_state_dict(…): the state has {name!r}, which the model has not."
+                    )
+        for key, these in parts.items():
+            for name, part in these.items():
+                part.scale = state[key][name].clone() if name in state[key] else None
+        self._passes = int(state["passes"])
+
+    def _plan(self) -> None:
+        """Which module is run by which rule; modules with parameters of their own and no rule are listed."""
+        covered: tuple[str, ...] = ()
+        first = True
+        for name, module in self.model.named_modules():
+            if _below(name, (*covered, *self.leave_out)):
+                continue
+            kinds: tuple[WholeKind | LayerKind, ...] = (*WHOLE, *KINDS)
+            kind = next((kind for kind in kinds if kind.fits(module)), None)
+            if name in self.also:
+                kind = WholeKind()
+            if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], types.MethodType):
+                kind = None  # another library runs it
+            if isinstance(module, BATCH_NORMS):
+                if self.quarantine == "auto":
+                    self.joints[name] = Quarantine(name or "(model)", self, factor=3.0 if first else math.inf)
+                    first = False
+                else:
+                    self._list(name, module)
+                continue
+            if kind is not None:
+                self.layers[name] = _Layer(self, name or "(model)", kind)
+                if isinstance(kind, WholeKind):
+                    covered = (*covered, name)
+            else:
+                self._list(name, module)
+        if not isinstance(self.quarantine, str):
+            for name in self.quarantine:
+                self.joints[name] = Quarantine(name or "(model)", self, self.batch_dim)
+
+    def _list(self, name: str, module: nn.Module) -> None:
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if parameter.requires_grad and key not in self.leave_out:
+                self.unruled.append(key)
+
+    def _patch(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        before = module.__dict__.get("forward")
+        module.__dict__["forward"] = _Forward(module, call, before if isinstance(before, _Forward) else None)
+        self._patched.append(module)
+
+    def _run_model(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._away, self._inside = None, True
+        try:
+            outputs = forward(*args, **kwargs)
+        finally:
+            self._inside = False
+        kept_S = self.kept_S
+        if kept_S is not None:
+            for tensor in tree_leaves(outputs):
+                if isinstance(tensor, Tensor) and tensor.requires_grad and tensor.dim() > self.batch_dim:
+                    _silence(tensor, ~kept_S, self.batch_dim)
+        return outputs
+
+    def keep(self, name: str, ratio_S: Tensor, bad_S: Tensor) -> None:
+        """Called by a quarantine: note the rows, and leave their signal out at the model's outputs."""
+        self._notes.append((self._passes, name, ratio_S))
+        if not self._inside:
+            self._say(
+                f"SampleSplitter: {name!r} ran outside the model's own forward, so that the loss of the rows in "
+                "quarantine is not left out. Call the model itself."
+            )
+        away = self._away
+        self._away = bad_S if away is None or away.shape != bad_S.shape else away | bad_S
+        if looks(bad_S) and bool(bad_S.all()):
+            self._lose(self._passes)
+
+    def _see_pass(self) -> None:
+        """Count backward passes; the engine gives every pass a number of its own."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self._passes += 1
+            self._known.clear()
+
+    def _sound(self, activation_S: Tensor, finite_S: Tensor) -> Tensor:
+        """Which samples are not masked. Under a scaler an overflowing signal of a sound sample is let through."""
+        if self.scaler is None:
+            return finite_S
+        bad_S = ~activation_S.isfinite()
+        known = self._known.get(bad_S.numel())
+        self._known[bad_S.numel()] = bad_S = bad_S if known is None else bad_S | known
+        return ~bad_S
+
+    def _lose(self, step: int) -> None:
+        self._lost.add(step)
+        self._say(
+            "SampleSplitter: no sample of the batch is finite, so that its gradient is zero. With .attach(optimizer) "
+            "such a step is passed over; look at the input or at the weights if this lasts."
+        )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Pass over a step all of whose backward passes were without a sound sample: no gradient, no update."""
+        if self._passes > self._stepped and len(self._lost) >= self._passes - self._stepped:
+            for parameters in optimizer.param_groups:
+                for parameter in parameters["params"]:
+                    parameter.grad = None
+        self._lost.clear()
+        self._stepped = self._passes
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, UserWarning, stacklevel=3)
+
+
+class _Layer:
+    """One layer: its rule, its running scale, and what it decides."""
+
+    def __init__(self, splitter: SampleSplitter, name: str, kind: LayerKind | WholeKind) -> None:
+        self.splitter, self.name, self.kind = splitter, name, kind
+        self.batch_dim, self.token = splitter.batch_dim, splitter.token
+        self.scale: Tensor | None = None
+
+    def call(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the layer, split by sample where it is trained."""
+        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in module.parameters()):
+            return forward(*args, **kwargs)
+        if isinstance(self.kind, WholeKind):
+            return self.kind(self, module, forward, args, kwargs)
+        weight: Any = module.weight
+        if not weight.requires_grad:
+            return forward(*args, **kwargs)
+        (a,) = [*args, *kwargs.values()]
+        return self.kind(self, module, a)
+
+    def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
+        """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
+        splitter = self.splitter
+        splitter._see_pass()
+        norm_S = wide(activation_S) * wide(signal_S)
+        if splitter.scaler is not None:
+            norm_S = norm_S / splitter.scaler.scale(norm_S.new_ones(()))
+        finite_S = norm_S.isfinite()
+        scale = norm_S.new_zeros(()) if self.scale is None else self.scale.to(norm_S)
+        self.scale, limit = splitter.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
+        ratio_S = norm_S / limit
+        may_look = looks(norm_S)
+        if may_look and bool((ratio_S <= 1).all()):
+            return None
+        sound_S = splitter._sound(activation_S, finite_S)
+        splitter._notes.append((splitter._passes - 1, self.name, torch.where(finite_S, ratio_S, math.nan).float()))
+        if may_look and not bool(sound_S.any()):
+            splitter._lose(splitter._passes - 1)
+        factor_S = torch.where(finite_S, (1 / ratio_S).clamp(min=_SMALLEST, max=1.0), 1.0)
+        return Decided(factor_S, sound_S)
+
+
+class _Forward:
+    """A module's forward while it is split; a copy of the module, or one read from a file, has its ordinary forward."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], before: _Forward | None) -> None:
+        self.module, self.call, self.before = module, call, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "SampleSplitter: expected a model that is not compiled, since its layers are run by the splitter. Call "
+                ".remove() before torch.compile."
+            )
+        return self.call(self.module, self.before or _ordinary(self.module), args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _ordinary(memo[id(self.module)] if id(self.module) in memo else copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        return _ordinary, (self.module,)
+
+
+def _ordinary(module: nn.Module) -> Any:
+    return types.MethodType(type(module).forward, module)
+
+
+class _BeforeNorm:
+    """Quarantine for the input of a batch normalisation."""
+
+    def __init__(self, joint: Quarantine) -> None:
+        self.joint = joint
+
+    def __call__(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not module.training:
+            return forward(*args, **kwargs)
+        (x,) = [*args, *kwargs.values()]
+        x = self.joint(x) if torch._C._current_graph_task_id() < 0 else self.joint.again(x)
+        return self.joint.around_norm(module, forward, x)
+
+
+class _AfterJoint:
+    """Quarantine for the output of a module that was named."""
+
+    def __init__(self, splitter: SampleSplitter, joint: Quarantine) -> None:
+        self.splitter, self.joint = splitter, joint
+
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        y = forward(*args, **kwargs)
+        if not self.splitter.model.training:
+            return y
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"SampleSplitter(quarantine=[{self.joint.name!r}]): expected a module whose output is one tensor, got "
+                f"{type(y).__name__}. Name the module inside it that makes the tensor."
+            )
+        return self.joint(y) if torch._C._current_graph_task_id() < 0 else self.joint.again(y)
+
+
+def _below(name: str, parents: Sequence[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _silence(tensor: Tensor, away_S: Tensor, batch_dim: int) -> None:
+    """Leave the signal of rows in quarantine out where it enters the model."""
+    if tensor.shape[batch_dim] != away_S.numel():
+        return
+    rows = [size if dim == batch_dim else 1 for dim, size in enumerate(tensor.shape)]
+    tensor.register_hook(
+        lambda d: torch.where(spread(away_S, rows), torch.zeros((), dtype=d.dtype, device=d.device), d)
+    )
