@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .amp import Scaling
 from .budget import DEFAULT_OF_SPLITTER, Decision, Outcome, RelativeStep, budgets_by_level, make_ledger
 from .distributed import adder, kernel_for, local_of, whole_of
-from .hooks import Handle, attach_to
+from .hooks import Handle, attach_to, not_traced
 from .kernels import make_kernel
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Rates, follows_gradient
@@ -388,6 +388,7 @@ class GradientSplitter:
             self._rates.load(self._saved_tops)
 
 
+@not_traced  # a step count inside a graph would have the graph compiled anew at every step
 def _record(splitter: GradientSplitter, squares_B: Tensor, decision: Decision) -> StepRecord:
     """Count the step and hand its record to the sinks."""
     record = StepRecord(splitter.step_count, squares_B, decision)
@@ -395,11 +396,6 @@ def _record(splitter: GradientSplitter, squares_B: Tensor, decision: Decision) -
     for sink in splitter.sinks:
         sink(record)
     return record
-
-
-# A count that is part of a graph would have it compiled anew at every step. This is what torch.compiler.disable leaves
-# on a function, without importing the compiler for those who do not use it.
-_record._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 _MEMORY = 0.9

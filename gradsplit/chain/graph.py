@@ -6,7 +6,6 @@ and nowhere else. Nodes are numbered 0 (oldest) to N-1 (newest). `_N` marks one 
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..hooks import not_traced
 
 _LEAF = 2**63  # AccumulateGrad has the largest sequence number there is: it is no operation of the forward pass
 
@@ -39,15 +40,6 @@ class CallTrace:
         return best
 
 
-def untraced(hook: Any) -> Any:
-    """The hook, kept out of `torch.compile`'s graphs: a joint in a compiled model is a graph break, never retraced.
-
-    Where nothing has been compiled yet the compiler is not imported (it costs a second); code compiled later finds the
-    mark all the same if its modules were hooked after the import.
-    """
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
-
-
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[CallTrace]:
     """Record the calls of every module of the model while the context is open."""
@@ -62,8 +54,8 @@ def tracing(model: nn.Module) -> Iterator[CallTrace]:
             if open_calls:
                 trace.calls.append((open_calls.pop(), sequence_number(), name))
 
-        handles.append(module.register_forward_pre_hook(untraced(enter)))
-        handles.append(module.register_forward_hook(untraced(leave)))
+        handles.append(module.register_forward_pre_hook(not_traced(enter)))
+        handles.append(module.register_forward_hook(not_traced(leave)))
     try:
         yield trace
     finally:

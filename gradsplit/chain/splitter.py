@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..budget.base import Budget
 from ..budget.running_median import RunningMedian
+from ..hooks import attach_to, not_traced
 from ..rates import follows_gradient
 from .fork_limits import ForkMemory, ForkWatch
-from .graph import CallTrace, tracing, untraced
+from .graph import CallTrace, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in
 from .module_limits import bound_modules, kernel_over_ranks, modules_with_parameters
 from .signal_limits import JointMemory, SignalGuard
@@ -211,15 +212,15 @@ class ChainSplitter:
             self.watch.automatic = optimizer is None or follows_gradient(optimizer)
         modules = dict(self.model.named_modules())
         for name in dict.fromkeys([*self.names, *self.watch.declared]):
-            self._handles.append(modules[name].register_forward_hook(untraced(self._output_hook(name))))
+            self._handles.append(modules[name].register_forward_hook(not_traced(self._output_hook(name))))
         if self.watch.active:
             self._tracing = tracing(self.model)
             self._trace = self._tracing.__enter__()
-        self._handles.append(self.model.register_forward_pre_hook(untraced(self._start)))
-        self._handles.append(self.model.register_forward_hook(untraced(self._finish)))
+        self._handles.append(self.model.register_forward_pre_hook(not_traced(self._start)))
+        self._handles.append(self.model.register_forward_hook(not_traced(self._finish)))
         if optimizer is not None:
             self._bounds = True
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(attach_to(optimizer, before=self.bound_parameters))
         return self
 
     def remove(self) -> None:
@@ -299,22 +300,6 @@ class ChainSplitter:
         if self._tracing is not None:
             self._tracing.__exit__(None, None, None)
         self._tracing = self._trace = None
-
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None:
-            self.bound_parameters()
-            return None
-
-        def wrapped() -> Any:  # the backward pass runs inside step: bound after it
-            loss = closure()
-            with torch.no_grad():
-                self.bound_parameters()
-            return loss
-
-        return (
-            (args, {**kwargs, "closure": wrapped}) if "closure" in kwargs else ((args[0], wrapped, *args[2:]), kwargs)
-        )
 
     def _check_parameters(self) -> None:
         if not self.watch.memories or self._warned:

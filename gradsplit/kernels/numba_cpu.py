@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hooks import constant_while_traced
 from ..plan import Plan
 from ..plan.lowering import Lowered, lower, walks
 from . import numba_loops as loops
@@ -245,14 +246,12 @@ class NumbaKernel(Kernel):
         assert self._eager is not None
         return self._eager
 
+    @constant_while_traced
     def _make_eager(self) -> bool:
         """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
         if self._eager is None:
             self._eager = BACKENDS["eager"].make(self.plan, self.device)
         return True
-
-    # What torch.compiler.assume_constant_result does, without importing the compiler for those who do not use it.
-    _make_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
         """The tables of tensors that were measured just before; strides may have changed by the time they are again."""

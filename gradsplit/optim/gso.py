@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO
-from ..hooks import untraced
+from ..hooks import without_compiler_guard
 from .cyclic import Cyclic
 from .in_backward import InBackward, check_model
 from .parts import Update, make_moments, make_part, make_parts, step_part
@@ -338,7 +338,7 @@ class GSO(Optimizer):
         check_flags({**self.defaults, **group}, self.defaults)
         if group.get("fused", self.defaults["fused"]) != self.defaults["fused"]:
             override["fused"] = group["fused"]
-        untraced(super().add_param_group)(group)
+        without_compiler_guard(super().add_param_group)(group)
         self._overrides.append(override)
         if self._shared_groups:  # after construction: a part of its own, so that no other history moves
             try:
@@ -350,7 +350,7 @@ class GSO(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, or to zero."""
-        untraced(super().zero_grad)(set_to_none)
+        without_compiler_guard(super().zero_grad)(set_to_none)
 
     def _build(self) -> None:
         self._parts = make_parts(
@@ -431,7 +431,7 @@ class GSO(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state, and under "gradsplit" the budgets' history."""
-        return {**untraced(super().state_dict)(), **history_of(self._parts, self._cyclic)}
+        return {**without_compiler_guard(super().state_dict)(), **history_of(self._parts, self._cyclic)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -446,7 +446,7 @@ class GSO(Optimizer):
         before = history_of(self._parts, self._cyclic)
         load_history(self._parts, self._cyclic, state_dict)
         try:
-            untraced(super().load_state_dict)(state_dict)
+            without_compiler_guard(super().load_state_dict)(state_dict)
         except Exception:
             load_history(self._parts, self._cyclic, before)
             raise

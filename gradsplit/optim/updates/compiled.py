@@ -12,6 +12,7 @@ from torch import Tensor
 from ...amp import Scaling
 from ...budget import Decision
 from ...budget.lines import lines_of
+from ...hooks import constant_while_traced
 from ...kernels.addressable import DTYPES, obstacle, overlap, warn_of_fallback
 from ...plan.lowering import walks
 from ..parts import Planned
@@ -126,14 +127,12 @@ class CompiledUpdate(ABC):
         assert self._reference is not None
         return self._reference
 
+    @constant_while_traced
     def _make_reference(self) -> bool:
         """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
         if self._reference is None:
             self._reference = ReferenceUpdate(self.planned)
         return True
-
-    # What torch.compiler.assume_constant_result does, without importing the compiler for those who do not use it.
-    _make_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @property
     def decision(self) -> Decision | None:

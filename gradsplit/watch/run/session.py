@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...hooks import after_backward, not_traced
 from ...resume import DivergenceError, Guard
 from ...resume.actions import GuardAction
 from ..record import Recorder, RunFileError, RunWriter
@@ -122,28 +123,16 @@ class Session:
             atexit.register(self.farewell)
         self.losses.install()
         watch_own_bound(self.before_own_bound, self.after_own_bound)
-        register_optimizer_step_pre_hook(_untraced(self.pre))
+        register_optimizer_step_pre_hook(not_traced(self.pre))
         if self.settings.control or self.settings.guard:
-            register_optimizer_step_post_hook(_untraced(self.post))
+            register_optimizer_step_post_hook(not_traced(self.post))
 
     def pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look at the gradients before a step, or at the end of its closure, where backward runs inside."""
+        """Look at the gradients of a step when they are complete."""
         if _inside_another_step(optimizer):
             return None
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         self._begin(optimizer)
-        if closure is None:
-            self._process(optimizer)
-            return None
-
-        def closure_then_process() -> Any:
-            loss = closure()
-            self._process(optimizer)
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": closure_then_process}
-        return (args[0], closure_then_process, *args[2:]), kwargs
+        return after_backward(lambda: self._process(optimizer), args, kwargs)
 
     def post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bound the update, and judge the step, where asked for."""
@@ -290,20 +279,6 @@ def _inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
                 return True
         frame = frame.f_back
     return False
-
-
-def _untraced(hook: Any) -> Any:
-    """Keep torch.compile out of a hook: a compiled step calls it as it is.
-
-    torch marks its own optimizer methods in this way, by a wrapper that imports the compiler at the first call only;
-    ``torch.compiler.disable`` would import it in every process that imports torch.
-    """
-
-    def untraced(*args: Any) -> Any:
-        return hook(*args)
-
-    lazily = getattr(torch, "_disable_dynamo", None)
-    return torch.compiler.disable(untraced) if lazily is None else lazily(untraced)
 
 
 def _rank_and_world() -> tuple[int, int]:

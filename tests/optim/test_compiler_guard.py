@@ -9,7 +9,7 @@ import sys
 import torch
 
 import gradsplit as gs
-from gradsplit.hooks import untraced
+from gradsplit.hooks import without_compiler_guard
 
 _PROGRAM = """
 import sys, torch
@@ -33,7 +33,7 @@ def test_making_a_gso_and_stepping_imports_no_compiler():
 def test_the_guard_stays_where_the_compiler_has_been_imported(monkeypatch):
     method = torch.optim.SGD([torch.ones(2)], lr=0.1).zero_grad
     monkeypatch.setitem(sys.modules, "torch._dynamo", object())
-    assert untraced(method) is method
+    assert without_compiler_guard(method) is method
 
 
 def test_only_torchs_own_guard_is_taken_off(monkeypatch):
@@ -48,7 +48,7 @@ def test_only_torchs_own_guard_is_taken_off(monkeypatch):
 
     w = torch.nn.Parameter(torch.ones(2))
     optimizer = gs.GSO([w], lr=0.1)
-    bare = untraced(super(gs.GSO, optimizer).zero_grad)
+    bare = without_compiler_guard(super(gs.GSO, optimizer).zero_grad)
     assert bare.__globals__["__name__"] == "torch.optim.optimizer"
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", patched)
     w.grad = torch.ones(2)
