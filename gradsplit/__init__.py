@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .resume import load_checkpoint as load_checkpoint
     from .resume import save_checkpoint as save_checkpoint
     from .sources import SampleSplitter as SampleSplitter
+    from .sources import TermSplitter as TermSplitter
     from .splitter import GradientSplitter as GradientSplitter
     from .splitter import StepRecord as StepRecord
 
@@ -57,7 +58,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "splitter": ("GradientSplitter", "StepRecord"),
     "optim": ("GSO",),
     "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
-    "sources": ("SampleSplitter",),
+    "sources": ("SampleSplitter", "TermSplitter"),
     "diagnose": ("diagnose",),
     "ladder": ("Ladder", "taylor_ladder"),
     "resume": (

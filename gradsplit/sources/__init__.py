@@ -2,5 +2,6 @@
 
 from .limits import RULES, Rule, RunningLimit
 from .samples import SampleSplitter, StoodOut
+from .terms import LeftOut, TermRow, TermSplitter
 
-__all__ = ["RULES", "Rule", "RunningLimit", "SampleSplitter", "StoodOut"]
+__all__ = ["RULES", "LeftOut", "Rule", "RunningLimit", "SampleSplitter", "StoodOut", "TermRow", "TermSplitter"]

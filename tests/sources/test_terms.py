@@ -1,0 +1,297 @@
+"""TermSplitter: bounded terms add up to the gradient of the formula, whatever they are made of."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradsplit.sources import TermSplitter
+
+
+def oracle(history: list[dict[str, Tensor]], decay: float = 0.999, growth: float = 1.05) -> list[dict[str, float]]:
+    """The scale of every term in every call, for terms that are all there and share their parameters."""
+    maxima: dict[str, float] = {}
+    found = []
+    for gradients in history:
+        norms = {name: math.sqrt(float(g.double().square().sum())) for name, g in gradients.items()}
+        for name, norm in norms.items():
+            old = maxima.get(name, 0.0)
+            if math.isfinite(norm) and norm > 0:
+                maxima[name] = min(max(norm, decay * old), growth * old) if old else norm
+        limit = min(maxima.values())
+        found.append({name: min(1.0, limit / n) if n else 1.0 for name, n in norms.items()})
+    return found
+
+
+def _weight(size: int = 4) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+
+def _linear(w: Tensor, gradient: Tensor) -> Tensor:
+    """A term with the given gradient."""
+    return (w * gradient).sum()
+
+
+def test_many_calls_follow_the_formula():
+    w = _weight()
+    splitter = TermSplitter([w])
+    history = [
+        {
+            "a": torch.randn(4).double(),
+            "b": torch.randn(4).double() * 10 ** (2 * math.sin(t)),
+            "c": torch.ones(4).double(),
+        }
+        for t in range(15)
+    ]
+    for gradients, scales in zip(history, oracle(history), strict=True):
+        w.grad = None
+        splitter.backward(**{name: _linear(w, g) for name, g in gradients.items()})
+        expected = torch.stack([scales[name] * g for name, g in gradients.items()]).sum(0)
+        torch.testing.assert_close(w.grad, expected, rtol=1e-12, atol=0)
+        assert [row.scale for row in splitter.rows()] == pytest.approx([scales[name] for name in gradients])
+
+
+def test_one_term_is_the_ordinary_backward():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    model(x).square().sum().backward()
+    expected = model.weight.grad.clone()
+    model.zero_grad()
+    TermSplitter(model).backward(loss=model(x).square().sum())
+    torch.testing.assert_close(model.weight.grad, expected, rtol=0, atol=0)
+
+
+def test_weights_are_shares_after_the_bound():
+    w = _weight(2)
+    splitter = TermSplitter([w], weights={"b": 0.25})
+    splitter.backward(a=w[0], b=1e6 * w[1])
+    assert w.grad.tolist() == [1.0, 0.25]
+
+
+def test_a_term_that_is_not_finite_is_left_out_and_named():
+    w = _weight(2)
+    splitter = TermSplitter([w])
+    splitter.backward(a=w[0], b=2 * w[1])
+    before = splitter.state_dict()["terms"]["b"]["scale"]
+    for value in (math.nan, math.inf):
+        w.grad = None
+        splitter.backward(a=w[0], b=value * w[1])
+        assert w.grad.tolist() == [1.0, 0.0]
+    assert [(row.step, row.term) for row in splitter.named()] == [(1, "b"), (2, "b")]
+    assert splitter.state_dict()["terms"]["b"]["scale"] == before
+
+
+def test_a_call_without_a_finite_term_adds_nothing_and_is_said_once():
+    w = _weight(2)
+    splitter = TermSplitter([w])
+    with pytest.warns(UserWarning, match="no term of the step has a finite gradient"):
+        splitter.backward(a=math.nan * w[0])
+    assert w.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        splitter.backward(a=math.nan * w[0])
+
+
+def test_a_finite_gradient_whose_float32_norm_overflows_is_bounded():
+    w = nn.Parameter(torch.zeros(2))
+    TermSplitter([w]).backward(a=w[0], b=3e30 * w[1])
+    torch.testing.assert_close(w.grad, torch.ones(2))
+
+
+def test_a_term_of_zero_drowns_nobody():
+    w = _weight(2)
+    splitter = TermSplitter([w], decay=0.5)
+    for _ in range(20):
+        w.grad = None
+        splitter.backward(a=w[0], b=0.0 * w[1])
+    assert w.grad.tolist() == [1.0, 0.0]
+    splitter.backward(a=0.0 * w[0], b=w[1])
+    assert splitter.rows()[1].scale == 1.0
+
+
+def test_terms_come_and_go():
+    w = _weight(2)
+    splitter = TermSplitter([w], memory=3)
+    splitter.backward(a=w[0])
+    w.grad = None
+    splitter.backward(b=100 * w[1])
+    assert w.grad.tolist() == [0.0, 1.0], "a was seen in the call before"
+    for _ in range(3):
+        w.grad = None
+        splitter.backward(b=100 * w[1])
+    assert w.grad.tolist() == [0.0, 100.0], "a is forgotten"
+
+
+def test_terms_that_share_no_parameter_do_not_bound_each_other():
+    v, w, both = _weight(1), _weight(1), _weight(1)
+    splitter = TermSplitter([v, w, both])
+    splitter.backward(a=v.sum(), b=100 * w.sum())
+    assert (v.grad.item(), w.grad.item()) == (1.0, 100.0)
+    assert both.grad is None
+    for p in (v, w, both):
+        p.grad = None
+    splitter = TermSplitter([v, w, both])
+    splitter.backward(a=(v + both).sum(), b=100 * (w + both).sum())
+    assert w.grad.item() == pytest.approx(1.0)
+
+
+def test_negative_terms_are_bounded_as_positive_ones():
+    w = _weight(2)
+    TermSplitter([w]).backward(a=w[0], b=-100 * w[1])
+    assert w.grad.tolist() == [1.0, -1.0]
+
+
+def test_accumulation_adds_to_what_is_there():
+    w = _weight(2)
+    w.grad = torch.tensor([5.0, 5.0]).double()
+    splitter = TermSplitter([w])
+    for _ in range(2):
+        splitter.backward(a=w[0], b=100 * w[1])
+    assert w.grad.tolist() == [7.0, 7.0]
+
+
+def test_derivatives_inside_the_terms():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.linspace(-1, 1, 9).view(-1, 1).double().requires_grad_()
+
+    def terms() -> dict[str, Tensor]:
+        u = net(x)
+        slope = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+        curve = torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+        return {"residual": (curve + 100 * u).square().mean(), "boundary": u[[0, -1]].square().mean()}
+
+    alone = {}
+    for name in terms():
+        found = torch.autograd.grad(terms()[name], list(net.parameters()), allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(found, net.parameters(), strict=True)]
+        alone[name] = torch.cat([g.flatten() for g in filled])
+    (scales,) = oracle([alone])
+    assert min(scales.values()) < 0.1, "the residual drowns the boundary"
+    TermSplitter(net).backward(**terms())
+    found = torch.cat([p.grad.flatten() for p in net.parameters()])
+    torch.testing.assert_close(found, sum(scales[name] * g for name, g in alone.items()))
+
+
+def test_frozen_parameters_get_nothing():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    TermSplitter(model).backward(a=model(torch.ones(1, 2)).sum())
+    assert model[0].weight.grad is None
+    assert model[1].weight.grad is not None
+
+
+def test_under_a_scaler_the_bound_is_the_same_and_an_overflow_reaches_it():
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([w], 1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    splitter = TermSplitter([w], scaler=scaler)
+    splitter.backward(a=w[0], b=100 * w[1])
+    assert [row.norm for row in splitter.rows()] == [1.0, 100.0]
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(w.detach(), torch.tensor([-1.0, -1.0]))
+    assert scaler.get_scale() == 2.0**10
+    optimizer.zero_grad()
+    splitter.backward(a=w[0], b=1e37 * w[1])
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    torch.testing.assert_close(w.detach(), torch.tensor([-1.0, -1.0]))
+    optimizer.zero_grad()
+    splitter.backward(a=w[0], b=math.nan * w[1])
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9, "a bad term is no overflow"
+    torch.testing.assert_close(w.detach(), torch.tensor([-2.0, -1.0]))
+
+
+def test_saving_in_the_middle_changes_nothing():
+    generator = torch.Generator().manual_seed(2)
+    calls = [{n: torch.randn(4, generator=generator).double() * 9**k for k, n in enumerate("ab")} for _ in range(8)]
+    found = []
+    for cut in (None, 4):
+        w = _weight()
+        splitter = TermSplitter([w])
+        for place, gradients in enumerate(calls):
+            if place == cut:
+                state = copy.deepcopy(splitter.state_dict())
+                splitter = TermSplitter([w])
+                splitter.load_state_dict(state)
+            splitter.backward(**{name: _linear(w, g) for name, g in gradients.items()})
+        found.append(w.grad)
+    assert torch.equal(*found)
+
+
+def test_a_device_where_nobody_looks_gives_the_same_numbers(monkeypatch):
+    found = []
+    for look in (True, False):
+        if not look:
+            monkeypatch.setattr("gradsplit.sources.terms.looks", lambda tensor: False)
+        w = _weight(3)
+        splitter = TermSplitter([w])
+        splitter.backward(a=w[0], b=100 * w[1], c=math.nan * w[2])
+        found.append((w.grad.tolist(), splitter.named()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ({}, "at least one term"),
+        ({"a": 1.0}, r"backward\(a=…\).*got float"),
+        ({"a": torch.ones(3, requires_grad=True)}, r"shape \(3,\)"),
+        ({"a": torch.ones(())}, "without a gradient"),
+        ({"a": torch.empty(0, requires_grad=True)}, r"shape \(0,\)"),
+    ],
+)
+def test_a_bad_term_is_refused_and_nothing_is_added(terms, said):
+    w = _weight(2)
+    splitter = TermSplitter([w])
+    with pytest.raises(ValueError, match=said):
+        splitter.backward(good=w[0], **terms) if terms else splitter.backward()
+    assert w.grad is None
+    assert splitter.state_dict() == {"calls": 0, "terms": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"decay": 0.0}, "decay=0.0"),
+        ({"growth": 1.0}, "growth=1.0"),
+        ({"memory": 0}, "memory=0"),
+        ({"weights": {"a": -1.0}}, "'a': -1.0"),
+        ({"weights": {"a": math.nan}}, "'a': nan"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(options, said):
+    with pytest.raises(ValueError, match=said):
+        TermSplitter([_weight()], **options)
+
+
+def test_parameters_without_gradients_are_refused():
+    with pytest.raises(ValueError, match="at least one parameter"):
+        TermSplitter([torch.zeros(2)])
+    with pytest.raises(ValueError, match="at least one parameter"):
+        TermSplitter([])
+
+
+def test_sparse_gradients_are_refused_by_name():
+    table = nn.Embedding(5, 2, sparse=True)
+    with pytest.raises(ValueError, match=r"backward\(a=…\): expected dense"):
+        TermSplitter(table).backward(a=table(torch.tensor([1, 2])).sum())
+    assert table.weight.grad is None
+
+
+def test_a_state_of_a_larger_model_is_refused_and_changes_nothing():
+    v, w = _weight(), _weight()
+    large = TermSplitter([v, w])
+    large.backward(a=w.sum())
+    small = TermSplitter([v])
+    with pytest.raises(ValueError, match="reaches parameter 1, there are 1"):
+        small.load_state_dict(large.state_dict())
+    assert small.state_dict() == {"calls": 0, "terms": {}}
