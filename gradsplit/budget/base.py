@@ -1,21 +1,24 @@
 """A budget: a rule that yields limits from norms and history, as pure functions of arrays.
 
 Every budget is a frozen record of its constants with three pure functions through `xp` (one text for all frameworks):
-`init` makes the history, `limits` reads it, `learn` returns the next one. One entry a node.
+`init` makes the history, `limits` reads it, and `learn` returns the next one. Each array has one entry per node.
+
+A budget may also say more of itself, so that nobody has to know its class: `line` (its limit needs the bin alone),
+`constant` (its limit needs nothing at all), `check` (how many nodes it fits).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ..xp import Array, namespace
 
-__all__ = ["Budget", "Reading", "State", "limits_after", "limits_of"]
+__all__ = ["Budget", "Line", "Reading", "State", "limits_after", "limits_of"]
 
 State = tuple[Array, ...]
-"""A budget's history: arrays of shape (n,)."""
+"""The history of a budget: arrays of shape (n,)."""
 
 
 class Reading(NamedTuple):
@@ -24,8 +27,9 @@ class Reading(NamedTuple):
     Attributes:
         norm: (n,) L2 norm of the gradient (or of the update), without what was not finite.
         weight_norm: (n,) L2 norm of the weights, if a budget of this plan reads it.
-        numel: (n,) elements.
-        num_rows: (n,) rows of matrices, as a share where a node holds a part of a row; vectors have none.
+        numel: (n,) number of elements.
+        num_rows: (n,) number of matrix rows; a fraction where a node holds only some columns of a row; a vector has
+            none.
         pace: (n,) learning rate now / largest learning rate so far, in [0, 1]; 1 without an optimizer.
     """
 
@@ -36,22 +40,57 @@ class Reading(NamedTuple):
     pace: Array
 
 
+class Line(NamedTuple):
+    """A limit that needs the bin alone, in numbers that a compiled loop evaluates while the bin is in cache.
+
+        limit_b = max(slope ||W_b||, floor + max(root sqrt(n_b), row sqrt(rows_b)))
+
+    The bin has n_b elements in rows_b matrix rows (see `Reading`). Where ``bounds_update`` is set, the limit is a
+    length of the update; kernels multiply it by the pace, and divide it by the update's length per length of gradient.
+    """
+
+    slope: float = 0.0
+    floor: float = 0.0
+    root: float = 0.0
+    row: float = 0.0
+    bounds_update: bool = False
+
+
+_DESCRIPTIONS = ("line", "constant")
+"""The methods that describe `Budget.limits`. They are true for the methods that stand beside or below them in the
+class hierarchy, and may be wrong as soon as a subclass changes one of those."""
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Base of all budgets.
+    """The base of all budgets.
+
+    A subclass defines `limits`, and `init` and `learn` if it has a history. It may define `line` and `constant`, which
+    describe its limits to compiled loops. A further subclass that changes a method of such a budget does not inherit
+    its `line` and `constant`: they describe the old limits, so they are taken back until it defines its own.
 
     Attributes:
         name: what users write as ``budget="name"``.
-        reads_norms: limits or history depend on the norms; False spares their sums over the nodes above the bins, for
-            which ones stand then.
-        reads_weights: limits depend on the norms of the weights.
-        bounds_update: limits are lengths of the *update*, in units of the weights, not of the gradient.
+        reads_norms: whether limits or history depend on the norms. False spares the sums of norms over the nodes above
+            the bins; the budget is then shown ones.
+        reads_weights: whether limits depend on the norms of the weights.
+        bounds_update: whether limits are lengths of the *update*, in units of the weights, and not of the gradient.
     """
 
     name: ClassVar[str]
     reads_norms: ClassVar[bool] = True
     reads_weights: ClassVar[bool] = False
     bounds_update: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in _DESCRIPTIONS:
+            for kind, *bases in (cls.__mro__[i:] for i in range(len(cls.__mro__))):
+                if name in vars(kind):
+                    break
+                if _changes_a_method(kind, bases):
+                    setattr(cls, name, vars(Budget)[name])
+                    break
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -75,10 +114,31 @@ class Budget:
         """Return the next history from ``kept``, (n,) norms that were let through; 0 is no observation."""
         return state
 
+    def line(self) -> Line | None:
+        """Return the limit as a function of the bin alone; None where it looks at other bins or at the past."""
+        return None
+
+    def constant(self) -> Any:
+        """Return the limit where it depends on nothing: one number, or one per node; None where it varies."""
+        return None
+
+    def check(self, num: int) -> str:
+        """Say what this budget expects of a level, if a level of ``num`` nodes does not fit it; else return ""."""
+        return ""
+
     def _check(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
             call = f"{type(self).__name__}({name}={getattr(self, name)!r})"
             raise ValueError(f"{call}: expected {rule}.")
+
+
+def _changes_a_method(kind: type, bases: list[type]) -> bool:
+    """Whether a class overrides a method of the bases that limits may depend on."""
+    return any(
+        (callable(value) or isinstance(value, classmethod)) and any(name in vars(base) for base in bases)
+        for name, value in vars(kind).items()
+        if not name.startswith("__") and name not in (*_DESCRIPTIONS, "check")
+    )
 
 
 def limits_of(

@@ -13,7 +13,6 @@ import numpy as np
 from ..plan import Plan
 from ..xp import Array, namespace
 from .base import Budget, Reading, State
-from .fixed import Fixed
 from .projection import RULES, bin_scales
 from .sums import Nodes, sums_for
 
@@ -114,11 +113,9 @@ def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule
     for level, budget in budgets:
         ids = None if level == "bin" else plan.level_nodes(level)
         num = plan.num_bins if ids is None else len(ids)
-        if isinstance(budget, Fixed) and isinstance(budget.limit, tuple) and len(budget.limit) != num:
-            raise ValueError(
-                f"{call}(budget={{{level!r}: Fixed(…)}}): expected one limit, or one a node of that level, shape "
-                f"({num},), got shape ({len(budget.limit)},)."
-            )
+        problem = budget.check(num)
+        if problem:
+            raise ValueError(f"{call}(budget={{{level!r}: {type(budget).__name__}(…)}}): expected {problem}.")
         numel = xp.asarray(plan.numel_B if ids is None else numel_N[ids], like)
         num_rows = xp.asarray(plan.num_rows_B if ids is None else num_rows_N[ids], like)
         terms.append(Term(level, budget, None if ids is None else xp.index(ids, like), numel, num_rows))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..xp import Array
-from .base import Budget, Reading, State
+from .base import Budget, Line, Reading, State
 
 __all__ = ["Fixed"]
 
@@ -57,3 +57,14 @@ class Fixed(Budget):
         if isinstance(self.limit, float):
             return xp.full(reading.norm.shape[0], self.limit, reading.norm)
         return xp.asarray(self.limit, reading.norm)
+
+    def line(self) -> Line | None:  # noqa: D102
+        return Line(floor=self.limit) if isinstance(self.limit, float) else None
+
+    def constant(self) -> Any:  # noqa: D102
+        return self.limit
+
+    def check(self, num: int) -> str:  # noqa: D102
+        if isinstance(self.limit, float) or len(self.limit) == num:
+            return ""
+        return f"one limit, or one per node of that level, shape ({num},), got shape ({len(self.limit)},)"

@@ -94,9 +94,8 @@ class Ledger:
         if not isinstance(state, Mapping) or set(wanted) != set(state):
             got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"{call}: expected the history of budgets {sorted(wanted)}, got {got}. Use the budgets of "
-                "the saved run, "
-                "or start their history anew by leaving the state out."
+                f"{call}: expected the history of budgets {sorted(wanted)}, got {got}. Use the budgets of the saved "
+                "run, or start their history anew by leaving the state out."
             )
         fresh: dict[str, State] = {}
         for key, old in wanted.items():
@@ -129,13 +128,13 @@ def _is_history(array: Array) -> bool:
 
 def warn_of_idle_limits(plan: Plan, budgets: list[tuple[str, Budget]], call: str) -> None:
     """Warn of the first node whose squared limit is at least the sum of its children's squared limits."""
-    if all(level == "bin" for level, _ in budgets) or not all(isinstance(budget, Fixed) for _, budget in budgets):
+    constants = [budget.constant() for _, budget in budgets]
+    if all(level == "bin" for level, _ in budgets) or any(constant is None for constant in constants):
         return
     limit_N = np.full(plan.num_nodes, np.inf)
-    for level, budget in budgets:
-        if isinstance(budget, Fixed):
-            ids = plan.level_nodes(level)
-            limit_N[ids] = np.minimum(limit_N[ids], np.asarray(budget.limit, dtype=np.float64))
+    for (level, _), constant in zip(budgets, constants, strict=True):
+        ids = plan.level_nodes(level)
+        limit_N[ids] = np.minimum(limit_N[ids], np.asarray(constant, dtype=np.float64))
     reach2_N = limit_N**2  # the largest squared norm that can arrive at a node from below
     for lo, hi in reversed(Nodes.of(plan, limit_N).depths[1:]):
         parents = plan.parents_N[lo:hi]
@@ -143,9 +142,8 @@ def warn_of_idle_limits(plan: Plan, budgets: list[tuple[str, Budget]], call: str
         for node in np.unique(parents):
             if np.isfinite(limit_N[node]) and limit_N[node] ** 2 >= sums[node] * (1 - 1e-12):
                 warnings.warn(
-                    f"{call}(budget=…): the limit {limit_N[node]:g} of {plan.nodes[int(node)].name!r} can never "
-                    "bind, since its "
-                    f"children keep at most {np.sqrt(sums[node]):g} together. Lower it, or leave it out.",
+                    f"{call}(budget=…): the limit {limit_N[node]:g} of {plan.nodes[int(node)].name!r} can never bind, "
+                    f"since its children keep at most {np.sqrt(sums[node]):g} together. Lower it, or leave it out.",
                     UserWarning,
                     stacklevel=4,
                 )

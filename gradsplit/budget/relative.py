@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import ClassVar
 
 from ..xp import Array
-from .base import Budget, Reading, State
+from .base import Budget, Line, Reading, State
 
 __all__ = ["Relative"]
 
@@ -50,3 +50,6 @@ class Relative(Budget):
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         floor = xp.full(reading.norm.shape[0], self.eps, reading.norm)
         return self.factor * xp.maximum(reading.weight_norm, floor)
+
+    def line(self) -> Line:  # noqa: D102
+        return Line(slope=self.factor, floor=self.factor * self.eps)

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import ClassVar
 
 from ..xp import Array
-from .base import Budget, Reading, State
+from .base import Budget, Line, Reading, State
 
 __all__ = ["RelativeStep"]
 
@@ -69,3 +69,6 @@ class RelativeStep(Budget):
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         least = self.least(xp, reading.numel, reading.num_rows)
         return self.tau * reading.pace * xp.maximum(reading.weight_norm, least)
+
+    def line(self) -> Line:  # noqa: D102
+        return Line(slope=self.tau, root=self.tau * self.floor, row=self.tau * self.length, bounds_update=True)

@@ -1,4 +1,4 @@
-"""RunningMedian: the budget of an ordinary joint, 3 times a running median of the joint's own norm."""
+"""RunningMedian: a limit in proportion to the running median of a node's own norms."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ __all__ = ["RunningMedian"]
 
 @dataclass(frozen=True)
 class RunningMedian(Budget):
-    """A signal keeps a norm of at most ``factor`` times the running median of its own norms.
+    """A node may exceed the running median of its own norms by ``factor``.
 
-        limit = factor * C;        C <- C exp(eta / 2) where n > C, else C exp(-eta / 2);        C = n at first
+        limit_b = factor C_b;    C_b <- C_b exp(eta / 2) where n_b > C_b, else C_b exp(-eta / 2);    C_b = n_b at first
 
-    Meant for joints: it leaves a healthy run as it is and stops a sudden explosion. The median counts each signal as
-    above or below and nothing more, so a spike of any size moves it by one small step; a *persistent* explosion it
-    follows upwards.
+    It leaves a healthy run as it is and stops a sudden explosion. A norm counts as above or below the median and no
+    more, so a spike of any size moves the limit by one small step. The limit follows a *persistent* explosion upwards.
+    `ChainSplitter` bounds the signal at ordinary joints with it; on the bins of a gradient it has not been tried.
 
     Args:
-        factor: no unit, >= 1; inf measures only.
+        factor: norm / running median that is let through, >= 1; inf measures only.
         eta: size of a step, in (0, 1].
-        early: how many first observations move the median ten times as far (at most by exp(1/4)).
+        early: number of first observations that move the median ten times as far, but at most by exp(1/4).
 
     Raises:
         ValueError: a constant out of its range.
 
-    Deviation from the source, the geometric quantile tracker at one half of Andrew et al. 2019 (arXiv 1905.03871):
-    the first steps are larger, since a run starts without a guess of the norm.
+    The source is the geometric quantile tracker of Andrew et al. 2019 (arXiv 1905.03871) at one half. Deviation: the
+    first steps are larger, since a run starts without a guess of the norm.
 
     >>> import numpy as np
-    >>> from gradsplit.budget.base import limits_after
+    >>> from gradsplit.budget import limits_after
     >>> limits_after(RunningMedian(3.0), [np.array([2.0])])
     array([6.])
     """
@@ -46,6 +46,7 @@ class RunningMedian(Budget):
     early: int = 20
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check("factor", self.factor >= 1, "a factor >= 1 over the running median, for example 3.0")
         self._check("eta", 0 < self.eta <= 1, "a step in (0, 1], for example 0.05")
         self._check("early", self.early >= 0, "a number of observations >= 0")
@@ -55,12 +56,13 @@ class RunningMedian(Budget):
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         median, _ = state
-        return xp.where(median > 0, self.factor * median, xp.full(len(median), float("inf"), median))
+        return xp.where(median > 0, self.factor * median, xp.full(median.shape[0], float("inf"), median))
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
         median, count = state
         small, large = math.exp(self.eta / 2), math.exp(min(10 * self.eta, 0.5) / 2)
-        rate = xp.where(count < self.early, xp.full(len(count), large, count), xp.full(len(count), small, count))
+        num = count.shape[0]
+        rate = xp.where(count < self.early, xp.full(num, large, count), xp.full(num, small, count))
         moved = xp.where(reading.norm > median, median * rate, median / rate)
-        new = xp.where(median > 0, moved, reading.norm)
+        new = xp.where(median > 0, moved, kept)
         return xp.where(kept > 0, new, median), xp.where(kept > 0, count + 1.0, count)

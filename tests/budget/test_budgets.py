@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsplit as gs
-from gradsplit.budget import Reading, budgets_by_level, limits_of
+from gradsplit.budget import BUDGETS, Ledger, Line, Reading, budgets_by_level, limits_of, register
 from gradsplit.plan import Layout
 from gradsplit.xp import numpy_xp
 
@@ -208,3 +209,106 @@ def test_names_tuples_and_mappings_become_pairs():
 def test_the_base_alone_is_no_budget():
     with pytest.raises(TypeError, match="Budget: expected a budget that defines limits"):
         limits_of(gs.Budget(), norm=np.ones(1))
+
+
+def doubled(self, xp, reading, state):
+    return 2 * gs.Fixed.limits(self, xp, reading, state)
+
+
+class Twice(gs.Fixed):
+    limits = doubled
+
+
+class WithItsOwnLine(gs.Fixed):
+    limits = doubled
+
+    def line(self):
+        return Line(floor=2 * self.limit)
+
+
+class OtherLeast(gs.RelativeStep):
+    """A method that limits call."""
+
+    def least(self, xp, numel, num_rows):
+        return numel
+
+
+class WithHistory(gs.Fixed):
+    """The same limits, and a history that must see every step."""
+
+    def init(self, xp, like):
+        return (like * 0.0,)
+
+
+class Mixin:
+    limits = doubled
+
+
+class OfAMixin(Mixin, gs.Fixed):
+    pass
+
+
+class Renamed(gs.Fixed):
+    name = "renamed"
+    limit = 3.0
+
+    def check(self, num):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("budget", "line", "constant"),
+    [
+        (Twice(1.0), None, None),
+        (type("Further", (Twice,), {})(1.0), None, None),
+        (WithItsOwnLine(1.0), Line(floor=2.0), None),
+        (OtherLeast(), None, None),
+        (WithHistory(1.0), None, None),
+        (OfAMixin(1.0), None, None),
+        (Renamed(1.0), Line(floor=1.0), 1.0),
+        (gs.Fixed((1.0, 2.0)), None, (1.0, 2.0)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_description_is_inherited_with_the_limits_that_it_describes_and_not_without_them(budget, line, constant):
+    assert budget.line() == line
+    assert budget.constant() == constant
+
+
+def test_a_root_that_a_changed_rule_can_bind_is_not_called_idle():
+    plan = gs.xsp(Layout.from_shapes({"w": (4, 1)}))
+    with pytest.warns(UserWarning, match="can never bind, since its children keep at most 2 together"):
+        Ledger(plan, [("bin", gs.Fixed(1.0)), ("root", gs.Fixed(3.0))], np.zeros(1))
+    Ledger(plan, [("bin", Twice(1.0)), ("root", gs.Fixed(3.0))], np.zeros(1))
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_limits_that_do_not_fit_the_nodes_are_named(num):
+    plan = gs.xsp(Layout.from_shapes({"w": (3, 1)}))
+    words = (
+        rf"f\(budget=\{{'bin': Fixed\(…\)\}}\): expected one limit, or one per node .*\(3,\), got shape \({num},\)\."
+    )
+    with pytest.raises(ValueError, match=words):
+        Ledger(plan, [("bin", gs.Fixed((1.0,) * num))], np.zeros(1), call="f")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        (gs.Fixed(1.0), TypeError, "expected a subclass of Budget"),
+        (type("Plain", (gs.budget.Budget,), {}), ValueError, r"register\(Plain\): expected a name"),
+        (Twice, ValueError, r"register\(Twice\): expected a name that no budget has, got 'fixed', which is Fixed"),
+        (
+            dataclasses.make_dataclass(
+                "Bare", ["size"], bases=(gs.budget.Budget,), frozen=True, namespace={"name": "bare"}
+            ),
+            ValueError,
+            r"register\(Bare\): expected a default for every field, .* none for 'size'",
+        ),
+    ],
+)
+def test_what_cannot_be_registered_is_named(kind, error, words):
+    before = dict(BUDGETS)
+    with pytest.raises(error, match=words):
+        register(kind)
+    assert before == BUDGETS

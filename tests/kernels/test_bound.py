@@ -173,8 +173,10 @@ def test_a_budget_that_looks_beyond_the_bin_is_no_line():
         assert lines_of([(level, budget)]) is None
 
 
-def test_a_rule_changed_in_a_subclass_is_no_line():
-    class Mine(gs.Relative):
-        pass
+def test_a_rule_changed_in_a_subclass_has_no_line():
+    class Doubled(gs.Relative):
+        def limits(self, xp, reading, state):
+            return 2 * super().limits(xp, reading, state)
 
-    assert lines_of([("bin", Mine(0.2))]) is None
+    assert lines_of([("bin", gs.Relative(0.2))]) is not None
+    assert lines_of([("bin", Doubled(0.2))]) is None

@@ -44,6 +44,7 @@ BUDGETS: dict[str, gs.Budget] = {
     "ema": gs.Ema(1.05, beta=0.5, warmup=2, patience=2),
     "zscore": gs.ZScore(0.5, beta=0.5, warmup=2),
     "percentile": gs.Percentile(0.5, eta=0.1),
+    "running_median": gs.budget.RunningMedian(1.5, eta=0.1, early=2),
 }
 
 

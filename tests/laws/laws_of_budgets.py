@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from gradsplit.budget import Budget, Reading
+from gradsplit.budget.lines import line_table
 from gradsplit.xp import numpy_xp, torch_xp
 
 History = list[np.ndarray]
@@ -93,10 +94,33 @@ def check_namespaces_agree(budget: Budget, history: History) -> None:
         state = budget.learn(torch_xp, reading, torch.minimum(reading.norm, got), state)
 
 
+def check_its_descriptions_are_true(budget: Budget, history: History) -> None:
+    """Where a budget describes its limits by a line or a constant, they are that, whatever the history."""
+    num = len(history[0])
+    drawn = np.random.default_rng(num)
+    state = budget.init(numpy_xp, np.zeros(num))
+    for norm in history:
+        weight, rows = drawn.exponential(size=num) * drawn.choice([0.0, 1e-4, 1.0, 1e3], num), drawn.integers(1, 9, num)
+        width = drawn.integers(1, 99, num).astype(float)
+        pace = drawn.random(num)
+        reading = Reading(norm, weight, rows * width, rows.astype(float), pace)
+        limit = budget.limits(numpy_xp, reading, state)
+        if budget.constant() is not None:
+            np.testing.assert_array_equal(limit, np.broadcast_to(budget.constant(), num), "it varies")
+        if budget.line() is not None:
+            # One tensor per node, so that the table has the widths and paces of the nodes.
+            ((slope, floor, root),) = line_table([budget.line()], width, pace)
+            want = np.maximum(slope * weight, floor + root * np.sqrt(rows * width))
+            np.testing.assert_allclose(limit, want, rtol=1e-12, err_msg="the line is not the limit")
+            assert budget.line().bounds_update is budget.bounds_update, "a line in the units of something else"
+        state = budget.learn(numpy_xp, reading, np.minimum(norm, limit), state)
+
+
 ALL = (
     check_limits_are_limits,
     check_nodes_are_apart,
     check_absence_teaches_nothing,
     check_spike_has_no_weight_beyond_its_limit,
     check_namespaces_agree,
+    check_its_descriptions_are_true,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import gradsplit as gs
-from gradsplit.budget import Budget
+from gradsplit.budget import Budget, Line
 from tests.laws import laws_of_budgets as laws
 
 
@@ -71,6 +71,31 @@ class LooksAtTheFramework(gs.Fixed):
         return super().limits(xp, reading, state) * (2.0 if "torch" in xp.__name__ else 1.0)
 
 
+@dataclass(frozen=True)
+class ForgetsTheSchedule(gs.RelativeStep):
+    """A limit that does not follow the pace, while its line does."""
+
+    def limits(self, xp, reading, state):
+        return super().limits(xp, reading._replace(pace=reading.pace * 0.0 + 1.0), state)
+
+    def line(self):
+        return gs.RelativeStep(self.tau, self.floor, self.length).line()
+
+
+@dataclass(frozen=True)
+class LineOfTheRoot(gs.Relative):
+    """A line with the floor in the place of the root."""
+
+    def line(self):
+        return Line(slope=self.factor, root=self.factor * self.eps)
+
+
+@dataclass(frozen=True)
+class ConstantThatVaries(gs.Relative):
+    def constant(self):
+        return self.factor
+
+
 SHORT = {"beta": 0.5, "warmup": 2, "patience": 2}
 
 MUTANTS: list[tuple[Budget, object]] = [
@@ -81,4 +106,7 @@ MUTANTS: list[tuple[Budget, object]] = [
     (LearnsTheRawSpike(1.05, **SHORT), laws.check_spike_has_no_weight_beyond_its_limit),
     (ForgetsUnits(0.05), laws.check_units),
     (LooksAtTheFramework(0.5), laws.check_namespaces_agree),
+    (ForgetsTheSchedule(0.05), laws.check_its_descriptions_are_true),
+    (LineOfTheRoot(0.05), laws.check_its_descriptions_are_true),
+    (ConstantThatVaries(0.05), laws.check_its_descriptions_are_true),
 ]
