@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .ladder import Ladder as Ladder
     from .ladder import taylor_ladder as taylor_ladder
     from .optim import GSO as GSO
+    from .optim import CyclicBlocks as CyclicBlocks
     from .plan import Layout as Layout
     from .plan import Plan as Plan
     from .plan import layout_of as layout_of
@@ -56,7 +57,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "project",
     ),
     "splitter": ("GradientSplitter", "StepRecord"),
-    "optim": ("GSO",),
+    "optim": ("GSO", "CyclicBlocks"),
     "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
     "sources": ("SampleSplitter", "TermSplitter"),
     "diagnose": ("diagnose",),

@@ -1,13 +1,15 @@
-"""One step over the gradients of a plan: measure, decide, scale; in one go where each bin can be decided alone.
+"""Split: tensors under one plan; what every front holds.
 
-Where no budget looks above the bins or at the past, a bin's scale is known as soon as the bin has been read, so it is
-scaled while it is in cache; the decision as a whole is worked out only if somebody looks at it.
+gradients -> squares_B -> limits_N -> Decision(scale_B, outcome_B) -> scaled gradients. Where no budget looks above the
+bins or at the past, a bin's scale is known as soon as the bin has been read. It is then scaled while it is in cache,
+and the decision as a whole is worked out only if somebody looks at it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor
 
 from .amp import Scaling
-from .budget import Budget, Decision, Ledger, StagedLedger
+from .budget import Budget, Decision, Ledger, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
-from .kernels import Kernel, squares_of
+from .distributed import adder, kernel_for, local_of
+from .kernels import make_kernel, squares_of
 from .plan import Plan
 from .rates import Rates
 from .xp import Array
 
-__all__ = ["check_state", "DeferredDecision", "Bounding"]
+__all__ = ["DeferredDecision", "Split", "check_state"]
 
 
 def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
@@ -92,87 +95,263 @@ class DeferredDecision(Decision):
         return Decision, (self.plan, self.norm_B, self.finite_B, self.scale_B, self.limits)
 
 
-class Bounding:
-    """How the gradients of one plan are bounded.
+class Split:
+    """Tensors under one plan: how they are measured, what bounds them, and what is remembered between steps.
+
+    `GradientSplitter` holds one, `GSO` one per part of its parameters, the chain one over a model's modules.
 
     Args:
-        plan: the bins.
-        kernel: reads and scales them.
-        ledger: decides.
-        budgets: the ledger's (level, budget) pairs.
+        plan: B bins over the tensors.
+        tensors: one per entry of the layout, on one device; complex ones as real views, sharded ones whole.
+        budget: a budget, its name, a tuple of them, or a mapping from levels to these.
+        rule: "bottom_up" or "nearest", see `project`.
+        backend: "auto", or a row of `gradsplit.kernels.BACKENDS`.
+        process_group: the ranks that hold the tensors; None: all.
+        stages: the group of the pipeline stages; None: a limit at the root bounds what these ranks hold.
+        caps_updates: budgets that bound the update act on the update itself, through the ledger ``update``; else they
+            become limits on the gradient, as is right in front of SGD.
+        owners: the tensors as the optimizer holds them, for their learning rates; None: the tensors.
+        call: the caller's name, for errors.
+
+    Attributes:
+        tensors, owners: as given.
+        kernel: reads and scales the bins.
+        gradient: the ledger of the budgets that act on gradients.
+        update: the ledger of the budgets that act on updates, or None.
+        gradient_budgets, update_budgets: their (level, budget) pairs.
+        rates: the optimizer's rates per bin, or None before `read_rates`.
+        local_plan: what this rank holds of the plan; the plan itself where nothing is sharded.
+        bins_of_tensor: each tensor's bins, in order.
+
+    Raises:
+        ValueError: an unknown budget, level, rule or backend; shards that do not make up whole copies.
     """
 
     def __init__(
-        self, plan: Plan, kernel: Kernel, ledger: Ledger | StagedLedger, budgets: Sequence[tuple[str, Budget]]
+        self,
+        plan: Plan,
+        tensors: list[Tensor],
+        budget: Any,
+        *,
+        rule: str = "bottom_up",
+        backend: str = "auto",
+        process_group: Any = None,
+        stages: Any = None,
+        caps_updates: bool = False,
+        owners: list[Tensor] | None = None,
+        call: str,
     ) -> None:
-        self.plan, self.kernel, self.ledger = plan, kernel, ledger
-        self._lines = lines_of(budgets)
-        self._bound = getattr(kernel, "bound_", None)
-        bounds = plan.boxes.slices_T(len(plan.layout))[:-1]
-        self._bin_of_tensor = plan.bin_K[np.minimum(bounds, len(plan.bin_K) - 1)]
+        self.plan, self.call, self.tensors = plan, call, tensors
+        self.owners = tensors if owners is None else owners
+        self._options: dict[str, Any] = {"rule": rule, "backend": backend, "caps_updates": caps_updates, "call": call}
+        self._budget, self._ranks = budget, {"process_group": process_group, "stages": stages}
+        pairs = budgets_by_level(budget, plan, call=call)
+        of_update = [pair for pair in pairs if pair[1].bounds_update and caps_updates]
+        self.gradient_budgets, self.update_budgets = [pair for pair in pairs if pair not in of_update], of_update
+        device = tensors[0].device
+        self.kernel = kernel_for(
+            plan, tensors, lambda local: make_kernel(backend, local, device, call=call), group=process_group
+        )
+        self.local_plan: Plan = getattr(self.kernel, "local_plan", plan)
+        self.like = self.kernel.squares([None] * len(tensors))
+        self.gradient = self._ledger(self.gradient_budgets)
+        self.update = self._ledger(of_update) if of_update else None
+        self.rates: Rates | None = None
+        self._tops: list[float] = []  # the largest rates of a state that was loaded before there was an optimizer
+        self._lines = lines_of(self.gradient_budgets)
+        bounds = plan.boxes.slices_T(len(plan.layout))
+        self.bins_of_tensor = [np.unique(plan.bin_K[bounds[t] : bounds[t + 1]]) for t in range(len(plan.layout))]
+        self._bin_of_tensor = plan.bin_K[np.minimum(bounds[:-1], len(plan.bin_K) - 1)]
 
-    def apply(
+    def _ledger(self, budgets: list[tuple[str, Budget]]) -> Ledger | StagedLedger:
+        add = adder(self._ranks["stages"])
+        return make_ledger(self.plan, budgets, self.like, rule=self._options["rule"], call=self.call, add=add)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the tensors."""
+        return self.local_plan is not self.plan
+
+    @property
+    def needs_others(self) -> bool:
+        """Whether other ranks take part in every step, whatever gradients there are on this one."""
+        return self.is_sharded or self._ranks["stages"] is not None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The tensors as this rank holds them, sharing memory."""
+        return [local_of(tensor) for tensor in self.tensors] if self.is_sharded else self.tensors
+
+    @property
+    def bins_in_one_tensor(self) -> bool:
+        """Whether every bin lies in one tensor."""
+        return sum(len(bins) for bins in self.bins_of_tensor) == self.plan.num_bins
+
+    @property
+    def needs_rates(self) -> bool:
+        """Whether a budget needs the learning rates."""
+        return any(budget.bounds_update for _, budget in (*self.gradient_budgets, *self.update_budgets))
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether a step needs the norms of the weights."""
+        return self.gradient.reads_weights or (self.update is not None and self.update.reads_weights)
+
+    def read_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Read the learning rates of an optimizer from now on; the largest rates of a loaded state stay.
+
+        Raises:
+            ValueError: an optimizer that does not hold one of the tensors.
+        """
+        if self.rates is None or self.rates.optimizer is not optimizer:
+            self.rates = Rates(self.plan, self.owners, optimizer, call=self.call)
+            self.rates.load(self._tops)
+
+    def pace_B(self) -> Tensor:
+        """Return the learning rate now / the largest so far, (B,); after `read_rates`."""
+        assert self.rates is not None
+        return self.rates.pace_B(self.plan.num_bins)
+
+    def tops(self) -> list[float]:
+        """Return the largest learning rate of each group so far."""
+        return self._tops if self.rates is None else self.rates.state()
+
+    def load_tops(self, tops: list[float]) -> None:
+        """Take over the largest learning rates of a saved run."""
+        self._tops = tops
+        if self.rates is not None:
+            self.rates.load(tops)
+
+    def measure(self, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Return the bins' squares (B,) of gradients, and of the weights where a budget of gradients reads them."""
+        reads = [gradients, self.parameters] if self.gradient.reads_weights else [gradients]
+        squares_B, *weights_B = squares_of(self.kernel, *reads)
+        return squares_B, weights_B[0] if weights_B else None
+
+    def bound_(
         self,
         gradients: list[Tensor | None],
-        parameters: list[Tensor],
-        rates: Rates | None,
         check: Callable[[Tensor], None] | None = None,
         scaling: Scaling | None = None,
     ) -> tuple[Tensor, Decision]:
-        """Bound the gradients in place; return squares as measured and the decision.
+        """Bound gradients in place; return the squares (B,) as measured, and the decision.
 
         Args:
-            gradients: one a tensor of the plan.
-            parameters: their weights.
-            rates: of the optimizer, for budgets that bound the update.
+            gradients: one per tensor of the plan.
             check: called with all squares before the first bin is scaled.
-            scaling: what a GradScaler says of the gradients: limits hold in unscaled units, and on an overflow, which
-                is the scaler's to see and to answer, gradients and history are left as they are.
+            scaling: what a GradScaler says of the gradients. Limits then hold in unscaled units. On an overflow, which
+                the scaler sees and answers, gradients and history are left as they are.
         """
-        num_bins = self.plan.num_bins
-        pace_B = None if rates is None else rates.pace_B(num_bins)
-        gain_B = None if rates is None else rates.gain_B(num_bins)
-        plain = check is None and scaling is None and not torch.compiler.is_compiling()
-        if plain and self._lines is not None and self._bound is not None:
-            done = self._bin_by_bin(gradients, parameters, pace_B, gain_B)
+        rates = self.rates if self.needs_rates and self.update is None else None
+        pace_B = None if rates is None else rates.pace_B(self.plan.num_bins)
+        gain_B = None if rates is None else rates.gain_B(self.plan.num_bins)
+        if check is None and scaling is None and self._lines is not None and not torch.compiler.is_compiling():
+            done = self._bin_by_bin(gradients, pace_B, gain_B)
             if done is not None:
                 return done
-        reads = [gradients, parameters] if self.ledger.reads_weights else [gradients]
-        squares_B, *weights_B = squares_of(self.kernel, *reads)
-        weight_squares_B = weights_B[0] if weights_B else None
+        squares_B, weight_squares_B = self.measure(gradients)
         if scaling is not None:
             squares_B = scaling.unscaled_squares(squares_B)
             overflow = scaling.overflow(squares_B)
             # A bin that is not finite teaches nothing, so on an overflow all are shown to the ledger as such.
             shown_B = torch.where(overflow, torch.inf, squares_B)
-            decision = _spared(self.ledger.decide(shown_B, weight_squares_B, pace_B, gain_B), squares_B, overflow)
+            decision = _spared(self.gradient.decide(shown_B, weight_squares_B, pace_B, gain_B), squares_B, overflow)
             self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B & ~overflow)
             return squares_B, decision
         if check is not None:
             check(squares_B)
-        decision = self.ledger.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        decision = self.gradient.decide(squares_B, weight_squares_B, pace_B, gain_B)
         self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
         return squares_B, decision
 
     def _bin_by_bin(
-        self, gradients: list[Tensor | None], parameters: list[Tensor], pace_B: Tensor | None, gain_B: Tensor | None
+        self, gradients: list[Tensor | None], pace_B: Tensor | None, gain_B: Tensor | None
     ) -> tuple[Tensor, Decision] | None:
-        """The same in one go, or None where the kernel cannot, with nothing done."""
-        assert self._lines is not None and self._bound is not None
+        """Do the same in one pass over memory; None, with nothing done, where the kernel cannot."""
+        bound_ = getattr(self.kernel, "bound_", None)
+        if bound_ is None:
+            return None
+        assert self._lines is not None
         times_T = None
         if pace_B is not None and gain_B is not None:
             times_T = pace_B.numpy()[self._bin_of_tensor] / gain_B.numpy()[self._bin_of_tensor]
         table = line_table(self._lines, self.plan.width_T, times_T)
-        measured = self._bound(gradients, parameters if self.ledger.reads_weights else None, table)
+        measured = bound_(gradients, self.parameters if self.gradient.reads_weights else None, table)
         if measured is None:
             return None
         squares_B, weight_squares_B = measured
 
         def decide() -> Decision:
             with torch.no_grad():
-                return self.ledger.decide(squares_B, weight_squares_B, pace_B, gain_B)
+                return self.gradient.decide(squares_B, weight_squares_B, pace_B, gain_B)
 
         return squares_B, DeferredDecision(self.plan, decide)
+
+    def update_squares(self, updates: list[Tensor | None]) -> Tensor:
+        """Return the squares of this rank's updates, added over the ranks only where a limit needs the others.
+
+        Where every rank that holds a part of a bin holds all of it, a bound on bins alone is decided where they lie.
+        """
+        alone = all(level == "bin" for level, _ in self.update_budgets) and not (
+            self.update and self.update.state_dict()
+        )
+        whole = alone and getattr(self.kernel, "bins_are_local", False)
+        squares: Tensor = self.kernel.squares_here(updates) if whole else self.kernel.squares(updates)
+        return squares
+
+    def of_one(self, t: int, plan: Plan) -> Split:
+        """Return tensor t under its own part of the plan, with budgets and history of its own."""
+        made = Split(plan, [self.tensors[t]], self._budget, owners=[self.owners[t]], **self._options, **self._ranks)
+        if self.rates is not None:
+            made.read_rates(self.rates.optimizer)
+        return made
+
+    def over(self, tensors: list[Tensor], plan: Plan, at: list[int]) -> Split:
+        """Return plain tensors that stand for the tensors ``at``, under a plan of their own with budgets of bins.
+
+        Rates are shared. The list is kept: an entry that is replaced in it is replaced here.
+        """
+        budgets = {"bin": tuple(budget for _, budget in self.gradient_budgets + self.update_budgets)}
+        made = Split(plan, tensors, budgets, owners=[self.owners[t] for t in at], **self._options)
+        if self.rates is not None:
+            made.read_rates(self.rates.optimizer)
+            assert made.rates is not None
+            made.rates.top = self.rates.top
+        return made
+
+    @cached_property
+    def partition(self) -> str:
+        """Sixteen hexadecimal digits that name the shapes and the bins, in this order, whatever the tensors' names."""
+        digest = hashlib.sha256(repr(self.plan.layout.shapes).encode())
+        for column in vars(self.plan.boxes).values():
+            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+        return digest.hexdigest()[:16]
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on and no tensor holds."""
+        return {
+            "fingerprint": self.partition,
+            "gradient": self.gradient.state_dict(),
+            "update": {} if self.update is None else self.update.state_dict(),
+            "top_lr": self.tops(),
+        }
+
+    def load(self, state: dict[str, Any], *, call: str) -> None:
+        """Take over a saved state; as in torch, names do not count, only shapes and bins.
+
+        Raises:
+            ValueError: the state of another plan or of other budgets.
+        """
+        tops = check_state(state, ("fingerprint", "gradient", "update", "top_lr"), call=call)
+        if state["fingerprint"] not in (self.partition, self.plan.fingerprint):  # with the names: an older version's
+            raise ValueError(
+                f"{call}: expected the state of plan {self.partition}, got that of plan {state['fingerprint']}. Make "
+                f"{self.call} with the model and plan of the saved run."
+            )
+        self.gradient.load_state_dict(state["gradient"], call=call)
+        if self.update is not None:
+            self.update.load_state_dict(state["update"], call=call)
+        self.load_tops(tops)
 
 
 def _spared(decision: Decision, squares_B: Tensor, overflow: Tensor) -> Decision:

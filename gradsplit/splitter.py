@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .amp import Scaling
-from .budget import DEFAULT_OF_SPLITTER, Decision, Outcome, RelativeStep, budgets_by_level, make_ledger
-from .distributed import adder, kernel_for, local_of, whole_of
+from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, Outcome, RelativeStep, StagedLedger
+from .distributed import local_of, whole_of
 from .hooks import Handle, attach_to, not_traced
-from .kernels import make_kernel
+from .kernels import Kernel
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
-from .rates import Rates, follows_gradient
-from .split import Bounding, check_state
+from .rates import follows_gradient
+from .split import Split, check_state
 from .update_cap import UpdateCap
 
 __all__ = ["gradients_of", "Thawed", "BinReport", "StepRecord", "GradientSplitter", "calibrate"]
@@ -241,44 +241,53 @@ class GradientSplitter:
         usual = RelativeStep() if cap_updates else DEFAULT_OF_SPLITTER
         self._budget = usual if budget is None else budget
         self.optimizer: torch.optim.Optimizer | None = None
-        self._rates: Rates | None = None
-        self._saved_tops: list[float] = []  # largest rates of a state loaded before there was an optimizer
         self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
         if optimizer is not None:
             self._read_rates_of(optimizer)
 
     def _adopt(self, plan: Plan) -> None:
-        """Start on a plan: its kernel, and budgets without history."""
-        call = "GradientSplitter"
-        budgets = budgets_by_level(self._budget, plan, call=call)
-        capped = [(level, budget) for level, budget in budgets if budget.bounds_update and self._after_updates]
-        kernel = kernel_for(
+        """Start on a plan, with budgets without history; the largest learning rates stay."""
+        before: Split | None = vars(self).get("_split")
+        self._split = Split(
             plan,
             self.parameters,
-            lambda p: make_kernel(self.backend, p, self.device, call=call),
-            group=self.process_group,
+            self._budget,
+            rule=self.rule,
+            backend=self.backend,
+            process_group=self.process_group,
+            stages=self.stages,
+            caps_updates=self._after_updates,
+            call="GradientSplitter",
         )
-        like = kernel.squares([None] * len(self.parameters))
-        of_gradient, add = [pair for pair in budgets if pair not in capped], adder(self.stages)
-        ledger = make_ledger(plan, of_gradient, like, rule=self.rule, call=call, add=add)
-        self.plan, self.kernel, self.ledger = plan, kernel, ledger
-        self._bounding = Bounding(plan, kernel, ledger, of_gradient)
-        self._needs_rates = any(budget.bounds_update for _, budget in budgets)
-        self._cap = UpdateCap(plan, capped, kernel, self.parameters, like) if capped else None
-        if self._rates is not None:
-            self._saved_tops, optimizer, self._rates = self._rates.state(), self._rates.optimizer, None
-            self._read_rates_of(optimizer)
+        self._cap = None if self._split.update is None else UpdateCap(self._split)
+        if before is not None:
+            self._split.load_tops(before.tops())
+            if before.rates is not None:
+                self._read_rates_of(before.rates.optimizer)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._split.plan
+
+    @property
+    def kernel(self) -> Kernel:
+        """What reads and scales the bins."""
+        return self._split.kernel
+
+    @property
+    def ledger(self) -> Ledger | StagedLedger:
+        """The budgets of gradients, with their history."""
+        return self._split.gradient
 
     def _read_rates_of(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._needs_rates and self._cap is None and not follows_gradient(optimizer):
+        if self._split.needs_rates and self._cap is None and not follows_gradient(optimizer):
             raise ValueError(
                 f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but a limit on "
                 "the gradient here says nothing about it. Use gradsplit.GSO instead of the optimizer, or "
                 "cap_updates=True (one copy of the weights), or another budget, for example Relative(0.2)."
             )
-        if self._rates is None or self._rates.optimizer is not optimizer:
-            self._rates = Rates(self.plan, self.parameters, optimizer, call="GradientSplitter")
-            self._rates.load(self._saved_tops)
+        self._split.read_rates(optimizer)
         self.optimizer = optimizer
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
@@ -291,8 +300,8 @@ class GradientSplitter:
             self._cap.remember()
 
     def _after_update(self) -> None:
-        if self._cap is not None and self._rates is not None:
-            self._cap.apply(self._rates)
+        if self._cap is not None:
+            self._cap.apply()
 
     @torch.no_grad()
     def step(self, *, scaler: torch.amp.GradScaler | None = None) -> StepRecord:
@@ -310,7 +319,7 @@ class GradientSplitter:
         Warns:
             UserWarning: no parameter has a gradient; one that was frozen when the splitter was made has one.
         """
-        if self._needs_rates and self._rates is None:
+        if self._split.needs_rates and self._split.rates is None:
             raise ValueError(
                 "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
                 "attach(optimizer), or a budget of gradients, for example budget=gradsplit.Relative(0.02)."
@@ -322,10 +331,9 @@ class GradientSplitter:
             )
         self._thawed.look(call="GradientSplitter.step()")
         gradients = gradients_of(self.layout.names, self.parameters)
-        rates = self._rates if self._needs_rates else None
         scaling = Scaling.of(self.optimizer, scaler)
         check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
-        squares_B, decision = self._bounding.apply(gradients, self.parameters, rates, check, scaling)
+        squares_B, decision = self._split.bound_(gradients, check, scaling)
         return _record(self, squares_B, decision)
 
     def _raise_if_not_finite(self, squares_B: Tensor) -> None:
@@ -359,7 +367,7 @@ class GradientSplitter:
             "plan": self.plan.to_dict() if self._strategy == "lbf" else None,
             "step_count": self.step_count,
             "history": self.ledger.state_dict(),
-            "top_lr": [] if self._rates is None else self._rates.state(),
+            "top_lr": self._split.tops() if self._split.rates is not None else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -383,9 +391,8 @@ class GradientSplitter:
         except Exception:
             vars(self).update(before)
             raise
-        self.step_count, self._saved_tops = state["step_count"], tops
-        if self._rates is not None:
-            self._rates.load(self._saved_tops)
+        self.step_count = state["step_count"]
+        self._split.load_tops(tops)
 
 
 @not_traced  # a step count inside a graph would have the graph compiled anew at every step
@@ -433,7 +440,7 @@ def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int
             for name, value, count in zip(splitter.layout.names, whole_means, seen, strict=True)
         }
         splitter._adopt(make_plan(strategy, splitter.layout, energies, call="GradientSplitter.calibrate"))
-    elif not splitter._needs_rates:
+    elif not splitter._split.needs_rates:
         weights = splitter.kernel.squares(splitter.parameters) if splitter.ledger.reads_weights else None
         for squares_B in squares:
             splitter.ledger.decide(squares_B, weights)

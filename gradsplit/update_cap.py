@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .budget import Budget, Ledger
-from .kernels import Kernel
-from .plan import Plan
-from .rates import Rates
+from .split import Split
 
 __all__ = ["UpdateCap"]
 
@@ -17,18 +14,13 @@ class UpdateCap:
     """Draw the weights back to within the limits on the update: ``w <- w_before + s_b (w - w_before)``.
 
     Decoupled weight decay is part of what is bounded here; `GSO` bounds the update apart from it.
+
+    Args:
+        split: whose ledger ``update`` decides.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        budgets: list[tuple[str, Budget]],
-        kernel: Kernel,
-        parameters: list[Tensor],
-        like: Tensor,
-    ) -> None:
-        self.plan, self.kernel, self.parameters = plan, kernel, parameters
-        self.ledger = Ledger(plan, budgets, like, call="GradientSplitter")
+    def __init__(self, split: Split) -> None:
+        self.split = split
         self._before: list[Tensor] = []
 
     @property
@@ -39,22 +31,22 @@ class UpdateCap:
     @torch.no_grad()
     def remember(self) -> None:
         """Copy the weights before the update."""
+        weights = self.split.tensors
         if not self._before:
-            self._before = [torch.empty_like(p) for p in self.parameters]
-        for copy, parameter in zip(self._before, self.parameters, strict=True):
-            copy.copy_(parameter)
+            self._before = [torch.empty_like(w) for w in weights]
+        for copy, w in zip(self._before, weights, strict=True):
+            copy.copy_(w)
 
     @torch.no_grad()
-    def apply(self, rates: Rates) -> None:
+    def apply(self) -> None:
         """Bound the update that the optimizer made since `remember`; a bin whose update is not finite is undone."""
-        if not self._before:
+        split = self.split
+        if not self._before or split.rates is None or split.update is None:
             return
-        moved: list[Tensor | None] = [p - b for p, b in zip(self.parameters, self._before, strict=True)]
-        decision = self.ledger.decide(
-            self.kernel.squares(moved), self.kernel.squares(self._before), rates.pace_B(self.plan.num_bins)
-        )
-        self.kernel.scale_(moved, decision.scale_B, ~decision.finite_B)
-        for parameter, before, step in zip(self.parameters, self._before, moved, strict=True):
+        moved: list[Tensor | None] = [w - b for w, b in zip(split.tensors, self._before, strict=True)]
+        decision = split.update.decide(split.kernel.squares(moved), split.kernel.squares(self._before), split.pace_B())
+        split.kernel.scale_(moved, decision.scale_B, ~decision.finite_B)
+        for w, before, step in zip(split.tensors, self._before, moved, strict=True):
             assert step is not None
-            kept = step == parameter - before  # a bin within its limit keeps the optimizer's bits
-            parameter.copy_(torch.where(kept, parameter, before + step))
+            kept = step == w - before  # a bin within its limit keeps the optimizer's bits
+            w.copy_(torch.where(kept, w, before + step))

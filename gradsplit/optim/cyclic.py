@@ -1,19 +1,21 @@
-"""Block after block: only one block of tensors is optimised at a time, and only it has moments (BAdam)."""
+"""Block after block, around any optimizer: one block of tensors is optimised at a time, and only it has a state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..amp import Scaling
 from ..distributed import is_sharded, kernel_for
+from ..hooks import attach_to
 from ..kernels import make_kernel
-from ..plan import Layout, per_tensor
+from ..plan import Layout, named_trainable, per_tensor
 
-__all__ = ["ORDERS", "Cyclic", "block_of"]
+__all__ = ["ORDERS", "Cycle", "CyclicBlocks", "block_of"]
 
 ORDERS = ("fixed", "random", "energy")
 """In the order of the model; shuffled anew in every cycle; the block with the largest gradient of those left first."""
@@ -30,7 +32,7 @@ def block_of(name: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else parts[0]
 
 
-class Cyclic:
+class Cycle:
     """Which block is active, and when the next one is.
 
     Every block is active once a cycle. From BAdam (Luo et al. 2024). Deviation: the order by energy.
@@ -44,21 +46,21 @@ class Cyclic:
     Raises:
         ValueError: an unknown order, a number of steps below 1, fewer than two blocks.
 
-    >>> cyclic = Cyclic(["a.0.w", "a.1.w"], switch_every=2)
-    >>> [cyclic.begin_step(lambda: [1.0, 1.0]) and cyclic.active for _ in range(5)]
+    >>> cycle = Cycle(["a.0.w", "a.1.w"], switch_every=2)
+    >>> [cycle.begin_step(lambda: [1.0, 1.0]) and cycle.active for _ in range(5)]
     [0, 0, 1, 1, 0]
     """
 
     def __init__(self, names: Sequence[str], *, switch_every: int = 100, order: str = "fixed", seed: int = 0) -> None:
         if order not in ORDERS:
-            raise ValueError(f"GSO(order={order!r}): expected one of {', '.join(ORDERS)}.")
+            raise ValueError(f"CyclicBlocks(order={order!r}): expected one of {', '.join(ORDERS)}.")
         if not isinstance(switch_every, int) or switch_every < 1:
-            raise ValueError(f"GSO(switch_every={switch_every!r}): expected at least one step.")
+            raise ValueError(f"CyclicBlocks(switch_every={switch_every!r}): expected at least one step.")
         self.blocks = list(dict.fromkeys(block_of(name) for name in names))
         if len(self.blocks) < 2:
             raise ValueError(
-                f"GSO(schedule='cyclic'): expected at least two blocks of tensors, got {self.blocks}. Blocks are the "
-                "numbered modules, or the first part of the names; use schedule='all'."
+                f"CyclicBlocks(…): expected at least two blocks of tensors, got {self.blocks}. Blocks are the numbered "
+                "modules, or the first part of the names. Use the optimizer alone."
             )
         index = {block: i for i, block in enumerate(self.blocks)}
         self.block_T = np.array([index[block_of(name)] for name in names], dtype=np.int64)
@@ -87,17 +89,6 @@ class Cyclic:
         self.steps_left -= 1
         return True
 
-    def begin(self, parameters: Sequence[Tensor], group: Any = None) -> list[Tensor]:
-        """Enter a step; return the parameters of the blocks that have just become idle, which lose their moments.
-
-        Args:
-            parameters: the optimizer's, in the order of the names.
-            group: the ranks that hold shards of them; all ranks choose the same block.
-        """
-        before = self.active
-        self.begin_step(lambda: _energies(parameters, group))
-        return [] if self.active == before else [p for t, p in enumerate(parameters) if not self.is_active(t)]
-
     def is_active(self, t: int) -> bool:
         """Whether tensor t is optimised in this step."""
         return bool(self.block_T[t] == self.active)
@@ -120,12 +111,103 @@ class Cyclic:
         """
         if state["blocks"] != self.blocks:
             raise ValueError(
-                f"GSO.load_state_dict(…): expected a cycle over {self.blocks}, got one over {state['blocks']}. Make "
-                "GSO with the model of the saved run."
+                f"CyclicBlocks.load_state_dict(…): expected a cycle over {self.blocks}, got one over {state['blocks']}."
+                " Make it with the model of the saved run."
             )
         self.active, self.steps_left = int(state["active"]), int(state["steps_left"])
         self.waiting = [int(block) for block in state["waiting"]]
         self._random.bit_generator.state = state["random"]
+
+
+class CyclicBlocks:
+    """Optimise one block of tensors after the other with any optimizer; only the active block has a state.
+
+    Before each step of the optimizer, the gradients of all other blocks are hidden from it. When the next block becomes
+    active, the state of the last one is dropped, which saves its memory. From BAdam (Luo et al. 2024), there around
+    Adam. Deviation: the order by energy.
+
+    Args:
+        optimizer: any optimizer that passes over parameters without a gradient, as all of torch's do.
+        model: a module, or pairs (name, parameter). What the optimizer does not hold is left out.
+        switch_every: steps that a block stays active, >= 1.
+        order: "fixed", "random", or "energy": of the blocks left, the one with the largest gradient is next.
+        seed: of the random order.
+        process_group: the ranks that hold shards of the parameters; None: all. All ranks choose the same block.
+
+    Raises:
+        ValueError: an unknown order, a number of steps below 1, fewer than two blocks, an optimizer that updates
+            parameters during the backward pass.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    >>> cyclic = CyclicBlocks(optimizer, model, switch_every=1)
+    >>> before = [p.item() for p in model.parameters()]
+    >>> for p in model.parameters():
+    ...     p.grad = torch.ones(1, 1)
+    >>> optimizer.step()
+    >>> [round(p.item() - old, 4) for p, old in zip(model.parameters(), before)]
+    [-1.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        *,
+        switch_every: int = 100,
+        order: str = "fixed",
+        seed: int = 0,
+        process_group: Any = None,
+    ) -> None:
+        if getattr(optimizer, "updates_in_backward", False):
+            raise ValueError(
+                f"CyclicBlocks({type(optimizer).__name__}(in_backward=True), …): expected an optimizer that updates in "
+                "step(), since the gradients of idle blocks would never be freed. Leave one of the two out."
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        pairs = [(name, p) for name, p in named_trainable(model) if id(p) in held]
+        self.optimizer, self.process_group = optimizer, process_group
+        self.parameters = [parameter for _, parameter in pairs]
+        self.cycle = Cycle([name for name, _ in pairs], switch_every=switch_every, order=order, seed=seed)
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._handle = attach_to(optimizer, before=self._hide, after=self._show)
+
+    def remove(self) -> None:
+        """Let the optimizer update all blocks again."""
+        self._handle.remove()
+
+    def _hide(self) -> None:
+        """Choose the block of this step, and hide the gradients of all others."""
+        self._show()
+        scaling = Scaling.of_step(self.optimizer)
+        before = self.cycle.active
+        if scaling is None or not bool(scaling.overflow()):  # turns are counted on the host
+            self.cycle.begin_step(lambda: _energies(self.parameters, self.process_group))
+        for t, parameter in enumerate(self.parameters):
+            if self.cycle.is_active(t):
+                continue
+            if self.cycle.active != before:
+                self.optimizer.state.pop(parameter, None)
+            if parameter.grad is not None:
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def _show(self) -> None:
+        while self._hidden:
+            parameter, gradient = self._hidden.pop()
+            parameter.grad = gradient
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whose turn it is; the optimizer's own state is saved beside it."""
+        return self.cycle.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` left off.
+
+        Raises:
+            ValueError: the state of other blocks.
+        """
+        self.cycle.load(state)
 
 
 def _energies(parameters: Sequence[Tensor], group: Any) -> list[float]:
@@ -137,7 +219,9 @@ def _energies(parameters: Sequence[Tensor], group: Any) -> list[float]:
         return [float(norm) ** 2 for norm in norms]
     layout = Layout.from_shapes({str(t): tuple(p.shape) for t, p in enumerate(parameters)})
     plan, device = per_tensor(layout), parameters[0].device
-    kernel = kernel_for(plan, parameters, lambda local: make_kernel("auto", local, device, call="GSO"), group=group)
+    kernel = kernel_for(
+        plan, parameters, lambda local: make_kernel("auto", local, device, call="CyclicBlocks"), group=group
+    )
     energy_T = np.zeros(len(layout))
     energy_T[plan.tensor_K] = kernel.squares([p.grad for p in parameters]).cpu().numpy()[plan.bin_K]
     return list(energy_T)

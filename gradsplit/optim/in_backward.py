@@ -35,7 +35,7 @@ class InBackward:
         self._optimizer = weakref.ref(optimizer)
         self._names = {}
         for part in optimizer._parts:
-            (owner,), (name,) = part.planned.owners, part.planned.plan.layout.names
+            (owner,), (name,) = part.split.owners, part.split.plan.layout.names
             self._names[id(owner)] = name
             owner.register_post_accumulate_grad_hook(self._hook)
 

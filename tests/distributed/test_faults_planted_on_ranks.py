@@ -56,8 +56,8 @@ def train(model: torch.nn.Module, fault: str, *, planted: bool) -> Any:
         optimizer = gs.GSO(model, 0.05, second_moment="bin")
     if planted and owner is None:
         (part,) = optimizer._parts
-        assert type(part) is ShardedUpdate
-        owner = type(part._own)
+        assert type(part.update) is ShardedUpdate
+        owner = type(part.update._own)
     with mock.patch.object(owner, name, wrong) if planted and wrong is not None else nullcontext():
         for step in range(STEPS):
             x, y = batch(step)

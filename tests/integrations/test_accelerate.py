@@ -73,7 +73,7 @@ def test_the_default_budget_follows_a_prepared_scheduler():
     splitter = split_gradients(accelerator, model, optimizer)
     passes(accelerator, model, optimizer, loader)
     scheduler.step()
-    assert splitter._rates.pace_B(splitter.plan.num_bins).tolist() == [0.5] * splitter.plan.num_bins
+    assert splitter._split.pace_B().tolist() == [0.5] * splitter.plan.num_bins
 
 
 def gso(model):

@@ -40,7 +40,7 @@ def _turned(p):
 
 def _apart(splitter):
     """The same splitter with a pass for the norms, a decision, and a pass for the scales."""
-    splitter._bounding._bound = None
+    splitter._split._lines = None
     return splitter
 
 

@@ -115,7 +115,7 @@ def difference(*, dtype: torch.dtype = torch.float32, steps: int = 2, shared: bo
     ours, truth = parameters(dtype, shared=shared), parameters(dtype, shared=shared)
     mine = gs.GSO([(f"p{t}", p) for t, p in enumerate(ours)], backend="triton", **options)
     true = gs.GSO([(f"p{t}", p) for t, p in enumerate(truth)], backend="reference", **options)
-    assert type(mine._parts[0]) is TritonUpdate
+    assert type(mine._parts[0].update) is TritonUpdate
     generator = torch.Generator().manual_seed(5)
     for step in range(steps):
         for optimizer in (mine, true):
@@ -141,7 +141,7 @@ def difference(*, dtype: torch.dtype = torch.float32, steps: int = 2, shared: bo
 
 
 def _state(optimizer: gs.GSO, parameters: list[Parameter]) -> list[torch.Tensor]:
-    decision: Any = optimizer._parts[0].decision
+    decision: Any = optimizer._parts[0].update.decision
     made = [p.detach() for p in parameters]
     made += [value for p in parameters if p in optimizer.state for _, value in sorted(optimizer.state[p].items())]
     return [*made, decision.scale_B.clone(), decision.norm_B.clone(), decision.finite_B.clone()]
@@ -214,7 +214,7 @@ def readings(options: dict[str, Any], *, look: bool = False) -> str:
         p.grad = torch.ones_like(p)
     with _Readings() as mode:
         optimizer.step()
-        decision: Any = optimizer._parts[0].decision if look else None
+        decision: Any = optimizer._parts[0].update.decision if look else None
         if decision is not None:
             decision.scale_B.sum().item()
     return " ".join(mode.found)

@@ -22,7 +22,8 @@ def _with(update):
 
     def make(pairs, **options):
         optimizer = gs.GSO(pairs, **{"backend": "eager", **options})
-        optimizer._parts = [update(part.planned) for part in optimizer._parts]
+        for part in optimizer._parts:
+            part.update = update(part.split)
         return optimizer
 
     make.__name__ = update.__name__
@@ -33,7 +34,7 @@ class DecaysTheGradient(ReferenceUpdate):
     """L2 regularisation in the place of decoupled decay: Adam, not AdamW."""
 
     def step(self, gradients, states, groups, scaling=None):
-        weights = self.planned.parameters
+        weights = self.split.parameters
         gradients = [
             g if g is None else g + group["weight_decay"] * w
             for g, w, group in zip(gradients, weights, groups, strict=True)
@@ -75,7 +76,7 @@ class SwapsTwoBins(ReferenceUpdate):
 
     def _factor(self, t, values_B, like):
         values_B = values_B.clone()
-        first, last = self.planned.bins_of_tensor[t][[0, -1]] if self.planned.bins_of_tensor[t].size else (0, 0)
+        first, last = self.split.bins_of_tensor[t][[0, -1]] if self.split.bins_of_tensor[t].size else (0, 0)
         values_B[[first, last]] = values_B[[last, first]]
         return super()._factor(t, values_B, like)
 
@@ -94,7 +95,7 @@ class CapsWithTheDecay(ReferenceUpdate):
 
     def _update(self, t, gradient, state, group, times_B, finite_B):
         update = super()._update(t, gradient, state, group, times_B, finite_B)
-        return update + self.decay_T[t] * self.planned.parameters[t]
+        return update + self.decay_T[t] * self.split.parameters[t]
 
     def step(self, gradients, states, groups, scaling=None):
         self.decay_T = [group["lr"] * group["weight_decay"] for group in groups]
@@ -105,18 +106,18 @@ class DecaysApartFromTheCap(ReferenceUpdate):
     """The decay goes on at the full rate where the update is shortened."""
 
     def step(self, gradients, states, groups, scaling=None):
-        before = [p.clone() for p in self.planned.parameters]
+        before = [p.clone() for p in self.split.parameters]
         super().step(gradients, states, [{**group, "weight_decay": 0.0} for group in groups], scaling)
-        for p, old, g, group in zip(self.planned.parameters, before, gradients, groups, strict=True):
+        for p, old, g, group in zip(self.split.parameters, before, gradients, groups, strict=True):
             if g is not None:
                 p.sub_(old, alpha=group["lr"] * group["weight_decay"])
 
 
 class LeavesOutTheCap(ReferenceUpdate):
     def step(self, gradients, states, groups, scaling=None):
-        self.planned.update, kept = None, self.planned.update
+        self.split.update, kept = None, self.split.update
         super().step(gradients, states, groups, scaling)
-        self.planned.update = kept
+        self.split.update = kept
 
 
 class NegatesTheGradientItself(ReferenceUpdate):

@@ -87,11 +87,13 @@ def test_a_scaled_step_never_reads_a_value_of_its_scaler(monkeypatch):
 
 def test_the_cycle_of_blocks_does_not_turn_on_an_overflow():
     model = model_of()
-    optimizer, scaler = gs.GSO(model, lr=0.05, schedule="cyclic", switch_every=1), scaler_of()
+    optimizer, scaler = gs.GSO(model, lr=0.05), scaler_of()
+    cyclic = gs.CyclicBlocks(optimizer, model, switch_every=1)
     train(model, optimizer, [0], scaler)
-    before = snapshot(model, optimizer)
+    before, turn = snapshot(model, optimizer), cyclic.state_dict()
     train(model, optimizer, [1], scaler, lambda: model[0].bias.grad.fill_(INF))
     assert_same(before, snapshot(model, optimizer))
+    assert cyclic.state_dict() == turn
 
 
 def test_float16_gradients_are_unscaled_in_float32():

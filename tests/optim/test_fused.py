@@ -63,10 +63,12 @@ def test_equals_the_definition(name, moment):
     ours, optimizer = _train(torch.float32, "numba", **options)
     theirs, eager = _train(torch.float32, "eager", **options)
     (part,) = optimizer._parts
-    assert type(part).__name__ == "FusedUpdate"
-    assert part._tables[0][2] is (name in ONE_PASS)
+    assert type(part.update).__name__ == "FusedUpdate"
+    assert part.update._tables[0][2] is (name in ONE_PASS)
     _assert_same(ours, theirs, 1e-5)
-    torch.testing.assert_close(part.decision.scale_B, eager._parts[0].decision.scale_B, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        part.update.decision.scale_B, eager._parts[0].update.decision.scale_B, rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ...budget.lines import lines_of
 from ...hooks import constant_while_traced
 from ...kernels.addressable import DTYPES, obstacle, overlap, warn_of_fallback
 from ...plan.lowering import walks
-from ..parts import Planned
+from ...split import Split
 from .reference import ReferenceUpdate
 
 __all__ = ["ParameterMemory", "NUMBERS", "CompiledUpdate"]
@@ -24,9 +24,9 @@ __all__ = ["ParameterMemory", "NUMBERS", "CompiledUpdate"]
 class ParameterMemory:
     """The memory of one part's parameters: what was found fit to be walked is not looked at again every step."""
 
-    def __init__(self, planned: Planned) -> None:
-        self.planned, self._device = planned, planned.kernel.device.type
-        self._walked: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(planned.owners)
+    def __init__(self, split: Split) -> None:
+        self.split, self._device = split, split.kernel.device.type
+        self._walked: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(split.owners)
         self._apart = b""
         self._warned = False
 
@@ -36,7 +36,7 @@ class ParameterMemory:
         """Weights, gradients and moments in matching strides, or None where one of them cannot be walked."""
         weights: list[Tensor | None] = [None] * len(gradients)
         moments, spreads = weights.copy(), weights.copy()
-        parameters, device, walked = self.planned.parameters, self._device, self._walked
+        parameters, device, walked = self.split.parameters, self._device, self._walked
         for t, gradient in enumerate(gradients):
             p, state = parameters[t], states[t]
             if gradient is None or p.numel() == 0:
@@ -62,14 +62,14 @@ class ParameterMemory:
         """Say why a parameter cannot be walked; empty if it can."""
         if p.dtype not in DTYPES:
             return obstacle(p, self._device) or f"its dtype is {p.dtype}"
-        walked = walks(self.planned.plan, t, p.stride())
+        walked = walks(self.split.plan, t, p.stride())
         unfit = "" if walked else f"its strides {p.stride()} have no contiguous rows the plan could cut"
         return obstacle(p, self._device) or unfit
 
     def _refuse(self, t: int, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            name = self.planned.plan.layout.names[t]
+            name = self.split.plan.layout.names[t]
             warn_of_fallback(
                 "GSO's fused update", name, reason, "Make the parameter contiguous, or say backend='eager'."
             )
@@ -111,11 +111,11 @@ NUMBERS = (
 class CompiledUpdate(ABC):
     """One step by a compiled program; where that cannot be, by the reference."""
 
-    def __init__(self, planned: Planned) -> None:
-        self.planned = planned
-        self._gradient_lines = lines_of(planned.gradient_budgets)
-        self._update_lines = lines_of(planned.update_budgets)
-        self._memory = ParameterMemory(planned)
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self._gradient_lines = lines_of(split.gradient_budgets)
+        self._update_lines = lines_of(split.update_budgets)
+        self._memory = ParameterMemory(split)
         self._measured: tuple[Tensor, Tensor] | None = None
         self._decision: Decision | None = None
         self._reference: ReferenceUpdate | None = None
@@ -131,14 +131,14 @@ class CompiledUpdate(ABC):
     def _make_reference(self) -> bool:
         """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
         if self._reference is None:
-            self._reference = ReferenceUpdate(self.planned)
+            self._reference = ReferenceUpdate(self.split)
         return True
 
     @property
     def decision(self) -> Decision | None:
         """The decision on the gradient of the last step; after one pass over memory made when asked for."""
         if self._measured is not None:
-            self._decision, self._measured = self.planned.gradient.decide(*self._measured), None
+            self._decision, self._measured = self.split.gradient.decide(*self._measured), None
         return self._decision
 
     def step(

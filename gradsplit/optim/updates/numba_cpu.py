@@ -23,7 +23,7 @@ from ...kernels.numba_cpu import room_for_workers
 from ...kernels.numba_loops import fold
 from ...kernels.threads import Call, run, threads_for
 from ...plan.lowering import Lowered, lower
-from ..parts import Planned
+from ...split import Split
 from . import numba_loops as loops
 from .compiled import CompiledUpdate
 
@@ -40,9 +40,9 @@ Table = tuple[Any, Lowered]
 class FusedUpdate(CompiledUpdate):
     """One step in compiled loops; where that cannot be, by the reference, with one warning."""
 
-    def __init__(self, planned: Planned) -> None:
-        super().__init__(planned)
-        plan = planned.plan
+    def __init__(self, split: Split) -> None:
+        super().__init__(split)
+        plan = split.plan
         self._tables: list[tuple[Any, list[Table], bool]] = []
         # Kept, since what is made anew in every hook of a backward pass comes to lie between gradients that are freed,
         # and their memory is then never whole again.
@@ -53,8 +53,8 @@ class FusedUpdate(CompiledUpdate):
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
         self._places_B = np.zeros(plan.num_bins, dtype=np.int64)
-        self._bin_of_tensor = np.zeros(len(planned.owners), dtype=np.int64)  # any of them: rates are a tensor's
-        for t, ids in enumerate(planned.bins_of_tensor):
+        self._bin_of_tensor = np.zeros(len(split.owners), dtype=np.int64)  # any of them: rates are a tensor's
+        for t, ids in enumerate(split.bins_of_tensor):
             self._places_B[ids] = np.arange(len(ids))
             self._bin_of_tensor[t] = ids[0] if len(ids) else 0
 
@@ -105,10 +105,10 @@ class FusedUpdate(CompiledUpdate):
     def _update_table(self) -> np.ndarray:
         """The limits on the update at the learning rates of now; most steps have the last step's."""
         if not self._update_lines:
-            return line_table((), self.planned.plan.width_T)
-        times_T = self.planned.rates.pace_B(self.planned.plan.num_bins).numpy()[self._bin_of_tensor]
+            return line_table((), self.split.plan.width_T)
+        times_T = self.split.pace_B().numpy()[self._bin_of_tensor]
         if self._paced is None or self._paced[0] != times_T.tobytes():
-            self._paced = (times_T.tobytes(), line_table(self._update_lines, self.planned.plan.width_T, times_T))
+            self._paced = (times_T.tobytes(), line_table(self._update_lines, self.split.plan.width_T, times_T))
         return self._paced[1]
 
     def _passes(
@@ -120,22 +120,22 @@ class FusedUpdate(CompiledUpdate):
         threads: int,
         gradients: list[Tensor | None],
     ) -> None:
-        planned, num_bins = self.planned, self.planned.plan.num_bins
+        split, num_bins = self.split, self.split.plan.num_bins
         reads: list[list[Tensor | None]] = [gradients]
-        if planned.reads_weights:
-            reads.append(list(planned.parameters))
-        squares_B, *weights_B = squares_of(planned.kernel, *reads)
+        if split.reads_weights:
+            reads.append(list(split.parameters))
+        squares_B, *weights_B = squares_of(split.kernel, *reads)
         weight_B = weights_B[0] if weights_B else None
-        decision = planned.gradient.decide(squares_B, weight_B)
+        decision = split.gradient.decide(squares_B, weight_B)
         self._measured, self._decision = None, decision
         scale, finite = decision.scale_B.numpy(), decision.finite_B.numpy()
         rate = np.zeros(num_bins)
         if by_bin:
             loops.learn_bins(
                 *(self._tensor_B, self._places_B, bases, numbers),
-                *(decision.norm_B.numpy(), scale, finite, planned.plan.numel_B, rate),
+                *(decision.norm_B.numpy(), scale, finite, split.plan.numel_B, rate),
             )
-        if planned.update is None:
+        if split.update is None:
             loop, more = (loops.update_bin, (rate,)) if by_bin else (loops.update_element, ())
             run([_call(loop, dtype, t, bases, numbers, scale, finite, *more) for dtype, t in tables], threads)
             return
@@ -150,7 +150,7 @@ class FusedUpdate(CompiledUpdate):
             fold(out, num_bins, table.fold_bins)
             moved += out[:num_bins]
         moved_B = torch.from_numpy(moved * rate * rate if by_bin else moved)
-        cap = planned.update.decide(moved_B, weight_B, planned.rates.pace_B(num_bins))
+        cap = split.update.decide(moved_B, weight_B, split.pace_B())
         loop, more = (loops.write_bin, (rate,)) if by_bin else (loops.write_element, ())
         last = (*more, cap.scale_B.numpy(), cap.finite_B.numpy(), finite)
         run([_call(loop, dtype, t, bases, numbers, *last) for dtype, t in tables], threads)
@@ -172,7 +172,7 @@ class FusedUpdate(CompiledUpdate):
         made = []
         for dtype in sorted({entry[0] for entry in signature if entry is not None}, key=str):
             strides = [entry[1] if entry is not None and entry[0] == dtype else None for entry in signature]
-            table = lower(self.planned.plan, strides, bands=False, cut_bins=cut_bins)
+            table = lower(self.split.plan, strides, bands=False, cut_bins=cut_bins)
             assert table is not None
             made.append((dtype, table))
         return made

@@ -22,20 +22,20 @@ from ...budget import Decision
 from ...kernels import squares_of
 from ...kernels.eager import EagerKernel
 from ...kernels.kernel import accumulate_dtype
-from ..parts import Planned
+from ...split import Split
 
 __all__ = ["ReferenceUpdate"]
 
 
 class ReferenceUpdate:
-    """One step of a `Planned`'s parameters in eager torch, on any device."""
+    """One step of a `Split`'s parameters in eager torch, on any device."""
 
-    def __init__(self, planned: Planned) -> None:
-        self.planned = planned
+    def __init__(self, split: Split) -> None:
+        self.split = split
         self.decision: Decision | None = None
-        kernel = planned.kernel
-        self.shapes = kernel if isinstance(kernel, EagerKernel) else EagerKernel(planned.local_plan, kernel.device)
-        self._ids_T = [torch.from_numpy(ids).to(kernel.device) for ids in planned.bins_of_tensor]
+        kernel = split.kernel
+        self.shapes = kernel if isinstance(kernel, EagerKernel) else EagerKernel(split.local_plan, kernel.device)
+        self._ids_T = [torch.from_numpy(ids).to(kernel.device) for ids in split.bins_of_tensor]
 
     def step(
         self,
@@ -54,21 +54,21 @@ class ReferenceUpdate:
             groups: each parameter's hyper-parameters.
             scaling: what a GradScaler says of the gradients; on overflow every bin counts as not finite.
         """
-        planned, num_bins = self.planned, self.planned.plan.num_bins
+        split = self.split
         # Under maximize a copy is negated, never the gradient itself.
         gradients = [
             -g if g is not None and group["maximize"] else g for g, group in zip(gradients, groups, strict=True)
         ]
-        weights = planned.parameters
+        weights = split.parameters
         if torch.is_grad_enabled():  # what autograd keeps must not be what is overwritten below
             weights = [weight.clone() for weight in weights]
-        reads: list[list[Tensor | None]] = [gradients, [*weights]] if planned.reads_weights else [gradients]
-        squares_B, *weights_B = (_smooth(squares) for squares in squares_of(planned.kernel, *reads))
+        reads: list[list[Tensor | None]] = [gradients, [*weights]] if split.reads_weights else [gradients]
+        squares_B, *weights_B = (_smooth(squares) for squares in squares_of(split.kernel, *reads))
         weight_squares_B = weights_B[0] if weights_B else None
         if scaling is not None:
             squares_B = scaling.unscaled_squares(squares_B)
             squares_B = torch.where(scaling.overflow(squares_B), torch.full_like(squares_B, torch.inf), squares_B)
-        decision = planned.gradient.decide(squares_B, weight_squares_B)
+        decision = split.gradient.decide(squares_B, weight_squares_B)
         times_B = decision.scale_B if scaling is None else scaling.unscaled(decision.scale_B)
         if any("bin_sq" in state for state in states):
             self._learn_bin_squares(decision, gradients, states, groups)
@@ -77,9 +77,9 @@ class ReferenceUpdate:
             for t, g in enumerate(gradients)
         ]
         cap = None
-        if planned.update is not None:
-            moved_B = _smooth(planned.update_squares(updates))
-            cap = planned.update.decide(moved_B, weight_squares_B, planned.rates.pace_B(num_bins))
+        if split.update is not None:
+            moved_B = _smooth(split.update_squares(updates))
+            cap = split.update.decide(moved_B, weight_squares_B, split.pace_B())
         for t, update in enumerate(updates):
             if update is not None:
                 decay = groups[t]["lr"] * groups[t]["weight_decay"]
@@ -88,7 +88,7 @@ class ReferenceUpdate:
                     update, decay = self._where(t, cap.finite_B, update * share, 0.0), decay * share
                 weight = weights[t].to(update.dtype)
                 fresh = self._where(t, decision.finite_B, weight * (1 - decay) - update, weight)
-                planned.parameters[t].copy_(fresh)
+                split.parameters[t].copy_(fresh)
         self.decision = decision
 
     def _update(
@@ -129,7 +129,7 @@ class ReferenceUpdate:
 
     def _bins(self, t: int, values: Tensor, like: Tensor) -> Tensor:
         """Spread a tensor's own bin values over its elements."""
-        values_B = values.new_zeros(self.planned.plan.num_bins).index_copy(0, self._ids_T[t], values)
+        values_B = values.new_zeros(self.split.plan.num_bins).index_copy(0, self._ids_T[t], values)
         return self.shapes.factor(t, values_B, like.dtype)
 
     def _learn_bin_squares(
@@ -139,7 +139,7 @@ class ReferenceUpdate:
         states: list[dict[str, Any]],
         groups: list[dict[str, Any]],
     ) -> None:
-        mean_B = (decision.norm_B * decision.scale_B) ** 2 / self.planned.gradient.numel_B
+        mean_B = (decision.norm_B * decision.scale_B) ** 2 / self.split.gradient.numel_B
         for t, gradient in enumerate(gradients):
             if gradient is None:
                 continue

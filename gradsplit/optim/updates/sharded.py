@@ -22,7 +22,7 @@ from ...budget import Decision
 from ...budget.lines import lines_of
 from ...distributed.shards import shard_of
 from ...plan import part_of
-from ..parts import Planned
+from ...split import Split
 
 __all__ = ["Carried", "ShardedUpdate", "can_update"]
 
@@ -76,39 +76,37 @@ _Gradients = list[Tensor | None]
 _States = list[dict[str, Any]]
 
 
-def can_update(planned: Planned) -> bool:
+def can_update(split: Split) -> bool:
     """Whether limits look at one bin each, and the tensors with bins over several ranks are small together."""
-    budgets = [planned.gradient_budgets, planned.update_budgets]
+    budgets = [split.gradient_budgets, split.update_budgets]
     alone = all(lines_of(pairs) is not None for pairs in budgets)
-    plain = planned.bins_in_one_tensor and not any(owner.is_complex() for owner in planned.owners)
-    num_carried = sum(planned.plan.layout.numels[t] for t in _spread(planned))
-    return alone and plain and num_carried <= max(CARRIED, CARRIED_A_BIN * planned.plan.num_bins)
+    plain = split.bins_in_one_tensor and not any(owner.is_complex() for owner in split.owners)
+    num_carried = sum(split.plan.layout.numels[t] for t in _spread(split))
+    return alone and plain and num_carried <= max(CARRIED, CARRIED_A_BIN * split.plan.num_bins)
 
 
-def _spread(planned: Planned) -> list[int]:
+def _spread(split: Split) -> list[int]:
     """The tensors with a bin over several ranks."""
-    plan = planned.plan
-    return [int(t) for t in np.unique(plan.tensor_K[planned.kernel.spread_B[plan.bin_K]])]
+    plan = split.plan
+    return [int(t) for t in np.unique(plan.tensor_K[split.kernel.spread_B[plan.bin_K]])]
 
 
 class ShardedUpdate:
-    """One step over the shards of a `Planned`, see the module.
+    """One step over the shards of a `Split`, see the module.
 
     Args:
-        planned: one for which `can_update` holds.
-        make: planned -> update, for plain tensors.
+        split: one for which `can_update` holds.
+        make: split -> update, for plain tensors.
     """
 
-    def __init__(self, planned: Planned, make: Callable[[Planned], Any]) -> None:
-        self.planned = planned
+    def __init__(self, split: Split, make: Callable[[Split], Any]) -> None:
+        self.split = split
         self.decision: Decision | None = None
-        spread = _spread(planned)
-        self._own = _Own(planned, [t for t in range(len(planned.owners)) if t not in spread], make)
-        self._whole = _Whole(planned, spread, make) if spread else None
-        wide = (
-            torch.float64 if any(p.dtype == torch.float64 for p in planned.owners) else planned.gradient.numel_B.dtype
-        )
-        self._like = torch.empty(0, dtype=wide, device=planned.kernel.device)
+        spread = _spread(split)
+        self._own = _Own(split, [t for t in range(len(split.owners)) if t not in spread], make)
+        self._whole = _Whole(split, spread, make) if spread else None
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in split.owners) else split.gradient.numel_B.dtype
+        self._like = torch.empty(0, dtype=wide, device=split.kernel.device)
 
     def step(
         self,
@@ -120,15 +118,15 @@ class ShardedUpdate:
         """See `ReferenceUpdate.step`; every rank takes part, with whatever gradients it has."""
         if scaling is not None:
             gradients = [None if gradient is None else scaling.plain(gradient) for gradient in gradients]
-        planned, num_bins = self.planned, self.planned.plan.num_bins
+        split, num_bins = self.split, self.split.plan.num_bins
         num_carried = 0 if self._whole is None else len(self._whole.carried)
         message = self._like.new_zeros(4 * num_bins + 5 * num_carried)
         shown, rows = message[: 4 * num_bins].view(4, num_bins), message[4 * num_bins :].view(5, num_carried)
         self._own.step(gradients, states, groups, shown)
         if self._whole is not None:
             self._whole.write(gradients, states, rows)
-        planned.kernel.add_(message)
-        norm_B, scale_B, limit_B = (shown[:3] / shown[3].clamp(min=1.0)).to(planned.gradient.numel_B.dtype)
+        split.kernel.add_(message)
+        norm_B, scale_B, limit_B = (shown[:3] / shown[3].clamp(min=1.0)).to(split.gradient.numel_B.dtype)
         silent_B = shown[3] == 0  # no gradient anywhere, or a bin of the whole tensors
         scale_B, limit_B = scale_B.masked_fill(silent_B, 1.0), limit_B.masked_fill(silent_B, float("inf"))
         if self._whole is not None:
@@ -137,26 +135,26 @@ class ShardedUpdate:
             scale_B[bins], limit_B[bins] = decision.scale_B, decision.limit_B
         finite_B = norm_B.isfinite()
         norm_B = norm_B.masked_fill(~finite_B, 0.0)
-        self.decision = Decision(planned.plan, norm_B, finite_B, scale_B, (("bin", None, limit_B),))
+        self.decision = Decision(split.plan, norm_B, finite_B, scale_B, (("bin", None, limit_B),))
         self._own.learn_elsewhere(self.decision, gradients, states, groups)
 
 
 class _Own:
     """The tensors whose bins lie whole on their ranks: updated where they lie."""
 
-    def __init__(self, planned: Planned, at: list[int], make: Callable[[Planned], Any]) -> None:
-        self.planned, self.all = planned, at
-        pieces = planned.parameters
+    def __init__(self, split: Split, at: list[int], make: Callable[[Split], Any]) -> None:
+        self.split, self.all = split, at
+        pieces = split.parameters
         self.at = [t for t in at if pieces[t].numel()]
         self.pieces = [pieces[t] for t in self.at]
         self.bins = np.zeros(0, dtype=np.int64)
         if self.at:
-            plan, self.bins = part_of(planned.local_plan, self.at)
-            plan.width_T = planned.plan.width_T[self.at]  # of the whole tensors, whatever pieces of rows are here
-            self.part = planned.over(self.pieces, plan, self.at)
+            plan, self.bins = part_of(split.local_plan, self.at)
+            plan.width_T = split.plan.width_T[self.at]  # of the whole tensors, whatever pieces of rows are here
+            self.part = split.over(self.pieces, plan, self.at)
             self.update = make(self.part)
         # Of every tensor: where among its bins those stand that are here.
-        self.places = {t: np.flatnonzero(np.isin(planned.bins_of_tensor[t], self.bins)) for t in at}
+        self.places = {t: np.flatnonzero(np.isin(split.bins_of_tensor[t], self.bins)) for t in at}
 
     def step(self, gradients: _Gradients, states: _States, groups: list[dict[str, Any]], shown: Tensor) -> None:
         """Update, and write (norm, scale, limit, 1) of every bin that is here into four rows."""
@@ -164,7 +162,7 @@ class _Own:
         if all(gradient is None for gradient in mine):
             return
         present = np.array([gradient is not None for gradient in mine])
-        tables = self.planned.parameters
+        tables = self.split.parameters
         self.pieces[:] = [tables[t] for t in self.at]
         kept = [dict(states[t]) for t in self.at]
         for t, state in zip(self.at, kept, strict=True):
@@ -197,8 +195,8 @@ class _Own:
             elsewhere = np.ones(len(v), dtype=bool)
             elsewhere[self.places[t]] = False
             places = torch.from_numpy(np.flatnonzero(elsewhere)).to(v.device)
-            ids = torch.from_numpy(self.planned.bins_of_tensor[t]).to(v.device)[places]
-            mean = (decision.norm_B[ids] * decision.scale_B[ids]) ** 2 / self.planned.gradient.numel_B[ids]
+            ids = torch.from_numpy(self.split.bins_of_tensor[t]).to(v.device)[places]
+            mean = (decision.norm_B[ids] * decision.scale_B[ids]) ** 2 / self.split.gradient.numel_B[ids]
             fresh = beta2 * v[places] + (1 - beta2) * mean.to(v.dtype)
             v[places] = torch.where(decision.finite_B[ids], fresh, v[places])
 
@@ -206,19 +204,19 @@ class _Own:
 class _Whole:
     """The tensors with a bin over several ranks: carried, updated whole on every rank, each keeping its piece."""
 
-    def __init__(self, planned: Planned, at: list[int], make: Callable[[Planned], Any]) -> None:
-        self.planned, self.at = planned, at
-        plan, bins = part_of(planned.plan, at)
-        like = planned.gradient.numel_B
+    def __init__(self, split: Split, at: list[int], make: Callable[[Split], Any]) -> None:
+        self.split, self.at = split, at
+        plan, bins = part_of(split.plan, at)
+        like = split.gradient.numel_B
         self.bins = torch.from_numpy(bins).to(like.device)
-        owners = [planned.owners[t] for t in at]
-        self.carried = Carried(plan.layout.names, owners, planned.kernel.add_, like)
+        owners = [split.owners[t] for t in at]
+        self.carried = Carried(plan.layout.names, owners, split.kernel.add_, like)
         self.weights = [torch.empty(tuple(p.shape), dtype=p.dtype, device=like.device) for p in owners]
-        self.update = make(planned.over(self.weights, plan, at))
+        self.update = make(split.over(self.weights, plan, at))
 
     def write(self, gradients: _Gradients, states: _States, rows: Tensor) -> None:
         """Write this rank's pieces into five rows: weights, gradient, both moments, and 1 where there is a gradient."""
-        weights = self.planned.parameters
+        weights = self.split.parameters
         for i, t in enumerate(self.at):
             self.carried.write(rows[0], i, weights[t])
             gradient, state = gradients[t], states[t]
@@ -245,13 +243,13 @@ class _Whole:
             whole_gradients.append(g)
             one: dict[str, Any] = {"step": state.get("step", torch.ones(())), "exp_avg": m}
             if by_bin:
-                bins = len(self.planned.bins_of_tensor[t])
+                bins = len(self.split.bins_of_tensor[t])
                 one["bin_sq"] = state["bin_sq"].clone() if state else torch.zeros(bins, device=weight.device)
             else:
                 one["exp_avg_sq"] = v
             made.append(one)
         self.update.step(whole_gradients, made, [groups[t] for t in self.at])
-        weights = self.planned.parameters
+        weights = self.split.parameters
         for i, t in enumerate(self.at):
             if gradients[t] is None:
                 continue

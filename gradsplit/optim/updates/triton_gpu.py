@@ -21,7 +21,7 @@ from ...budget.lines import Line, line_table, lines_of
 from ...kernels.addressable import bump_versions, warn_of_fallback
 from ...plan import Plan
 from ...plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
-from ..parts import Planned
+from ...split import Split
 from .compiled import NUMBERS, CompiledUpdate
 
 __all__ = ["BLOCK", "COLUMNS", "one_pass_bin", "one_pass_element", "LONGEST", "TritonUpdate"]
@@ -214,13 +214,13 @@ Table = tuple[torch.dtype, Tensor]
 class TritonUpdate(CompiledUpdate):
     """One step in one launch a dtype; where that cannot be, by the reference, with one warning."""
 
-    def __init__(self, planned: Planned) -> None:
-        super().__init__(planned)
-        self._device = planned.kernel.device
+    def __init__(self, split: Split) -> None:
+        super().__init__(split)
+        self._device = split.kernel.device
         self._tables: list[tuple[Any, list[Table] | None]] = []
         self._sent: dict[str, tuple[Any, Tensor]] = {}
         self._warned = False
-        ids = [bins[0] if len(bins) else 0 for bins in planned.bins_of_tensor]  # any of them: rates are a tensor's
+        ids = [bins[0] if len(bins) else 0 for bins in split.bins_of_tensor]  # any of them: rates are a tensor's
         self._bin_of_tensor = torch.tensor(ids, device=self._device)
         self._lines, self._caps = (self._lines_here(lines) for lines in (self._gradient_lines, self._update_lines))
 
@@ -228,18 +228,18 @@ class TritonUpdate(CompiledUpdate):
         self, arrays: tuple[list[Tensor | None], ...], states: list[dict[str, Any]], groups: list[dict[str, Any]]
     ) -> bool:
         """See `CompiledUpdate`."""
-        planned, num_bins = self.planned, self.planned.plan.num_bins
+        split, num_bins = self.split, self.split.plan.num_bins
         pointers = [[0 if t is None else t.data_ptr() for t in row] for row in arrays]
         tables = self._tables_of(arrays[0])
         if tables is None:
             return False
         if not self._memory.is_apart(arrays[0], np.array(pointers[0])):
-            self._refuse(planned.plan.layout.names[0], "it or a parameter beside it shares memory with another")
+            self._refuse(split.plan.layout.names[0], "it or a parameter beside it shares memory with another")
             return False
         addresses = self._send("addresses", pointers, torch.int64)
         numbers = self._numbers(arrays[1], states, groups)
         # Every bound on the update follows the pace of its tensor's rate.
-        caps = self._caps * planned.rates.pace_B(num_bins)[self._bin_of_tensor] if len(self._caps) else self._caps
+        caps = self._caps * split.pace_B()[self._bin_of_tensor] if len(self._caps) else self._caps
         squares, weights = torch.zeros((2, num_bins), dtype=torch.float64, device=self._device)
         by_bin = any("bin_sq" in state for state in states)
         program = one_pass_bin if by_bin else one_pass_element
@@ -258,11 +258,11 @@ class TritonUpdate(CompiledUpdate):
         for known, tables in self._tables:
             if known == signature:
                 return tables
-        tables, refusal = [], _refusal_of_budgets(self.planned)
+        tables, refusal = [], _refusal_of_budgets(self.split)
         for dtype in sorted({entry[0] for entry in signature if entry is not None}, key=str):
             strides = [entry[1] if entry is not None and entry[0] == dtype else None for entry in signature]
-            bins = _bins(self.planned, strides)
-            refusal = refusal or _refusal_of_bins(self.planned.plan, bins)
+            bins = _bins(self.split, strides)
+            refusal = refusal or _refusal_of_bins(self.split.plan, bins)
             tables.append((dtype, torch.from_numpy(bins).to(self._device)))
         made = None if refusal else tables
         if refusal:
@@ -278,7 +278,7 @@ class TritonUpdate(CompiledUpdate):
             warn_of_fallback("GSO's Triton update", name, reason, remedy)
 
     def _lines_here(self, lines: Sequence[Line] | None) -> Tensor:
-        return torch.from_numpy(line_table(lines or (), self.planned.plan.width_T)).to(self._device)
+        return torch.from_numpy(line_table(lines or (), self.split.plan.width_T)).to(self._device)
 
     def _send(self, name: str, rows: Any, dtype: torch.dtype) -> Tensor:
         """Numbers on the device, sent again only when they have changed."""
@@ -312,9 +312,9 @@ class TritonUpdate(CompiledUpdate):
         return torch.stack(columns, dim=1)
 
 
-def _refusal_of_budgets(planned: Planned) -> tuple[str, str] | None:
+def _refusal_of_budgets(split: Split) -> tuple[str, str] | None:
     """The level of a budget that looks beyond a bin, and why bins cannot be updated one by one under it."""
-    for level, budget in (*planned.gradient_budgets, *planned.update_budgets):
+    for level, budget in (*split.gradient_budgets, *split.update_budgets):
         if lines_of([(level, budget)]) is None:
             return (
                 level,
@@ -336,12 +336,12 @@ def _refusal_of_bins(plan: Plan, bins: np.ndarray) -> tuple[str, str] | None:
     return None
 
 
-def _bins(planned: Planned, strides: list[Any]) -> np.ndarray:
+def _bins(split: Split, strides: list[Any]) -> np.ndarray:
     """One row a box of a bin in tensors of these strides, with the columns of the programs."""
-    lowered = lower(planned.plan, strides, bands=False, cut_bins=False)
+    lowered = lower(split.plan, strides, bands=False, cut_bins=False)
     assert lowered is not None  # tensors that cannot be walked do not come here
-    place_B = np.zeros(planned.plan.num_bins, dtype=np.int64)
-    for bins in planned.bins_of_tensor:
+    place_B = np.zeros(split.plan.num_bins, dtype=np.int64)
+    for bins in split.bins_of_tensor:
         place_B[bins] = np.arange(len(bins))
     count = lowered.entries[:, COUNT]
     entries = np.repeat(lowered.entries, count, axis=0)
