@@ -7,8 +7,7 @@ import copy
 import torch
 
 import gradsplit as gs
-from gradsplit.optim import parts as moments
-from gradsplit.optim import parts as part_step
+from gradsplit.optim import parts
 from gradsplit.optim.updates.reference import ReferenceUpdate
 from tests.laws import laws_of_updates as laws
 from tests.laws.cases import PLANS
@@ -153,11 +152,12 @@ def counts_an_overflow(pairs, **options):
 
     class CountsAnOverflow(gs.GSO):
         def step(self, closure=None):
-            kept, part_step.advance = part_step.advance, lambda state, found_inf: moments.advance(state, None)
+            kept = parts.advance
+            parts.advance = lambda state, found_inf: kept(state, None)
             try:
                 return super().step(closure)
             finally:
-                part_step.advance = kept
+                parts.advance = kept
 
     return CountsAnOverflow(pairs, **options)
 
