@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .amp import Scaling
 from .budget import Budget, Decision, Ledger, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
-from .distributed import adder, kernel_for, local_of
-from .kernels import make_kernel, squares_of
+from .distributed import adder, local_of, make_kernel
 from .plan import Plan
 from .rates import Rates
 from .xp import Array
@@ -135,8 +135,8 @@ class Split:
         *,
         rule: str = "bottom_up",
         backend: str = "auto",
-        process_group: Any = None,
-        stages: Any = None,
+        process_group: dist.ProcessGroup | None = None,
+        stages: dist.ProcessGroup | None = None,
         caps_updates: bool = False,
         owners: list[Tensor] | None = None,
         call: str,
@@ -144,15 +144,13 @@ class Split:
         self.plan, self.call, self.tensors = plan, call, tensors
         self.owners = tensors if owners is None else owners
         self._options: dict[str, Any] = {"rule": rule, "backend": backend, "caps_updates": caps_updates, "call": call}
-        self._budget, self._ranks = budget, {"process_group": process_group, "stages": stages}
+        self._budget = budget
+        self._ranks: dict[str, Any] = {"process_group": process_group, "stages": stages}
         pairs = budgets_by_level(budget, plan, call=call)
         of_update = [pair for pair in pairs if pair[1].bounds_update and caps_updates]
         self.gradient_budgets, self.update_budgets = [pair for pair in pairs if pair not in of_update], of_update
-        device = tensors[0].device
-        self.kernel = kernel_for(
-            plan, tensors, lambda local: make_kernel(backend, local, device, call=call), group=process_group
-        )
-        self.local_plan: Plan = getattr(self.kernel, "local_plan", plan)
+        self.kernel = make_kernel(plan, tensors, backend, process_group, call=call)
+        self.local_plan = self.kernel.local_plan
         self.like = self.kernel.squares([None] * len(tensors))
         self.gradient = self._ledger(self.gradient_budgets)
         self.update = self._ledger(of_update) if of_update else None
@@ -224,8 +222,10 @@ class Split:
 
     def measure(self, gradients: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """Return the bins' squares (B,) of gradients, and of the weights where a budget of gradients reads them."""
-        reads = [gradients, self.parameters] if self.gradient.reads_weights else [gradients]
-        squares_B, *weights_B = squares_of(self.kernel, *reads)
+        reads: list[list[Tensor | None]] = [gradients]
+        if self.gradient.reads_weights:
+            reads.append([*self.parameters])
+        squares_B, *weights_B = self.kernel.squares_many(reads)
         return squares_B, weights_B[0] if weights_B else None
 
     def bound_(
@@ -245,7 +245,8 @@ class Split:
         rates = self.rates if self.needs_rates and self.update is None else None
         pace_B = None if rates is None else rates.pace_B(self.plan.num_bins)
         gain_B = None if rates is None else rates.gain_B(self.plan.num_bins)
-        if check is None and scaling is None and self._lines is not None and not torch.compiler.is_compiling():
+        plain = check is None and scaling is None and not torch.compiler.is_compiling()
+        if plain and self._lines is not None and self.kernel.bounds_while_reading:
             done = self._bin_by_bin(gradients, pace_B, gain_B)
             if done is not None:
                 return done
@@ -268,15 +269,12 @@ class Split:
         self, gradients: list[Tensor | None], pace_B: Tensor | None, gain_B: Tensor | None
     ) -> tuple[Tensor, Decision] | None:
         """Do the same in one pass over memory; None, with nothing done, where the kernel cannot."""
-        bound_ = getattr(self.kernel, "bound_", None)
-        if bound_ is None:
-            return None
         assert self._lines is not None
         times_T = None
         if pace_B is not None and gain_B is not None:
             times_T = pace_B.numpy()[self._bin_of_tensor] / gain_B.numpy()[self._bin_of_tensor]
         table = line_table(self._lines, self.plan.width_T, times_T)
-        measured = bound_(gradients, self.parameters if self.gradient.reads_weights else None, table)
+        measured = self.kernel.bound_(gradients, self.parameters if self.gradient.reads_weights else None, table)
         if measured is None:
             return None
         squares_B, weight_squares_B = measured
@@ -295,9 +293,8 @@ class Split:
         alone = all(level == "bin" for level, _ in self.update_budgets) and not (
             self.update and self.update.state_dict()
         )
-        whole = alone and getattr(self.kernel, "bins_are_local", False)
-        squares: Tensor = self.kernel.squares_here(updates) if whole else self.kernel.squares(updates)
-        return squares
+        whole = self.is_sharded and alone and self.kernel.bins_are_local
+        return self.kernel.squares_here(updates) if whole else self.kernel.squares(updates)
 
     def of_one(self, t: int, plan: Plan) -> Split:
         """Return tensor t under its own part of the plan, with budgets and history of its own."""

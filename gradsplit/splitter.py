@@ -453,8 +453,8 @@ def _energy(gradient: Tensor) -> Tensor:
     return (local.abs() if local.is_complex() else local).float().square()
 
 
-def _sound_everywhere(kernel: Any, energy_T: list[Tensor | None]) -> list[bool]:
+def _sound_everywhere(kernel: Kernel, energy_T: list[Tensor | None]) -> list[bool]:
     """Whether every rank has a finite gradient of a tensor; one answer for all ranks, or they would cut differently."""
     bad = [energy is None or not bool(energy.isfinite().all()) for energy in energy_T]
-    bad_T = getattr(kernel, "add_", lambda values: values)(torch.tensor(bad, dtype=torch.float32, device=kernel.device))
+    bad_T = kernel.add_(torch.tensor(bad, dtype=torch.float32, device=kernel.device))
     return [not count for count in bad_T.tolist()]

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..amp import Scaling
-from ..distributed import is_sharded, kernel_for
+from ..distributed import is_sharded, make_kernel
 from ..hooks import attach_to
-from ..kernels import make_kernel
 from ..plan import Layout, named_trainable, per_tensor
 
 __all__ = ["ORDERS", "Cycle", "CyclicBlocks", "block_of"]
@@ -157,7 +157,7 @@ class CyclicBlocks:
         switch_every: int = 100,
         order: str = "fixed",
         seed: int = 0,
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if getattr(optimizer, "updates_in_backward", False):
             raise ValueError(
@@ -210,7 +210,7 @@ class CyclicBlocks:
         self.cycle.load(state)
 
 
-def _energies(parameters: Sequence[Tensor], group: Any) -> list[float]:
+def _energies(parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:
     """Each tensor's sum of squares of its gradient, over all ranks that hold shards."""
     if not any(is_sharded(parameter) for parameter in parameters):
         norms = [
@@ -218,10 +218,8 @@ def _energies(parameters: Sequence[Tensor], group: Any) -> list[float]:
         ]
         return [float(norm) ** 2 for norm in norms]
     layout = Layout.from_shapes({str(t): tuple(p.shape) for t, p in enumerate(parameters)})
-    plan, device = per_tensor(layout), parameters[0].device
-    kernel = kernel_for(
-        plan, parameters, lambda local: make_kernel("auto", local, device, call="CyclicBlocks"), group=group
-    )
+    plan = per_tensor(layout)
+    kernel = make_kernel(plan, parameters, group=group, call="CyclicBlocks")
     energy_T = np.zeros(len(layout))
     energy_T[plan.tensor_K] = kernel.squares([p.grad for p in parameters]).cpu().numpy()[plan.bin_K]
     return list(energy_T)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...budget.lines import line_table
-from ...kernels import squares_of
 from ...kernels.addressable import bump_versions
 from ...kernels.addresses import KINDS
 from ...kernels.numba_cpu import room_for_workers
@@ -124,7 +123,7 @@ class FusedUpdate(CompiledUpdate):
         reads: list[list[Tensor | None]] = [gradients]
         if split.reads_weights:
             reads.append(list(split.parameters))
-        squares_B, *weights_B = squares_of(split.kernel, *reads)
+        squares_B, *weights_B = split.kernel.squares_many(reads)
         weight_B = weights_B[0] if weights_B else None
         decision = split.gradient.decide(squares_B, weight_B)
         self._measured, self._decision = None, decision

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ...amp import Scaling
 from ...budget import Decision
-from ...kernels import squares_of
 from ...kernels.eager import EagerKernel
 from ...kernels.kernel import accumulate_dtype
 from ...split import Split
@@ -63,7 +62,7 @@ class ReferenceUpdate:
         if torch.is_grad_enabled():  # what autograd keeps must not be what is overwritten below
             weights = [weight.clone() for weight in weights]
         reads: list[list[Tensor | None]] = [gradients, [*weights]] if split.reads_weights else [gradients]
-        squares_B, *weights_B = (_smooth(squares) for squares in squares_of(split.kernel, *reads))
+        squares_B, *weights_B = (_smooth(squares) for squares in split.kernel.squares_many(reads))
         weight_squares_B = weights_B[0] if weights_B else None
         if scaling is not None:
             squares_B = scaling.unscaled_squares(squares_B)
