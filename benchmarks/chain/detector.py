@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.chain.record import RESULTS, conditions, middle, save
-from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
+from gradsplit.chain.module_limits import ModuleLimits, modules_with_parameters
 from gradsplit.chain.splitter import ChainSplitter
 from gradsplit.lab.detection import build_detection
 
@@ -61,9 +61,9 @@ def train(method: str, optimizer: str, rate: float, strength: float, seed: int, 
     model = task.model
     opt = make_optimizer(optimizer, model.parameters(), rate)
     weighted = WeightedBoxes(model, strength if method.startswith("loss weight") else 1.0)
-    owners = modules_with_parameters(model)
     total = strength if method in ("module limits", "fork rule + module limits") else 1.0
     chain = ChainSplitter(model, at=PLACES[method], total=total).attach(opt) if method in PLACES else None
+    limits = ModuleLimits(modules_with_parameters(model), total)
     for step in range(steps):
         opt.zero_grad()
         loss = task.loss(weighted, task.batch(step))
@@ -73,7 +73,7 @@ def train(method: str, optimizer: str, rate: float, strength: float, seed: int, 
         if method == "global clip":
             nn.utils.clip_grad_norm_(model.parameters(), strength)
         elif method in ("module limits", "loss weight + module limits"):
-            bound_modules(owners.values(), total)
+            limits.bound_()
         opt.step()
     if chain is not None:
         chain.remove()

@@ -18,7 +18,7 @@ from benchmarks.chain.record import Rows
 from gradsplit.chain import ChainSplitter
 from gradsplit.chain import fork_limits as fork_watch
 from gradsplit.chain.fork_limits import fork_limit
-from gradsplit.chain.module_limits import bound_modules, modules_with_parameters
+from gradsplit.chain.module_limits import ModuleLimits, modules_with_parameters
 from gradsplit.lab.detection import build_detection
 
 # what is bounded: (where ChainSplitter bounds signals, whether modules are bounded, times the smallest branch)
@@ -76,7 +76,7 @@ def train(
     chain = None
     if at:
         chain = ChainSplitter(model, at=at, parameters="modules" if modules else None).attach(optimizer)
-    owners = modules_with_parameters(model)
+    limits = ModuleLimits(modules_with_parameters(model))
     step = 0
 
     def weight() -> float:
@@ -101,7 +101,7 @@ def train(
         with patch.object(fork_watch, "fork_limit", lambda maximum_K: slack * fork_limit(maximum_K)):
             loss.backward()
         if modules and at is None:
-            bound_modules(owners.values())
+            limits.bound_()
         optimizer.step()
         if look is not None and chain is not None:
             look(step, chain)

@@ -1,19 +1,19 @@
-"""Per-module limits on parameter gradients: what the fork rule needs beside it."""
+"""Limits on the parameter gradients of each module: what the fork rule needs beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_sharded, kernel_for
-from ..kernels import make_kernel
-from ..plan import Boxes, Layout, Plan
-from .signal_limits import signal_norm
+from ..budget import Fixed
+from ..plan import Boxes, Layout, Plan, one_device
+from ..split import Split
+
+__all__ = ["ModuleLimits", "modules_with_parameters"]
 
 
 def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -32,69 +32,43 @@ def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return owners
 
 
-def kernel_over_ranks(owners: Iterable[list[nn.Parameter]]) -> Any | None:
-    """Return what adds the squares of each module over the ranks that hold its shards; None if nothing is sharded."""
-    lists = list(owners)
-    parameters = [p for own in lists for p in own]
-    if not any(is_sharded(p) for p in parameters):
-        return None
-    layout = Layout.from_shapes({str(i): tuple(p.shape) for i, p in enumerate(parameters)})
-    rows, cols = np.array(layout.rows), np.array(layout.cols)
-    module_T = np.repeat(np.arange(len(lists)), [len(own) for own in lists])
-    zeros, filled = np.zeros_like(rows), rows * cols > 0
-    columns = (np.arange(len(rows)), zeros, rows, zeros, cols, np.unique(module_T[filled], return_inverse=True)[1])
-    boxes = Boxes.from_columns(*(column[filled] for column in columns[:5]), columns[5].reshape(-1))
-    device = parameters[0].device
-    return kernel_for(
-        Plan(layout, boxes), parameters, lambda local: make_kernel("auto", local, device, call="ChainSplitter")
-    )
-
-
-def bound_modules(owners: Iterable[list[nn.Parameter]], total: float = 1.0, kernel: Any | None = None) -> Tensor:
+class ModuleLimits:
     """Bound the gradient of every module by its equal part of one total, in place.
 
         limit = total / sqrt(M);  g_m <- g_m min(1, limit / ||g_m||);  a module that is not finite is zeroed
 
-    Squares of all modules add to at most total^2, so this bounds the whole gradient by `total` too, but no
-    module can take another's part.
+    The squares of all modules add to at most total^2, so this bounds the whole gradient by ``total`` too, but no module
+    can take another's part. Sharded parameters cost one all-reduce per step.
 
     Args:
-        owners: the parameters of each module.
-        total: L2 norm, gradient units.
-        kernel: from `kernel_over_ranks`; one all-reduce then makes the norms those of the whole modules.
+        owners: the parameters of each of the M modules, by its name.
+        total: L2 norm, gradient units, > 0.
 
-    Returns:
-        norm_M (M,): the norms before, on the gradients' device; no host sync.
-
-    >>> layer = nn.Linear(1, 1, bias=False); layer.weight.grad = torch.full((1, 1), 5.0)
-    >>> bound_modules([[layer.weight]]).tolist(), layer.weight.grad.item()
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> layer.weight.grad = torch.full((1, 1), 5.0)
+    >>> ModuleLimits({"layer": [layer.weight]}).bound_().tolist(), layer.weight.grad.item()
     ([5.0], 1.0)
     """
-    if kernel is not None:
-        return _bound_over_ranks([p.grad for own in owners for p in own], total, kernel)
-    lists = [[p.grad for p in own if p.grad is not None] for own in owners]
-    limit = total / math.sqrt(max(1, len(lists)))
-    norms = []
-    for grads in lists:
-        if not grads:
-            norms.append(torch.zeros(()))
-            continue
-        norm = torch.linalg.vector_norm(torch.stack([signal_norm(grad).to(grads[0].device) for grad in grads]))
-        norms.append(norm)
-        finite = torch.isfinite(norm)
-        scale = torch.where(finite, (limit / norm.clamp(min=1e-38)).clamp(max=1.0), torch.zeros_like(norm))
-        if norm.device.type == "cpu" and float(scale) == 1.0:
-            continue
-        torch._foreach_mul_(grads, scale)
-        for grad in grads:
-            # multiplying by zero leaves a NaN where it was: zeros are written
-            grad.masked_fill_(~finite, 0.0)
-    return torch.stack([n.to(norms[0].device) for n in norms]) if norms else torch.zeros(0)
 
+    def __init__(self, owners: Mapping[str, Sequence[nn.Parameter]], total: float = 1.0) -> None:
+        pairs = [(f"{name}/{i}", p) for name, own in owners.items() for i, p in enumerate(own)]
+        self.parameters = [p for _, p in pairs]
+        layout = Layout(tuple(name for name, _ in pairs), tuple(tuple(int(n) for n in p.shape) for _, p in pairs))
+        one_device(pairs, call="ChainSplitter")
+        rows, cols = np.array(layout.rows), np.array(layout.cols)
+        module_T = np.repeat(np.arange(len(owners)), [len(own) for own in owners.values()])
+        zeros, filled = np.zeros_like(rows), rows * cols > 0
+        columns = (np.arange(len(rows)), zeros, rows, zeros, cols, np.unique(module_T[filled], return_inverse=True)[1])
+        boxes = Boxes.from_columns(*(column[filled] for column in columns[:5]), columns[5].reshape(-1))
+        plan, tensors = Plan(layout, boxes), [torch.view_as_real(p) if p.is_complex() else p for p in self.parameters]
+        limit = total / math.sqrt(max(1, plan.num_bins))
+        self.split = Split(plan, tensors, Fixed(limit), call="ChainSplitter")
 
-def _bound_over_ranks(gradients: list[Tensor | None], total: float, kernel: Any) -> Tensor:
-    squares = kernel.squares(gradients)
-    finite, limit = torch.isfinite(squares), total / math.sqrt(len(squares))
-    norms = torch.where(finite, squares, 0.0).sqrt()
-    kernel.scale_(gradients, (limit / norms.clamp(min=1e-38)).clamp(max=1.0), ~finite)
-    return torch.where(finite, norms, float("inf"))
+    @torch.no_grad()
+    def bound_(self) -> Tensor:
+        """Bound the gradients as they are now; return the norms before, (M,), inf where not finite; no host sync."""
+        gradients = [None if p.grad is None else p.grad for p in self.parameters]
+        gradients = [torch.view_as_real(g) if g is not None and g.is_complex() else g for g in gradients]
+        _, decision = self.split.bound_(gradients)
+        norms: Tensor = torch.where(decision.finite_B, decision.norm_B, math.inf)
+        return norms

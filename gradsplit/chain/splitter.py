@@ -19,7 +19,7 @@ from ..rates import follows_gradient
 from .fork_limits import ForkMemory, ForkWatch
 from .graph import CallTrace, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in
-from .module_limits import bound_modules, kernel_over_ranks, modules_with_parameters
+from .module_limits import ModuleLimits, modules_with_parameters
 from .signal_limits import JointMemory, SignalGuard
 
 
@@ -183,8 +183,7 @@ class ChainSplitter:
         self.parameters, self.total = parameters, total
         self.owners = modules_with_parameters(self.model)
         self.module_norms: Tensor | None = None
-        self._kernel: Any = None
-        self._asked_for_kernel = False
+        self._limits: ModuleLimits | None = None  # made at the first step, when a wrapper has sharded what it shards
         self._handles: list[Any] = []
         self._generation = 0
         self._trace: CallTrace | None = None
@@ -241,9 +240,9 @@ class ChainSplitter:
         """Bound the parameters' gradients by module if a task fork is bounded and `parameters="modules"`."""
         self._unbounded = 0
         if self.watch.active and self.watch.memories and self.parameters == "modules":
-            if not self._asked_for_kernel:
-                self._kernel, self._asked_for_kernel = kernel_over_ranks(self.owners.values()), True
-            self.module_norms = bound_modules(self.owners.values(), self.total, self._kernel)
+            if self._limits is None:
+                self._limits = ModuleLimits(self.owners, self.total)
+            self.module_norms = self._limits.bound_()
 
     def rows(self) -> list[JointRow]:
         """One row a joint: last norm, limit, how often bounded or not finite; waits for the device."""

@@ -20,6 +20,7 @@ _OPTIMIZER_GROUPS = {
         "optim",
         "rates",
         "resume",
+        "split",
         "splitter",
         "update_cap",
         "watch",

@@ -14,7 +14,7 @@ from gradsplit.budget.base import limits_after
 from gradsplit.budget.running_median import RunningMedian
 from gradsplit.chain.factors import operator_norm
 from gradsplit.chain.fork_limits import fork_limit, remember_branch
-from gradsplit.chain.module_limits import bound_modules
+from gradsplit.chain.module_limits import ModuleLimits
 from gradsplit.chain.signal_limits import apply_scale, scale_within, signal_norm
 
 norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
@@ -85,14 +85,14 @@ def test_zeros_are_written_where_a_signal_is_not_finite() -> None:
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
 def test_each_module_keeps_its_part_of_the_total(sizes: list[float]) -> None:
-    owners = []
+    owners = {}
     for size in sizes:
         p = torch.nn.Parameter(torch.zeros(3))
         p.grad = torch.full((3,), size)
-        owners.append([p])
-    before = bound_modules(owners, total=2.0)
+        owners[str(len(owners))] = [p]
+    before = ModuleLimits(owners, total=2.0).bound_()
     limit = 2.0 / math.sqrt(len(sizes))
-    for size, norm, (p,) in zip(sizes, before, owners, strict=True):
+    for size, norm, (p,) in zip(sizes, before, owners.values(), strict=True):
         assert float(norm) == pytest.approx(size * math.sqrt(3), rel=1e-5)
         assert p.grad is not None
         assert float(p.grad.norm()) == pytest.approx(min(limit, size * math.sqrt(3)), rel=1e-5)
@@ -101,7 +101,7 @@ def test_each_module_keeps_its_part_of_the_total(sizes: list[float]) -> None:
 def test_a_module_that_is_not_finite_is_zeroed_and_the_others_are_not() -> None:
     broken, sound = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     broken.grad, sound.grad = torch.tensor([math.nan, 1.0]), torch.tensor([0.1, 0.1])
-    bound_modules([[broken], [sound]])
+    ModuleLimits({"broken": [broken], "sound": [sound]}).bound_()
     assert broken.grad.tolist() == [0.0, 0.0] and sound.grad.tolist() == pytest.approx([0.1, 0.1])
 
 
