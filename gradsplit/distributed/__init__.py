@@ -1,4 +1,4 @@
-"""Sharded tensors: a rank's local boxes, and the one all-reduce of squares a step."""
+"""Sharded tensors: what a rank holds of a plan, and the kernel that adds over the ranks."""
 
 from .kernel import ShardedKernel, add_over, adder, kernel_for, make_kernel
 from .shards import LocalPlan, Shard, is_sharded, local_of, shard_of, whole_of

@@ -1,6 +1,6 @@
-"""What a rank holds of a sharded tensor: the one module that knows DTensor.
+"""What a rank holds of a sharded tensor, a DTensor, and of a plan over such tensors.
 
-A shard is a block of the tensor's matrix view. torch places it; here it is only asked where it lies.
+A shard is a block of the tensor's matrix view. torch places it; this module only asks where it lies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Shard", "is_sharded", "local_of", "shard_of", "whole_of", "LocalPlan
 
 
 class Shard(NamedTuple):
-    """The block of a tensor's matrix view that this rank holds, half open, and its local shape."""
+    """The block of a tensor's matrix view that this rank holds, half open, and the shape of what it holds."""
 
     shape: tuple[int, ...]
     row_start: int
@@ -28,7 +28,7 @@ class Shard(NamedTuple):
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor; never imports torch.distributed.tensor, which whoever made one has done."""
+    """Whether a tensor is a DTensor; this never imports torch.distributed.tensor, as whoever made one has done so."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -36,13 +36,13 @@ def is_sharded(tensor: Any) -> bool:
 def local_of(tensor: Any) -> Any:
     """Return what this rank holds, sharing memory; anything but a DTensor is returned as it is.
 
-    DTensor operations in a step would gather once a bin; `data_ptr()` of a DTensor is 0.
+    A step needs it: operations on DTensors would gather once per bin, and the `data_ptr()` of a DTensor is 0.
     """
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole_of(tensor: Tensor) -> Tensor:
-    """Return the whole tensor, gathered if it is sharded: once, for calibration, never in a step."""
+    """Return the whole tensor, gathered if it is sharded; this is too slow for a step."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
@@ -51,7 +51,8 @@ def shard_of(name: str, tensor: Any) -> Shard:
     """Return where this rank's part of a tensor lies.
 
     Raises:
-        ValueError: a placement whose part is no block of the matrix view (a shard of dim 2 or later), or a pending sum.
+        ValueError: a placement whose part is not a block of the matrix view (a shard of dim 2 or later), or a pending
+            sum.
     """
     shape = tuple(int(size) for size in tensor.shape)
     if not is_sharded(tensor):
@@ -60,15 +61,13 @@ def shard_of(name: str, tensor: Any) -> Shard:
     placements = tensor.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
-            f"shard_of({name!r}): expected a gradient that has been reduced, got placements {placements}. Split "
-            "after the "
-            "reduction: after backward(), outside no_sync()."
+            f"shard_of({name!r}): expected a gradient that has been reduced, got placements {placements}. Split after "
+            "the reduction: after backward(), outside no_sync()."
         )
     if any(getattr(placement, "dim", 0) > 1 for placement in placements):
         raise ValueError(
             f"shard_of({name!r}): expected shards along dim 0 or 1, got placements {placements} of shape {shape}. A "
-            "shard of a "
-            "later dim is no block of rows x columns; shard dim 0 instead."
+            "shard of a later dim is not a block of rows x columns: shard dim 0 instead."
         )
     local, offset = _local_shape_and_offset(tensor)
     if len(shape) < 2:
@@ -82,7 +81,7 @@ def shard_of(name: str, tensor: Any) -> Shard:
 def _local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Torch's own arithmetic of uneven, empty and strided shards.
 
-    It is private; the count of copies at set-up would not come out as integers if it changed its meaning.
+    It is private. If its meaning changed, `ShardedKernel` would not count whole copies and would say so.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -91,9 +90,12 @@ def _local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def pieces_of(plan: Plan) -> tuple[Plan, np.ndarray | None]:
-    """Return a plan in which every bin lies in one tensor, and the bin of each of its bins; None: it is the plan.
+    """Cut the bins of a plan at the tensors' borders: tensors of one bin may have different numbers of copies.
 
-    Tensors of one bin may have different numbers of copies, as the weight and the bias of a row-wise parallel layer.
+    The weight and the bias of a row-wise parallel layer are such tensors.
+
+    Returns:
+        A plan of pieces, each inside one tensor; and the bin of each piece, or None where the pieces are the bins.
     """
     pairs, pieces = np.unique(np.stack((plan.bin_K, plan.tensor_K)), axis=1, return_inverse=True)
     if pairs.shape[1] == plan.num_bins:
@@ -103,14 +105,14 @@ def pieces_of(plan: Plan) -> tuple[Plan, np.ndarray | None]:
 
 
 class LocalPlan(Plan):
-    """A plan over local shards: every kernel runs on it as on a whole one.
+    """A plan over local shards; every kernel runs on it as on a whole plan.
 
-    Bins keep their global numbers; one that lies elsewhere has no box here and its sum is 0. So sums over ranks are
-    sums over bins, and state per bin does not depend on the number of ranks.
+    Bins keep their global numbers. A bin that lies elsewhere has no box here, and its sum is 0. So sums over ranks are
+    sums over bins, and the state of a bin does not depend on the number of ranks.
 
     Args:
         plan: over the global shapes.
-        shards: one a tensor.
+        shards: one per tensor.
     """
 
     def __init__(self, plan: Plan, shards: list[Shard]) -> None:
@@ -132,6 +134,10 @@ class LocalPlan(Plan):
         self._prepared = {}
 
     def held_B(self, present_T: np.ndarray | None = None) -> np.ndarray:
-        """Return how many elements of each bin this rank holds, (B,), of the tensors that are present."""
+        """Return how many elements of each bin this rank holds, (B,).
+
+        Args:
+            present_T: (T,) 1 for each tensor that counts, else 0; None: all count.
+        """
         weights = self.boxes.numel_K if present_T is None else self.boxes.numel_K * present_T[self.boxes.tensor_K]
         return np.bincount(self.boxes.bin_K, weights=weights, minlength=self.num_bins)

@@ -1,4 +1,4 @@
-"""Guards: which tensors may be read and written by address, and what is wrong with the others."""
+"""Which tensors compiled programs may read and write by address, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import Parameter
 __all__ = ["DTYPES", "FallbackWarning", "bump_versions", "obstacle", "overlap", "warn_of_fallback"]
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-"""What compiled programs read and write by address."""
+"""The dtypes that compiled programs read and write by address."""
 
 _PLAIN = (Tensor, Parameter)
 
@@ -23,9 +23,16 @@ class FallbackWarning(UserWarning):
 
 
 def obstacle(tensor: Tensor, device: str = "cpu") -> str:
-    """Say why a tensor must not be touched by address on a type of device; empty if it may.
+    """Say why a tensor must not be read and written by address on a type of device; empty if it may.
 
-    Strides are judged by the lowering.
+    Strides are judged by `gradsplit.plan.lowering`.
+
+    Args:
+        tensor: of any kind.
+        device: the type of device whose memory the program addresses.
+
+    >>> obstacle(torch.zeros(2)), obstacle(torch.zeros(2).to_sparse())
+    ('', 'its layout is torch.sparse_coo')
     """
     there = tensor.is_cpu if device == "cpu" else tensor.device.type == device
     plain = type(tensor) in _PLAIN and there and tensor.layout is torch.strided
@@ -41,7 +48,14 @@ def obstacle(tensor: Tensor, device: str = "cpu") -> str:
 
 
 def warn_of_fallback(what: str, name: str, reason: str, remedy: str) -> None:
-    """Say once which tensor is served more slowly, and why."""
+    """Warn that a tensor is served by eager torch; the caller sees to it that this comes once.
+
+    Args:
+        what: what falls back, as the first words of the warning.
+        name: the tensor.
+        reason: what is wrong with it, without a full stop.
+        remedy: what to do, as a sentence.
+    """
     warnings.warn(
         f"{what} falls back to eager torch for {name!r}: {reason}. The result is the same, only slower. {remedy}",
         FallbackWarning,
@@ -50,7 +64,7 @@ def warn_of_fallback(what: str, name: str, reason: str, remedy: str) -> None:
 
 
 def overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether two tensors share memory; then the order of writes matters, and threads must not share the work."""
+    """Whether any two of the tensors share memory; then the order of writes matters, and one thread does the work."""
     starts = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
     sizes = np.array(
         [
@@ -65,8 +79,8 @@ def overlap(tensors: Sequence[Tensor]) -> bool:
 
 
 def bump_versions(tensors: list[Tensor]) -> None:
-    """Tell autograd that memory was written, which it cannot see: graphs must not use old values they saved."""
+    """Tell autograd that memory was written, which it cannot see: graphs must not use old values that they saved."""
     try:
-        torch.autograd.graph.increment_version(tensors)  # passes over those of inference mode, which have no version
-    except RuntimeError:  # an older torch that does not
+        torch.autograd.graph.increment_version(tensors)  # leaves out tensors of inference mode, which have no version
+    except RuntimeError:  # an older torch refuses them
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

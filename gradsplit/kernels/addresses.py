@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Memory by address for Numba: pointers typed by the tensor's dtype, loads and stores that round as torch does.
 
-Numba has no half-precision types on the CPU, so the type of a *kind*, a number of value 0 handed to a kernel, says how
-memory is to be read: float32 and float64 as they are, uint16 for bfloat16, int16 for float16. One kernel text then
-serves all four; half-precision numbers are loaded as float32, which holds them exactly, and rounded to nearest even
-when they are stored.
+Numba has no half-precision types on the CPU. So each loop receives a *kind*, a number of value 0 whose type says how to
+read memory: float32 and float64 as they are, uint16 for bfloat16, int16 for float16. One text of a loop then serves all
+four. Half-precision numbers are loaded as float32, which holds them exactly, and rounded to nearest even when they are
+stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
     torch.float16: np.int16(0),
 }
-"""Each dtype's kind."""
+"""The kind of each dtype."""
 
 ir: Any = vars(cgutils)["ir"]  # llvmlite's, as numba itself uses it
 _intrinsic: Any = intrinsic
@@ -34,9 +34,14 @@ _BF16, _F16 = types.uint16, types.int16
 
 
 def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return numba's decorator for serial kernels without the GIL, cached on disk where a folder can be written.
+    """Return numba's decorator for serial loops without the GIL, cached on disk where a folder can be written.
 
-    With a read-only install and no writable home there is none; the kernels are then compiled in every process.
+    With a read-only install and no writable home there is no cache, and every process compiles the loops again. Numba
+    renews a loop's cache when the loop's own file changes: whoever edits an intrinsic of this file, or the columns of
+    the tables in `gradsplit.plan.lowering`, deletes the cached loops.
+
+    Args:
+        **flags: for `numba.njit`, such as ``fastmath``.
     """
 
     def wrap(function: Callable[..., Any]) -> Any:
@@ -61,7 +66,7 @@ def pointer(context, address, kind):
 
 @_intrinsic
 def load(context, memory, index):
-    """Return element ``index`` in the type to compute in: float64 for float64, else float32."""
+    """Return element ``index`` in the type in which to compute: float64 for float64, else float32."""
     kind = memory.dtype
     signature = (types.float64 if kind == types.float64 else types.float32)(memory, index)
 
@@ -109,7 +114,7 @@ def _rounded_bf16(builder: Any, value: Any) -> Any:
 
 @_intrinsic
 def narrow(context, memory, value):
-    """Return a float64 in the type in which the memory's elements are computed with."""
+    """Return a float64 in the type in which to compute with the memory's elements, see `load`."""
     compute = types.float64 if memory.dtype == types.float64 else types.float32
     signature = compute(memory, types.float64)
 

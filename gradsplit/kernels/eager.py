@@ -1,7 +1,7 @@
-"""Bins in eager torch without a loop over bins: any device, dtype, stride; the fallback of every other backend.
+"""Bins in eager torch without a loop over bins, for every device, dtype and stride.
 
-Per tensor the plan is read once into a *pattern*: which bin each row, each column or each element belongs to. Reading
-a tensor is then a reduction and a scatter-add, scaling it one multiplication by a broadcast factor.
+The plan of each tensor is read once into a *pattern*: the bin of each row, of each column or of each element. Reading a
+tensor is then one reduction and one scatter-add. Scaling it is one multiplication by a factor that broadcasts.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class _Pattern:
 
 
 class EagerKernel(Kernel):
-    """The same contract as `ReferenceKernel`, vectorised.
+    """The kernel for tensors of every kind.
 
-    L-BF bins keep one int64 an element of their tensor: use the numba backend where that is too much.
+    For L-BF bins it keeps one int64 per element of their tensor: use the numba backend where that is too much.
     """
 
     name = "eager"
@@ -114,7 +114,7 @@ class EagerKernel(Kernel):
         return squares_B.index_add(0, torch.cat(ids), torch.cat(sums)) if ids else squares_B
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
-        """See `Kernel.scale_`. Multiplies unconditionally: looking first would wait for the device."""
+        """See `Kernel.scale_`. It multiplies unconditionally: to look first would be to wait for the device."""
         for t, tensor in enumerate(tensors):
             if tensor is None or tensor.numel() == 0:
                 continue
@@ -124,7 +124,14 @@ class EagerKernel(Kernel):
             dense.masked_fill_(self._patterns[t].factor(zero_B, rows), 0)
 
     def factor(self, t: int, values_B: Tensor, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        """Return values of the bins in a shape that broadcasts over tensor t, in a precision that keeps its dtype."""
+        """Return values of the bins in a shape that broadcasts over tensor t, or over its stored rows.
+
+        Args:
+            t: the tensor's place in the layout.
+            values_B: (B,) numbers or bool.
+            dtype: of the tensor; numbers come in at least float32 and else in its real dtype, which it then keeps.
+            rows: the stored rows of a sparse tensor.
+        """
         if dtype.is_complex:
             dtype = dtype.to_real()
         wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,4 +1,4 @@
-"""The backends by name, one row each, fastest first; the rows parametrise tests and benchmarks."""
+"""What a kernel does, and the backends by name: one row each, fastest first."""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ class Backend:
 
     Attributes:
         name: what users write as ``backend="name"``.
-        place: module and class, imported only when used.
+        place: module and class, imported only when used; a `Kernel` made with (plan, device).
+        summary: what it is, for lists of backends.
         automatic: ``backend="auto"`` may choose it.
         devices: device types it serves; empty: all.
         needs: the package it needs beside torch, and the extra that installs it.
@@ -163,7 +164,7 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "triton",
             (".triton_gpu", "TritonKernel"),
-            "one launch a dtype by pointer table; checked in Triton's interpreter, never on a graphics card",
+            "one launch per dtype by pointer table; checked in Triton's interpreter, never on a graphics card",
             automatic=False,
             devices=("cuda",),
             needs="triton",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..hooks import constant_while_traced
 from ..plan import Plan
-from ..plan.lowering import Lowered, lower, walks
+from ..plan.lowering import BAND_LENGTH, Lowered, lower, walks
 from . import numba_loops as loops
 from .addressable import bump_versions, obstacle, overlap, warn_of_fallback
 from .addresses import KINDS
@@ -24,7 +24,7 @@ from .threads import Call, run, threads_for
 __all__ = ["Signature", "Tables", "addresses_of", "room_for_workers", "scale_calls", "square_calls", "NumbaKernel"]
 
 Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
-"""Per tensor its dtype and strides; None: not walked."""
+"""The dtype and strides of each tensor; None: not addressed."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Tables:
     Attributes:
         signature: dtypes and strides.
         lowered: the tables of each dtype.
-        eager_T: tensors that the eager kernel serves.
+        eager_T: the tensors that the eager kernel serves.
     """
 
     signature: Signature
@@ -44,23 +44,23 @@ class Tables:
 
     @cached_property
     def num_elements(self) -> int:
-        """Elements in all tables."""
+        """The number of elements in all tables."""
         return sum(table.num_elements for _, table in self.lowered)
 
     @cached_property
     def whole_bins(self) -> bool:
-        """Whether every bin lies in one piece."""
+        """Whether every bin lies in one piece of memory that is addressed."""
         return not self.eager_T and all(table.whole_bins for _, table in self.lowered)
 
     def are_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether they are the tables of these tensors too, but for those that were left out."""
+        """Whether these tables hold for other tensors too, but for those that are not addressed."""
         return all(
             entry is None or (not obstacle(tensor) and (tensor.dtype, tensor.stride()) == entry)
             for tensor, entry in zip(tensors, self.signature, strict=True)
         )
 
     def apart(self, tensors: Sequence[Tensor | None], bases: np.ndarray) -> bool:
-        """Whether no two tensors share memory; looked at once for the same addresses."""
+        """Whether no two tensors share memory; the answer is kept for as long as the addresses are the same."""
         if self._apart_at is None or not np.array_equal(self._apart_at, bases):
             if overlap([t for t, entry in zip(tensors, self.signature, strict=True) if t is not None and entry]):
                 return False
@@ -69,7 +69,7 @@ class Tables:
 
 
 def addresses_of(tensors: Sequence[Tensor | None], tables: Tables) -> np.ndarray:
-    """Return where the tensors begin in memory, 0 for those that are not walked."""
+    """Return where the tensors begin in memory, (T,); 0 for those that are not addressed."""
     return np.array(
         [
             0 if tensor is None or entry is None else tensor.data_ptr()
@@ -80,9 +80,13 @@ def addresses_of(tensors: Sequence[Tensor | None], tables: Tables) -> np.ndarray
 
 
 def room_for_workers(longest: int, dtype: Any = np.float64) -> np.ndarray:
-    """Return a row of numbers for each thread, at multiples of 64 bytes.
+    """Return uninitialised rows of numbers, one per thread, (threads, at least ``longest``).
 
-    Stores of whole vectors that cross cache lines take twice the time.
+    Each row begins at a multiple of 64 bytes: stores of whole vectors that cross cache lines take twice the time.
+
+    Args:
+        longest: how many numbers a row must hold.
+        dtype: of the numbers.
     """
     size, workers = -(-longest * np.dtype(dtype).itemsize // 64) * 64, torch.get_num_threads()
     memory = np.empty(workers * size + 64, dtype=np.uint8)
@@ -91,11 +95,18 @@ def room_for_workers(longest: int, dtype: Any = np.float64) -> np.ndarray:
 
 
 def _columns(table: Lowered) -> np.ndarray:
-    return room_for_workers(int(table.bands[:, 4].max()))
+    return room_for_workers(int(table.bands[:, BAND_LENGTH].max()))
 
 
 def square_calls(kind: Any, table: Lowered, bases: np.ndarray, slots: np.ndarray) -> list[Call]:
-    """Return the calls that write a table's sums of squares to its slots."""
+    """Return the calls that write a table's sums of squares to its slots.
+
+    Args:
+        kind: of the tensors' dtype, see `KINDS`.
+        table: the lowered plan.
+        bases: the addresses of the tensors, (T,).
+        slots: zeros, (table.num_slots,), to be folded into bins afterwards.
+    """
     calls: list[Call] = []
     if len(table.entries):
         calls.append((loops.square_entries, (kind, table.entries, table.chunks, bases, slots)))
@@ -108,7 +119,15 @@ def square_calls(kind: Any, table: Lowered, bases: np.ndarray, slots: np.ndarray
 def scale_calls(
     dtype: torch.dtype, table: Lowered, bases: np.ndarray, scale: np.ndarray, zero: np.ndarray
 ) -> list[Call]:
-    """Return the calls that scale a table's bins."""
+    """Return the calls that scale a table's bins.
+
+    Args:
+        dtype: of the tensors.
+        table: the lowered plan.
+        bases: the addresses of the tensors, (T,).
+        scale: factors, (B,).
+        zero: whether a bin becomes zero, (B,).
+    """
     kind = KINDS[dtype]
     calls: list[Call] = []
     if len(table.entries):
@@ -120,10 +139,10 @@ def scale_calls(
 
 
 class NumbaKernel(Kernel):
-    """The same contract as `ReferenceKernel`, by address, for dense tensors on the CPU.
+    """The kernel for dense tensors on the CPU, by address.
 
-    Float32, float64, bfloat16 and float16 of any strides whose rows or columns are contiguous. Sparse and complex
-    tensors are served by the eager kernel, which is made for them; so are all others that cannot be walked in memory,
+    It serves float32, float64, bfloat16 and float16 of any strides with contiguous rows or columns. The eager kernel
+    serves sparse and complex tensors, for which it is made. It also serves all other tensors that are not addressable,
     with one `FallbackWarning`.
     """
 
@@ -142,7 +161,7 @@ class NumbaKernel(Kernel):
         return self.squares_many([tensors])[0]
 
     def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
-        """Return the squares of several lists of tensors, from one pass of the threads over all of them."""
+        """See `Kernel.squares_many`; one pass of the threads over all lists."""
         if torch.compiler.is_compiling():
             return [self.eager.squares(tensors) for tensors in lists]
         calls: list[Call] = []
@@ -223,7 +242,7 @@ class NumbaKernel(Kernel):
     def _bound_apart(
         self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with a pass that measures all bins before one that scales."""
+        """Do the same in two passes: the first one measures all bins, the second one scales."""
         squares_B, *weights_B = self.squares_many([gradients] if weights is None else [gradients, weights])
         scale, zero = np.empty(self.plan.num_bins), np.empty(self.plan.num_bins, dtype=np.bool_)
         of_weights = weights_B[0].numpy() if weights_B else np.zeros(0)
@@ -234,34 +253,34 @@ class NumbaKernel(Kernel):
 
     @cached_property
     def _tensor_B(self) -> np.ndarray | None:
-        """Which tensor each bin lies in, if in one."""
+        """The tensor of each bin; None if a bin lies in several."""
         tensor_B = np.empty(self.plan.num_bins, dtype=np.int64)
         tensor_B[self.plan.bin_K] = self.plan.tensor_K
         return tensor_B if (tensor_B[self.plan.bin_K] == self.plan.tensor_K).all() else None
 
     @property
     def eager(self) -> Kernel:
-        """The kernel for what cannot be walked by address, and for steps that are traced."""
+        """The kernel for tensors that are not addressable, and for steps that are traced."""
         self._make_eager()
         assert self._eager is not None
         return self._eager
 
     @constant_while_traced
     def _make_eager(self) -> bool:
-        """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
+        """Make it on first use; while a step is traced this runs at once and leaves nothing in the graph."""
         if self._eager is None:
             self._eager = BACKENDS["eager"].make(self.plan, self.device)
         return True
 
     def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
-        """The tables of tensors that were measured just before; strides may have changed by the time they are again."""
+        """The tables of the tensors that were measured just before, once: their strides may change afterwards."""
         measured, self._measured = self._measured, None
         if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
             return None
         return measured[1]
 
     def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
-        """The tables for tensors of these dtypes and strides; None in the signature: the eager kernel, or nothing."""
+        """The tables for tensors of these dtypes and strides, made anew or found among the last four."""
         signature: Signature = []
         odd = False
         for tensor in tensors:
@@ -272,7 +291,7 @@ class NumbaKernel(Kernel):
             else:
                 signature.append(None)
                 odd = odd or tensor.numel() > 0
-        if odd:  # rare, and what is wrong may change from step to step: not kept
+        if odd:  # rare, and not kept, since what is wrong may change from step to step
             return self._make(tensors, signature)
         for place, tables in enumerate(self._tables):
             if tables.signature == signature:
@@ -312,7 +331,7 @@ class NumbaKernel(Kernel):
             else f"its strides {tensor.stride()} have no contiguous rows that the plan could cut"
         )
         self._warned = True
-        remedy = "Make it contiguous, or say backend='eager'."
+        remedy = "Make it contiguous, or use backend='eager'."
         warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy)
 
     def __getstate__(self) -> dict[str, Any]:

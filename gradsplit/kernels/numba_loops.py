@@ -1,8 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Compiled loops that read and scale bins, each a function of one chunk of the tables and one that shares out chunks.
+"""Compiled loops that read and scale bins.
 
-Squares are added in float64 whatever the dtype, so float32 entries up to 3e38 do not overflow; only reassociation of
-the sum is allowed to the compiler, which keeps inf and NaN and lets it use vectors.
+Each loop is two functions: one works through a chunk of a table, the other one shares out the chunks among threads.
+
+Squares are added in float64 whatever the dtype, so float32 entries up to 3e38 do not overflow. The compiler may
+reassociate the sum and nothing else: this keeps inf and NaN, and lets it use vectors.
+
+The tables and the names of their columns are those of `gradsplit.plan.lowering`. ``bases`` (T,) are the addresses of
+the tensors' first elements. ``columns_W`` is room for one number per column of memory and thread.
 """
 
 from __future__ import annotations
@@ -14,23 +19,45 @@ import numpy as np
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from ..plan.lowering import (
+    BAND_CUT,
+    BAND_LENGTH,
+    BAND_NUM_CUTS,
+    BAND_OFFSET,
+    BAND_ROW_STEP,
+    BAND_ROWS,
+    BAND_SLOT,
+    BAND_TENSOR,
+    BIN,
+    COUNT,
+    LENGTH,
+    OFFSET,
+    ROW_STEP,
+    ROWS,
+    SLOT,
+    STEP,
+    TENSOR,
+)
 from .addresses import compiled, load, narrow, pointer, store
+from .threads import BEGUN, NEXT, TEAM, THREADS
 
 __all__ = [
-    "COUNT",
-    "ENTRY",
-    "NEXT",
-    "THREADS",
     "share",
     "bound_entries",
     "fold",
     "scale_bands",
     "scale_entries",
     "scales_alone",
+    "square_bands",
+    "square_entries",
+    "touched",
 ]
 
-NEXT, COUNT, THREADS, ENTRY = range(4)
-"""What ``work`` holds: the next chunk, threads that have begun, threads to use, the address of GOMP_parallel or 0."""
+BOUNDS = 2
+"""Where among a chunk function's arguments, after ``c`` and ``worker``, the bounds of the chunks stand."""
+
+SLOPE, FLOOR, ROOT = range(3)
+"""The rows of a line in ``lines`` (J, 3, T), see `Kernel.bound_`."""
 
 ir: Any = vars(cgutils)["ir"]  # llvmlite's, as numba itself uses it
 _intrinsic: Any = intrinsic
@@ -43,9 +70,10 @@ _PARALLEL = ir.FunctionType(ir.VoidType(), [_BODY.as_pointer(), _BYTES, _I32, _I
 def share(typing_context, chunk, work, arguments):
     """Call ``chunk(c, worker, *arguments)`` once for every chunk c of a table.
 
-    ``chunk`` is a compiled function that returns nothing and raises nothing; ``worker`` counts the threads that take
-    part, from 0. The third of the arguments holds the chunks' bounds, one more than there are chunks. ``work`` is an
-    array of four integers, see `NEXT`; several threads may enter with the same one.
+    ``chunk`` is a compiled function that returns nothing and raises nothing. ``worker`` is the number of the thread,
+    counted from 0 among those that take part. The argument at `BOUNDS` holds the bounds of the chunks, one more than
+    there are chunks. ``work`` is an array of four integers, see `threads.NEXT`; several threads may enter with the same
+    one.
     """
     inner = (types.int64, types.int64, *arguments.types)
     chunk.get_call_type(typing_context, inner, {})  # compiles it
@@ -55,18 +83,18 @@ def share(typing_context, chunk, work, arguments):
         compiled = chunk.dispatcher.overloads[inner]
         ctx.active_code_library.add_linking_library(compiled.library)
         shared = ctx.make_array(sig.args[1])(ctx, builder, args[1]).data
-        bounds = ctx.make_array(arguments.types[2])(ctx, builder, builder.extract_value(args[2], 2))
+        bounds = ctx.make_array(arguments.types[BOUNDS])(ctx, builder, builder.extract_value(args[2], BOUNDS))
         num_chunks = builder.sub(bounds.nitems, _I64(1))
         data = cgutils.pack_struct(builder, (shared, num_chunks, args[2]))
         place = cgutils.alloca_once_value(builder, data)
         body = _body(ctx, builder.module, compiled.fndesc, inner, data.type)
-        entry, threads = (builder.load(_at(builder, shared, what)) for what in (ENTRY, THREADS))
+        team, threads = (builder.load(_at(builder, shared, what)) for what in (TEAM, THREADS))
         opaque = builder.bitcast(place, _BYTES)
-        with builder.if_else(builder.icmp_signed("==", entry, _I64(0))) as (alone, together):
+        with builder.if_else(builder.icmp_signed("==", team, _I64(0))) as (alone, together):
             with alone:
                 builder.call(body, [opaque])
             with together:
-                parallel = builder.inttoptr(entry, _PARALLEL.as_pointer())
+                parallel = builder.inttoptr(team, _PARALLEL.as_pointer())
                 builder.call(parallel, [body, opaque, builder.trunc(threads, _I32), _I32(0)])
         return ctx.get_dummy_value()
 
@@ -85,7 +113,7 @@ def _body(ctx: Any, module: Any, fndesc: Any, inner: tuple[Any, ...], data_type:
     data = builder.load(builder.bitcast(body.args[0], data_type.as_pointer()))
     work, num_chunks, arguments = (builder.extract_value(data, i) for i in range(3))
     unpacked = [builder.extract_value(arguments, i) for i in range(len(inner) - 2)]
-    worker = builder.atomic_rmw("add", _at(builder, work, COUNT), _I64(1), "monotonic")
+    worker = builder.atomic_rmw("add", _at(builder, work, BEGUN), _I64(1), "monotonic")
     function = ctx.declare_function(module, fndesc)
     again, found, done = (body.append_basic_block(name) for name in ("again", "found", "done"))
     builder.branch(again)
@@ -100,15 +128,13 @@ def _body(ctx: Any, module: Any, fndesc: Any, inner: tuple[Any, ...], data_type:
     return body
 
 
-__all__ += ["square_bands", "square_entries", "touched"]
-
 _reduced = compiled(fastmath={"reassoc", "contract"})
 _plain = compiled()
 
 
 @_reduced
 def _square_row(memory, start, length):
-    """The sum of squares of contiguous elements. A function of its own, since only then LLVM sees a plain loop."""
+    """The sum of squares of contiguous elements; a function of its own, since only then does LLVM see a plain loop."""
     total = 0.0
     for j in range(length):
         x = np.float64(load(memory, start + j))
@@ -127,9 +153,9 @@ def _square_rows(memory, start, rows, row_step, length):
 @_reduced
 def _square_entries(c, worker, kind, entries, chunks, bases, slots):
     for e in range(chunks[c], chunks[c + 1]):
-        slot, count, offset, step = entries[e, 0], entries[e, 2], entries[e, 4], entries[e, 5]
-        rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
-        memory = pointer(bases[entries[e, 3]], kind)
+        slot, count, offset, step = entries[e, SLOT], entries[e, COUNT], entries[e, OFFSET], entries[e, STEP]
+        rows, row_step, length = entries[e, ROWS], entries[e, ROW_STEP], entries[e, LENGTH]
+        memory = pointer(bases[entries[e, TENSOR]], kind)
         for i in range(count):
             slots[slot + i] = _square_rows(memory, offset + i * step, rows, row_step, length)
 
@@ -142,7 +168,7 @@ def square_entries(work, *arguments):
 
 @_reduced
 def _eight_squares(memory, at, step):
-    """The sum of the squares of an element and of seven below it."""
+    """The sum of the squares of an element and of the seven below it."""
     x0, x1 = np.float64(load(memory, at)), np.float64(load(memory, at + step))
     x2, x3 = np.float64(load(memory, at + 2 * step)), np.float64(load(memory, at + 3 * step))
     x4, x5 = np.float64(load(memory, at + 4 * step)), np.float64(load(memory, at + 5 * step))
@@ -152,7 +178,7 @@ def _eight_squares(memory, at, step):
 
 @_reduced
 def _add_rows(memory, start, step, length, columns):
-    """Add the squares of sixteen rows to the columns, which are then read and written once instead of sixteen times."""
+    """Add the squares of sixteen rows to the columns, which are thus read and written once instead of sixteen times."""
     for j in range(length):
         upper = _eight_squares(memory, start + j, step)
         store(columns, j, load(columns, j) + (upper + _eight_squares(memory, start + j + 8 * step, step)))
@@ -170,9 +196,10 @@ def _square_bands(c, worker, kind, bands, chunks, stops, bases, slots, columns_W
     sums = columns_W[worker]
     columns = pointer(sums.ctypes.data, 0.0)
     for d in range(chunks[c], chunks[c + 1]):
-        offset, rows, row_step, length = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 4]
-        cut, num_cuts, slot = bands[d, 5], bands[d, 6], bands[d, 7]
-        memory = pointer(bases[bands[d, 0]], kind)
+        offset, rows = bands[d, BAND_OFFSET], bands[d, BAND_ROWS]
+        row_step, length = bands[d, BAND_ROW_STEP], bands[d, BAND_LENGTH]
+        cut, num_cuts, slot = bands[d, BAND_CUT], bands[d, BAND_NUM_CUTS], bands[d, BAND_SLOT]
+        memory = pointer(bases[bands[d, BAND_TENSOR]], kind)
         sums[:length] = 0.0
         whole = rows - rows % 16
         for r in range(0, whole, 16):
@@ -190,7 +217,7 @@ def _square_bands(c, worker, kind, bands, chunks, stops, bases, slots, columns_W
 
 @_plain
 def square_bands(work, *arguments):
-    """Add up squares by columns over each band's rows, then by cuts into its slots."""
+    """Add the squares of each band by columns over its rows, then the columns by cuts into its slots."""
     share(_square_bands, work, arguments)
 
 
@@ -203,7 +230,7 @@ def fold(slots, num_bins, fold_bins):
 
 @_plain
 def touched(scale, zero):
-    """Whether any bin is to be changed."""
+    """Whether any bin must be changed."""
     found = False
     for b in range(len(scale)):
         found |= zero[b] | (scale[b] < 1.0)
@@ -228,9 +255,9 @@ def _multiply_rows(memory, start, rows, row_step, length, factor):
 @_plain
 def _scale_entries(c, worker, kind, entries, chunks, bases, scale, zero):
     for e in range(chunks[c], chunks[c + 1]):
-        at, count, offset, step = entries[e, 1], entries[e, 2], entries[e, 4], entries[e, 5]
-        rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
-        memory = pointer(bases[entries[e, 3]], kind)
+        at, count, offset, step = entries[e, BIN], entries[e, COUNT], entries[e, OFFSET], entries[e, STEP]
+        rows, row_step, length = entries[e, ROWS], entries[e, ROW_STEP], entries[e, LENGTH]
+        memory = pointer(bases[entries[e, TENSOR]], kind)
         for i in range(count):
             if zero[at + i]:
                 _zero_rows(memory, offset + i * step, rows, row_step, length)
@@ -240,22 +267,22 @@ def _scale_entries(c, worker, kind, entries, chunks, bases, scale, zero):
 
 @_plain
 def scale_entries(work, *arguments):
-    """Multiply bins with a scale below 1, write zeros where ``zero``; no other bin is written, or read."""
+    """Multiply bins with a scale below 1, and write zeros where ``zero``; other bins are neither read nor written."""
     share(_scale_entries, work, arguments)
 
 
 @_reduced
 def _limit(lines, t, weight, numel):
-    """The least of ``max(slope * weight, floor + root * sqrt(numel))`` over the lines (J, 3, T) of a tensor."""
+    """The smallest ``max(slope * weight, floor + root * sqrt(numel))`` over the lines of tensor t, see `SLOPE`."""
     limit = np.inf
     for j in range(len(lines)):
-        limit = min(limit, max(lines[j, 0, t] * weight, lines[j, 1, t] + lines[j, 2, t] * math.sqrt(numel)))
+        limit = min(limit, max(lines[j, SLOPE, t] * weight, lines[j, FLOOR, t] + lines[j, ROOT, t] * math.sqrt(numel)))
     return limit
 
 
 @_reduced
 def scales_alone(squares, weights, lines, tensors, numel, scale, zero):
-    """Write the scale of each measured bin, and whether it is not finite; return whether any bin is to be changed."""
+    """Write each measured bin's scale and whether it must become zero; return whether any bin must be changed."""
     found = False
     for b in range(len(squares)):
         zero[b] = not math.isfinite(squares[b])
@@ -269,8 +296,8 @@ def scales_alone(squares, weights, lines, tensors, numel, scale, zero):
 @_reduced
 def _bound_entries(c, worker, kind, entries, chunks, bases, weight_bases, lines, squares, weights, touched):
     for e in range(chunks[c], chunks[c + 1]):
-        at, count, t, offset, step = entries[e, 1], entries[e, 2], entries[e, 3], entries[e, 4], entries[e, 5]
-        rows, row_step, length = entries[e, 6], entries[e, 7], entries[e, 8]
+        at, count, offset, step = entries[e, BIN], entries[e, COUNT], entries[e, OFFSET], entries[e, STEP]
+        t, rows, row_step, length = entries[e, TENSOR], entries[e, ROWS], entries[e, ROW_STEP], entries[e, LENGTH]
         memory, of_weights = pointer(bases[t], kind), pointer(weight_bases[t], kind)
         for i in range(count):
             b, start, weight = at + i, offset + i * step, 0.0
@@ -291,9 +318,9 @@ def _bound_entries(c, worker, kind, entries, chunks, bases, weight_bases, lines,
 
 @_plain
 def bound_entries(work, *arguments):
-    """Measure each bin, and its weights if there is room for their squares; scale it at once if it is over its limit.
+    """Measure each bin, and its weights if there is room for their squares; scale the bin at once if it is too long.
 
-    A bin that is not finite becomes zero; weights that are not finite count as zero. ``touched[0]`` becomes 1 where
+    A bin that is not finite becomes zero; weights that are not finite count as zero. ``touched[0]`` becomes 1 if
     anything was written.
     """
     share(_bound_entries, work, arguments)
@@ -311,8 +338,9 @@ def _scale_row(memory, start, first, last, factors):
 def _scale_bands(c, worker, kind, bands, chunks, stops, bins, bases, scale, zero, columns_W):
     factors = pointer(columns_W[worker].ctypes.data, 0.0)
     for d in range(chunks[c], chunks[c + 1]):
-        offset, rows, row_step, cut, num_cuts = bands[d, 1], bands[d, 2], bands[d, 3], bands[d, 5], bands[d, 6]
-        memory = pointer(bases[bands[d, 0]], kind)
+        offset, rows, row_step = bands[d, BAND_OFFSET], bands[d, BAND_ROWS], bands[d, BAND_ROW_STEP]
+        cut, num_cuts = bands[d, BAND_CUT], bands[d, BAND_NUM_CUTS]
+        memory = pointer(bases[bands[d, BAND_TENSOR]], kind)
         lo, first, last = 0, -1, 0
         for i in range(num_cuts):
             b = bins[cut + i]
@@ -331,5 +359,5 @@ def _scale_bands(c, worker, kind, bands, chunks, stops, bins, bases, scale, zero
 
 @_plain
 def scale_bands(work, *arguments):
-    """The same for bands: a factor a column, over the rows of those bands that have something to do."""
+    """Multiply bands as `scale_entries` does entries, by one factor per column; a band without a change is left out."""
     share(_scale_bands, work, arguments)

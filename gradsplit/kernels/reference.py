@@ -46,7 +46,7 @@ class ReferenceKernel(Kernel):
             dense.copy_(matrix.reshape(dense.shape))
 
     def _matrix(self, tensor: Tensor, k: int) -> Tensor:
-        """The rows x columns view, copied where strides forbid a view; of a sparse tensor the stored rows alone."""
+        """The matrix view, copied where strides forbid a view; of a sparse tensor only its stored rows."""
         if tensor.is_sparse:
             values = tensor.coalesce().values()
             return values.reshape(1, -1) if tensor.dim() == 1 else values.reshape(values.shape[0], -1)
@@ -60,6 +60,6 @@ class ReferenceKernel(Kernel):
         if not tensor.is_sparse:
             return rows, cols
         stored = tensor.coalesce().indices()[0]
-        cut = cols if tensor.dim() == 1 else rows  # a vector is a single row: what is stored are columns
+        cut = cols if tensor.dim() == 1 else rows  # a vector is a single row, so its stored entries are columns
         held = ((stored >= cut.start) & (stored < cut.stop)).nonzero().flatten()
         return (rows, held) if tensor.dim() == 1 else (held, cols)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Bins by Triton programs over a pointer table: one launch for all tensors of a dtype, no copy to the host.
 
-Checked against the definition in Triton's interpreter on the CPU (TRITON_INTERPRET=1) and on no graphics card: so
-``backend="auto"`` does not choose it.
+It was checked against the definition in Triton's interpreter on the CPU (TRITON_INTERPRET=1), and never on a graphics
+card. So ``backend="auto"`` does not choose it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Plan
-from ..plan.lowering import lower
+from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
 from .addressable import bump_versions
 from .kernel import Kernel
 
 __all__ = ["BLOCK", "scale_pieces", "square_pieces", "TritonKernel"]
 
 BLOCK = 1024
+"""The most elements of a piece; one program takes one piece."""
+
+COLUMNS = tl.constexpr(7)
+_TENSOR, _BIN, _START, _FIRST, _STOP, _LENGTH, _ROW_STEP = (tl.constexpr(column) for column in range(7))
+"""The columns of a piece. Its elements are those from ``first`` to ``stop`` of a box. The box begins at element
+``start`` of the tensor and has rows of ``length`` elements, which are ``row_step`` elements apart."""
 
 
 @triton.jit
-def _elements(table, piece, BLOCK: tl.constexpr):
+def _elements(row, BLOCK: tl.constexpr):
     """Offsets of a piece's elements, and which of them exist."""
-    start = tl.load(table + piece * 7 + 2)
-    first = tl.load(table + piece * 7 + 3)
-    stop = tl.load(table + piece * 7 + 4)
-    length = tl.load(table + piece * 7 + 5)
-    row_step = tl.load(table + piece * 7 + 6)
+    start, first, stop = tl.load(row + _START), tl.load(row + _FIRST), tl.load(row + _STOP)
+    length, row_step = tl.load(row + _LENGTH), tl.load(row + _ROW_STEP)
     i = first + tl.arange(0, BLOCK).to(tl.int64)
     return start + (i // length) * row_step + i % length, i < stop
 
@@ -41,21 +44,21 @@ def _elements(table, piece, BLOCK: tl.constexpr):
 @triton.jit
 def square_pieces(table, addresses, squares, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Add each piece's sum of squares, in float64, to its bin."""
-    piece = tl.program_id(0)
-    base = tl.load(addresses + tl.load(table + piece * 7)).to(tl.pointer_type(KIND))
-    at, there = _elements(table, piece, BLOCK)
+    row = table + tl.program_id(0) * COLUMNS
+    base = tl.load(addresses + tl.load(row + _TENSOR)).to(tl.pointer_type(KIND))
+    at, there = _elements(row, BLOCK)
     x = tl.load(base + at, mask=there, other=0.0).to(tl.float64)
-    tl.atomic_add(squares + tl.load(table + piece * 7 + 1), tl.sum(x * x, axis=0))
+    tl.atomic_add(squares + tl.load(row + _BIN), tl.sum(x * x, axis=0))
 
 
 @triton.jit
 def scale_pieces(table, addresses, scale, zero, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply the pieces of bins with a scale below 1; write zeros where ``zero``; leave all others alone."""
-    piece = tl.program_id(0)
-    bin_ = tl.load(table + piece * 7 + 1)
+    """Multiply the pieces of bins with a scale below 1, and write zeros where ``zero``; leave all others alone."""
+    row = table + tl.program_id(0) * COLUMNS
+    bin_ = tl.load(row + _BIN)
     factor, zeroed = tl.load(scale + bin_), tl.load(zero + bin_)
-    base = tl.load(addresses + tl.load(table + piece * 7)).to(tl.pointer_type(KIND))
-    at, there = _elements(table, piece, BLOCK)
+    base = tl.load(addresses + tl.load(row + _TENSOR)).to(tl.pointer_type(KIND))
+    at, there = _elements(row, BLOCK)
     if factor < 1.0 or zeroed != 0:
         x = tl.load(base + at, mask=there, other=0.0)
         y = x.to(WIDE) * factor.to(WIDE)
@@ -70,14 +73,14 @@ _KINDS: dict[torch.dtype, tuple[Any, Any]] = {
     torch.bfloat16: (tl.bfloat16, tl.float32),
     torch.float16: (tl.float16, tl.float32),
 }
-"""Each dtype's element type, and the one to compute in."""
+"""The type of each dtype's elements, and the type in which to compute."""
 
 
 class TritonKernel(Kernel):
-    """The same contract as `ReferenceKernel`, for dense tensors whose rows or columns are contiguous.
+    """The kernel for dense tensors with contiguous rows or columns on a CUDA device.
 
     Raises:
-        ValueError: sparse or complex tensors, or strides that cannot be walked; take ``backend="eager"``.
+        ValueError: sparse or complex tensors, or strides that are not addressable; use ``backend="eager"``.
     """
 
     name = "triton"
@@ -110,8 +113,8 @@ class TritonKernel(Kernel):
                 signature.append(None)
             elif tensor.layout is not torch.strided or tensor.dtype not in _KINDS:
                 raise ValueError(
-                    f"TritonKernel(…): expected a dense real tensor, got {tensor.dtype}, {tensor.layout} at {name!r}. "
-                    "Use backend='eager'."
+                    f"TritonKernel(…): expected dense tensors of real numbers, got {tensor.dtype}, {tensor.layout} at "
+                    f"{name!r}. Use backend='eager'."
                 )
             else:
                 signature.append((tensor.dtype, tensor.stride()))
@@ -132,28 +135,26 @@ class TritonKernel(Kernel):
 
 
 def _pieces(plan: Plan, strides: list[Any]) -> np.ndarray:
-    """Cut every bin into pieces of at most `BLOCK` elements: tensor, bin, start, first, stop, length, row step."""
+    """Cut every bin into pieces of at most `BLOCK` elements, (pieces, `COLUMNS`)."""
     lowered = lower(plan, strides, bands=False, cut_bins=False)
     if lowered is None:
         raise ValueError(
-            "TritonKernel(…): expected tensors whose rows or columns are contiguous, got one that overlaps or has "
-            "neither. Use backend='eager'."
+            "TritonKernel(…): expected tensors with contiguous rows or columns, got one that has neither or overlaps "
+            "itself. Use backend='eager'."
         )
-    entries = np.repeat(lowered.entries, lowered.entries[:, 2], axis=0)
-    count = lowered.entries[:, 2]
+    count = lowered.entries[:, COUNT]
+    entries = np.repeat(lowered.entries, count, axis=0)
     of_entry = np.arange(len(entries)) - np.repeat(np.cumsum(count) - count, count)
-    size = entries[:, 6] * entries[:, 8]
+    size = entries[:, ROWS] * entries[:, LENGTH]
     times = -(-size // BLOCK)
     box = np.repeat(np.arange(len(entries)), times)
     first = BLOCK * (np.arange(len(box)) - np.repeat(np.cumsum(times) - times, times))
-    start = entries[:, 4] + of_entry * entries[:, 5]
-    columns = (
-        entries[box, 3],
-        (entries[:, 1] + of_entry)[box],
-        start[box],
-        first,
-        size[box],
-        entries[box, 8],
-        entries[box, 7],
-    )
-    return np.ascontiguousarray(np.stack(columns, axis=1))
+    pieces = np.empty((len(box), COLUMNS.value), dtype=np.int64)
+    pieces[:, _TENSOR.value] = entries[box, TENSOR]
+    pieces[:, _BIN.value] = (entries[:, BIN] + of_entry)[box]
+    pieces[:, _START.value] = (entries[:, OFFSET] + of_entry * entries[:, STEP])[box]
+    pieces[:, _FIRST.value] = first
+    pieces[:, _STOP.value] = size[box]
+    pieces[:, _LENGTH.value] = entries[box, LENGTH]
+    pieces[:, _ROW_STEP.value] = entries[box, ROW_STEP]
+    return pieces

@@ -14,7 +14,8 @@ import torch
 numba = pytest.importorskip("numba", reason="needs the package numba: pip install numba")
 
 from gradsplit.kernels import threads  # noqa: E402
-from gradsplit.kernels.numba_loops import COUNT, NEXT, share  # noqa: E402
+from gradsplit.kernels.numba_loops import share  # noqa: E402
+from gradsplit.kernels.threads import BEGUN, NEXT  # noqa: E402
 
 BOUNDS = np.arange(501, dtype=np.int64)
 
@@ -69,7 +70,7 @@ def test_several_calls_share_their_chunks_each_by_itself(kind_of_threads):
 def test_work_says_how_many_chunks_and_threads_there_were():
     work, done = np.zeros(4, dtype=np.int64), np.zeros(500, dtype=np.int64)
     count(work, np.float32(0), BOUNDS, BOUNDS, done, done.copy())
-    assert work[NEXT] == 501 and work[COUNT] == 1  # the last one asked for was one too many
+    assert work[NEXT] == 501 and work[BEGUN] == 1  # the last one asked for was one too many
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not list a process's threads")
