@@ -22,8 +22,7 @@ import torch
 from benchmarks.chain.fault_models import MODELS, reinitialise
 from benchmarks.chain.faults import FAULTS
 from benchmarks.chain.record import save
-from gradsplit.diagnose.diagnosis import diagnose
-from gradsplit.diagnose.registry import EXPLODING
+from gradsplit.diagnose.diagnosis import EXPLODING, diagnose
 
 INITS = ("default", "xavier", "kaiming", "orthogonal", "default")
 

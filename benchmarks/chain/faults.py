@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.chain.fault_models import detect
 from gradsplit.chain.joints import replace_tensors
-from gradsplit.diagnose.missing_norm import is_norm
+from gradsplit.diagnose.weights import is_norm
 
 Planted = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], set[str], dict[str, Any]]
 

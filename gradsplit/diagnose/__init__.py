@@ -1,4 +1,4 @@
-"""Findings: what is wrong with the gradient of a net, in words, worst first, each with its evidence."""
+"""What is wrong with the gradient of a net: findings in plain words, worst first, each with its evidence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 
 
 class _Callable(ModuleType):
-    """Importing binds `gradsplit.diagnose` to this package, where the public name is a function: so it is one."""
+    """This package, made callable. Its import binds `gradsplit.diagnose` to it, but the public name is a function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Diagnosis:
         return diagnose(*args, **kwargs)

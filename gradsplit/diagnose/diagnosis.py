@@ -1,8 +1,8 @@
-"""diagnose: one batch in, findings in plain words out, worst first."""
+"""diagnose: it takes one batch and gives findings in plain words, worst first; and the table of their kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,54 @@ from torch import nn
 
 from ..chain.chain import Chain
 from ..chain.joints import LossFn, bare
+from . import activations, signals, steps, weights
 from .evidence import Evidence, ForkShare, gather
 from .finding import Finding
-from .head_share import loss_weights
-from .registry import REGISTRY
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of finding.
+
+    Attributes:
+        name: the kind as users read it; every finding of this kind carries the name.
+        find: evidence -> findings of this kind.
+        explodes: whether it says that something explodes.
+        reads_broken: whether it can judge a net whose loss or signals are not finite.
+    """
+
+    name: str
+    find: Callable[[Evidence], list[Finding]]
+    explodes: bool = False
+    reads_broken: bool = False
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("nonfinite", activations.nonfinite, reads_broken=True),
+    Kind("hot layer", weights.hot_layer, explodes=True, reads_broken=True),
+    Kind("uneven layer", weights.uneven_layer, reads_broken=True),
+    Kind("forward explosion", signals.forward_explosion, explodes=True, reads_broken=True),
+    Kind("explosion", signals.explosion, explodes=True),
+    Kind("explosion through time", signals.explosion_through_time, explodes=True),
+    Kind("vanishing through time", signals.vanishing_through_time),
+    Kind("head share", signals.head_share),
+    Kind("missing normalisation", weights.missing_norm, reads_broken=True),
+    Kind("long step", steps.long_step, reads_broken=True),
+    Kind("unstable rate", steps.unstable_rate),
+    Kind("dead units", activations.dead_units),
+    Kind("saturation", activations.saturation),
+    Kind("vanishing", signals.vanishing),
+    Kind("no signal", signals.no_signal),
+)
+"""The table of findings; a new kind is a function and a row."""
+
+EXPLODING = frozenset(kind.name for kind in KINDS if kind.explodes)
+"""The kinds that say that something explodes; a healthy net must have none of them."""
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what passes change: buffers (running statistics), gradients, the state of the generator."""
+    """Restore what passes change: buffers (running statistics), gradients, and the state of the generator."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     grads = [(p, p.grad) for p in model.parameters()]
     for p, _ in grads:
@@ -43,10 +82,10 @@ class Diagnosis:
 
     Attributes:
         findings: worst first; empty for a sound net.
-        chain: the factored gradient that they were read from.
-        forks: signals of the task heads at each fork.
+        chain: the factored gradient from which they were read.
+        forks: the signals of the task heads at each fork.
         loss: the loss.
-        notes: what a finding could not, or did not, ask.
+        notes: what was not examined, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -56,7 +95,7 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
 
     def text(self, limit: int = 10) -> str:
-        """The findings as numbered paragraphs; then loss weights for several heads, and the notes."""
+        """The findings as numbered paragraphs, then the loss weights for several heads, then the notes."""
         count = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
         lines = [f"loss {self.loss:.4g}, {count}"]
         for number, finding in enumerate(self.findings[:limit], 1):
@@ -65,7 +104,7 @@ class Diagnosis:
             lines.append(f"... and {len(self.findings) - limit} more")
         for fork in self.forks:
             if min(fork.norms.values(), default=0.0) > 0:
-                weights = ", ".join(f"{name} {weight:.3g}" for name, weight in loss_weights(fork.norms).items())
+                weights = ", ".join(f"{name} {weight:.3g}" for name, weight in signals.loss_weights(fork.norms).items())
                 lines.append(f"loss weights that would equalise the heads' signals at {fork.module}: {weights}")
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
@@ -86,22 +125,24 @@ def diagnose(
 ) -> Diagnosis:
     """Say in plain words what is wrong with the gradient of a net, worst first.
 
-    Explosion is a product of gains above one; this measures the gains, so it can name where the growth *begins* instead
-    of where the gradient is large. The model's parameters, buffers, gradients and mode are left as they were.
+    Explosion is a product of gains above one. This function measures the gains, so it names the place where the growth
+    *begins*, and not the place where the gradient is large. The model's parameters, buffers, gradients and mode are
+    left as they were.
 
     Args:
         model: any module, in the mode in which it trains.
         loss_fn: `loss_fn(model, batch) -> scalar tensor`; it may not be finite.
         batch: what the loss takes.
-        optimizer: with one, its learning rate is held against the sharpness of the loss (20 more backward passes).
-        ladder: take its next step with one tensor after the other, and hold what raises the loss so against the radius
-            of convergence of `taylor_ladder`, row by row; see docs/diagnose.md for what it costs.
+        optimizer: if given, its learning rate is compared with the sharpness of the loss (20 more backward passes).
+        ladder: whether to try the optimizer's next step with one tensor after the other. For the rows for which the
+            step is too long, `taylor_ladder` then gives the radius of convergence. docs/diagnose.md says what it costs.
 
     Returns:
         A `Diagnosis`: `.text()`, `.to_dict()`, `.findings`, `.chain`, `.notes`.
 
     Raises:
-        ValueError: the loss is no scalar, or does not depend on the parameters; the ladder without an optimizer.
+        ValueError: the loss is not a scalar, or does not depend on the parameters; or `ladder` is set without an
+            optimizer.
 
     >>> import torch
     >>> model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
@@ -112,7 +153,7 @@ def diagnose(
     if ladder and optimizer is None:
         raise ValueError(
             "diagnose(ladder=True): expected an optimizer with it, got none. Pass optimizer=…, whose next step the "
-            "ladder judges, or see gs.taylor_ladder for radii without a step."
+            "ladder judges, or use gs.taylor_ladder for radii without a step."
         )
     model = bare(model)
     with undisturbed(model):
@@ -123,9 +164,9 @@ def diagnose(
 
 
 def judge(evidence: Evidence) -> list[Finding]:
-    """All findings of the registry, worst first; equal ones in the registry's order."""
+    """All findings, worst first; findings of equal severity are in the order of `KINDS`."""
     findings = []
-    for kind in REGISTRY:
+    for kind in KINDS:
         if evidence.finite or kind.reads_broken:
             findings.extend(kind.find(evidence))
     return sorted(findings, key=lambda finding: -finding.severity)

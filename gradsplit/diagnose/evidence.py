@@ -1,4 +1,4 @@
-"""Everything the findings read, gathered once: the chain, the forks' shares, the units' activity, the calls."""
+"""What the findings read, measured once: the chain, the shares at forks, activity, calls, and hot weights."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ LOOKUP, RECURRENT, MAP = "lookup", "recurrent", "map"
 
 
 @dataclass(frozen=True)
-class WeightGain:
-    """The gain a random signal would meet in one weight.
+class WeightHeat:
+    """How much one weight would enlarge a random or a constant input.
 
     Attributes:
         module: owner of the weight.
         parameter: its name in the owner.
-        gain: ratio of root mean squares out / in for a random or a constant input, whichever is larger:
+        enlarges: ratio of root mean squares out / in for a random or a constant input, whichever is larger:
             max(rms(W) sqrt(fan-in), |mean(W)| fan-in); for a lookup table rms(W).
-        reference: the median of this figure over the weights of its family in other modules, or 1 where there are none.
+        reference: the median of this figure over the weights of its family in other modules; 1 if there are none.
     """
 
     module: str
     parameter: str
-    gain: float
+    enlarges: float
     reference: float
 
     @property
     def ratio(self) -> float:
         """How many times hotter than its reference."""
-        return self.gain / self.reference if self.reference > 0 else math.inf
+        return self.enlarges / self.reference if self.reference > 0 else math.inf
 
 
-def weight_gains(model: nn.Module) -> list[WeightGain]:
-    """Gains of all weights with two dimensions or more; a tied weight counts once, under its first owner.
+def weight_heats(model: nn.Module) -> list[WeightHeat]:
+    """The heat of every weight with two dimensions or more; a tied weight counts once, under its first owner.
 
     >>> layer = nn.Linear(4, 2); _ = layer.weight.data.fill_(1.0)
-    >>> [(entry.parameter, entry.gain, entry.reference) for entry in weight_gains(layer)]
+    >>> [(entry.parameter, entry.enlarges, entry.reference) for entry in weight_heats(layer)]
     [('weight', 4.0, 1.0)]
     """
     seen: dict[int, int] = {}
@@ -60,48 +60,48 @@ def weight_gains(model: nn.Module) -> list[WeightGain]:
             if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
                 continue
             family = _family(module)
-            entry = (name, parameter, family, _gain(module, tensor, family))
+            entry = (name, parameter, family, _enlargement(module, tensor, family))
             if id(tensor) not in seen:
                 seen[id(tensor)] = len(found)
                 if family == LOOKUP:
                     sizes[len(found)] = tensor
                 found.append(entry)
             elif found[seen[id(tensor)]][2] == LOOKUP and family == MAP:
-                # a table tied to an output layer is judged as the map that it is too, under its first name
+                # A table that is tied to an output layer is a map too. It is judged as one, under its first name.
                 owner, known, _, _ = found[seen[id(tensor)]]
                 found[seen[id(tensor)]] = (owner, known, MAP, entry[3])
     entries = []
     tables = {number: _size(table) for number, table in sizes.items()}
-    for number, (name, parameter, family, gain) in enumerate(found):
-        if family == LOOKUP:  # among tables also those that are tied to an output layer
+    for number, (name, parameter, family, enlarges) in enumerate(found):
+        if family == LOOKUP:  # the other tables include those that are tied to an output layer
             others = [size for other, size in tables.items() if other != number and math.isfinite(size)]
         else:
-            others = [g for n, _, f, g in found if f == family and n != name and math.isfinite(g)]
-        entries.append(WeightGain(name, parameter, gain, _reference(others)))
+            others = [size for n, _, f, size in found if f == family and n != name and math.isfinite(size)]
+        entries.append(WeightHeat(name, parameter, enlarges, _reference(others)))
     return entries
 
 
-def hot_weights(model: nn.Module, ratio: float = 3.5) -> list[WeightGain]:
+def hot_weights(model: nn.Module, ratio: float = 3.5) -> list[WeightHeat]:
     """Weights at least `ratio` times hotter than their reference, hottest first."""
-    hot = [entry for entry in weight_gains(model) if math.isfinite(entry.gain) and entry.ratio >= ratio]
+    hot = [entry for entry in weight_heats(model) if math.isfinite(entry.enlarges) and entry.ratio >= ratio]
     return sorted(hot, key=lambda entry: -entry.ratio)
 
 
 def _reference(others: list[float]) -> float:
-    positive = [gain for gain in others if gain > 0]
+    positive = [other for other in others if other > 0]
     if not positive:
         return 1.0
     if len(positive) == 1:
-        return positive[0]  # of two, the hotter one is judged by the cooler
+        return positive[0]  # the hotter one of two is judged by the cooler one
     return statistics.median(positive)
 
 
-def _gain(module: nn.Module, weight: Tensor, family: str) -> float:
+def _enlargement(module: nn.Module, weight: Tensor, family: str) -> float:
     size = _size(weight)
     if family == LOOKUP:
         return size
     fan_in = _fan_in(module, weight)
-    # weights of one sign add up on a constant input, such as the mean that a rectifier leaves
+    # Weights of one sign add up on a constant input, such as the mean that a rectifier leaves.
     return max(size * math.sqrt(fan_in), abs(float(weight.detach().double().mean())) * fan_in)
 
 
@@ -139,7 +139,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Activity:
-    """How alive one activation function is: share of units zero, or of outputs saturated, over the batch."""
+    """Over the batch, the share of an activation function's units that are zero, or of its outputs that saturate."""
 
     module: str
     kind: str
@@ -149,7 +149,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class ForkShare:
-    """Norms of the branches' signals at one task fork, by branch, and the modules of each branch."""
+    """At one task fork, the norm of each branch's signal and the modules of each branch."""
 
     module: str
     norms: dict[str, float]
@@ -158,7 +158,7 @@ class ForkShare:
 
 @dataclass(frozen=True)
 class Break:
-    """Where the backward pass stopped being finite: operation, its module, the largest entry that entered."""
+    """Where the backward pass stopped being finite: the operation, its module, and the largest entry that entered."""
 
     module: str
     operation: str
@@ -173,15 +173,15 @@ class Evidence:
         model: the model.
         loss_fn: its loss.
         batch: the batch.
-        optimizer: None, or the optimizer whose learning rate is judged.
+        optimizer: the optimizer whose learning rate is judged, or None.
         chain: the factored gradient.
         calls: calls of all modules in the order in which they returned; "" is the root.
-        activity: of activation modules.
+        activity: dead and saturated units of the activation modules.
         forks: task forks with the norms of their branches.
         broken: where the backward pass stopped being finite, None if it did not.
-        hot: weights hotter than their siblings.
-        ladder: whether the ladder is to be asked how far each part may step.
-        notes: what a finding could not, or did not, ask.
+        hot: weights that are hotter than their siblings.
+        ladder: whether to ask the ladder how far each part may step.
+        notes: what was not examined, and why.
     """
 
     model: nn.Module
@@ -193,17 +193,17 @@ class Evidence:
     activity: list[Activity] = field(default_factory=list)
     forks: list[ForkShare] = field(default_factory=list)
     broken: Break | None = None
-    hot: list[WeightGain] = field(default_factory=list)
+    hot: list[WeightHeat] = field(default_factory=list)
     ladder: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
     def finite(self) -> bool:
-        """Whether loss and signals are."""
+        """Whether the loss and all signals are finite."""
         return math.isfinite(self.chain.loss) and self.broken is None
 
     def explained(self, modules: set[str]) -> float:
-        """Decades of gain that hot weights of these modules explain."""
+        """Decades of growth that hot weights of these modules explain."""
         best: dict[str, float] = {}
         for entry in self.hot:
             if entry.module in modules:
@@ -212,7 +212,7 @@ class Evidence:
 
 
 def gather(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any) -> Evidence:
-    """Measure everything; three forward and two backward passes."""
+    """Measure everything, in three forward and two backward passes."""
     chain = gradient_chain(model, loss_fn, batch)
     evidence = Evidence(model, loss_fn, batch, optimizer, chain, hot=hot_weights(model))
     with torch.enable_grad(), _watching(model, evidence), tracing(model) as trace:
@@ -233,7 +233,7 @@ def gather(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any) -> Evi
         members = {branch.name: branch.modules for branch in fork.branches}
         evidence.forks.append(ForkShare(fork.module or "(root)", norms, members))
     if breaks:
-        node, largest = max(breaks)  # the newest operation is the first of the backward pass
+        node, largest = max(breaks)  # the newest operation is the first one of the backward pass
         module = trace.module_of(int(graph.nodes_N[node]._sequence_nr()))
         inside = any(start <= int(graph.nodes_N[node]._sequence_nr()) < stop for start, stop, _ in trace.calls)
         name = module or ("(root)" if inside else "(loss)")
@@ -262,7 +262,7 @@ def _listen(
 
 
 def _finite(tensor: Tensor) -> bool:
-    # detached: a saved tensor more would upset a checkpointed block, which counts them
+    # Detached, since a checkpointed block counts the tensors that are saved, and one more would be an error.
     return bool(torch.isfinite(tensor.detach()).all())
 
 
@@ -287,7 +287,7 @@ def _watching(model: nn.Module, evidence: Evidence) -> Iterator[None]:
 
 
 def _activity(name: str, module: nn.Module, output: Tensor) -> Activity:
-    # a unit is a channel of a map (dimension 1 of 3 or more), else an entry of the last dimension
+    # A unit is a channel of a map (dimension 1 of four or more), or else an entry of the last dimension.
     axis = 1 if output.dim() >= 4 else output.dim() - 1
     by_unit = output.transpose(0, axis).reshape(output.shape[axis], -1) if output.dim() else output.reshape(1, 1)
     kind = type(module).__name__

@@ -1,4 +1,4 @@
-"""One finding: what, where, how much, how it is known and what to change."""
+"""Finding: what is wrong and where, by how much, how that is known, and what to change."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        kind: row of the registry that found it.
+        kind: the name of its row in `KINDS`.
         name: the guilty module (or head, or "(loss)").
         value: the figure that shows it.
         unit: what the figure counts.
         sentence: the finding in plain words.
         evidence: how it is known.
         change: what to do.
-        severity: decades beyond what is sound; findings are sorted by it. 100 and more: the gradient is not finite.
+        severity: decades beyond what is sound; findings are sorted by it. From 100 on the gradient is not finite.
     """
 
     kind: str
@@ -31,11 +31,11 @@ class Finding:
     severity: float
 
     def text(self) -> str:
-        """Three lines: the sentence, the evidence, the change."""
+        """Three lines: the sentence, the evidence and the change."""
         return f"{self.sentence}\n    evidence: {self.evidence}\n    change:   {self.change}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; a figure that is not finite becomes text, since JSON has no word for it."""
+        """Plain values; a figure that is not finite becomes text, since JSON cannot hold it."""
         values = asdict(self)
         for key in ("value", "severity"):
             number = values[key]

@@ -1,9 +1,10 @@
-"""Taking the optimizer's next step with a part of the parameters alone, and finding the rows that bear it badly."""
+"""A trial of the optimizer's next step, with one part of the parameters alone: which rows is it too long for?"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,18 +16,82 @@ from ..ladder.directions import single
 from ..ladder.ladder import Ladder, ladder_along
 from ..ladder.model import loss_of_model
 from ..ladder.trace import Params, TracedLoss, trace_loss
-from .next_update import NextUpdate, next_update
 
 KEPT = 0.2
-"""A step that brings less than this share of what the gradient promises, as does half of it, is too long."""
+"""A step is too long if it, and half of it too, brings less than this share of what the gradient promises."""
 PROMISE = 0.01
-"""... if the promise is this share of the loss at least; less is not worth a word."""
+"""The promise must be at least this share of the loss; a smaller one is ignored."""
 RADIAL = 1e-3
-"""Rows with less of their gradient along themselves stand before a normalisation: their length does not matter.
+"""Rows stand before a normalisation if less than this share of their gradient lies along themselves.
 
 Measured: below 1e-4 for convolutions before batch normalisation, above 1e-2 for all else.
 """
 MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class NextUpdate:
+    """How the optimizer would move the parameters on one gradient, per unit of learning rate.
+
+    Attributes:
+        direction: {name: tensor}, float64, of the parameters that the optimizer holds and whose rate is above 0.
+        rate: {name: learning rate} of the same parameters: rate * direction is the step.
+        source: what the direction is, in words that follow "along".
+    """
+
+    direction: dict[str, Tensor]
+    rate: dict[str, float]
+    source: str
+
+
+def next_update(optimizer: Any, params: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> NextUpdate:
+    """The optimizer's next update, (w after - w) / lr; the optimizer and the parameters stay as they are.
+
+    A copy of the optimizer, over copies of the parameters, takes one step. Momentum, moments, weight decay and the
+    optimizer's own limits are all in it. Hooks on the step (an attached splitter) belong to the original and do not
+    run. Some optimizers cannot step in this way: they want a closure, or they update in the backward pass. For them
+    the direction is minus the gradient.
+
+    Args:
+        optimizer: over the parameters, or over some of them.
+        params: {name: parameter}.
+        gradient: of the same names.
+
+    >>> w = nn.Parameter(torch.tensor([3.0]))
+    >>> update = next_update(torch.optim.SGD([w], lr=0.5, weight_decay=2.0), {"w": w}, {"w": torch.tensor([1.0])})
+    >>> update.direction["w"], update.rate["w"], w.data  # minus (gradient + decay)
+    (tensor([-7.], dtype=torch.float64), 0.5, tensor([3.]))
+    """
+    rate_of = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    moving = {name: p for name, p in params.items() if rate_of.get(id(p), 0.0) > 0}
+    rate = {name: rate_of[id(p)] for name, p in moving.items()}
+    name = type(optimizer).__name__
+    try:
+        moved = _stepped(optimizer, moving, gradient)
+    except Exception as error:  # a foreign optimizer may raise anything; the diagnosis goes on
+        moved, why = {}, f"{name} takes no step of its own here: {type(error).__name__}"
+    else:
+        why = f"{name} does not move by a step of its own"
+    if not any(bool(x.any()) for x in moved.values()):
+        return NextUpdate({n: -gradient[n].double() for n in moving}, rate, f"minus the gradient ({why})")
+    source = f"{name}'s next update"
+    if getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(optimizer, "_optimizer_step_post_hooks", None):
+        source += ", without the hooks on its step"
+    return NextUpdate({n: x / rate[n] for n, x in moved.items()}, rate, source)
+
+
+def _stepped(optimizer: Any, params: Mapping[str, nn.Parameter], gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far one step of a copy moves each parameter, float64."""
+    copies: dict[str, nn.Parameter] = {}
+    memo: dict[int, Any] = {}
+    for name, p in params.items():
+        copies[name] = memo[id(p)] = nn.Parameter(p.detach().clone())
+    twin = copy.deepcopy(optimizer, memo)
+    for name, p in copies.items():
+        p.grad = gradient[name].to(p)
+    with torch.enable_grad():
+        twin.step()
+    return {name: copies[name].detach().double() - p.detach().double() for name, p in params.items()}
 
 
 @dataclass(frozen=True)
@@ -36,7 +101,7 @@ class Part:
     Attributes:
         tensor: its name.
         ranges: (start, stop) of the rows, stop excluded, in order.
-        num_rows: of the tensor.
+        num_rows: number of rows of the tensor.
     """
 
     tensor: str
@@ -64,8 +129,8 @@ class StepTrial:
     Args:
         traced: the loss.
         point: the parameters, float64.
-        gradient: of the loss there.
-        update: the step.
+        gradient: the gradient of the loss at that point.
+        update: the optimizer's next step.
     """
 
     def __init__(self, traced: TracedLoss, point: Params, gradient: Params, update: NextUpdate) -> None:
@@ -101,8 +166,9 @@ class StepTrial:
     def heals(self, part: Part) -> bool:
         """Whether a normalisation divides the rows' length out, so that a long step shortens the ones to come.
 
-        Such a loss does not change with the length w of a row, so w . gradient = 0; a step across makes the row longer
-        and turns it less the next time (Arora, Li and Lyu 2018, arXiv 1812.03981): too long a step is no lasting harm.
+        Such a loss does not change with the length of a row w, so w . gradient = 0. A step then makes the row longer,
+        and the next step turns it less (Arora, Li and Lyu 2018, arXiv 1812.03981). A step that is too long does no
+        lasting harm there.
         """
         rows, gradient = (x[part.tensor].reshape(part.num_rows, -1) for x in (self.point, self.gradient))
         length = rows.norm(dim=1)
@@ -130,10 +196,10 @@ class StepTrial:
         return (self.before - after) / (share * self.promise(part)) if math.isfinite(after) else -math.inf
 
     def guilty(self, part: Part) -> bool:
-        """Whether the step is too long for this part: a promise that counts, hardly kept by the step and by half of it.
+        """Whether the step is too long for this part: neither the step nor half of it keeps a promise that counts.
 
-        Half of it, since training settles where a step reaches about as far as the loss falls ("edge of stability",
-        Cohen et al. 2021, arXiv 2103.00065), and there the whole step keeps nothing.
+        Half of the step is tried too, since training settles where a step reaches about as far as the loss falls
+        ("edge of stability", Cohen et al. 2021, arXiv 2103.00065). There the whole step keeps nothing.
         """
         if not self.promise(part) > PROMISE * abs(self.before):
             return False
@@ -149,9 +215,9 @@ class StepTrial:
         return ladder_along(self.traced, self.point, batches, order)
 
     def narrowed(self, part: Part) -> Part:
-        """The guilty rows of a guilty tensor, by halving, if the step suits all others; else the tensor as it is.
+        """The guilty rows of a guilty tensor, found by halving; the whole tensor if the other rows are guilty too.
 
-        Where neither half of some rows is guilty alone they are so together, and stay together.
+        If some rows are guilty together and neither half of them is guilty alone, they stay together.
         """
         found: list[tuple[int, int]] = []
         waiting, splits = list(part.ranges), 0

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gradsplit.diagnose
-from gradsplit.diagnose import diagnose
-from gradsplit.diagnose.evidence import weight_gains
-from gradsplit.diagnose.head_share import loss_weights
-from gradsplit.diagnose.registry import EXPLODING, REGISTRY
-from gradsplit.diagnose.unstable_rate import sharpness
+from gradsplit.diagnose import activations, diagnose, signals, steps, weights
+from gradsplit.diagnose.diagnosis import EXPLODING, KINDS
+from gradsplit.diagnose.evidence import weight_heats
+from gradsplit.diagnose.signals import loss_weights
+from gradsplit.diagnose.steps import sharpness
 from tests.chain.nets import NAMES, Recurrent, TwoHeads, build
 
 
@@ -65,7 +67,7 @@ def test_weights_of_one_sign_are_hot() -> None:
     assert top(model, X) == ("hot layer", "4")
 
 
-def test_an_even_explosion_has_first_and_last_layer_and_gain_a_link() -> None:
+def test_an_even_explosion_has_first_and_last_layer_and_gain_per_link() -> None:
     model = stack(24, between=nn.Identity)
     with torch.no_grad():
         for layer in list(model)[:-1:2]:
@@ -73,7 +75,7 @@ def test_an_even_explosion_has_first_and_last_layer_and_gain_a_link() -> None:
             layer.bias.zero_()
     found = {finding.kind: finding for finding in diagnose(model, square, X).findings}
     assert found["forward explosion"].severity > found["explosion"].severity
-    assert "1.5 a link" in found["explosion"].sentence or "1.4" in found["explosion"].sentence
+    assert "1.5 per link" in found["explosion"].sentence or "1.4" in found["explosion"].sentence
     assert found["explosion"].sentence.endswith("links") and "to 0," in found["explosion"].sentence
 
 
@@ -248,8 +250,8 @@ def test_an_optimizer_that_steps_inside_the_backward_pass_does_not_step() -> Non
 
 def test_tied_tables_are_judged_as_maps() -> None:
     model, _, _ = build("tied")
-    (first, *_) = weight_gains(model)
-    assert first.module == "table" and first.gain == pytest.approx(
+    (first, *_) = weight_heats(model)
+    assert first.module == "table" and first.enlarges == pytest.approx(
         float(model.out.weight.detach().square().mean().sqrt()) * 2
     )
 
@@ -257,4 +259,34 @@ def test_tied_tables_are_judged_as_maps() -> None:
 def test_the_package_is_the_function() -> None:
     model = stack(2)
     assert gradsplit.diagnose(model, square, X).loss == diagnose(model, square, X).loss
-    assert len({kind.name for kind in REGISTRY}) == len(REGISTRY)
+
+
+def test_every_kind_of_finding_has_one_row_under_its_own_name() -> None:
+    names = [kind.name for kind in KINDS]
+    assert len(set(names)) == len(names)
+    sources = [Path(module.__file__).read_text(encoding="utf8") for module in (activations, signals, steps, weights)]
+    written = {name for source in sources for name in _kinds_written_in(source)}
+    assert written == set(names)  # a finding of a kind without a row could not say whether it is an explosion
+
+
+def _kinds_written_in(source: str) -> set[str]:
+    """The first argument of every call that makes a finding."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
+    makers = [node.args[0] for node in calls if getattr(node.func, "id", "") in ("Finding", "_unlike")]
+    return {first.value for first in makers if isinstance(first, ast.Constant)}
+
+
+def test_the_kinds_that_explode_are_those_of_growth() -> None:
+    assert {"hot layer", "forward explosion", "explosion", "explosion through time"} == EXPLODING
+    grow = [kind for kind in KINDS if "explosion" in kind.name]
+    assert len(grow) == 3 and all(kind.explodes for kind in grow)
+
+
+def test_a_layer_that_is_hotter_than_its_siblings_but_enlarges_nothing_is_only_uneven() -> None:
+    model = stack()
+    with torch.no_grad():
+        for layer in list(model)[::2]:
+            layer.weight.mul_(0.01)
+        model[4].weight.mul_(10)
+    found = [f for f in diagnose(model, square, X).findings if "layer" in f.kind]
+    assert [(f.kind, f.name) for f in found] == [("uneven layer", "4")]

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 import gradsplit as gs
 from gradsplit.cli import main
 from gradsplit.cli.diagnose import diagnosis_page
-from gradsplit.diagnose import diagnose, long_step, step_trial
-from gradsplit.diagnose.next_update import next_update
-from gradsplit.diagnose.step_trial import Part, StepTrial
+from gradsplit.diagnose import diagnose, step_trial, steps
+from gradsplit.diagnose.step_trial import Part, StepTrial, next_update
 from tests.chain.nets import build
 
 GUILTY, START = (2, 3, 5), 2.0
@@ -92,7 +91,7 @@ FAULTS = {
     "the step is twice the optimizer's": (step_trial, "next_update", _twice),
     "any fall is enough": (step_trial, "KEPT", 0.0),
     "the loss after the step is the loss before": (StepTrial, "after", lambda trial, part, share=1.0: trial.before),
-    "the order is too low for a radius": (long_step, "ORDER", 2),
+    "the order is too low for a radius": (steps, "ORDER", 2),
 }
 
 
@@ -288,7 +287,7 @@ def test_a_rate_out_of_all_proportion_gets_the_rate_of_the_series() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
     findings = asked(model, lambda m, x: m(x).square().mean(), optimizer, torch.randn(3, 4))
-    assert findings and all(finding.severity == long_step.SEVEREST for finding in findings)
+    assert findings and all(finding.severity == steps.SEVEREST for finding in findings)
     for finding in findings:
         safe = re.search(r"safe step ([\d.e+-]+),", finding.sentence)[1]
         assert "no rate from 6e+22 up keeps half" in finding.evidence

@@ -1,15 +1,54 @@
-"""A missing normalisation: one block without it where its siblings have one."""
+"""Findings that are read off the model itself: weights unlike those of their siblings, and missing normalisations."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 from torch import nn
 
-from .evidence import Evidence
+from .evidence import Evidence, WeightHeat
 from .finding import Finding
 
+ENLARGES = 1.2
+"""A weight that enlarges its input by this factor or more is hot; below it the weight is only uneven."""
 SHARE = 0.65
+"""The share of siblings with a normalisation from which its absence is a finding."""
+
+
+def hot_layer(evidence: Evidence) -> list[Finding]:
+    """A weight is far hotter than its siblings of the same family, and it enlarges its input; one finding per weight.
+
+    The finding gives the factor that mends the weight.
+    """
+    return [_unlike("hot layer", entry, evidence) for entry in evidence.hot if entry.enlarges >= ENLARGES]
+
+
+def uneven_layer(evidence: Evidence) -> list[Finding]:
+    """A weight is far hotter than its siblings, but even so it does not enlarge its input; one finding per weight."""
+    return [_unlike("uneven layer", entry, evidence) for entry in evidence.hot if not entry.enlarges >= ENLARGES]
+
+
+def _unlike(kind: str, entry: WeightHeat, evidence: Evidence) -> Finding:
+    name = entry.module or "(root)"
+    links = [link for link in evidence.chain.links if link.module == entry.module]
+    measured = "; ".join(
+        f"measured gain of {link.name}: backward {link.gain:.3g}, forward {link.forward_gain:.3g}"
+        for link in links[:1]
+        if math.isfinite(link.forward_gain) or math.isfinite(link.gain)
+    )
+    return Finding(
+        kind,
+        name,
+        entry.enlarges,
+        "enlargement of a random or constant input, rms out / rms in",
+        f"{name}: its {entry.parameter} is {entry.ratio:.3g} times hotter than its siblings",
+        f"its weights would make a random or constant input {entry.enlarges:.3g} times as large, its siblings' "
+        f"{entry.reference:.3g} times" + (f"; {measured}" if measured else ""),
+        f"multiply {entry.parameter} by {1 / entry.ratio:.2g}, or initialise it like its siblings",
+        # It ranks above an explosion of the same size, since it is the cause and the explosion the consequence.
+        math.log10(entry.ratio) + 0.5,
+    )
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -17,8 +56,11 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def find(evidence: Evidence) -> list[Finding]:
-    """Blocks of one class compared place by place, and layers of one sequence compared by what follows them."""
+def missing_norm(evidence: Evidence) -> list[Finding]:
+    """One block has no normalisation where its siblings have one.
+
+    Blocks of one class are compared place by place, and layers of one sequence by what follows them.
+    """
     found: dict[str, str] = {}
     blocks: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
     for name, module in evidence.model.named_modules():
@@ -63,7 +105,7 @@ def _in_blocks(members: list[tuple[str, nn.Module]]) -> dict[str, str]:
 
 def _in_sequence(name: str, sequence: nn.Sequential) -> dict[str, str]:
     children = list(sequence.named_children())
-    layers = [i for i, (_, m) in enumerate(children) if _weighs(m)]
+    layers = [i for i, (_, m) in enumerate(children) if any(p.dim() >= 2 for p in m.parameters(recurse=False))]
     followed: dict[int, bool] = {}
     for place, i in enumerate(layers[:-1]):
         between = [module for _, module in children[i + 1 : layers[place + 1]]]
@@ -80,7 +122,3 @@ def _in_sequence(name: str, sequence: nn.Sequential) -> dict[str, str]:
             path = f"{name}.{gap}" if name else gap
             found[path] = f"no norm behind it; {sum(followed.values())} of {len(followed)} layers here have one"
     return found
-
-
-def _weighs(module: nn.Module) -> bool:
-    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
