@@ -24,7 +24,7 @@ def _run_the_users_own() -> None:
 def _attach() -> None:
     sys.path.append(_ROOT)  # only while it is looked for: the script's own path is not to be changed
     try:
-        from ..on_import import begin
+        from gradsplit.watch.run.on_import import begin  # absolute: Python runs this file outside of the package
     finally:
         sys.path.remove(_ROOT)
     begin()
