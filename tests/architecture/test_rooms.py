@@ -27,7 +27,7 @@ FEWEST_LINES = 60  # of a module with a single importer; a shorter one belongs i
 REGISTRIES = {
     "gradsplit.budget.registry",
     "gradsplit.cli",
-    "gradsplit.diagnose.registry",
+    "gradsplit.diagnose.diagnosis",
     "gradsplit.kernels.kernel",
     "gradsplit.ladder.rules",
     "gradsplit.lab.registry",
