@@ -1,6 +1,6 @@
 """Sharded tensors: what a rank holds of a plan, and the kernel that adds over the ranks."""
 
-from .kernel import ShardedKernel, add_over, adder, kernel_for, make_kernel
+from .kernel import ShardedKernel, add_over, adder, make_kernel
 from .shards import LocalPlan, Shard, is_sharded, local_of, shard_of, whole_of
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "add_over",
     "adder",
     "is_sharded",
-    "kernel_for",
     "local_of",
     "make_kernel",
     "shard_of",

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import Kernel, choose_backend
+from ..kernels import Backend, Kernel, choose_backend
 from ..plan import Plan
 from .shards import LocalPlan, is_sharded, local_of, pieces_of, shard_of
 
-__all__ = ["add_over", "adder", "ShardedKernel", "kernel_for", "make_kernel"]
+__all__ = ["add_over", "adder", "ShardedKernel", "make_kernel"]
 
 
 def add_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class ShardedKernel(Kernel):
     Args:
         plan: over the global shapes.
         tensors: the parameters, one per entry of the layout.
-        make: plan -> kernel, for the local shards.
+        backend: reads and scales the local shards.
         group: the ranks that hold the tensors; None: all.
 
     Raises:
@@ -63,7 +63,7 @@ class ShardedKernel(Kernel):
         self,
         plan: Plan,
         tensors: Sequence[Tensor],
-        make: Callable[[Plan], Kernel],
+        backend: Backend,
         group: dist.ProcessGroup | None,
     ) -> None:
         super().__init__(plan, tensors[0].device)
@@ -73,7 +73,7 @@ class ShardedKernel(Kernel):
         # Measured and scaled by pieces of bins, one per tensor; nearly always these are the bins.
         pieces, self._bin_of_piece = pieces_of(plan)
         self._local_pieces = self.local_plan if self._bin_of_piece is None else LocalPlan(pieces, shards)
-        self.local = make(self._local_pieces)
+        self.local = backend.make(self._local_pieces, self.device)
         self.name = f"{self.local.name}, sharded"
         self._like = self.local.squares([None] * len(tensors))
         self._numel = self._vector(pieces.numel_B)
@@ -171,17 +171,6 @@ def make_kernel(
     """
     device = tensors[0].device
     row = choose_backend(backend, device, call=call)
-    return kernel_for(plan, tensors, lambda local: row.make(local, device), group=group)
-
-
-def kernel_for(
-    plan: Plan,
-    tensors: Sequence[Tensor],
-    make: Callable[[Plan], Kernel],
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> Kernel:
-    """Return ``make(plan)``, or a `ShardedKernel` around it where a tensor is sharded."""
     if any(is_sharded(tensor) for tensor in tensors):
-        return ShardedKernel(plan, tensors, make, group)
-    return make(plan)
+        return ShardedKernel(plan, tensors, row, group)
+    return row.make(plan, device)

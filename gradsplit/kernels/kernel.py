@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan import Plan
 
-__all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "choose_backend", "make_kernel", "squares_of"]
+__all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "choose_backend"]
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
@@ -203,13 +203,3 @@ def choose_backend(name: str, device: torch.device, *, call: str) -> Backend:
             f"{call}(backend={name!r}): expected a backend that serves {device}, but {missing}. Use 'auto'."
         )
     return BACKENDS[name]
-
-
-def squares_of(kernel: Kernel, *lists: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return `Kernel.squares_many` of the lists."""
-    return kernel.squares_many(lists)
-
-
-def make_kernel(backend: str, plan: Plan, device: torch.device, *, call: str) -> Kernel:
-    """Return the kernel of a backend for a plan of tensors that are not sharded, see `choose_backend`."""
-    return choose_backend(backend, device, call=call).make(plan, device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gradsplit as gs
 
 from ..budget import Nodes
-from ..kernels import make_kernel
+from ..distributed import make_kernel
 from ..plan import named_trainable
 
 __all__ = ["NormHistory", "NormWatch"]
@@ -50,7 +50,7 @@ class NormWatch:
         pairs = named_trainable(model)
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         plan = gs.tree_sp(gs.layout_of(model))
-        self.kernel = make_kernel("auto", plan, self.parameters[0].device, call="NormWatch")
+        self.kernel = make_kernel(plan, self.parameters, call="NormWatch")
         self.plan, nodes = plan, plan.nodes
         self.kept = _worth_showing(plan)
         self.history = NormHistory([nodes[i].name for i in self.kept], [nodes[i].level for i in self.kept])

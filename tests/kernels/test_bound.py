@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import gradsplit as gs
 from gradsplit.budget.lines import line_table, lines_of
-from gradsplit.kernels import make_kernel
+from gradsplit.kernels import BACKENDS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = {"w": (7, 40), "b": (5,), "c": (6, 3, 2, 2), "t": (9, 33)}
@@ -105,7 +105,7 @@ def test_only_what_was_written_counts_as_changed():
 
 
 def _kernel(plan):
-    return make_kernel("numba", plan, torch.device("cpu"), call="test")
+    return BACKENDS["numba"].make(plan, torch.device("cpu"))
 
 
 def test_gradients_that_share_memory_are_all_measured_before_one_is_scaled():
