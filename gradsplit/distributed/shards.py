@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, overload
 
 import numpy as np
 from torch import Tensor
 
 from ..plan import Boxes, Layout, Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Shard", "is_sharded", "local_of", "shard_of", "whole_of", "LocalPlan", "pieces_of"]
 
@@ -27,13 +30,17 @@ class Shard(NamedTuple):
     col_stop: int
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor; this never imports torch.distributed.tensor, as whoever made one has done so."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_of(tensor: Any) -> Any:
+@overload
+def local_of(tensor: Tensor) -> Tensor: ...
+@overload
+def local_of(tensor: None) -> None: ...
+def local_of(tensor: Tensor | None) -> Tensor | None:
     """Return what this rank holds, sharing memory; anything but a DTensor is returned as it is.
 
     A step needs it: operations on DTensors would gather once per bin, and the `data_ptr()` of a DTensor is 0.
@@ -43,11 +50,10 @@ def local_of(tensor: Any) -> Any:
 
 def whole_of(tensor: Tensor) -> Tensor:
     """Return the whole tensor, gathered if it is sharded; this is too slow for a step."""
-    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return full
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def shard_of(name: str, tensor: Any) -> Shard:
+def shard_of(name: str, tensor: Tensor) -> Shard:
     """Return where this rank's part of a tensor lies.
 
     Raises:
@@ -78,7 +84,7 @@ def shard_of(name: str, tensor: Any) -> Shard:
     return Shard(local, offset[0], offset[0] + local[0], offset[1] * behind, (offset[1] + local[1]) * behind)
 
 
-def _local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Torch's own arithmetic of uneven, empty and strided shards.
 
     It is private. If its meaning changed, `ShardedKernel` would not count whole copies and would say so.
@@ -100,8 +106,10 @@ def pieces_of(plan: Plan) -> tuple[Plan, np.ndarray | None]:
     pairs, pieces = np.unique(np.stack((plan.bin_K, plan.tensor_K)), axis=1, return_inverse=True)
     if pairs.shape[1] == plan.num_bins:
         return plan, None
-    columns = [*list(vars(plan.boxes).values())[:5], pieces.reshape(-1)]
-    return Plan(plan.layout, Boxes.from_columns(*columns), modules=plan.modules), pairs[0]
+    boxes = plan.boxes
+    corners = boxes.row_start_K, boxes.row_stop_K, boxes.col_start_K, boxes.col_stop_K
+    cut = Boxes.from_columns(boxes.tensor_K, *corners, pieces.reshape(-1))
+    return Plan(plan.layout, cut, modules=plan.modules), pairs[0]
 
 
 class LocalPlan(Plan):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..hooks import constant_while_traced
 from ..plan import Plan
-from ..plan.lowering import BAND_LENGTH, Lowered, lower, walks
+from ..plan.lowering import BAND_LENGTH, Lowered, is_addressable, lower
 from . import numba_loops as loops
 from .addressable import bump_versions, obstacle, overlap, warn_of_fallback
 from .addresses import KINDS
@@ -311,7 +311,7 @@ class NumbaKernel(Kernel):
                 signature[t] = None
                 continue
             entry = signature[t]
-            if entry is None or not walks(self.plan, t, entry[1]):
+            if entry is None or not is_addressable(self.plan, t, entry[1]):
                 eager_T.append(t)
                 signature[t] = None
                 self._warn(t, tensor)

@@ -22,7 +22,7 @@ import numpy as np
 
 from .plan import Plan
 
-__all__ = ["Memory", "memory_of", "bands_of", "cut_bands", "Lowered", "lower", "walks"]
+__all__ = ["Memory", "memory_of", "bands_of", "cut_bands", "Lowered", "lower", "is_addressable"]
 
 
 class Memory(NamedTuple):
@@ -41,7 +41,7 @@ class Memory(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def memory_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Memory | None:
-    """Return how a tensor's matrix view lies in memory, or None where its rows cannot be walked.
+    """Return how a tensor's matrix view lies in memory, or None where it is not addressable.
 
     None: elements that overlap (an expanded tensor), or neither rows nor columns that are contiguous.
 
@@ -177,7 +177,7 @@ def lower(
         cut_bins: large bins may be cut between chunks; False for kernels that must see a bin as a whole.
 
     Returns:
-        None where a tensor cannot be walked in rows: it overlaps itself, or neither rows nor columns are contiguous.
+        None where a tensor is not addressable: it overlaps itself, or neither rows nor columns are contiguous.
     """
     bounds = plan.boxes.slices_T(len(plan.layout))
     tables, band_tables = [np.zeros((0, 9), dtype=np.int64)], [np.zeros((0, 8), dtype=np.int64)]
@@ -227,8 +227,8 @@ def lower(
     )
 
 
-def walks(plan: Plan, t: int, strides: tuple[int, ...]) -> bool:
-    """Whether tensor t can be walked in rows with these strides."""
+def is_addressable(plan: Plan, t: int, strides: tuple[int, ...]) -> bool:
+    """Whether tensor t with these strides is rows of contiguous elements that the plan cuts."""
     memory = memory_of(plan.layout.shapes[t], tuple(strides))
     if memory is None or not memory.mixed:
         return memory is not None

@@ -57,7 +57,7 @@ def _decision(num_bins):
 @pytest.mark.parametrize("name", ["rows", "thirds", "columns", "whole", "tensors"])
 def test_equals_the_definition(dtype, name):
     tensors = _tensors(dtype)
-    if name == "columns":  # of a channels_last convolution they cannot be walked: see below
+    if name == "columns":  # of a channels_last convolution are not addressable: see below
         del tensors["channels_last"]
     plan = _plans(gs.Layout.from_shapes({key: t.shape for key, t in tensors.items()}))[name]
     ours, truth = list(tensors.values()), list(_tensors(dtype).values())
@@ -132,7 +132,7 @@ def _negative():
     ],
     ids=["negative bit", "overlapping"],
 )
-def test_what_cannot_be_walked_falls_back_with_one_warning(make, reason):
+def test_what_is_not_addressable_falls_back_with_one_warning(make, reason):
     plan = gs.xsp(gs.Layout.from_shapes({"w": (4, 6)}))
     kernel, gradient = NumbaKernel(plan, CPU), make()
     with pytest.warns(FallbackWarning, match=reason):

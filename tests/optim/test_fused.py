@@ -107,7 +107,7 @@ def test_a_step_is_seen_by_autograd():
 
 
 def test_strided_weights_fall_back_with_one_warning():
-    """Moments of a weight with gaps have none, so the two cannot be walked together."""
+    """Moments of a weight with gaps have none, so no loop can address the two together."""
     memory = torch.randn(4, 10)
     p = Parameter(memory[:, :6])
     p.grad = torch.randn(4, 6)

@@ -14,7 +14,7 @@ from ...budget import Decision
 from ...budget.lines import lines_of
 from ...hooks import constant_while_traced
 from ...kernels.addressable import DTYPES, obstacle, overlap, warn_of_fallback
-from ...plan.lowering import walks
+from ...plan.lowering import is_addressable
 from ...split import Split
 from .reference import ReferenceUpdate
 
@@ -22,21 +22,21 @@ __all__ = ["ParameterMemory", "NUMBERS", "CompiledUpdate"]
 
 
 class ParameterMemory:
-    """The memory of one part's parameters: what was found fit to be walked is not looked at again every step."""
+    """The memory of one part's parameters: a parameter found addressable is not looked at again in every step."""
 
     def __init__(self, split: Split) -> None:
         self.split, self._device = split, split.kernel.device.type
-        self._walked: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(split.owners)
+        self._addressable: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(split.owners)
         self._apart = b""
         self._warned = False
 
     def arrays(
         self, gradients: list[Tensor | None], states: list[dict[str, Any]]
     ) -> tuple[list[Tensor | None], ...] | None:
-        """Weights, gradients and moments in matching strides, or None where one of them cannot be walked."""
+        """Weights, gradients and moments in matching strides, or None where one of them is not addressable."""
         weights: list[Tensor | None] = [None] * len(gradients)
         moments, spreads = weights.copy(), weights.copy()
-        parameters, device, walked = self.split.parameters, self._device, self._walked
+        parameters, device, addressable = self.split.parameters, self._device, self._addressable
         for t, gradient in enumerate(gradients):
             p, state = parameters[t], states[t]
             if gradient is None or p.numel() == 0:
@@ -45,9 +45,9 @@ class ParameterMemory:
             m, v = state["exp_avg"], state.get("exp_avg_sq")
             strides, dtype = p.stride(), p.dtype
             reason = ""
-            if walked[t] != (strides, dtype) or not p.data_ptr():
+            if addressable[t] != (strides, dtype) or not p.data_ptr():
                 reason = self._obstacle(t, p)
-                walked[t] = None if reason else (strides, dtype)
+                addressable[t] = None if reason else (strides, dtype)
             reason = reason or obstacle(gradient, device) or _difference(strides, dtype, gradient, m, v)
             if reason:
                 self._refuse(t, reason)
@@ -59,11 +59,11 @@ class ParameterMemory:
         return weights, gradients, moments, spreads
 
     def _obstacle(self, t: int, p: Tensor) -> str:
-        """Say why a parameter cannot be walked; empty if it can."""
+        """Say why a parameter is not addressable; empty if it is."""
         if p.dtype not in DTYPES:
             return obstacle(p, self._device) or f"its dtype is {p.dtype}"
-        walked = walks(self.split.plan, t, p.stride())
-        unfit = "" if walked else f"its strides {p.stride()} have no contiguous rows the plan could cut"
+        fit = is_addressable(self.split.plan, t, p.stride())
+        unfit = "" if fit else f"its strides {p.stride()} have no contiguous rows the plan could cut"
         return obstacle(p, self._device) or unfit
 
     def _refuse(self, t: int, reason: str) -> None:
@@ -71,7 +71,7 @@ class ParameterMemory:
             self._warned = True
             name = self.split.plan.layout.names[t]
             warn_of_fallback(
-                "GSO's fused update", name, reason, "Make the parameter contiguous, or say backend='eager'."
+                "GSO's fused update", name, reason, "Make the parameter contiguous, or use backend='eager'."
             )
 
     def is_apart(self, weights: list[Tensor | None], bases: np.ndarray) -> bool:
@@ -85,7 +85,7 @@ class ParameterMemory:
 
 
 def _difference(strides: tuple[int, ...], dtype: torch.dtype, gradient: Tensor, m: Tensor, v: Tensor | None) -> str:
-    """Say why a parameter, its gradient and its moments cannot be walked together; empty if they can."""
+    """Say why one loop cannot address a parameter, its gradient and its moments together; empty if it can."""
     if gradient.dtype is not dtype:
         return f"its dtype is {dtype}, its gradient's {gradient.dtype}"
     if m.stride() != strides or (v is not None and v.stride() != strides):
@@ -122,7 +122,7 @@ class CompiledUpdate(ABC):
 
     @property
     def reference(self) -> ReferenceUpdate:
-        """The definition, for tensors that cannot be walked in memory, and for steps that are traced."""
+        """The definition, for tensors that are not addressable, and for steps that are traced."""
         self._make_reference()
         assert self._reference is not None
         return self._reference

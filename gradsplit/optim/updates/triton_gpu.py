@@ -339,7 +339,7 @@ def _refusal_of_bins(plan: Plan, bins: np.ndarray) -> tuple[str, str] | None:
 def _bins(split: Split, strides: list[Any]) -> np.ndarray:
     """One row a box of a bin in tensors of these strides, with the columns of the programs."""
     lowered = lower(split.plan, strides, bands=False, cut_bins=False)
-    assert lowered is not None  # tensors that cannot be walked do not come here
+    assert lowered is not None  # tensors that are not addressable do not come here
     place_B = np.zeros(split.plan.num_bins, dtype=np.int64)
     for bins in split.bins_of_tensor:
         place_B[bins] = np.arange(len(bins))
