@@ -1,4 +1,4 @@
-"""The Triton programs equal the definition in Triton's interpreter; no graphics card has run them."""
+"""The Triton programs equal the definition in Triton's interpreter and compile for a card; none has run them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,21 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 print("equal")
 """
 
+_COMPILE = """
+import triton.language as tl, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gradsplit.kernels import triton_gpu as programs
+numbers = {"KIND": tl.bfloat16, "WIDE": tl.float32, "BLOCK": programs.BLOCK}
+pointers = {"table": "*i64", "addresses": "*i64", "squares": "*fp64", "scale": "*fp64", "zero": "*i32"}
+for program in (programs.square_pieces, programs.scale_pieces):
+    types = {name: pointers.get(name, "constexpr") for name in program.arg_names}
+    constants = {(i,): numbers[name] for i, name in enumerate(program.arg_names) if name in numbers}
+    made = triton.compile(ASTSource(program, types, constexprs=constants), target=GPUTarget("cuda", 80, 32))
+    assert "ptx" in made.asm
+print("compiled")
+"""
+
 
 def test_equals_the_definition_in_the_interpreter():
     done = subprocess.run(
@@ -50,3 +65,15 @@ def test_equals_the_definition_in_the_interpreter():
         check=False,
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_the_programs_compile_for_a_graphics_card(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]

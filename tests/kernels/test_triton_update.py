@@ -18,7 +18,7 @@ _COMPILE = """
 import triton.language as tl, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gradsplit.optim import triton_update_loops as loops
+from gradsplit.optim.updates import triton_gpu as loops
 from gradsplit.optim.updates.compiled import NUMBERS
 for program, kind, bounds in ((loops.one_pass_element, tl.bfloat16, 2), (loops.one_pass_bin, tl.float32, 0)):
     names = program.arg_names

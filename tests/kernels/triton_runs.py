@@ -159,38 +159,40 @@ def equal(options: dict[str, Any]) -> str:
 def falls_back(options: dict[str, Any]) -> str:
     """A run that warns once, and what it says; "differs" if the result does."""
     from gradsplit.kernels.addressable import FallbackWarning
-    from gradsplit.optim.updates import triton_gpu as triton_update
+    from gradsplit.optim.updates import triton_gpu
 
-    before, options = triton_update.LONGEST, dict(options)
-    triton_update.LONGEST = options.pop("longest", before)
+    before, options = triton_gpu.LONGEST, dict(options)
+    triton_gpu.LONGEST = options.pop("longest", before)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = difference(**options)
     finally:
-        triton_update.LONGEST = before
+        triton_gpu.LONGEST = before
     said = [str(warning.message) for warning in caught if issubclass(warning.category, FallbackWarning)]
     return found or " | ".join(said)
 
 
 def faulty(folder: Path, old: str, new: str, options: dict[str, Any]) -> str:
     """A run of programs with a fault."""
-    from gradsplit.optim.updates import triton_gpu as triton_update
-    from gradsplit.optim.updates import triton_gpu as triton_update_loops
+    from gradsplit.optim.updates import triton_gpu as sound
 
-    text = Path(str(triton_update_loops.__file__)).read_text(encoding="utf-8")
+    text = Path(str(sound.__file__)).read_text(encoding="utf-8")
     if old not in text:
         return ""
     path = folder / f"faulty_{len(list(folder.iterdir()))}.py"
     path.write_text(text.replace(old, new), encoding="utf-8")
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    spec: Any = importlib.util.spec_from_file_location(f"{sound.__package__}.{path.stem}", path)
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    triton_update.loops = module
+    programs = {name: getattr(sound, name) for name in ("one_pass_bin", "one_pass_element")}
+    for name in programs:
+        setattr(sound, name, getattr(module, name))
     try:
         return difference(steps=1, **options)
     finally:
-        triton_update.loops = triton_update_loops
+        for name, program in programs.items():
+            setattr(sound, name, program)
 
 
 class _Readings(TorchDispatchMode):
