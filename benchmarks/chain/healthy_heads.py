@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.chain.detector import WeightedBoxes, make_optimizer
 from benchmarks.chain.record import Rows
-from gradsplit.chain import ChainSplitter
-from gradsplit.chain import fork_limits as fork_watch
-from gradsplit.chain.fork_limits import fork_limit
+from gradsplit.chain import ChainSplitter, forks
+from gradsplit.chain.forks import fork_limit
 from gradsplit.chain.module_limits import ModuleLimits, modules_with_parameters
 from gradsplit.lab.detection import build_detection
 
@@ -98,7 +97,7 @@ def train(
         loss = task.loss(weighted, batch)
         if variant == "three heads":
             loss = loss + F.binary_cross_entropy_with_logits(two.owned, (batch[2] != task.num_classes).float())
-        with patch.object(fork_watch, "fork_limit", lambda maximum_K: slack * fork_limit(maximum_K)):
+        with patch.object(forks, "fork_limit", lambda maximum_K: slack * fork_limit(maximum_K)):
             loss.backward()
         if modules and at is None:
             limits.bound_()

@@ -1,15 +1,18 @@
-"""The backward chain: joints, the signal at them, its gains, and bounds on both (design.md 4.8)."""
+"""The backward chain: joints, the signal at them, its gains, and bounds on both.
+
+The gain of a factor is the norm of the signal that leaves it / the norm of the signal that enters it. What the forward
+pass does to activations is always called the forward gain.
+"""
 
 from __future__ import annotations
 
 from ..budget.running_median import RunningMedian
 from .balance import Balanced, balance_
 from .chain import Chain, Link, Recurrence
+from .chain_splitter import ChainSplitter
 from .factors import factored_gradients, gradient_chain
-from .gain_penalty import gain_penalty
 from .joints import Joint, joints
-from .recurrent import Unrolled, lyapunov_exponents
-from .splitter import ChainSplitter
+from .recurrent import Unrolled, gain_penalty, lyapunov_exponents
 
 __all__ = [
     "Balanced",

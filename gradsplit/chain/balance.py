@@ -1,4 +1,4 @@
-"""balance_: weights rescaled once, layer by layer, so that the gains of a net are one when training begins."""
+"""balance_: it rescales weights once, layer by layer, so that the forward gains of a net are one before training."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Balanced:
 
     Attributes:
         name: the module.
-        factor: its weight was multiplied by this.
+        factor: the factor by which its weight was multiplied.
         before: root mean square of its output in the net as it was given.
-        after: the same in the balanced net.
+        after: root mean square of its output in the balanced net.
     """
 
     name: str
@@ -40,41 +40,40 @@ def balance_(
 
         W <- W target / rms(W x + b)        from the first layer to the last, each with its predecessors balanced
 
-    With equal sizes at every layer the forward gain of every stage is one, and in a stack of layers of one width so
-    is the
-    backward gain, since the same weight carries both. This cures a forward explosion, which no bound on the gradient
-    can. Between layers of different widths only one of the two can be one: here the forward gain is.
+    If all layers have outputs of one size, the forward gain of every stage is one. In a stack of layers of one width
+    the gain of the signal then is one too, since the same weight carries both. This cures a forward explosion, which no
+    bound on the gradient can cure. Between layers of different widths only one of the two can be one, and here it is
+    the forward gain.
 
     Args:
-        model: changed in place; only weights (and, with `on`, biases) of `nn.Linear` and convolutions.
-        loss_fn: `loss_fn(model, batch) -> scalar`; run twice, without gradients.
+        model: it is changed in place: the weights (and, with `on`, the biases) of `nn.Linear` and convolutions.
+        loss_fn: `loss_fn(model, batch) -> scalar`; it runs three times, without gradients.
         batch: a representative batch.
         target: root mean square of every layer's output.
         on: share of inputs for which a unit should be positive, between 0.5 and 1, or None to leave biases alone. Each
             unit's output then gets mean c and standard deviation `target`, where c = target Phi^-1(on). Deep plain
-            stacks with rectifiers need a share near 1: each layer then is nearly linear, and the inputs stay apart
-            and the gains stay one through hundreds of layers.
-        orthogonal: first replace each weight's matrix view by the nearest matrix with orthogonal rows (or columns);
-            convolutions between equally many channels keep the centre of their kernel only. All directions then
-            have the same gain, not only the mean over directions.
+            stacks with rectifiers need a share near 1. Each layer then is nearly linear, so the inputs stay apart and
+            the gains stay one through hundreds of layers.
+        orthogonal: whether to replace each weight's matrix view first by the nearest matrix with orthogonal rows (or
+            columns). Convolutions between equally many channels keep the centre of their kernel only. Then all
+            directions have the same gain, and not only their mean.
 
     Returns:
-        One entry a layer, in the order of the forward pass.
+        One entry per layer, in the order of the forward pass.
 
     Raises:
-        ValueError: a target or share out of its range, or a layer whose output is zero or not finite even when all
-            before
-            it are balanced.
+        ValueError: a target or share out of its range; or a layer whose output is zero or not finite although all
+            layers before it are balanced.
 
     >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     >>> _ = model[0].weight.data.fill_(100.0), model[1].weight.data.fill_(0.1)
     >>> [round(entry.factor, 4) for entry in balance_(model, lambda m, x: m(x).sum(), torch.ones(4, 1))]
     [0.01, 10.0]
 
-    Source: layer-sequential unit variance (Mishkin and Matas 2016, arXiv 1511.06422) in one pass instead of iterations,
-    on the root mean square instead of the variance; data-dependent biases as in Krahenbuhl et al. 2016 (arXiv
-    1511.06856).
-    Deviations: the share `on` is the project's own.
+    Source: layer-sequential unit variance (Mishkin and Matas 2016, arXiv 1511.06422); data-dependent biases as in
+    Krahenbuhl et al. 2016 (arXiv 1511.06856).
+    Deviations: one pass replaces the iterations, and the root mean square replaces the variance. The share `on` is the
+    project's own.
     """
     if not target > 0 or not math.isfinite(target):
         raise ValueError(f"balance_(target={target!r}): expected a finite root mean square above 0.")
@@ -90,7 +89,7 @@ def balance_(
 
         def leave(module: nn.Module, args: Any, output: Tensor, name: str = name) -> Tensor | None:
             if name in factors:
-                return None  # a weight used twice is balanced at its first use
+                return None  # a weight that is used twice is balanced at its first use
             factor, changed = _rescale(name, module, output, target, on)
             factors[name] = factor
             return changed
@@ -145,7 +144,7 @@ def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _check(name: str, size: float) -> None:
     if not size > 0 or not math.isfinite(size):
         raise ValueError(
-            f"balance_: expected an output of finite size above 0 at {name!r}, got root mean square {size}. "
+            f"balance_(model): expected an output of finite size above 0 at {name!r}, got root mean square {size}. "
             "Look for a dead layer or a non-finite input before it with gs.diagnose."
         )
 

@@ -1,4 +1,4 @@
-"""Chain and Link: what `gradient_chain` returns."""
+"""Chain and Link, which `gradient_chain` returns, and their picture."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 @dataclass
 class Link:
-    """One factor of the chain: what a module (with the operations before it) does to the signal on its way down.
+    """One factor of the chain: what a module, with the operations before it, does to the signal on its way down.
 
     Attributes:
         name: the module, "(loss)" for the loss; "#2" marks a second call.
         module: dotted name of the module.
         kind: its class.
-        signal: L2 norm of the signal that enters the factor, at the module's output; units of loss /
-            activation.
-        leaving: L2 norm of the signal that leaves it towards all activations it read.
-        gain: leaving / signal; no unit; NaN at the bottom, where nothing below takes a signal.
+        signal: L2 norm of the signal that enters the factor, at the module's output; units of loss / activation.
+        leaving: L2 norm of the signal that leaves it towards all activations that it read.
+        gain: leaving / signal, no unit; NaN at the bottom, where nothing below takes a signal.
         cumulative: log10(signal / signal that leaves the loss).
-        operator_norm: largest singular value of the factor, NaN where it was not asked for.
+        operator_norm: largest singular value of the factor, NaN if it was not measured.
         activation: root mean square of the module's output.
-        forward_gain: activation / root mean square of the module's inputs.
-        parameter_norm: L2 norm of the gradient of the module's own parameters, NaN without any.
+        forward_gain: activation / root mean square of the module's inputs: the counterpart of the gain in the forward
+            pass.
+        parameter_norm: L2 norm of the gradient of the module's own parameters, NaN if it has none.
         finite_in: whether the module's inputs were finite.
-        finite_out: whether its output was.
+        finite_out: whether its output was finite.
         signal_in_finite: whether the entering signal was finite.
-        signal_out_finite: whether the leaving signal was.
+        signal_out_finite: whether the leaving signal was finite.
         above: name of the link that sends it the largest signal, "" for the loss.
     """
 
@@ -51,7 +51,7 @@ class Link:
 
     @property
     def share(self) -> float:
-        """Gain as a share of the factor's operator norm, 0 to 1: 1 where the signal meets the worst direction."""
+        """Gain as a share of the factor's operator norm, 0 to 1; it is 1 if the signal has the worst direction."""
         return self.gain / self.operator_norm if self.operator_norm > 0 else math.nan
 
 
@@ -62,8 +62,7 @@ class Recurrence:
     Attributes:
         name: the module and its layer.
         gain_T: gain of every step's factor for the signal that passes it, last step first; no unit.
-        exponents: leading Lyapunov exponents of the state's dynamics, natural logarithm a step, largest
-            first.
+        exponents: leading Lyapunov exponents of the state's dynamics, natural logarithm per step, largest first.
     """
 
     name: str
@@ -85,8 +84,7 @@ class Chain:
         links: from the loss down to the input.
         recurrences: chains through time of the recurrent modules.
         ends: "(input)" -> L2 norm of the signal that arrives at the model's floating inputs.
-        calls: (module, inputs finite, output finite) of every leaf module's call, in the order of the
-            forward pass.
+        calls: (module, inputs finite, output finite) of every leaf module's call, in the order of the forward pass.
     """
 
     loss: float
@@ -99,15 +97,16 @@ class Chain:
         """The link of that name.
 
         Raises:
-            KeyError: there is none; the message lists the names.
+            KeyError: there is no such link; the message lists the names.
         """
         for link in self.links:
             if link.name == name:
                 return link
-        raise KeyError(f"no link {name!r}; the chain has {', '.join(link.name for link in self.links)}")
+        known = ", ".join(link.name for link in self.links)
+        raise KeyError(f"Chain.link({name!r}): expected the name of a link, got another. The chain has {known}.")
 
     def way(self, name: str) -> list[Link]:
-        """The links that the strongest signal passes from the loss down to one link, both included."""
+        """The links that the strongest signal passes on its way from the loss to one link, both ends included."""
         by_name = {link.name: link for link in self.links}
         way = [self.link(name)]
         while way[-1].above in by_name and len(way) <= len(self.links):
@@ -115,12 +114,12 @@ class Chain:
         return way[::-1]
 
     def worst(self, k: int = 5) -> list[Link]:
-        """The links with the largest gains, the loss left out."""
+        """The links with the largest gains, without the loss."""
         finite = [link for link in self.links[1:] if math.isfinite(link.gain)]
         return sorted(finite, key=lambda link: -link.gain)[:k]
 
     def text(self) -> str:
-        """The chain as a table, one line a link."""
+        """The chain as a table, one line per link."""
         wide = max([len(link.name) for link in self.links] + [4])
         lines = [f"{'link':<{wide}}  {'signal':>9}  {'gain':>8}  {'log10':>6}  {'activation':>10}  {'forward':>8}"]
         for link in self.links:
@@ -137,7 +136,7 @@ class Chain:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, with None for figures that do not exist, ready for JSON."""
+        """Plain numbers and lists, ready for JSON; None stands for figures that do not exist."""
         return {
             "loss": _plain(self.loss),
             "links": [{key: _plain(value) for key, value in asdict(link).items()} for link in self.links],
@@ -149,7 +148,7 @@ class Chain:
         }
 
     def figure(self) -> Any:
-        """The chain drawn as a path: width = signal, colour = gain (a plotly figure)."""
+        """The chain drawn as a path, a plotly figure: the width is the signal, the colour the gain."""
         return chain_figure(self)
 
 
@@ -185,7 +184,7 @@ def widths(signals: list[float]) -> list[float]:
 
 
 def colour(gain: float) -> str:
-    """Blue below one, grey at one, red above; full colour at a gain of ten, or a tenth.
+    """Blue below one, grey at one, red above one; the colour is full at a gain of ten or of a tenth.
 
     >>> colour(1.0), colour(10.0)
     ('rgb(160,160,160)', 'rgb(200,40,40)')
@@ -202,10 +201,11 @@ def chain_figure(chain: Chain) -> Any:
     """Draw a chain with plotly.
 
     Args:
-        chain: of `gradient_chain`.
+        chain: from `gradient_chain`.
 
     Returns:
-        A `plotly.graph_objects.Figure`: one stroke a link from log10 of the cumulative gain above it to its own.
+        A `plotly.graph_objects.Figure` with one stroke per link. It goes from log10 of the cumulative gain of the link
+        above to the link's own.
     """
     import plotly.graph_objects as go
 
@@ -214,7 +214,7 @@ def chain_figure(chain: Chain) -> Any:
     figure = go.Figure()
     for place, (link, width) in enumerate(zip(links, widths([link.signal for link in links]), strict=True)):
         before = by_name.get(link.above, place)
-        # the stroke into a link has the colour of the factor that the signal has just passed
+        # The stroke that ends at a link has the colour of the factor that the signal has just passed.
         tone = colour(links[before].gain) if before != place else colour(1.0)
         figure.add_trace(
             go.Scatter(

@@ -1,7 +1,7 @@
-"""The autograd graph as plain data: nodes in the order of the forward pass, who consumes whom, which module made it.
+"""The autograd graph as plain data: nodes in the order of the forward pass, their consumers, and their modules.
 
-Everything that depends on private corners of autograd (`_sequence_nr`, `_input_metadata`) is in this file
-and nowhere else. Nodes are numbered 0 (oldest) to N-1 (newest). `_N` marks one entry a node.
+Only this module reads the private attributes of autograd's nodes, `_sequence_nr` and `_input_metadata`. Nodes are
+numbered 0 (oldest) to N-1 (newest); `_N` marks one entry per node.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..hooks import not_traced
 
-_LEAF = 2**63  # AccumulateGrad has the largest sequence number there is: it is no operation of the forward pass
+_LEAF = 2**63  # AccumulateGrad has the largest sequence number, since it is not an operation of the forward pass
 
 
-def sequence_number() -> int:
+def next_sequence_number() -> int:
     """The number that the next operation of the forward pass will get."""
     return int(torch._C._autograd._get_sequence_nr())
 
@@ -32,7 +32,7 @@ class CallTrace:
     calls: list[tuple[int, int, str]] = field(default_factory=list)
 
     def module_of(self, number: int) -> str:
-        """Name of the innermost module that was running when the operation was made ("" is the root or the loss)."""
+        """Name of the innermost module that ran when the operation was made; "" is the root or the loss."""
         best, width = "", None
         for start, stop, name in self.calls:
             if start <= number < stop and (width is None or stop - start <= width):
@@ -46,13 +46,13 @@ def tracing(model: nn.Module) -> Iterator[CallTrace]:
     trace, open_calls, handles = CallTrace(), [], []
 
     def enter(module: nn.Module, args: Any) -> None:
-        open_calls.append(sequence_number())
+        open_calls.append(next_sequence_number())
 
     for name, module in model.named_modules():
 
         def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
             if open_calls:
-                trace.calls.append((open_calls.pop(), sequence_number(), name))
+                trace.calls.append((open_calls.pop(), next_sequence_number(), name))
 
         handles.append(module.register_forward_pre_hook(not_traced(enter)))
         handles.append(module.register_forward_hook(not_traced(leave)))
@@ -72,9 +72,8 @@ class Graph:
         producers_N: for each node, the indices of the nodes whose output it reads (leaves left out).
         scalar_N: whether every output of the node has one entry.
         leaf_N: whether the node reads a leaf (a parameter) directly.
-        data_N: whether it reads a tensor without gradient (the data), or looks entries up in a table.
-        consumers: (node, output) -> list of (consumer node, index of the consumer's input), oldest consumer
-            first.
+        data_N: whether it reads a tensor without gradient (the data), or looks up entries in a table.
+        consumers: (node, output) -> list of (consumer node, index of the consumer's input), oldest consumer first.
     """
 
     nodes_N: list[Any]
@@ -84,15 +83,23 @@ class Graph:
     data_N: list[bool]
     consumers: dict[tuple[int, int], list[tuple[int, int]]]
 
+    def sequence_number(self, node: int) -> int:
+        """The place of a node among all operations of this process; a `CallTrace` names the module for it."""
+        return int(self.nodes_N[node]._sequence_nr())
+
+    def shape(self, node: int, output: int) -> tuple[int, ...]:
+        """Shape of one output of a node."""
+        return tuple(self.nodes_N[node]._input_metadata[output].shape)
+
 
 def walk(outputs: Iterable[Tensor]) -> Graph:
     """Walk the autograd graph from some tensors to its leaves.
 
     Args:
-        outputs: tensors of a forward pass, for example the loss; those without a graph are ignored.
+        outputs: tensors of a forward pass, for example the loss; tensors without a graph are ignored.
 
     Returns:
-        The graph as data. The graph object keeps the nodes alive, so drop it before the next step.
+        The graph as data. It keeps the nodes alive, so drop it before the next step.
 
     >>> x = torch.ones(2, requires_grad=True); y = x * 2
     >>> graph = walk([y.sum() + y.mean()])

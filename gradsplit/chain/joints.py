@@ -1,4 +1,4 @@
-"""Joints: the places of a model where the signal passes from one module, branch or time step to the one below."""
+"""Joints: the places of a model where the signal passes from one module, branch or time step to the one below it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor in a nested value with its place.
 
     Args:
-        value: a tensor, a container of tensors, or anything else (which holds none).
-        path: place of `value` itself; the tensor of a plain output has the empty place.
+        value: a tensor, a container of tensors, or anything else, which holds no tensor.
+        path: place of `value` itself; a plain output has the empty place.
 
     Yields:
         Pairs (place, tensor), for example ("[1][0]", h) for h in `(output, (h, c))`.
@@ -44,12 +44,12 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 def replace_tensors(value: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
     """Rebuild a nested value with every tensor passed through `change(place, tensor)`.
 
-    A container none of whose tensors changes is returned as it is (the same object), so that caches and other
-    containers with an identity of their own are left alone.
+    If no tensor of a container changes, the same container is returned. So caches, and other containers whose identity
+    matters, are left alone.
 
     Args:
         value: as in `tensors_in`.
-        change: the new tensor for a place; returning its argument keeps the old one.
+        change: gives the new tensor for a place; it returns its argument to keep the old one.
         path: place of `value` itself.
 
     Returns:
@@ -92,7 +92,7 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
 
     Args:
         model: the module to call.
-        batch: its inputs (inputs only; with labels in the batch give a `loss_fn(model, batch)` instead).
+        batch: its inputs alone; for a batch that holds labels too, give a `loss_fn(model, batch)` instead.
 
     Returns:
         What the model returns.
@@ -109,7 +109,7 @@ def call_model(model: torch.nn.Module, batch: Any) -> Any:
     except TypeError as error:
         raise TypeError(
             f"joints(model, batch={type(batch).__name__}): the model could not be called with the batch: {error}. "
-            "A batch holds the inputs only; where it holds labels too, pass loss_fn=lambda model, batch: scalar."
+            "Pass a batch of inputs only; if it holds labels too, pass loss_fn=lambda model, batch: scalar."
         ) from error
 
 
@@ -121,10 +121,9 @@ class Joint:
     """One place where the signal can be measured and bounded.
 
     Attributes:
-        name: unique: the module, with the place inside its output, the call ("#2") or the branch ("->head").
-        kind: "output" of a module, "branch" of an activation with several consumers, or "step" of a
-            recurrence.
-        role: for a branch "task", "residual" or "merge"; "layer" for an output, "time" for a step.
+        name: a unique name: the module, with the place inside its output, the call ("#2") or the branch ("->head").
+        kind: "output" of a module, "branch" of an activation with several consumers, or "step" of a recurrence.
+        role: "task", "residual" or "merge" for a branch, "layer" for an output, "time" for a step.
         module: dotted name of the module that made the activation.
         shape: shape of the activation, () where it is unknown.
         note: what the reader should know, for example that a fused recurrence has no inner joints.
@@ -139,17 +138,16 @@ class Joint:
 
 
 def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[Joint]:
-    """List the joints of a model, in the order of its forward pass; outputs first, then branches.
+    """List the joints of a model, in the order of its forward pass; outputs come first, then branches.
 
     Args:
         model: any module; it is called once, with gradients, and keeps neither hooks nor gradients.
         batch: inputs of the model (mapping: by keyword; tuple or list: by position), or what `loss_fn` takes.
-        loss_fn: `loss_fn(model, batch) -> scalar`. With it, branches that meet only in the sum of the
-            losses are told from branches that rejoin before it; without it the outputs of the model are the
-            end of the graph.
+        loss_fn: `loss_fn(model, batch) -> scalar`. With it, branches that meet only in the sum of the losses are told
+            from branches that rejoin before. Without it the graph ends at the outputs of the model.
 
     Returns:
-        The joints found. A compiled model, or a reentrant checkpoint, shows no joints inside.
+        The joints that were found. A compiled model, or a reentrant checkpoint, shows no joints inside.
 
     Raises:
         TypeError: the model cannot be called with the batch.
@@ -188,10 +186,9 @@ def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[
     listed = [Joint(j.name, "step", "time", j.module, j.shape, j.note) if j.module in repeated else j for j in found]
     graph = walk(t for _, t in tensors_in(output))
     for fork in find_forks(graph, trace):
-        entry = graph.nodes_N[fork.producer[0]]._input_metadata[fork.producer[1]]
         for branch in fork.branches:
             name = f"{fork.module or '(root)'}->{branch.name}"
-            listed.append(Joint(name, "branch", fork.role, fork.module, tuple(entry.shape)))
+            listed.append(Joint(name, "branch", fork.role, fork.module, graph.shape(*fork.producer)))
     return _unique(listed)
 
 
@@ -222,8 +219,7 @@ def _holds_stack(module: nn.Module) -> bool:
 def layers_of(model: nn.Module) -> list[str]:
     """Names of the layers: the children of the model, with lists and sequences replaced by their entries.
 
-    Layers without parameters are left out: their signal differs from the next layer's by an elementwise
-        factor.
+    Layers without parameters are left out, since their signal differs from the next layer's by an elementwise factor.
 
     >>> layers_of(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Sequential(nn.Linear(2, 2))))
     ['0', '2.0']
@@ -247,7 +243,7 @@ def layers_of(model: nn.Module) -> list[str]:
 
 
 def checked_names(model: nn.Module, names: Sequence[str], call: str) -> list[str]:
-    """The names, if all are modules of the model.
+    """Return the names if all of them are modules of the model.
 
     Raises:
         ValueError: one is not; the nearest names are offered.

@@ -1,11 +1,11 @@
-"""One time step of torch's recurrent modules, written out: state in, state out.
+"""The chain through time: recurrent modules step by step, the gains of their steps, and the penalty on these gains.
 
-A state is one tensor (batch, S): the hidden vector, and for an LSTM the hidden vector followed by the memory.
+A state is one tensor (batch, S): the hidden vector, followed by the memory for an LSTM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from .chain import Recurrence
 class Cell(nn.Module):
     """One layer and direction of an `nn.RNN`, `nn.GRU` or `nn.LSTM`, one step at a time.
 
-    The parameters are the very tensors of the fused module, so that training one trains the other.
+    The parameters are the tensors of the fused module itself, so training one trains the other.
 
     Args:
         source: the fused module.
@@ -27,7 +27,7 @@ class Cell(nn.Module):
         reverse: the backward direction of a bidirectional module.
 
     Raises:
-        ValueError: the module projects its output (`proj_size`), which has no cell here.
+        ValueError: the module projects its output (`proj_size`); there is no cell for that here.
 
     >>> fused = nn.GRU(2, 3)
     >>> x = torch.ones(1, 1, 2)
@@ -40,7 +40,7 @@ class Cell(nn.Module):
         if getattr(source, "proj_size", 0):
             raise ValueError(
                 f"Cell({type(source).__name__}(proj_size={source.proj_size})): expected proj_size=0. "
-                "Put an nn.Linear behind the recurrence instead."
+                "Put an nn.Linear after the recurrence instead."
             )
         end = f"_l{layer}{'_reverse' if reverse else ''}"
         self.mode, self.hidden_size = source.mode, source.hidden_size
@@ -61,8 +61,8 @@ class Cell(nn.Module):
     def step(self, x: Tensor, state: Tensor, weight_hh: Tensor, constant: bool = False) -> Tensor:
         """The same with a recurrent weight of the caller's.
 
-        With `constant`, whatever differentiates the step's Jacobian meets the weight as the factor that acts on
-        the state alone: other parameters, and the slopes of the activations, are constants.
+        With `constant`, a derivative of the step's Jacobian sees the weight only where it multiplies the state. The
+        other parameters, and the slopes of the activations, are constants.
         """
         w_ih, b_ih, b_hh = self.weight_ih, self.bias_ih, self.bias_hh
         if constant:
@@ -94,9 +94,8 @@ class Cell(nn.Module):
 class Unrolled(nn.Module):
     """The same function as a fused `nn.RNN`, `nn.GRU` or `nn.LSTM`, with a joint at every time step.
 
-    A fused module computes all steps in one operation: nothing between them can be measured or bounded.
-    This one calls a `Cell` at every step; it shares the fused module's parameters and costs about five
-    times its time.
+    A fused module computes all steps in one operation, so nothing between them can be measured or bounded. This module
+    calls a `Cell` at every step. It shares the fused module's parameters and takes about five times as long.
 
     Args:
         source: the fused module; dropout between layers is not supported.
@@ -105,10 +104,9 @@ class Unrolled(nn.Module):
         ValueError: `proj_size`, or dropout between layers.
 
     Attributes:
-        states: after a call, for each layer and direction the list of its states (batch, S), the initial
-            one first, in the order in which the steps were taken; they belong to the graph, so
-            `retain_grad` works on them.
-        inputs: likewise the inputs (batch, I) of every step.
+        states: after a call, for each layer and direction the list of its states (batch, S) in the order of the
+            steps, the initial state first. They belong to the graph, so `retain_grad` works on them.
+        inputs: in the same way the inputs (batch, I) of every step.
 
     >>> fused = nn.LSTM(2, 3, batch_first=True)
     >>> x = torch.ones(1, 4, 2)
@@ -135,7 +133,7 @@ class Unrolled(nn.Module):
 
     @contextmanager
     def keep_signals(self) -> Iterator[None]:
-        """Forward passes inside keep the signals at their states: `state.grad` after the backward pass."""
+        """Forward passes inside the context keep the signals at their states, as `state.grad` after backward."""
         self._keep = True
         try:
             yield
@@ -143,10 +141,10 @@ class Unrolled(nn.Module):
             self._keep = False
 
     def forward(self, x: Tensor, initial: Any = None) -> tuple[Tensor, Any]:
-        """Output of the last layer and the final states, with the shapes of the fused module.
+        """Return the output of the last layer and the final states, in the shapes of the fused module.
 
         Args:
-            x: (time, batch, I), or (batch, time, I) with `batch_first`; without a batch (time, I).
+            x: (time, batch, I), or (batch, time, I) with `batch_first`, or (time, I) without a batch.
             initial: None, h0, or (h0, c0) for an LSTM.
 
         Returns:
@@ -157,7 +155,7 @@ class Unrolled(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"Unrolled(x): expected a padded tensor, got {type(x).__name__}. Use pad_packed_sequence before it."
+                f"Unrolled(x): expected a padded tensor, got {type(x).__name__}. Call pad_packed_sequence first."
             )
         alone = x.dim() == 2
         series = x.unsqueeze(1) if alone else (x.transpose(0, 1) if self.batch_first else x)
@@ -204,21 +202,21 @@ class Unrolled(nn.Module):
         return torch.stack(outputs[::-1] if reverse else outputs)
 
 
-def squared_gains(
+def squared_norms(
     cell: Cell, inputs: Tensor, states: Tensor, signals: Tensor, *, differentiable: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms of the signal before and after each step's transposed factor.
+    """Squared norms of the signal before and after each step's transposed factor; their ratio is the squared gain.
 
         before = ||d_{t+1}||^2,   after = ||J_t^T d_{t+1}||^2,   J_t = d h_{t+1} / d h_t
 
-    States and signals are constants, so the steps do not depend on each other and run as one batch.
+    States and signals are constants here, so the steps do not depend on each other and run as one batch.
 
     Args:
         cell: the recurrence.
         inputs: (T, batch, I).
         states: (T, batch, S), the state that enters each step.
         signals: (T, batch, S), the signal d_{t+1} at the state that leaves each step.
-        differentiable: keep the graph towards the recurrent weight, and towards nothing else.
+        differentiable: whether to keep the graph to the recurrent weight; there is none to anything else.
 
     Returns:
         (before, after), each (T, batch).
@@ -239,8 +237,8 @@ def lyapunov_exponents(step: Callable[[int, Tensor], Tensor], states: list[Tenso
 
         J_t Q_t = Q_{t+1} R_t,   lambda_i = mean over t of log |R_t[i, i]|
 
-    An exponent above 0 means that the forward state and the backward signal grow by exp(lambda) a step, so
-    the gradient through T steps by exp(lambda T): explosion. Far below 0 it vanishes.
+    With an exponent above 0 the forward state and the backward signal grow by exp(lambda) per step. The gradient
+    through T steps then grows by exp(lambda T), which is an explosion. Far below 0 it vanishes.
 
     Args:
         step: `step(t, state) -> next state` for one sample, (S,) to (S,).
@@ -248,7 +246,7 @@ def lyapunov_exponents(step: Callable[[int, Tensor], Tensor], states: list[Tenso
         num: how many exponents.
 
     Returns:
-        The exponents, natural logarithm a step, largest first; -inf where a direction is lost.
+        The exponents, natural logarithm per step, largest first; -inf where a direction is lost.
 
     >>> doubling = torch.diag(torch.tensor([2.0, 0.5], dtype=torch.float64))
     >>> trajectory = [torch.zeros(2, dtype=torch.float64)] * 40
@@ -260,11 +258,11 @@ def lyapunov_exponents(step: Callable[[int, Tensor], Tensor], states: list[Tenso
     """
     size = states[0].numel()
     num = min(num, size)
-    # the identity's first columns could lie in an invariant subspace; a fixed mixed start cannot
+    # The first columns of the identity could lie in an invariant subspace; a fixed mixed start cannot.
     seed = torch.arange(1, size * num + 1, dtype=states[0].dtype, device=states[0].device).reshape(size, num)
     directions, _ = torch.linalg.qr(torch.cos(seed * 12.9898))
     total = torch.zeros(num, dtype=torch.float64, device=states[0].device)
-    # the start is forgotten over the first tenth of the trajectory
+    # The first tenth of the trajectory is left out, so that the start is forgotten.
     skip = len(states) // 10
     for time, state in enumerate(states):
         pushed = torch.func.vmap(
@@ -281,7 +279,7 @@ class Recurrences:
 
     Args:
         modules: name -> module.
-        num: Lyapunov exponents a layer.
+        num: Lyapunov exponents per layer.
     """
 
     def __init__(self, modules: dict[str, nn.RNNBase], num: int = 4) -> None:
@@ -302,13 +300,12 @@ class Recurrences:
             for handle in handles:
                 handle.remove()
 
-    def measure(self, factors: list[Any]) -> list[Recurrence]:
+    def measure(self, signals: Mapping[str, list[Tensor]]) -> list[Recurrence]:
         """Gains and exponents of every layer of every module whose outputs a signal reached.
 
         Args:
-            factors: of `apply_factors`.
+            signals: module name -> the signals at the outputs of its first call.
         """
-        signals = {factor.cut.name: factor.signals for factor in factors}
         found = []
         for name, args in self.calls.items():
             module = self.modules[name]
@@ -319,7 +316,7 @@ class Recurrences:
 
 
 def recurrences_of(model: nn.Module) -> Recurrences | None:
-    """A listener for the model's fused recurrent modules, None without any."""
+    """A listener for the model's fused recurrent modules; None if it has none."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
     return Recurrences(modules) if modules else None
 
@@ -349,20 +346,18 @@ def _chains(name: str, module: nn.RNNBase, args: Any, signals: list[Tensor], num
         signal_T = torch.stack([torch.zeros_like(layer[0]) if g is None else g for g in here])
         state_T = torch.stack([state.detach() for state in layer[:-1]])
         input_T = torch.stack([entry.detach() for entry in unrolled.inputs[number]])
-        before, after = squared_gains(cell, input_T, state_T, _lifted(signal_T))
+        before, after = squared_norms(cell, input_T, state_T, _lifted(signal_T))
         total = before.sum(1)
         gain_T = torch.where(total > 0, (after.sum(1) / total.clamp(min=1e-38)).sqrt(), torch.nan)
         label = name + (f" layer {number}" if len(unrolled.states) > 1 else "")
         exponents = _exponents(cell, input_T, state_T, num)
-        # the first step's factor leads to the initial state, which is no variable: it counts as a step all
-        # the same
+        # The first step's factor leads to the initial state. That state is not a variable, but the step counts too.
         found.append(Recurrence(label, [float(g) for g in gain_T.flip(0)], exponents))
     return found
 
 
 def _lifted(signal_T: Tensor) -> Tensor:
-    # a gain does not depend on the scale of its signal; squares of signals below 1e-19 would vanish in
-    # float32
+    # A gain does not depend on the scale of its signal, and squares of signals below 1e-19 would vanish in float32.
     largest_T = signal_T.abs().amax(dim=(1, 2), keepdim=True)
     return torch.where(largest_T > 0, signal_T / largest_T.clamp(min=1e-38), signal_T)
 
@@ -375,3 +370,73 @@ def _exponents(cell: Cell, input_T: Tensor, state_T: Tensor, num: int) -> list[f
             return cell.step(input_T[time, 0], state, weight, constant=True)
 
     return lyapunov_exponents(step, list(state_T[:, 0].unbind(0)), num)
+
+
+def gain_penalty(recurrence: Unrolled | Cell, inputs: Tensor | None = None, states: Tensor | None = None,
+                 signals: Tensor | None = None, *, bound: float = 1e-30) -> Tensor:  # fmt: skip
+    """The mean squared distance of the squared gain of the backward signal from one, over the steps.
+
+        Omega = mean over steps t and samples of ( ||J_t^T d_{t+1}||^2 / ||d_{t+1}||^2 - 1 )^2
+
+    The penalty draws the product of a recurrence's factors towards one, so that it neither grows nor decays. Only the
+    recurrent weight has a gradient; states, signals and the slopes of the activations are constants. For a tanh,
+    J_t^T d = W^T ((1 - h_{t+1}^2) d), and only this W is a variable. Use it after the loss's backward pass and before
+    any bound on the gradient:
+
+        output, _ = unrolled(x); loss(output).backward(retain_graph=False)
+        (alpha * gs.gain_penalty(unrolled)).backward()          # adds to weight_hh.grad
+
+    Args:
+        recurrence: an `Unrolled` module whose forward pass ran under `keep_signals()` and whose backward pass has run;
+            or a `Cell`, with the three arrays below.
+        inputs: (T, batch, I), for a `Cell`.
+        states: (T, batch, S), the states that enter the steps.
+        signals: (T, batch, S), dL/dh at the states that leave them.
+        bound: steps whose squared signal is at most this share of the largest one are left out of the mean.
+
+    Returns:
+        The penalty, a scalar with a graph to `weight_hh`; 0 without any signal.
+
+    Raises:
+        ValueError: a `Cell` without its arrays, or an `Unrolled` whose signals were not kept.
+
+    Source: Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063, equations 9 and 10; written from the formula.
+    Deviations: steps that are left out are taken out of the mean. The authors' code counts them as gain one and divides
+    by the share that is left, which gives the same number. The printed equation has plain norms; the authors' code has
+    squared ones, and so has this function.
+
+    >>> fused = torch.nn.RNN(1, 1, nonlinearity="relu", bias=False)
+    >>> _ = fused.weight_hh_l0.data.fill_(2.0), fused.weight_ih_l0.data.fill_(1.0)
+    >>> ones = torch.ones(1, 1, 1)
+    >>> round(gain_penalty(Cell(fused), 9 * ones, ones, ones).item(), 4)     # (2^2 - 1)^2
+    9.0
+    """
+    if isinstance(recurrence, Unrolled):
+        parts = []
+        for number, cell in enumerate(recurrence.cells):
+            assert isinstance(cell, Cell)
+            kept = [state.grad for state in recurrence.states[number][1:]] if recurrence.states else []
+            if not kept or all(grad is None for grad in kept):
+                raise ValueError(
+                    "gain_penalty(unrolled): expected signals at its states, got none. Run the forward pass inside "
+                    "`with unrolled.keep_signals():` and the loss's backward pass before this call."
+                )
+            known = [torch.zeros_like(s) if s.grad is None else s.grad for s in recurrence.states[number][1:]]
+            entering = torch.stack([state.detach() for state in recurrence.states[number][:-1]])
+            given = torch.stack([x.detach() for x in recurrence.inputs[number]])
+            parts.append(_penalty(cell, given, entering, torch.stack(known), bound))
+        return torch.stack(parts).mean()
+    if inputs is None or states is None or signals is None:
+        raise ValueError("gain_penalty(cell, ...): expected inputs, states and signals beside a Cell, got None.")
+    return _penalty(recurrence, inputs, states, signals, bound)
+
+
+def _penalty(cell: Cell, inputs: Tensor, states: Tensor, signals: Tensor, bound: float) -> Tensor:
+    # The ratio does not depend on the signal's scale, so the signal is lifted: squares of tiny signals would underflow.
+    largest = signals.abs().amax()
+    lifted = torch.where(largest > 0, signals / largest, signals)
+    before, after = squared_norms(cell, inputs, states, lifted, differentiable=True)
+    counts = before > bound * before.amax()
+    ratio = after / torch.where(counts, before, torch.ones_like(before))
+    excess = torch.where(counts, (ratio - 1).square(), torch.zeros_like(ratio))
+    return excess.sum() / counts.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""The budget of ordinary joints at work: which outputs are watched in this pass, and what is done to their signals."""
+"""Limits on the signals at ordinary joints: the norm of a signal, its scale, and the guard that applies a budget."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from ..xp import Array, numpy_xp, torch_xp
 
 
 def signal_norm(signal: Tensor, per_sample: bool = False) -> Tensor:
-    """L2 norm of a signal that neither overflows nor copies the signal in the usual case.
+    """L2 norm of a signal; it does not overflow, and in the usual case it does not copy the signal.
 
     Args:
         signal: gradient at a joint; float16 and bfloat16 are accumulated in float32.
-        per_sample: one norm for each entry of dimension 0.
+        per_sample: whether to give one norm per entry of dimension 0.
 
     Returns:
-        float32 norms, () or (samples,); inf or NaN only where the signal has such entries (or exceeds
-        float32).
+        float32 norms, () or (samples,). They are inf or NaN only where the signal is, or where it exceeds float32.
     """
     flat = signal.detach()
     dim = tuple(range(1, flat.dim())) if per_sample and flat.dim() > 1 else None
@@ -33,13 +32,13 @@ def signal_norm(signal: Tensor, per_sample: bool = False) -> Tensor:
     norm = torch.linalg.vector_norm(flat, dim=dim, dtype=kind)
     if norm.device.type == "cpu" and bool(torch.isfinite(norm).all()):
         return norm.to(torch.float32)
-    # Entries above 1.8e19 overflow float32 squares: accumulate those in float64. On a device this is done
-    # always, since asking whether it is needed would wait for the device.
+    # Squares of entries above 1.8e19 overflow float32, so those are accumulated in float64. On a device this is always
+    # done, since asking whether it is needed would wait for the device.
     return torch.linalg.vector_norm(flat, dim=dim, dtype=torch.float64).to(torch.float32)
 
 
 def scale_within(norm: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor that brings a norm within its limit, and whether the signal is finite.
+    """Return the factor that brings a norm within its limit, and whether the signal is finite.
 
         scale = min(1, limit / norm), 0 where the norm is not finite
 
@@ -59,9 +58,9 @@ def scale_within(norm: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply_scale(signal: Tensor, scale: Tensor, finite: Tensor) -> Tensor | None:
-    """The signal times its scale, zeros where it is not finite (never 0 * inf); None for "unchanged" on the CPU."""
+    """Return the signal times its scale, zeros where it is not finite (never 0 * inf); on the CPU None if unchanged."""
     if scale.device.type == "cpu" and bool((scale == 1).all()):
-        return None  # reading a CPU tensor waits for nobody, and most signals are within their limit
+        return None  # reading a CPU tensor waits for nothing, and most signals are within their limit
     if scale.numel() == 1:
         scale, finite = scale.reshape(()), finite.reshape(())  # a scalar signal must stay one
     else:
@@ -76,8 +75,8 @@ def apply_scale(signal: Tensor, scale: Tensor, finite: Tensor) -> Tensor | None:
 class JointMemory:
     """What one joint remembers, as (1,) arrays: the budget's history and what is shown to the user.
 
-    They are tensors on the signal's device, or numpy arrays for signals on the CPU, where operations on numbers cost a
-    tenth as much and nobody has to be waited for.
+    They are tensors on the signal's device. For signals on the CPU they are numpy arrays, since operations on single
+    numbers then cost a tenth as much and nothing has to be waited for.
     """
 
     state: State
@@ -88,18 +87,18 @@ class JointMemory:
 
     @classmethod
     def new(cls, budget: Budget, device: torch.device) -> JointMemory:
-        """Before the first signal."""
+        """Return the memory before the first signal."""
         zero = np.zeros(1) if device.type == "cpu" else torch.zeros(1, device=device)
         xp = numpy_xp if device.type == "cpu" else torch_xp
         return cls(budget.init(xp, zero), zero, zero + float("inf"), zero, zero)
 
     def on(self, device: torch.device) -> JointMemory:
-        """The same memory on another device."""
+        """Return the same memory on another device."""
         shown = (self.norm, self.limit, self.bounded, self.nonfinite)
         return JointMemory(tuple(_beside(part, device) for part in self.state), *(_beside(x, device) for x in shown))
 
     def is_on(self, device: torch.device) -> bool:
-        """Whether the memory lives where signals of this device are judged."""
+        """Whether the memory is where signals of this device are judged."""
         if isinstance(self.norm, np.ndarray):
             return device.type == "cpu"
         return device.type != "cpu" and self.norm.device == device
@@ -115,8 +114,8 @@ class SignalGuard:
     """Bounds the signal of each watched module output by a budget of its own.
 
     Args:
-        budget: limits from the joint's own norms.
-        per_sample: judge each sample by itself; the history takes the largest norm over the samples.
+        budget: it gives limits from the joint's own norms.
+        per_sample: whether to judge each sample by itself; the history takes the largest norm over the samples.
         steps: whether modules that run several times in one pass are bounded too.
         zero_nonfinite: whether signals that are not finite are replaced by zeros.
     """
@@ -131,23 +130,23 @@ class SignalGuard:
         self._backward = False
 
     def new_pass(self) -> None:
-        """A forward pass starts: calls are counted from one again."""
+        """A forward pass starts, so calls are counted from one again."""
         self._calls.clear()
         self.made_by.clear()
         self._backward = False
 
     def meet(self, name: str, made: list[tuple[str, Tensor]], alive: Callable[[], bool], bound: bool = True) -> None:
-        """A watched module has returned: set a hook on each tensor that carries a signal.
+        """A watched module has returned, so set a hook on each of its tensors that carries a signal.
 
         Args:
             name: the module.
             made: (place in the output, tensor).
             alive: asked by the hook before it acts.
-            bound: False for a module that is only needed as the place of a declared fork.
+            bound: False for a module that only marks the place of a declared fork.
         """
         if not made:
             return
-        if self._backward:  # without a call of the root, a signal seen since the last call ends the pass
+        if self._backward:  # if the root is not called, a signal since the last call has ended the pass
             self.new_pass()
         self._calls[name] = self._calls.get(name, 0) + 1
         if self._calls[name] > 1:
@@ -160,7 +159,7 @@ class SignalGuard:
             self._watch(name, f"{name}{place}{call}", tensor, alive)
 
     def leave_alone(self, producers: set[tuple[Any, int]]) -> None:
-        """The activations made by these nodes are task forks: the fork rule bounds them, not the budget of a joint."""
+        """Leave the activations of these nodes out: they are task forks, which the fork rule bounds."""
         self._forked.update(name for name, made in self.made_by.items() if made in producers)
 
     def _watch(self, name: str, joint: str, tensor: Tensor, alive: Callable[[], bool]) -> None:
@@ -182,7 +181,7 @@ class SignalGuard:
         return self.on_cpu(memory, signal) if on_cpu else self.on_device(memory, signal)
 
     def on_device(self, memory: JointMemory, signal: Tensor) -> Tensor | None:
-        """Measure, bound and remember one signal without waiting for its device; None for an unchanged signal."""
+        """Measure, bound and remember one signal without waiting for its device; None if it is unchanged."""
         with torch.no_grad():
             norm = signal_norm(signal, self.per_sample).reshape(-1)
             whole = norm.amax().reshape(1) if len(norm) > 1 else norm
@@ -202,7 +201,7 @@ class SignalGuard:
             return apply_scale(signal, scale, finite)
 
     def on_cpu(self, memory: JointMemory, signal: Tensor) -> Tensor | None:
-        """The same on numpy arrays; a signal within its limit is not touched."""
+        """Do the same on numpy arrays; a signal within its limit is not touched."""
         norm = signal_norm(signal, self.per_sample).detach().numpy().reshape(-1).astype(np.float64)
         finite = np.isfinite(norm)
         whole = norm.max().reshape(1)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.chain import Chain
-from ..chain.cut import leaves_below, pull
-from ..chain.factors import gradient_chain
+from ..chain.factors import gradient_chain, leaves_below, pull
 from ..chain.forks import find_forks
 from ..chain.graph import Graph, tracing, walk
 from ..chain.joints import LossFn, tensors_in
@@ -234,8 +233,9 @@ def gather(model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any) -> Evi
         evidence.forks.append(ForkShare(fork.module or "(root)", norms, members))
     if breaks:
         node, largest = max(breaks)  # the newest operation is the first one of the backward pass
-        module = trace.module_of(int(graph.nodes_N[node]._sequence_nr()))
-        inside = any(start <= int(graph.nodes_N[node]._sequence_nr()) < stop for start, stop, _ in trace.calls)
+        number = graph.sequence_number(node)
+        module = trace.module_of(number)
+        inside = any(start <= number < stop for start, stop, _ in trace.calls)
         name = module or ("(root)" if inside else "(loss)")
         evidence.broken = Break(name, type(graph.nodes_N[node]).__name__.removesuffix("0"), largest)
     return evidence

@@ -93,7 +93,7 @@ def test_errors_name_the_remedy() -> None:
         gradient_chain(model, lambda m, x: m(x)[0], batch)
     with pytest.raises(ValueError, match="without a graph"):
         gradient_chain(model, lambda m, x: m(x)[0].detach().sum(), batch)
-    with pytest.raises(KeyError, match="the chain has"):
+    with pytest.raises(KeyError, match="The chain has"):
         gradient_chain(model, loss_fn, batch).link("nowhere")
 
 

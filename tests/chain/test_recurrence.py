@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradsplit.chain import Unrolled, gain_penalty, gradient_chain, lyapunov_exponents
-from gradsplit.chain.recurrent import Cell, squared_gains
+from gradsplit.chain.recurrent import Cell, squared_norms
 from tests.chain.nets import Recurrent
 
 KINDS = [nn.RNN, nn.GRU, nn.LSTM]
@@ -45,7 +45,7 @@ def test_gains_are_those_of_the_jacobians(kind: type[nn.RNNBase]) -> None:
     cell = Cell(kind(3, 4).double())
     inputs, states = torch.randn(2, 3, 3).double(), torch.randn(2, 3, cell.state_size).double()
     signals = torch.randn_like(states)
-    before, after = squared_gains(cell, inputs, states, signals)
+    before, after = squared_norms(cell, inputs, states, signals)
     for t in range(2):
         for n in range(3):
             jacobian = torch.autograd.functional.jacobian(lambda h, t=t, n=n: cell(inputs[t, n], h), states[t, n])

@@ -1,4 +1,4 @@
-"""ChainSplitter: bounds the signal at the joints of a model while it trains."""
+"""ChainSplitter: it bounds the signal at the joints of a model while the model trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..budget.base import Budget
 from ..budget.running_median import RunningMedian
 from ..hooks import attach_to, not_traced
 from ..rates import follows_gradient
-from .fork_limits import ForkMemory, ForkWatch
+from .forks import ForkMemory, ForkWatch
 from .graph import CallTrace, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in
 from .module_limits import ModuleLimits, modules_with_parameters
@@ -28,12 +28,12 @@ class JointRow:
     """One joint, or one branch of a task fork, after the steps so far.
 
     Attributes:
-        name: the joint; `fork->branch` for a branch.
+        name: the joint, or `fork->branch`.
         role: "layer" or "task".
         norm: L2 norm of the last signal before any bound.
-        limit: the limit that the last signal met, inf for none.
-        bounded: in how many backward passes the signal was scaled.
-        nonfinite: in how many it was not finite.
+        limit: the limit on the last signal, inf if there was none.
+        bounded: number of backward passes in which the signal was scaled.
+        nonfinite: number of backward passes in which it was not finite.
     """
 
     name: str
@@ -45,7 +45,7 @@ class JointRow:
 
 
 def rows_of(guard: SignalGuard, watch: ForkWatch) -> list[JointRow]:
-    """All joints that have carried a signal, as host values."""
+    """All joints that have carried a signal, as numbers of the host."""
     rows = []
     for name, m in sorted(guard.memories.items()):
         bounded, nonfinite = int(m.bounded[0]), int(m.nonfinite[0])
@@ -81,19 +81,18 @@ def dump_state(guard: SignalGuard, watch: ForkWatch) -> dict[str, Any]:
 
 
 def load_state(guard: SignalGuard, watch: ForkWatch, state: dict[str, Any]) -> None:
-    """Undo `dump_state`.
+    """Take over what `dump_state` returned.
 
     Raises:
-        KeyError: the dictionary is not one of a ChainSplitter.
+        KeyError: the dictionary does not come from a ChainSplitter; nothing is taken over then.
     """
-    guard.memories = {
+    joints = {
         name: JointMemory(tuple(entry["state"]), *(entry[key] for key in _SHOWN))
         for name, entry in state["joints"].items()
     }
+    forks = [ForkMemory(f["name"], tuple(f["branches"]), *(list(f[key]) for key in _LISTS)) for f in state["forks"]]
     guard.repeated = set(state["repeated"])
-    watch.memories = [
-        ForkMemory(f["name"], tuple(f["branches"]), *(list(f[key]) for key in _LISTS)) for f in state["forks"]
-    ]
+    guard.memories, watch.memories = joints, forks
     watch.forget_plan()
 
 
@@ -114,30 +113,33 @@ class ChainSplitter:
 
         d <- d min(1, limit / ||d||)        at every joint;  zeros where d is not finite
 
-    Ordinary joints have a guard: limit = 3 x a running median of the joint's own norm, so that only a sudden
-    explosion is bounded. Task forks have the fork rule: limit = the smallest over the branches of a slowly decaying
-    maximum of each branch's norm. Residual adds are never bounded as forks. In front of an optimizer whose step does
-    not follow the gradient's size (Adam), "auto" leaves the fork rule and the limits of modules out: there they set
-    the shares of the heads and no more, which costs where nothing explodes. The statistics live on the signals'
-    device and are those of this process's part of the batch: under DistributedDataParallel and FSDP2 each rank
-    bounds its own signals. Every backward pass is one observation, so accumulated micro-batches count one by one.
+    Ordinary joints have a guard: the limit is 3 x a running median of the joint's own norm, so only a sudden explosion
+    is bounded. Task forks have the fork rule: each branch has a slowly decaying maximum of its norm, and the limit is
+    the smallest of these maxima. Residual adds are never bounded as forks. Some optimizers, such as Adam, make steps
+    that do not follow the gradient's size. In front of them "auto" leaves out the fork rule and the limits of modules.
+    There these would only set the shares of the heads, which costs where nothing explodes.
+
+    The statistics stay on the signals' device. They describe this process's part of the batch, so under
+    DistributedDataParallel and FSDP2 each rank bounds its own signals. Every backward pass is one observation, and so
+    is every accumulated micro-batch.
 
     Args:
-        model: the module to control; DDP wrappers are seen through.
-        at: "auto" (layers, and task forks unless attached to an optimizer as Adam), "forks", "layers", or names of
-            modules whose outputs are guarded.
-        budget: limits of ordinary joints from their own norms; None: `RunningMedian(3.0)`; with inf it measures only.
-        forks: modules whose output is a task fork, declared where the structure does not show it.
-        parameters: what bounds the parameters beside a task fork: "modules" (`total` / sqrt(number of
-            modules) each, through `.attach(optimizer)` or `.bound_parameters()`), a GradientSplitter or GSO
-            of the caller's, or None.
-        total: L2 norm that all modules' limits add up to, gradient units.
-        per_sample: bound each sample's signal instead of the batch's.
-        steps: guard modules that are called several times in one forward pass (time steps) too.
-        on_nonfinite: "zero", or "pass" (needed under a GradScaler, which looks for the inf itself).
+        model: the module to control; under DistributedDataParallel the module inside.
+        at: "auto" (layers, and task forks unless the splitter is attached to an optimizer such as Adam), "forks",
+            "layers", or names of modules whose outputs are guarded.
+        budget: gives the limits of ordinary joints from their own norms; None means `RunningMedian(3.0)`. With a limit
+            of inf the splitter only measures.
+        forks: modules whose output is a task fork, for forks that the structure does not show.
+        parameters: what bounds the parameters beside a task fork. "modules" bounds each module by `total` / sqrt(number
+            of modules), through `.attach(optimizer)` or `.bound_parameters()`. Otherwise a GradientSplitter or GSO of
+            the caller's, or None.
+        total: limit on the L2 norm of all modules together, gradient units.
+        per_sample: whether to bound each sample's signal instead of the batch's.
+        steps: whether to guard modules that are called several times in one forward pass (time steps) too.
+        on_nonfinite: "zero", or "pass", which a GradScaler needs, since it looks for the inf itself.
 
     Raises:
-        ValueError: a name that the model does not have (the nearest are offered), or an unknown option.
+        ValueError: an unknown option, or a name that the model does not have; the error offers the nearest names.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
     >>> with ChainSplitter(model, at="layers") as chain:
@@ -196,14 +198,14 @@ class ChainSplitter:
         The optimizer decides whether "auto" bounds task forks: under SGD it does, under Adam it does not.
 
         Returns:
-            This splitter: `.remove()` takes everything off again.
+            This splitter; `.remove()` takes off all hooks again.
 
         Raises:
             RuntimeError: it is attached already.
         """
         if self._handles:
             raise RuntimeError(
-                "ChainSplitter.attach(): expected a splitter without hooks, it is attached. Call .remove() first."
+                "ChainSplitter.attach(): expected a splitter without hooks, got an attached one. Call .remove() first."
             )
         self._generation += 1
         self.guard.new_pass()
@@ -223,7 +225,7 @@ class ChainSplitter:
         return self
 
     def remove(self) -> None:
-        """Take every hook off; graphs that still hold one of this splitter's hooks pass their signals unchanged."""
+        """Take off every hook; a graph that still holds one of this splitter's hooks passes its signals unchanged."""
         self._generation += 1
         for handle in self._handles:
             handle.remove()
@@ -245,19 +247,19 @@ class ChainSplitter:
             self.module_norms = self._limits.bound_()
 
     def rows(self) -> list[JointRow]:
-        """One row a joint: last norm, limit, how often bounded or not finite; waits for the device."""
+        """One row per joint: last norm, limit, and counts of bounded and non-finite; this waits for the device."""
         return rows_of(self.guard, self.watch)
 
     def worst(self, k: int = 5) -> list[JointRow]:
-        """The joints that were not finite, or were bounded, most often."""
+        """The joints that were not finite most often, then those that were bounded most often."""
         return sorted(self.rows(), key=lambda row: (-row.nonfinite, -row.bounded, row.name))[:k]
 
     def state_dict(self) -> dict[str, Any]:
-        """Running medians and maxima, by joint."""
+        """The running medians and maxima, by joint."""
         return dump_state(self.guard, self.watch)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; joints that are not met again keep it unused."""
+        """Take over a saved state; joints that do not occur again keep it unused."""
         load_state(self.guard, self.watch, state)
 
     def _alive(self) -> Any:
