@@ -228,7 +228,7 @@ def run(job: Job) -> dict[str, Any]:
         "fired": None if collective is None else len(collective.fired),
         "fired_at_faults": None if collective is None else len(set(collective.fired) & set(spoiled)),
         "spoiled": len(spoiled),
-        "largest_median": None if collective is None else round(collective.largest, 3),
+        "largest_median": None if collective is None else round(max(collective.medians), 3),
         "cpu_seconds": round(used, 2),
         "seconds": round(taken, 2),
         "losses": [float(f"{statistics.fmean(losses[i : i + stride]):.4g}") for i in range(0, len(losses), stride)],

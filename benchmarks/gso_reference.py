@@ -101,35 +101,45 @@ class Collective:
         self.parameters, self.limit, self.median, self.rule = list(parameters), limit, median, rule
         self.scale: Tensor | None = None
         self.fired: list[int] = []
-        self.largest, self.steps = 0.0, 0
+        self.medians: list[float] = []
+        self.steps = 0
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Read all gradients; scale them where the median says so."""
-        parts = [rows_of(p.grad).double().norm(dim=1) for p in self.parameters if p.grad is not None]
+        read = [p for p in self.parameters if p.grad is not None]
+        times = self.decide([rows_of(p.grad).double().norm(dim=1) for p in read])
+        if times != 1.0:
+            for p in read:
+                p.grad.mul_(times)
+
+    def decide(self, parts: list[Tensor]) -> float:
+        """Return what the whole gradient is multiplied by, and remember the norms.
+
+        Args:
+            parts: the norms of the rows of each tensor, float64; the same tensors in the same order at every step.
+        """
         norm = torch.cat(parts)
         seen = norm.isfinite() & (norm > 0)
         if self.scale is None:
             self.scale = torch.where(seen, norm, 0.0)
         c = self._middle(norm, seen & (self.scale > 0), [len(part) for part in parts])
-        self.largest = max(self.largest, c)
-        fires = c > self.limit
-        if fires:
+        self.medians.append(c)
+        times = 1.0
+        if c > self.limit:
             times = (1.0 if self.rule == "recent" else self.limit) / c
             norm = norm * times
-            for p in self.parameters:
-                if p.grad is not None:
-                    p.grad.mul_(times)
             self.fired.append(self.steps)
         if self.rule == "slow":
             moved = torch.where(norm > self.scale, self.scale * 1.05, self.scale * 0.95)
-        elif fires:
+        elif c > self.limit:
             moved = 1.05 * self.scale
         else:
             fall = min(0.98, self.steps / (self.steps + 2))
             moved = torch.minimum(torch.maximum(norm, fall * self.scale), 2 * self.scale)
         self.steps += 1
         self.scale = torch.where(seen, torch.where(self.scale > 0, moved, norm), self.scale)
+        return times
 
     def _middle(self, norm: Tensor, known: Tensor, sizes: list[int]) -> float:
         if self.median == "sample":
