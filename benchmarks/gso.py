@@ -260,7 +260,7 @@ def execute(jobs: list[Job], workers: int) -> None:
     finished = done()
     missing = list({job.key: job for job in jobs if job.key not in finished}.values())
     where = evidence.conditions()
-    conditions = {"hardware": where["hardware"], "torch": where["versions"]["torch"], "command": where["command"]}
+    conditions = {"hardware": where["hardware"], "torch": where["versions"]["torch"], "command": "benchmarks/" + where["command"]}
     RESULTS.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
         futures = {pool.submit(run, job): job for job in missing}
