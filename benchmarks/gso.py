@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -28,16 +27,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if importlib.util.find_spec("gradsplit") is None or "PYTHONPATH" not in os.environ:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gso_plan import GROUPS, Job
-from gso_reference import Collective, GSOReference, output_layers
-from gso_tasks import build, evidence, faulty, inject, tasks
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from benchmarks.gso_plan import GROUPS, Job
+from benchmarks.gso_reference import Collective, GSOReference, output_layers
+from benchmarks.gso_tasks import build, evidence, faulty, inject, tasks
 
 RESULTS = Path(__file__).parent / "results" / "gso"
 RUNS = RESULTS / "runs.jsonl"
@@ -260,7 +258,11 @@ def execute(jobs: list[Job], workers: int) -> None:
     finished = done()
     missing = list({job.key: job for job in jobs if job.key not in finished}.values())
     where = evidence.conditions()
-    conditions = {"hardware": where["hardware"], "torch": where["versions"]["torch"], "command": "benchmarks/" + where["command"]}
+    conditions = {
+        "hardware": where["hardware"],
+        "torch": where["versions"]["torch"],
+        "command": "benchmarks/" + where["command"],
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
         futures = {pool.submit(run, job): job for job in missing}

@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gso_plan import cells
-from gso_reference import Collective, GSOReference, rows_of
-from gso_tasks import CACHE, build, evidence, faulty, tasks
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+
+from benchmarks.gso_plan import cells
+from benchmarks.gso_reference import Collective, GSOReference, rows_of
+from benchmarks.gso_tasks import CACHE, build, evidence, faulty, tasks
 
 OUT = Path(__file__).parent / "results" / "gso" / "medians.json"
 RUNS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradsplit.lab import digits, evidence, registry
-from gradsplit.lab import task as tasks
-from gso_plan import Job
-from gso_reference import GSOReference
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from benchmarks.gso_plan import Job
+from benchmarks.gso_reference import GSOReference
+from gradsplit.lab import digits, evidence, registry
+from gradsplit.lab import task as tasks
 
 __all__ = ["build", "evidence", "faulty", "inject", "tasks"]
 
