@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layers import Decided, Listener, length, looks, masked, once, spread, times, wide
+from .layers import Decided, Listener, all_finite, length, looks, masked, once, spread, times, wide
 
 __all__ = ["WHOLE", "WholeKind"]
 
@@ -59,7 +60,7 @@ class WholeKind:
 
     def __call__(self, listener: Listener, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run the module between its two ends."""
-        bound = inspect.signature(forward).bind(*args, **kwargs)
+        bound = _signature(type(module)).bind(*args, **kwargs)
         if any(isinstance(value, PackedSequence) for value in bound.arguments.values()):
             raise ValueError(
                 f"SampleSplitter: expected a padded tensor for {type(module).__name__}, got a PackedSequence, in which "
@@ -89,13 +90,20 @@ class WholeKind:
         return tree_unflatten(outputs, tree)
 
 
+@cache
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    """The forward's, without its first argument."""
+    whole = inspect.signature(kind.forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
 def _rows_at(tensor: Tensor, dim: int | None) -> list[int]:
     return [size if k == dim else 1 for k, size in enumerate(tensor.shape)]
 
 
 def _length_of_all(tensors: Sequence[Tensor], shapes: Sequence[list[int]]) -> Tensor:
     norms = [wide(length(tensor, rows)) for tensor, rows in zip(tensors, shapes, strict=True)]
-    return torch.stack(norms).square().sum(0).sqrt()
+    return norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
 
 
 class _Enter(torch.autograd.Function):
@@ -105,10 +113,9 @@ class _Enter(torch.autograd.Function):
     def forward(ctx: Any, whole: _Call, shapes: list[list[int]], *tensors: Tensor) -> Any:
         ctx.whole, ctx.shapes = whole, shapes
         whole.activation_S = _length_of_all(tensors, shapes)
-        sound_S = whole.activation_S.isfinite()
-        if looks(sound_S) and bool(sound_S.all()):
+        if looks(whole.activation_S) and all_finite(whole.activation_S):
             return tuple(tensor.view_as(tensor) for tensor in tensors)
-        whole.sound_S = sound_S
+        whole.sound_S = sound_S = whole.activation_S.isfinite()
         return tuple(masked(tensor, sound_S, rows) for tensor, rows in zip(tensors, shapes, strict=True))
 
     @staticmethod
@@ -116,9 +123,8 @@ class _Enter(torch.autograd.Function):
         decided = ctx.whole.decided
         if decided is None:
             return (None, None, *signals)
-        back_S = torch.where(decided.sound_S, 1 / decided.factor_S, 0)
         passed = (
-            None if d is None else times(d, back_S, decided.sound_S, rows)
+            None if d is None else times(d, 1 / decided.factor_S, decided.sound_S, rows)
             for d, rows in zip(signals, ctx.shapes, strict=True)
         )
         return (None, None, *passed)

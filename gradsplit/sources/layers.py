@@ -21,6 +21,7 @@ __all__ = [
     "Decided",
     "LayerKind",
     "Listener",
+    "all_finite",
     "length",
     "looks",
     "masked",
@@ -37,11 +38,11 @@ class Decided(NamedTuple):
 
     Attributes:
         factor_S: what each sample's part of the sum is multiplied by, in [0, 1].
-        sound_S: False where the sample is masked.
+        sound_S: False where the sample is masked; None where it is known that none is.
     """
 
     factor_S: Tensor
-    sound_S: Tensor
+    sound_S: Tensor | None
 
 
 class Listener(Protocol):
@@ -73,6 +74,11 @@ def looks(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def all_finite(norm_S: Tensor) -> bool:
+    """Whether every norm is finite; waits for the device."""
+    return math.isfinite(norm_S.sum())
+
+
 def length(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """The L2 norm of every sample, in one dimension; at least float32.
 
@@ -88,7 +94,7 @@ def length(tensor: Tensor, rows: Sequence[int]) -> Tensor:
         tensor, dims = tensor.flatten(1), [1]
     norm = torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype) if dims else tensor.to(dtype).abs()
     norm_S = norm.reshape(-1)
-    if looks(norm_S) and not bool(norm_S.isfinite().all()):
+    if looks(norm_S) and not all_finite(norm_S):
         norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1) if dims else norm_S
     return norm_S
 
@@ -103,14 +109,18 @@ def spread(number_S: Tensor, rows: Sequence[int]) -> Tensor:
     return number_S.view(list(rows))
 
 
-def times(tensor: Tensor, factor_S: Tensor, sound_S: Tensor, rows: Sequence[int]) -> Tensor:
+def times(tensor: Tensor, factor_S: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
     """Every sample times its factor; zeros, never 0 * inf, where it is not sound."""
     scaled = tensor * spread(factor_S, rows).to(tensor.dtype)
+    if sound_S is None:
+        return scaled
     return torch.where(spread(sound_S, rows), scaled, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
-def masked(tensor: Tensor, sound_S: Tensor, rows: Sequence[int]) -> Tensor:
+def masked(tensor: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
     """The tensor with zeros where a sample is not sound."""
+    if sound_S is None:
+        return tensor
     return torch.where(spread(sound_S, rows), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
@@ -145,12 +155,12 @@ class LayerKind:
         """The input and the constants that `run` and `gradients` get."""
         return a, None
 
-    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-        """The layer's output."""
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
+        """The layer's output, and what backward needs beside input and weight: numbers per row of the input."""
         raise TypeError(f"{type(self).__name__}: expected a kind that says how it runs.")
 
     def gradients(
-        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of input, weight and bias from the signal; None where not needed."""
         raise TypeError(f"{type(self).__name__}: expected a kind that says what its gradients are.")
@@ -178,15 +188,16 @@ class _Split(torch.autograd.Function):
         listener: Listener,
         config: Any,
     ) -> Tensor:
-        ctx.save_for_backward(a, weight)
         ctx.kind, ctx.features, ctx.listener, ctx.config = kind, features, listener, config
         ctx.has_bias = bias is not None
-        return kind.run(a, weight, bias, config)
+        y, *extra = kind.run(a, weight, bias, config)
+        ctx.save_for_backward(a, weight, *extra)
+        return y
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         once()
-        a, weight = ctx.saved_tensors
+        a, weight, *extra = ctx.saved_tensors
         kind, listener, config = ctx.kind, ctx.listener, ctx.config
         # Under autocast the signal has the precision in which the layer ran.
         weight = weight.to(d.dtype)
@@ -201,27 +212,29 @@ class _Split(torch.autograd.Function):
         down, own = bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1])
         need_bias = ctx.has_bias and bool(ctx.needs_input_grad[2])
         if decided is None:
-            found = kind.gradients(d, a, weight, config, (down, own, need_bias))
+            found = kind.gradients(d, a, weight, config, (down, own, need_bias), *extra)
             return (*found, None, None, None, None)
         factor_S, sound_S = decided
         if a.is_floating_point():
             a = masked(a, sound_S, rows_a)
+            extra = [masked(numbers, sound_S, rows_a) for numbers in extra]
         mine = times(d, factor_S, sound_S, rows)
-        _, grad_weight, grad_bias = kind.gradients(mine, a, weight, config, (False, own, need_bias))
+        _, grad_weight, grad_bias = kind.gradients(mine, a, weight, config, (False, own, need_bias), *extra)
         passed = None
         if down:
-            passed = kind.gradients(masked(d, sound_S, rows), a, weight, config, (True, False, False))[0]
+            below = masked(d, sound_S, rows)
+            passed = kind.gradients(below, a, weight, config, (True, False, False), *extra)[0]
         return passed, grad_weight, grad_bias, None, None, None, None
 
 
 class _Linear(LayerKind):
     modules = (nn.Linear,)
 
-    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-        return F.linear(a, weight, bias)
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
+        return (F.linear(a, weight, bias),)
 
     def gradients(
-        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         flat_d, flat_a = d.reshape(-1, d.shape[-1]), a.reshape(-1, a.shape[-1])
         return (
@@ -245,11 +258,11 @@ class _Conv(LayerKind):
             padding = (0,) * len(module.kernel_size)
         return a, (module.stride, padding, module.dilation, module.groups)
 
-    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-        return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](a, weight, bias, *config)
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
+        return ((F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](a, weight, bias, *config),)
 
     def gradients(
-        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         stride, padding, dilation, parts = config
         alone = d.dim() < weight.dim()  # no batch dimension
@@ -275,11 +288,11 @@ class _Embedding(LayerKind):
     def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
         return a, (module.padding_idx, module.scale_grad_by_freq)
 
-    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-        return F.embedding(a, weight, padding_idx=config[0])
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
+        return (F.embedding(a, weight, padding_idx=config[0]),)
 
     def gradients(
-        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         empty, by_frequency = config
         if not need[1]:
@@ -306,20 +319,25 @@ class _LayerNorm(_Norm):
     def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
         return a, (module.normalized_shape, module.eps)
 
-    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-        return F.layer_norm(a, config[0], weight, bias, config[1])
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
+        if torch.is_autocast_enabled(a.device.type) or a.dtype != weight.dtype:
+            return (F.layer_norm(a, config[0], weight, bias, config[1]),)
+        # mean and 1 / deviation are kept, so that backward need not find them again
+        return torch.native_layer_norm(a, config[0], weight, bias, config[1])
 
     def gradients(
-        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         d, a, weight = _at_least_float32(d, a, weight)
         shape, eps = config
         dims = list(range(a.dim() - len(shape), a.dim()))
-        variance, mean = torch.var_mean(a, dims, correction=0, keepdim=True)
+        if extra and extra[0].dtype == a.dtype:
+            mean, rate = extra
+        else:
+            variance, mean = torch.var_mean(a, dims, correction=0, keepdim=True)
+            rate = (variance + eps).rsqrt()
         zero = torch.zeros_like(weight) if need[2] else None
-        found = torch.ops.aten.native_layer_norm_backward(
-            d, a, list(shape), mean, (variance + eps).rsqrt(), weight, zero, list(need)
-        )
+        found = torch.ops.aten.native_layer_norm_backward(d, a, list(shape), mean, rate, weight, zero, list(need))
         passed, grad_weight, grad_bias = (tensor if asked else None for tensor, asked in zip(found, need, strict=True))
         return passed, grad_weight, grad_bias
 
@@ -330,11 +348,11 @@ class _RMSNorm(_Norm):
     def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
         return a, (module.normalized_shape, module.eps)
 
-    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-        return F.rms_norm(a, config[0], weight, config[1])
+    def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
+        return (F.rms_norm(a, config[0], weight, config[1]),)
 
     def gradients(
-        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool]
+        self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         eps = torch.finfo(a.dtype).eps if config[1] is None else config[1]
         d, a, weight = _at_least_float32(d, a, weight)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,13 @@ class RunningLimit:
                 raise ValueError(f"RunningLimit({name}={getattr(self, name)!r}): expected a number {rule}.")
 
     def follow(self, scale: Tensor, norm_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
-        """The new scale and the limit; nothing waits for the device."""
+        """The new scale and the limit; nothing waits for the device. On the CPU numpy's calls are the cheaper ones."""
+        if norm_S.device.type == "cpu" and norm_S.dtype == torch.float64:
+            new, bound = self._follow_numbers(float(scale), norm_S.numpy()[counts_S.numpy()])
+            return scale.new_tensor(new), scale.new_tensor(bound)
+        return self._follow_tensors(scale, norm_S, counts_S)
+
+    def _follow_tensors(self, scale: Tensor, norm_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         ordered_S = torch.where(counts_S, norm_S, math.inf).sort().values
         count = counts_S.sum()
         index = ((count * self.quantile).ceil().long() - 1).clamp(min=0)
@@ -76,6 +83,19 @@ class RunningLimit:
         move = torch.where(distance > 0, (self.up * distance).clamp(max=math.log(self.growth)), self.down * distance)
         scale = torch.where(count > 0, torch.where(scale > 0, scale * move.exp(), now), scale)
         return scale, torch.where(scale > 0, self.factor * scale, math.inf)
+
+    def _follow_numbers(self, scale: float, norms: np.ndarray) -> tuple[float, float]:
+        """The same for numbers, of which all count."""
+        if norms.size:
+            place = max(math.ceil(norms.size * self.quantile) - 1, 0)
+            now = float(np.partition(norms, place)[place])
+            if scale > 0:
+                distance = math.log(now / scale)
+                up = min(self.up * distance, math.log(self.growth))
+                scale *= math.exp(up if distance > 0 else self.down * distance)
+            else:
+                scale = now
+        return scale, self.factor * scale if scale > 0 else math.inf
 
 
 # The norms of classified samples are heavy-tailed, since a fitted sample has almost none: the upper quantile is the

@@ -72,7 +72,8 @@ def test_an_embedding_is_bounded_by_the_signal():
 
 
 @pytest.mark.parametrize("kind", [*RULES, RunningLimit(quantile=0.8, factor=1.0, up=0.5, down=0.3, growth=1.1)])
-def test_limits_follow_the_formula_over_many_batches(kind):
+@pytest.mark.parametrize("way", ["numbers", "tensors"])
+def test_limits_follow_the_formula_over_many_batches(kind, way):
     generator = torch.Generator().manual_seed(1)
     rule = RULES.get(kind, kind) if isinstance(kind, str) else kind
     batches = [(torch.randn(9, generator=generator).exp() * 3 ** (t % 5)).double() for t in range(12)]
@@ -80,7 +81,8 @@ def test_limits_follow_the_formula_over_many_batches(kind):
     batches[6][1:] = 0
     scale, found = torch.zeros((), dtype=torch.float64), []
     for norm_S in batches:
-        scale, limit = rule.follow(scale, norm_S, norm_S.isfinite() & (norm_S > 0))
+        follow = rule.follow if way == "numbers" else rule._follow_tensors
+        scale, limit = follow(scale, norm_S, norm_S.isfinite() & (norm_S > 0))
         found.append(limit.item())
     expected = limits([b.tolist() for b in batches], rule.quantile, rule.factor, rule.up, rule.down, rule.growth)
     assert found == pytest.approx(expected, rel=1e-9)
