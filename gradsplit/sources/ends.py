@@ -60,7 +60,8 @@ class WholeKind:
 
     def __call__(self, listener: Listener, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run the module between its two ends."""
-        bound = _signature(type(module)).bind(*args, **kwargs)
+        kind: Any = type(module)
+        bound = _signature(kind).bind(*args, **kwargs)
         if any(isinstance(value, PackedSequence) for value in bound.arguments.values()):
             raise ValueError(
                 f"SampleSplitter: expected a padded tensor for {type(module).__name__}, got a PackedSequence, in which "
@@ -91,7 +92,7 @@ class WholeKind:
 
 
 @cache
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
+def _signature(kind: Any) -> inspect.Signature:
     """The forward's, without its first argument."""
     whole = inspect.signature(kind.forward)
     return whole.replace(parameters=list(whole.parameters.values())[1:])

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .ends import WHOLE, WholeKind
 from .layers import KINDS, Decided, LayerKind, looks, spread, wide
-from .limits import Rule, rule_of
+from .limits import Rule, RunningLimit, rule_of
 from .quarantine import BATCH_NORMS, Quarantine
 
 __all__ = ["SampleSplitter", "StoodOut"]
@@ -214,7 +214,11 @@ class SampleSplitter:
         """The running scales by layer and joint, and the number of passes."""
         parts: dict[str, dict[str, Any]] = {"layers": dict(self.layers), "joints": dict(self.joints)}
         state: dict[str, Any] = {
-            key: {name: part.scale.clone() for name, part in these.items() if part.scale is not None}
+            key: {
+                name: torch.as_tensor(part.scale, dtype=torch.float64).clone()
+                for name, part in these.items()
+                if part.scale is not None
+            }
             for key, these in parts.items()
         }
         return {**state, "passes": self._passes}
@@ -348,7 +352,8 @@ class _Layer:
     def __init__(self, splitter: SampleSplitter, name: str, kind: LayerKind | WholeKind) -> None:
         self.splitter, self.name, self.kind = splitter, name, kind
         self.batch_dim, self.token = splitter.batch_dim, splitter.token
-        self.scale: Tensor | None = None
+        self.scale: Tensor | float | None = None
+        self._limit: float | None = None
 
     def call(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -368,16 +373,20 @@ class _Layer:
         """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
         splitter = self.splitter
         splitter._see_pass()
+        may_look = looks(signal_S)
+        if may_look and self._ordinary(activation_S, signal_S):
+            return None
         norm_S = wide(activation_S) * wide(signal_S)
         if splitter.scaler is not None:
             norm_S = norm_S / splitter.scaler.scale(norm_S.new_ones(()))
-        scale = norm_S.new_zeros(()) if self.scale is None else self.scale.to(norm_S)
-        may_look = looks(norm_S)
-        # numpy's calls cost a third of torch's, and most layers of most batches end here
-        finite_S = torch.from_numpy(np.isfinite(norm_S.numpy())) if may_look else norm_S.isfinite()
-        self.scale, limit = splitter.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
-        if may_look and bool((norm_S <= limit).all()):
-            return None
+        finite_S = norm_S.isfinite()
+        if may_look and self._limit is not None:
+            limit = torch.tensor(self._limit, dtype=norm_S.dtype)
+        else:
+            scale = torch.as_tensor(0.0 if self.scale is None else self.scale).to(norm_S)
+            self.scale, limit = splitter.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
+            if may_look and bool((norm_S <= limit).all()):
+                return None
         ratio_S = norm_S / limit
         sound_S = splitter._sound(activation_S, finite_S)
         splitter._notes.append((splitter._passes - 1, self.name, torch.where(finite_S, ratio_S, math.nan).float()))
@@ -385,6 +394,19 @@ class _Layer:
             splitter._lose(splitter._passes - 1)
         factor_S = torch.where(finite_S, (1 / ratio_S).clamp(min=_SMALLEST, max=1.0), 1.0)
         return Decided(factor_S, None if may_look and bool(sound_S.all()) else sound_S)
+
+    def _ordinary(self, activation_S: Tensor, signal_S: Tensor) -> bool:
+        """Move the scale by numbers, where the rule can; whether no sample is beyond the limit."""
+        rule = self.splitter.rule
+        if self.splitter.scaler is not None or not isinstance(rule, RunningLimit):
+            return False
+        with np.errstate(invalid="ignore", over="ignore"):
+            norms = activation_S.numpy().astype(np.float64) * signal_S.numpy()
+        largest = float(norms.max(initial=0.0))  # nan where one is nan
+        sound = math.isfinite(largest) and norms.min(initial=math.inf) > 0
+        used = norms if sound else norms[np.isfinite(norms) & (norms > 0)]
+        self.scale, self._limit = rule.follow_numbers(float(self.scale or 0.0), used)
+        return largest <= self._limit and math.isfinite(largest)
 
 
 class _Forward:

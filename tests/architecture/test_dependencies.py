@@ -22,7 +22,7 @@ DATA_ONLY = {"deepforest"}
 # What adapters translate for, and whose models some benchmarks take: whoever calls them has installed it.
 BROUGHT_BY_THE_USER = {"timm", "triton", "wandb", "mlflow", "jax", "tensorflow"}
 # What `benchmarks/` measures beside us, or drives us with, each in an environment of its own.
-MEASURED_BESIDE_US = {"adam-mini", "atheris", "heavyball", "smartclip", "timm", "zclip"}
+MEASURED_BESIDE_US = {"adam-mini", "atheris", "heavyball", "smartclip", "timm", "torchjd", "zclip"}
 
 
 def _requirements(*extras: str) -> dict[str, Requirement]:

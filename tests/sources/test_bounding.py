@@ -81,9 +81,12 @@ def test_limits_follow_the_formula_over_many_batches(kind, way):
     batches[6][1:] = 0
     scale, found = torch.zeros((), dtype=torch.float64), []
     for norm_S in batches:
-        follow = rule.follow if way == "numbers" else rule._follow_tensors
-        scale, limit = follow(scale, norm_S, norm_S.isfinite() & (norm_S > 0))
-        found.append(limit.item())
+        counts_S = norm_S.isfinite() & (norm_S > 0)
+        if way == "numbers":
+            scale, limit = rule.follow_numbers(float(scale), norm_S[counts_S].numpy())
+        else:
+            scale, limit = rule.follow(scale, norm_S, counts_S)
+        found.append(float(limit))
     expected = limits([b.tolist() for b in batches], rule.quantile, rule.factor, rule.up, rule.down, rule.growth)
     assert found == pytest.approx(expected, rel=1e-9)
 

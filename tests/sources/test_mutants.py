@@ -60,7 +60,7 @@ def test_a_quantile_that_counts_bad_samples_is_noticed(monkeypatch):
 
     monkeypatch.setattr(RunningLimit, "follow", counts_all)
     with pytest.raises(AssertionError):
-        test_bounding.test_limits_follow_the_formula_over_many_batches("classification", "numbers")
+        test_bounding.test_limits_follow_the_formula_over_many_batches("classification", "tensors")
 
 
 @pytest.mark.parametrize("change", [{"down": 0.1}, {"growth": 1.5}, {"quantile": 0.8}])
@@ -74,7 +74,7 @@ def test_another_constant_is_noticed(change, monkeypatch):
     monkeypatch.setattr(RunningLimit, "follow", other)
     assert dataclasses.replace(rule, **change) != rule
     with pytest.raises(AssertionError):
-        test_bounding.test_limits_follow_the_formula_over_many_batches("classification", "numbers")
+        test_bounding.test_limits_follow_the_formula_over_many_batches("classification", "tensors")
 
 
 def test_a_loss_that_is_not_left_out_is_noticed(monkeypatch):

@@ -9,6 +9,7 @@ except ImportError as error:
     ) from error
 
 from .gso import GsoOptState, gso
+from .sources import SampleState, TermState, split_samples, split_terms
 from .splitting import SplitState, cap_updates, split_gradients
 from .transformation import LastStep, SplitTransformation
 from .trees import energies_of, layout_of
@@ -16,13 +17,17 @@ from .trees import energies_of, layout_of
 __all__ = [
     "GsoOptState",
     "LastStep",
+    "SampleState",
     "SplitState",
     "SplitTransformation",
+    "TermState",
     "cap_updates",
     "energies_of",
     "gso",
     "layout_of",
     "split_gradients",
+    "split_samples",
+    "split_terms",
 ]
 
 del jax, optax
