@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -116,13 +117,17 @@ def _sums_within(depth: _Depth, amount: Array, *, flipped: bool = False) -> Arra
 
 
 def _depths_of(plan: Plan, like: Array) -> list[_Depth]:
-    """Return the segments of every depth, deepest first; made once a plan and device, kept with the plan."""
+    """Return the segments of every depth, deepest first; made once per plan and device, kept while the plan lives."""
     xp = namespace(like)
-    key = ("nearest", xp.__name__, xp.device_key(like))
-    if key not in plan._prepared:
-        plan._prepared[key] = list(_make_depths(plan, like))
-    made: list[_Depth] = plan._prepared[key]
-    return made
+    key = (xp.__name__, xp.device_key(like))
+    made = _DEPTHS.setdefault(plan, {})
+    if key not in made:
+        made[key] = _make_depths(plan, like)
+    return made[key]
+
+
+_DEPTHS: WeakKeyDictionary[Plan, dict[tuple[str, str], list[_Depth]]] = WeakKeyDictionary()
+"""The depths of each plan, per namespace and device."""
 
 
 def _make_depths(plan: Plan, like: Array) -> list[_Depth]:

@@ -10,7 +10,7 @@ import itertools
 import operator
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -176,13 +176,13 @@ class Nodes:
 
     @classmethod
     def of(cls, plan: Plan, like: Array) -> Nodes:
-        """Return the arrays for the namespace and device of ``like``; made on the first call, kept with the plan."""
+        """Return the arrays for the namespace and device of ``like``; made once, kept for as long as the plan lives."""
         xp = namespace(like)
         key = (xp.__name__, xp.device_key(like))
-        if key not in plan._prepared:
-            plan._prepared[key] = cls(plan, xp, like)
-        made: Any = plan._prepared[key]
-        return made
+        made = _NODES.setdefault(plan, {})
+        if key not in made:
+            made[key] = cls(plan, xp, like)
+        return made[key]
 
     def spread(self, values_B: Array, fill: float) -> list[Array]:
         """Return one vector a depth: a bin's value at its node, ``fill`` at all others."""
@@ -206,3 +206,7 @@ class Nodes:
             from_below = by_node(by_depth[depth], self.parents[depth - 1], hi - lo)
             by_depth[depth - 1] = plus(by_depth[depth - 1], from_below)
         return namespace(values_B).concatenate(by_depth)
+
+
+_NODES: WeakKeyDictionary[Plan, dict[tuple[str, str], Nodes]] = WeakKeyDictionary()
+"""The nodes of each plan, per namespace and device."""

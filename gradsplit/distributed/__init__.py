@@ -1,16 +1,16 @@
 """Sharded tensors: what a rank holds of a plan, and the kernel that adds over the ranks."""
 
 from .kernel import ShardedKernel, add_over, adder, make_kernel
-from .shards import LocalPlan, Shard, is_sharded, local_of, shard_of, whole_of
+from .shards import Shard, is_sharded, local_of, local_plan_of, shard_of, whole_of
 
 __all__ = [
-    "LocalPlan",
     "Shard",
     "ShardedKernel",
     "add_over",
     "adder",
     "is_sharded",
     "local_of",
+    "local_plan_of",
     "make_kernel",
     "shard_of",
     "whole_of",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import Backend, Kernel, choose_backend
 from ..plan import Plan
-from .shards import LocalPlan, is_sharded, local_of, pieces_of, shard_of
+from .shards import is_sharded, local_of, local_plan_of, pieces_of, shard_of
 
 __all__ = ["add_over", "adder", "ShardedKernel", "make_kernel"]
 
@@ -69,16 +69,16 @@ class ShardedKernel(Kernel):
         super().__init__(plan, tensors[0].device)
         self.group = group
         shards = [shard_of(name, t) for name, t in zip(plan.layout.names, tensors, strict=True)]
-        self.local_plan = LocalPlan(plan, shards)
+        self.local_plan = local_plan_of(plan, shards)
         # Measured and scaled by pieces of bins, one per tensor; nearly always these are the bins.
         pieces, self._bin_of_piece = pieces_of(plan)
-        self._local_pieces = self.local_plan if self._bin_of_piece is None else LocalPlan(pieces, shards)
+        self._local_pieces = self.local_plan if self._bin_of_piece is None else local_plan_of(pieces, shards)
         self.local = backend.make(self._local_pieces, self.device)
         self.name = f"{self.local.name}, sharded"
         self._like = self.local.squares([None] * len(tensors))
         self._numel = self._vector(pieces.numel_B)
         self._counts: dict[bytes, Tensor] = {}
-        copies = self.add_(self._vector(self._local_pieces.held_B())) / self._numel
+        copies = self.add_(self._vector(self._local_pieces.numel_B)) / self._numel
         bad = (copies < 0.5) | ((copies - copies.round()).abs() > 1e-6)
         if bool(bad.any()):
             b = int(bad.nonzero()[0, 0])
@@ -86,7 +86,7 @@ class ShardedKernel(Kernel):
                 f"ShardedKernel(…): expected the ranks to hold a whole number of copies, got {float(copies[b]):g} of "
                 f"{pieces.bins[b].name!r}. Pass process_group= with the ranks that share these parameters."
             )
-        mine = self.local_plan.held_B()
+        mine = self.local_plan.numel_B
         spread_B = self.add_(self._vector((mine > 0) & (mine < plan.numel_B)))
         self.spread_B = spread_B.cpu().numpy() > 0
         self.bins_are_local = not bool(self.spread_B.any())
@@ -134,11 +134,12 @@ class ShardedKernel(Kernel):
         present = np.array([tensor is not None for tensor in tensors], dtype=np.float64)
         key = present.tobytes()
         if key not in self._counts:
-            self._counts[key] = self._vector(self._local_pieces.held_B(present))
+            self._counts[key] = self._vector(self._local_pieces.numel_in_B(present))
         return self._counts[key]
 
     def _vector(self, values: np.ndarray) -> Tensor:
-        return torch.as_tensor(values, dtype=self._like.dtype, device=self.device)
+        # A copy, since it is added to in place and the values are a plan's own.
+        return torch.tensor(values, dtype=self._like.dtype, device=self.device)
 
 
 def make_kernel(

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, overload
 
 import numpy as np
 from torch import Tensor
 
-from ..plan import Boxes, Layout, Plan
+from ..plan import Boxes, Plan
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Shard", "is_sharded", "local_of", "shard_of", "whole_of", "LocalPlan", "pieces_of"]
+__all__ = ["Shard", "is_sharded", "local_of", "shard_of", "whole_of", "local_plan_of", "pieces_of"]
 
 
 class Shard(NamedTuple):
@@ -112,40 +113,14 @@ def pieces_of(plan: Plan) -> tuple[Plan, np.ndarray | None]:
     return Plan(plan.layout, cut, modules=plan.modules), pairs[0]
 
 
-class LocalPlan(Plan):
-    """A plan over local shards; every kernel runs on it as on a whole plan.
+def local_plan_of(plan: Plan, shards: Sequence[Shard]) -> Plan:
+    """Return the plan of what this rank holds, see `Plan.within`; every kernel runs on it as on a whole plan.
 
-    Bins keep their global numbers. A bin that lies elsewhere has no box here, and its sum is 0. So sums over ranks are
-    sums over bins, and the state of a bin does not depend on the number of ranks.
+    Bins keep their global numbers, so sums over ranks are sums over bins, and the state of a bin does not depend on the
+    number of ranks.
 
     Args:
         plan: over the global shapes.
         shards: one per tensor.
     """
-
-    def __init__(self, plan: Plan, shards: list[Shard]) -> None:
-        boxes = plan.boxes
-        corner = np.array([shard[1:] for shard in shards], dtype=np.int64)[boxes.tensor_K]
-        top, bottom = np.maximum(boxes.row_start_K, corner[:, 0]), np.minimum(boxes.row_stop_K, corner[:, 1])
-        left, right = np.maximum(boxes.col_start_K, corner[:, 2]), np.minimum(boxes.col_stop_K, corner[:, 3])
-        held = (top < bottom) & (left < right)
-        self.layout = Layout(plan.layout.names, tuple(shard.shape for shard in shards))
-        self.boxes = Boxes.from_columns(
-            boxes.tensor_K[held],
-            (top - corner[:, 0])[held],
-            (bottom - corner[:, 0])[held],
-            (left - corner[:, 2])[held],
-            (right - corner[:, 2])[held],
-            boxes.bin_K[held],
-        )
-        self.modules, self.num_bins, self.tree = plan.modules, plan.num_bins, plan.tree
-        self._prepared = {}
-
-    def held_B(self, present_T: np.ndarray | None = None) -> np.ndarray:
-        """Return how many elements of each bin this rank holds, (B,).
-
-        Args:
-            present_T: (T,) 1 for each tensor that counts, else 0; None: all count.
-        """
-        weights = self.boxes.numel_K if present_T is None else self.boxes.numel_K * present_T[self.boxes.tensor_K]
-        return np.bincount(self.boxes.bin_K, weights=weights, minlength=self.num_bins)
+    return Plan.within(plan, [shard.shape for shard in shards], np.array([shard[1:] for shard in shards]))

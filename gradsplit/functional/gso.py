@@ -83,7 +83,7 @@ def gso_rule(
     """
     _check_constants(betas, eps, weight_decay, second_moment, call)
     by_bin = second_moment == "bin"
-    if by_bin and _spans_arrays(plan):
+    if by_bin and (plan.tensor_B < 0).any():
         raise ValueError(
             f"{call}(second_moment='bin'): expected bins inside one tensor each, got {plan!r} with bins over several. "
             "Use a plan by rows or tensors, or second_moment='element'."
@@ -170,12 +170,6 @@ def _grown(xp: Any, beta: float, step: Array) -> Array:
 def _is_number(value: Any) -> bool:
     """Whether a constant is known before the run, and no array of a graph."""
     return isinstance(value, (int, float))
-
-
-def _spans_arrays(plan: Plan) -> bool:
-    bounds = plan.boxes.slices_T(len(plan.layout))
-    sizes = (len(set(plan.bin_K[bounds[t] : bounds[t + 1]].tolist())) for t in range(len(plan.layout)))
-    return sum(sizes) != plan.num_bins
 
 
 def _check_constants(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..budget import LARGE, sums_for
-from ..plan import Plan
+from ..plan import Plan, pattern_of
 from ..xp import Array, namespace
 from .oriented import Oriented
 
@@ -39,12 +39,11 @@ class Patterns:
                 f"layout {plan.layout.fingerprint}. Make it from the layout of the same arrays and orientation."
             )
         self.plan, self.shapes = plan, oriented.shapes
-        bounds = plan.boxes.slices_T(len(plan.layout))
         self._ids: list[np.ndarray | None] = []
         self._reduced: list[tuple[int, ...]] = []
         for t, shape in enumerate(self.shapes):
-            cells = _bins_of_cells(plan, t, slice(bounds[t], bounds[t + 1]))
-            ids = None if cells is None else oriented.own_order(t, cells)
+            pattern = pattern_of(plan, t)
+            ids = None if pattern.kind == "none" else oriented.own_order(t, pattern.bins)
             self._ids.append(ids)
             self._reduced.append(() if ids is None else tuple(a for a in range(len(shape)) if ids.shape[a] == 1))
         parts = [ids.reshape(-1) for ids in self._ids if ids is not None]
@@ -112,22 +111,3 @@ class Patterns:
             product = xp.times(array, self.factor(t, scale_B))
             made.append(xp.where(self.factor(t, zero_B), xp.zeros_like(array), product))
         return made
-
-
-def _bins_of_cells(plan: Plan, t: int, part: slice) -> np.ndarray | None:
-    """The bin of every cell of a tensor's matrix view, with one row or column where all are alike; None if empty."""
-    rows, cols, boxes = plan.layout.rows[t], plan.layout.cols[t], plan.boxes
-    bins, r0, r1 = boxes.bin_K[part], boxes.row_start_K[part], boxes.row_stop_K[part]
-    c0, c1 = boxes.col_start_K[part], boxes.col_stop_K[part]
-    if not len(bins):
-        return None
-    if len(bins) == 1:
-        return bins.reshape(1, 1)
-    if (c1 - c0 == cols).all():
-        return np.repeat(bins, r1 - r0).reshape(rows, 1)
-    if (r1 - r0 == rows).all():
-        return np.repeat(bins, c1 - c0).reshape(1, cols)
-    cells = np.empty((rows, cols), dtype=np.int64)
-    for k in range(len(bins)):
-        cells[r0[k] : r1[k], c0[k] : c1[k]] = bins[k]
-    return cells

@@ -12,43 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan import Plan
+from ..plan import Plan, pattern_of
 from .kernel import Kernel, accumulate_dtype
 
 __all__ = ["EagerKernel"]
 
 
 class _Pattern:
-    """Which bin each part of one tensor belongs to.
+    """The `pattern_of` one tensor on its device, and what is done with it."""
 
-    kind "tensor": one bin; "rows": one entry a row; "cols": one a column; "cells": one an element of the matrix view.
-    """
-
-    def __init__(self, plan: Plan, t: int, part: slice, device: torch.device) -> None:
-        rows, cols, self.shape = plan.layout.rows[t], plan.layout.cols[t], plan.layout.shapes[t]
-        boxes = plan.boxes
-        r0, r1, c0, c1, bins = (
-            column[part]
-            for column in (
-                boxes.row_start_K,
-                boxes.row_stop_K,
-                boxes.col_start_K,
-                boxes.col_stop_K,
-                boxes.bin_K,
-            )
-        )
-        if len(bins) <= 1:
-            self.kind, ids = "tensor", bins
-        elif (c1 - c0 == cols).all():
-            self.kind, ids = "rows", np.repeat(bins, r1 - r0)
-        elif (r1 - r0 == rows).all():
-            self.kind, ids = "cols", np.repeat(bins, c1 - c0)
-        else:
-            self.kind, ids = "cells", np.empty(rows * cols, dtype=np.int64)
-            grid = ids.reshape(rows, cols)
-            for k in range(len(bins)):
-                grid[r0[k] : r1[k], c0[k] : c1[k]] = bins[k]
-        self.ids = torch.from_numpy(np.ascontiguousarray(ids)).to(device)
+    def __init__(self, plan: Plan, t: int, device: torch.device) -> None:
+        self.kind, bins = pattern_of(plan, t)
+        self.shape = plan.layout.shapes[t]
+        self.ids = torch.from_numpy(np.ascontiguousarray(bins.reshape(-1))).to(device)
 
     def sums(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Return sums of squares, one an entry of ``ids`` (for sparse tensors: of the stored rows)."""
@@ -74,7 +50,7 @@ class _Pattern:
         """Return the bins' values in a shape that broadcasts over the tensor, or over its stored rows."""
         ids = self.ids if rows is None else self.stored_ids(rows)
         values = values_B.index_select(0, ids)
-        if self.kind == "tensor":
+        if self.kind in ("tensor", "none"):
             return values.reshape(() if len(ids) else self.shape)  # an empty tensor has no bin
         if self.kind == "rows":
             return values.view(-1, *(1,) * (len(self.shape) - 1))
@@ -92,8 +68,7 @@ class EagerKernel(Kernel):
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
-        bounds = plan.boxes.slices_T(len(plan.layout))
-        self._patterns = [_Pattern(plan, t, slice(bounds[t], bounds[t + 1]), device) for t in range(len(plan.layout))]
+        self._patterns = [_Pattern(plan, t, device) for t in range(len(plan.layout))]
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares`."""

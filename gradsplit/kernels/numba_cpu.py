@@ -253,10 +253,9 @@ class NumbaKernel(Kernel):
 
     @cached_property
     def _tensor_B(self) -> np.ndarray | None:
-        """The tensor of each bin; None if a bin lies in several."""
-        tensor_B = np.empty(self.plan.num_bins, dtype=np.int64)
-        tensor_B[self.plan.bin_K] = self.plan.tensor_K
-        return tensor_B if (tensor_B[self.plan.bin_K] == self.plan.tensor_K).all() else None
+        """The tensor that each bin lies in; None where a bin lies in several."""
+        tensor_B = self.plan.tensor_B
+        return None if (tensor_B < 0).any() else tensor_B
 
     @property
     def eager(self) -> Kernel:

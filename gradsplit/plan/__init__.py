@@ -3,6 +3,7 @@
 from .boxes import Boxes
 from .layout import Layout, layout_of, named_trainable, one_device
 from .lbf import lbf, log_likelihood
+from .pattern import Pattern, pattern_of
 from .plan import Bin, Box, Node, Plan, part_of
 from .registry import STRATEGIES, Strategy, make_plan
 from .slices import per_tensor, whole, xsp
@@ -17,6 +18,7 @@ __all__ = [
     "Boxes",
     "Layout",
     "Node",
+    "Pattern",
     "Plan",
     "Strategy",
     "Tree",
@@ -27,6 +29,7 @@ __all__ = [
     "named_trainable",
     "one_device",
     "part_of",
+    "pattern_of",
     "per_tensor",
     "tree_sp",
     "whole",

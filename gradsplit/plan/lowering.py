@@ -179,12 +179,11 @@ def lower(
     Returns:
         None where a tensor is not addressable: it overlaps itself, or neither rows nor columns are contiguous.
     """
-    bounds = plan.boxes.slices_T(len(plan.layout))
     tables, band_tables = [np.zeros((0, 9), dtype=np.int64)], [np.zeros((0, 8), dtype=np.int64)]
     stops, bins = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     num_cuts = 0
     for t, strides in enumerate(strides_T):
-        part = slice(int(bounds[t]), int(bounds[t + 1]))
+        part = plan.boxes_of(t)
         if strides is None or part.start == part.stop:
             continue
         memory = memory_of(plan.layout.shapes[t], tuple(strides))
@@ -232,8 +231,8 @@ def is_addressable(plan: Plan, t: int, strides: tuple[int, ...]) -> bool:
     memory = memory_of(plan.layout.shapes[t], tuple(strides))
     if memory is None or not memory.mixed:
         return memory is not None
-    first, last = plan.boxes.slices_T(len(plan.layout))[t : t + 2]
-    return bool((plan.boxes.col_stop_K[first:last] - plan.boxes.col_start_K[first:last] == plan.layout.cols[t]).all())
+    part = plan.boxes_of(t)
+    return bool((plan.boxes.col_stop_K[part] - plan.boxes.col_start_K[part] == plan.layout.cols[t]).all())
 
 
 def _work(entries: np.ndarray) -> np.ndarray:

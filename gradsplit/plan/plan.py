@@ -1,6 +1,6 @@
 """The plan: an exact partition of a layout into bins, with the tree of nodes above them.
 
-Shape suffixes: _K one entry a box, _B one a bin, _N one a node, _T one a tensor.
+Shape suffixes: _K one entry per box, _B per bin, _N per node, _T per tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from .boxes import Boxes
 from .layout import Layout
-from .tree import BIN, LEVELS, Tree
+from .tree import BIN, LEVELS, Tree, tensors_of_bins
 
 __all__ = ["Bin", "Box", "Node", "Plan", "part_of"]
 
@@ -78,13 +78,22 @@ class _Lazy(Sequence[_T], Generic[_T]):
 class Plan:
     """What is controlled together: bins that cover every element of the layout exactly once.
 
+    A plan never changes after it is made.
+
     Args:
         layout: names and shapes of the tensors.
         boxes: the boxes of all bins; bins are numbered from 0 without gaps.
         modules: put the module tree (dotted names) between the root and the tensors.
+        width_T: (T,) elements of a row of each matrix, where the layout holds a shard of it; None: the layout's own.
+
+    Attributes:
+        num_bins: number of bins.
+        tree: the nodes, see `Tree`.
+        width_T: (T,) elements of a whole row of each matrix; inf for a vector, whose one row says nothing of inputs.
 
     Raises:
         ValueError: the boxes do not tile the layout, or bins are not numbered 0 … B-1.
+        AttributeError: a later assignment.
 
     >>> from gradsplit.plan import xsp
     >>> plan = xsp(Layout.from_shapes({"w": (4, 3), "b": (4,)}), parts=2)
@@ -94,22 +103,73 @@ class Plan:
     [('root', 'all'), ('tensor', 'w'), ('tensor', 'b')]
     """
 
-    def __init__(self, layout: Layout, boxes: Boxes, *, modules: bool = False) -> None:
+    layout: Layout
+    boxes: Boxes
+    modules: bool
+    num_bins: int
+    tree: Tree
+    width_T: np.ndarray
+
+    def __init__(
+        self, layout: Layout, boxes: Boxes, *, modules: bool = False, width_T: np.ndarray | None = None
+    ) -> None:
         boxes.check_cover(layout)
-        self.layout = layout
-        self.boxes = boxes
-        self.modules = modules
-        self.num_bins = int(boxes.bin_K.max()) + 1 if len(boxes) else 0
+        num_bins = int(boxes.bin_K.max()) + 1 if len(boxes) else 0
         if not len(boxes):
             raise ValueError(
                 f"Plan(…): expected at least one element, got only empty tensors ({', '.join(layout.names[:3])}…). "
                 "Pass a model with parameters."
             )
-        misnumbered = boxes.bin_K.min() < 0 or self.num_bins > len(boxes)  # looked at before memory is taken for them
-        if misnumbered or (np.bincount(boxes.bin_K, minlength=self.num_bins) == 0).any():
+        misnumbered = boxes.bin_K.min() < 0 or num_bins > len(boxes)  # looked at before memory is taken for them
+        if misnumbered or (np.bincount(boxes.bin_K, minlength=num_bins) == 0).any():
             raise ValueError("Plan(…): expected bins numbered 0 … B-1 without gaps, got a gap. Renumber boxes.bin_K.")
-        self.tree = Tree.build(layout, boxes, self.num_bins, modules=modules)
-        self._prepared: dict[Any, Any] = {}  # arrays of the tree on a device, kept by budget/node_sums.py
+        tree = Tree.build(layout, boxes, num_bins, modules=modules)
+        self._set(layout, boxes, modules, num_bins, tree, _widths_of(layout) if width_T is None else width_T)
+
+    @classmethod
+    def within(cls, plan: Plan, shapes_T: Sequence[tuple[int, ...]], blocks_T: np.ndarray) -> Plan:
+        """Make the plan of what lies within one block of each tensor's matrix view, such as a shard.
+
+        Bins keep their numbers, and the tree is that of the whole plan: a bin that lies elsewhere has no box here. So a
+        vector over bins means the same for every shard, and sums over shards are sums over bins.
+
+        Args:
+            plan: over the whole tensors.
+            shapes_T: the shape of each block.
+            blocks_T: (T, 4) row start, row stop, column start and column stop of each block; half open.
+
+        >>> from gradsplit.plan import xsp
+        >>> whole = xsp(Layout.from_shapes({"w": (4, 3)}), parts=2)
+        >>> upper = Plan.within(whole, [(3, 3)], np.array([[0, 3, 0, 3]]))
+        >>> upper.numel_B.tolist()
+        [6.0, 3.0]
+        """
+        whole, corner = plan.boxes, np.asarray(blocks_T, dtype=np.int64)[plan.boxes.tensor_K]
+        top, bottom = np.maximum(whole.row_start_K, corner[:, 0]), np.minimum(whole.row_stop_K, corner[:, 1])
+        left, right = np.maximum(whole.col_start_K, corner[:, 2]), np.minimum(whole.col_stop_K, corner[:, 3])
+        here = (top < bottom) & (left < right)
+        boxes = Boxes.from_columns(
+            whole.tensor_K[here],
+            (top - corner[:, 0])[here],
+            (bottom - corner[:, 0])[here],
+            (left - corner[:, 2])[here],
+            (right - corner[:, 2])[here],
+            whole.bin_K[here],
+        )
+        made, layout = cls.__new__(cls), Layout(plan.layout.names, tuple(shapes_T))
+        made._set(layout, boxes, plan.modules, plan.num_bins, plan.tree, plan.width_T)
+        vars(made)["tensor_B"] = plan.tensor_B
+        return made
+
+    def _set(self, layout: Layout, boxes: Boxes, modules: bool, num_bins: int, tree: Tree, width_T: np.ndarray) -> None:
+        made = {"layout": layout, "boxes": boxes, "modules": modules, "num_bins": num_bins}
+        vars(self).update(made, tree=tree, width_T=width_T)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Plan.{name} = …: expected a plan to stay as it was made. Make another plan.")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"del Plan.{name}: expected a plan to stay as it was made. Make another plan.")
 
     # The boxes and the tree, by the names that kernels and budgets use.
     tensor_K = property(lambda self: self.boxes.tensor_K)
@@ -128,15 +188,33 @@ class Plan:
         """Elements of each bin, float64 (exact below 2^53)."""
         return np.bincount(self.boxes.bin_K, weights=self.boxes.numel_K, minlength=self.num_bins)
 
+    def numel_in_B(self, present_T: np.ndarray) -> np.ndarray:
+        """Elements of each bin in the tensors that are present, (B,); ``present_T`` (T,) holds 1.0 or 0.0."""
+        weights = self.boxes.numel_K * present_T[self.boxes.tensor_K]
+        return np.bincount(self.boxes.bin_K, weights=weights, minlength=self.num_bins)
+
     @cached_property
-    def width_T(self) -> np.ndarray:
-        """Elements of a row of each matrix; inf for a vector, whose one row says nothing of inputs."""
-        shapes = zip(self.layout.shapes, self.layout.cols, strict=True)
-        return np.array([max(float(cols), 1.0) if len(shape) > 1 else np.inf for shape, cols in shapes])
+    def tensor_B(self) -> np.ndarray:
+        """The tensor that each bin lies in, (B,); -1 where it lies in several."""
+        first_B, single_B = tensors_of_bins(self.boxes, self.num_bins)
+        return np.where(single_B, first_B, -1)
+
+    @cached_property
+    def bins_T(self) -> tuple[np.ndarray, ...]:
+        """The bins that have elements of each tensor, in ascending order; T arrays."""
+        return tuple(np.unique(self.boxes.bin_K[self.boxes_of(t)]) for t in range(len(self.layout)))
+
+    def boxes_of(self, t: int) -> slice:
+        """Return where the boxes of tensor ``t`` stand among all boxes."""
+        return slice(int(self._bounds_T[t]), int(self._bounds_T[t + 1]))
+
+    @cached_property
+    def _bounds_T(self) -> np.ndarray:
+        return self.boxes.slices_T(len(self.layout))
 
     @cached_property
     def num_rows_B(self) -> np.ndarray:
-        """Rows of matrices in each bin, as a share where a bin holds a part of a row; a vector has none."""
+        """Matrix rows in each bin, as a fraction where a bin holds some columns of a row; a vector has none."""
         rows_K = self.boxes.numel_K / self.width_T[self.boxes.tensor_K]
         return np.bincount(self.boxes.bin_K, weights=rows_K, minlength=self.num_bins)
 
@@ -190,30 +268,26 @@ class Plan:
             ) from error
         if len({column.shape for column in columns.values()}) != 1 or columns["bin_K"].ndim != 1:
             raise ValueError(
-                f"Plan.from_dict(…): expected one bound a box in every column, got columns of the shapes "
+                "Plan.from_dict(…): expected columns of one length, one entry per box, got columns of the shapes "
                 f"{sorted({column.shape for column in columns.values()})}. Make the plan again from the model."
             )
         return cls(Layout(names, shapes), boxes, modules=modules)
 
     def describe(self, *, max_lines: int = 20) -> str:
         """Say in a few lines what is split into how many bins, and the bytes that it takes."""
-        layout, bounds = self.layout, self.boxes.slices_T(len(self.layout))
+        layout = self.layout
         lines = [
             f"{self.num_bins} bins over {len(layout)} tensors, {layout.num_elements:,} elements "
             f"({4 * layout.num_elements:,} bytes in float32); {self.num_nodes} nodes; "
-            f"{8 * self.num_bins:,} bytes a vector of one float64 a bin; plan {self.fingerprint}"
+            f"{8 * self.num_bins:,} bytes for one float64 per bin; plan {self.fingerprint}"
         ]
         for t, name in enumerate(layout.names[:max_lines]):
-            part = slice(bounds[t], bounds[t + 1])
-            bins = len(np.unique(self.boxes.bin_K[part]))
+            bins = len(np.unique(self.boxes.bin_K[self.boxes_of(t)]))
             shape = "x".join(str(size) for size in layout.shapes[t]) or "scalar"
             lines.append(f"  {name:<40} {shape:>16} {bins:>10} bin{'s' if bins != 1 else ''}")
         if len(layout) > max_lines:
             lines.append(f"  … and {len(layout) - max_lines} more tensors")
         return "\n".join(lines)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": {}}
 
     def __repr__(self) -> str:
         return f"Plan({self.num_bins} bins, {len(self.layout)} tensors, {self.fingerprint})"
@@ -254,8 +328,13 @@ class Plan:
         return np.argsort(self.boxes.bin_K, kind="stable")
 
 
+def _widths_of(layout: Layout) -> np.ndarray:
+    shapes = zip(layout.shapes, layout.cols, strict=True)
+    return np.array([max(float(cols), 1.0) if len(shape) > 1 else np.inf for shape, cols in shapes])
+
+
 def part_of(plan: Plan, tensors: Sequence[int]) -> tuple[Plan, np.ndarray]:
-    """Return a plan of some tensors alone, and the bins it keeps, in the order of its own.
+    """Return the plan of some tensors alone, and which bins of the whole plan its bins are.
 
     >>> from gradsplit.plan import xsp
     >>> part, bins = part_of(xsp(Layout.from_shapes({"w": (2, 3), "b": (2,), "u": (2, 1)})), [1, 2])
@@ -270,4 +349,5 @@ def part_of(plan: Plan, tensors: Sequence[int]) -> tuple[Plan, np.ndarray]:
     bins, numbers = np.unique(columns[5], return_inverse=True)
     columns[0], columns[5] = place_T[columns[0]], numbers.reshape(-1)
     part = Layout(tuple(layout.names[t] for t in tensors), tuple(layout.shapes[t] for t in tensors))
-    return Plan(part, Boxes.from_columns(*columns), modules=plan.modules), bins
+    width_T = plan.width_T[list(tensors)]
+    return Plan(part, Boxes.from_columns(*columns), modules=plan.modules, width_T=width_T), bins

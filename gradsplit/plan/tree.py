@@ -14,7 +14,7 @@ import numpy as np
 from .boxes import Boxes
 from .layout import Layout
 
-__all__ = ["BIN", "LEVELS", "Tree"]
+__all__ = ["BIN", "LEVELS", "Tree", "tensors_of_bins"]
 
 LEVELS = ("root", "module", "tensor", "bin")
 ROOT, MODULE, TENSOR, BIN = range(4)
@@ -51,7 +51,7 @@ class Tree:
             depth_of.append(depth_of[parent] + 1)
             return len(name_of) - 1
 
-        tensor_B, single_B = _tensor_of_bins(boxes, num_bins)
+        tensor_B, single_B = tensors_of_bins(boxes, num_bins)
         owns_bins = np.zeros(len(layout), dtype=bool)
         owns_bins[tensor_B[single_B]] = True
 
@@ -103,7 +103,7 @@ class Tree:
         return np.argsort(self.bin_nodes_B)
 
 
-def _tensor_of_bins(boxes: Boxes, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+def tensors_of_bins(boxes: Boxes, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Return each bin's first tensor, and whether it lies in that one alone."""
     if len(boxes) == num_bins and bool((boxes.bin_K[1:] == boxes.bin_K[:-1] + 1).all()):
         return boxes.tensor_K, np.ones(num_bins, dtype=bool)

@@ -17,8 +17,8 @@ def _unchecked(plan: Plan, **columns: np.ndarray) -> Plan:
     """A plan whose boxes were replaced behind the back of Plan's own checks."""
     broken = copy.copy(plan)
     kept = {key: column.copy() for key, column in vars(plan.boxes).items()}
-    broken.boxes = Boxes(**(kept | columns))
-    broken.__dict__.pop("numel_B", None)
+    vars(broken)["boxes"] = Boxes(**(kept | columns))
+    vars(broken).pop("numel_B", None)
     return broken
 
 
@@ -54,7 +54,7 @@ def numbers_with_a_gap(layout: Layout) -> Plan:
 
 def _with_parents(plan: Plan, parents: np.ndarray) -> Plan:
     broken = copy.copy(plan)
-    broken.tree = copy.copy(plan.tree)
+    vars(broken)["tree"] = copy.copy(plan.tree)
     object.__setattr__(broken.tree, "parents_N", parents)
     return broken
 

@@ -150,7 +150,6 @@ class _Own:
         self.bins = np.zeros(0, dtype=np.int64)
         if self.at:
             plan, self.bins = part_of(split.local_plan, self.at)
-            plan.width_T = split.plan.width_T[self.at]  # of the whole tensors, whatever pieces of rows are here
             self.part = split.over(self.pieces, plan, self.at)
             self.update = make(self.part)
         # Of every tensor: where among its bins those stand that are here.
