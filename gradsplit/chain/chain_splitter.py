@@ -125,8 +125,8 @@ class ChainSplitter:
 
     Args:
         model: the module to control; under DistributedDataParallel the module inside.
-        at: "auto" (layers, and task forks unless the splitter is attached to an optimizer such as Adam), "forks",
-            "layers", or names of modules whose outputs are guarded.
+        at: "layers", "forks", "auto", or names of modules whose outputs are guarded. "auto" means layers and task
+            forks, but no forks if the splitter is attached to an optimizer such as Adam.
         budget: gives the limits of ordinary joints from their own norms; None means `RunningMedian(3.0)`. With a limit
             of inf the splitter only measures.
         forks: modules whose output is a task fork, for forks that the structure does not show.

@@ -157,8 +157,8 @@ def pull(
 ) -> list[tuple[Tensor, Tensor]]:
     """Apply the transposed factor to the signals at its ends.
 
-    Nothing is accumulated in `.grad`, and no hook on an accumulated gradient runs, since an optimizer that steps inside
-    the backward pass must not step here. Reentrant checkpoints are the exception, because they allow no other way.
+    Nothing is accumulated in `.grad`, and no hook on an accumulated gradient runs. So an optimizer that steps inside
+    the backward pass does not step here. Reentrant checkpoints are the exception, because they allow no other way.
 
     Args:
         ends: outputs of the factor.

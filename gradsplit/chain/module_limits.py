@@ -37,8 +37,8 @@ class ModuleLimits:
 
         limit = total / sqrt(M);  g_m <- g_m min(1, limit / ||g_m||);  a module that is not finite is zeroed
 
-    The squares of all modules add to at most total^2, so this bounds the whole gradient by ``total`` too, but no module
-    can take another's part. Sharded parameters cost one all-reduce per step.
+    The squares of all modules add to at most total^2, so this bounds the whole gradient by ``total`` too. No module can
+    take another's part. Sharded parameters cost one all-reduce per step.
 
     Args:
         owners: the parameters of each of the M modules, by its name.

@@ -75,8 +75,8 @@ def apply_scale(signal: Tensor, scale: Tensor, finite: Tensor) -> Tensor | None:
 class JointMemory:
     """What one joint remembers, as (1,) arrays: the budget's history and what is shown to the user.
 
-    They are tensors on the signal's device. For signals on the CPU they are numpy arrays, since operations on single
-    numbers then cost a tenth as much and nothing has to be waited for.
+    They are tensors on the signal's device. For signals on the CPU they are numpy arrays: operations on single numbers
+    then cost a tenth as much, and nothing has to be waited for.
     """
 
     state: State

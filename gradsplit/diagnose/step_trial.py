@@ -198,8 +198,8 @@ class StepTrial:
     def guilty(self, part: Part) -> bool:
         """Whether the step is too long for this part: neither the step nor half of it keeps a promise that counts.
 
-        Half of the step is tried too, since training settles where a step reaches about as far as the loss falls
-        ("edge of stability", Cohen et al. 2021, arXiv 2103.00065). There the whole step keeps nothing.
+        Training settles where a step reaches about as far as the loss falls ("edge of stability", Cohen et al. 2021,
+        arXiv 2103.00065). There the whole step keeps nothing, so half of it is tried too.
         """
         if not self.promise(part) > PROMISE * abs(self.before):
             return False

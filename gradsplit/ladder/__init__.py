@@ -1,4 +1,4 @@
-"""Taylor mode: derivatives of every order along a bin, the radius of the series, the step it still foretells."""
+"""Taylor mode: derivatives of every order along a bin, the radius of their series, and the step that it foretells."""
 
 from .ladder import Ladder, taylor_ladder
 from .model import ladder_of_model, loss_of_model

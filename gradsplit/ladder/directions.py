@@ -1,4 +1,4 @@
-"""Directions of a ladder: one, whole or restricted to the bins of a plan."""
+"""Directions of a ladder: one for the whole gradient, or one per bin of a plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..plan import Plan
 from .signedlog import Floats
 from .trace import Params, TracedLoss
 
-FLOOR_RMS = 0.01  # a bin of zeros (a fresh bias) is taken to be this long per element, as in RelativeStep
+FLOOR_RMS = 0.01  # a bin of zeros (a fresh bias) counts as this long per element, as in RelativeStep
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Batch:
     """Some directions that are followed together.
 
     Args:
-        names: what each direction is called.
+        names: name of each direction.
         tensors: for each parameter that moves, (B, *shape).
         length_B: length of each direction.
-        weight_B: length of the parameters it moves, at least ``FLOOR_RMS`` per element.
+        weight_B: length of the parameters that it moves, at least ``FLOOR_RMS`` per element.
     """
 
     names: tuple[str, ...]
@@ -33,16 +33,16 @@ class Batch:
     weight_B: Floats
 
     def scaled(self, log_scale_B: Floats) -> dict[str, Tensor]:
-        """Every direction times its own factor."""
+        """Return every direction times its own factor."""
         factor_B = torch.from_numpy(np.exp(log_scale_B))
         return {name: x * factor_B.to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for name, x in self.tensors.items()}
 
 
 def checked(direction: Mapping[str, Tensor], params: Params) -> dict[str, Tensor]:
-    """A given direction in float64.
+    """Return a given direction in float64.
 
     Raises:
-        ValueError: a name that is no parameter, or a shape that differs from its parameter's.
+        ValueError: a name that the parameters do not have, or a shape that differs from its parameter's.
     """
     for name, x in direction.items():
         if name not in params or tuple(x.shape) != tuple(params[name].shape):
@@ -53,13 +53,13 @@ def checked(direction: Mapping[str, Tensor], params: Params) -> dict[str, Tensor
             )
     if not direction:
         raise ValueError(
-            "taylor_ladder(direction): expected at least one tensor, got none. Leave it out for minus the gradient."
+            "taylor_ladder(direction={}): expected at least one tensor, got none. Leave it out for minus the gradient."
         )
     return {name: x.detach().double() for name, x in direction.items()}
 
 
 def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
-    """One direction as a batch."""
+    """Return one direction as a batch."""
     tensors = {name: x[None] for name, x in direction.items()}
     square = sum(float(x.square().sum()) for x in tensors.values())
     moved = [params[name].detach().double() for name in direction]
@@ -74,13 +74,13 @@ def single(direction: Mapping[str, Tensor], params: Params) -> Batch:
 def per_bin(
     plan: Plan, params: Params, direction: Mapping[str, Tensor], traced: TracedLoss, order: int, memory: int
 ) -> Iterator[Batch]:
-    """A direction restricted to each bin alone, in batches that fit the memory.
+    """Yield a direction restricted to each bin alone, in batches that fit the memory.
 
     Args:
-        plan: its tensors must be among the parameters.
+        plan: the bins; its tensors must be among the parameters.
         params: the point.
         direction: a tensor for every parameter; see ``checked``.
-        traced: tells how many numbers one order of one bin needs.
+        traced: the loss, which knows how many numbers one order of one bin needs.
         order: highest order.
         memory: bytes that one batch may take, roughly.
 

@@ -1,9 +1,9 @@
 """How far the branches hold: the step at which units begin to change sides.
 
-A power series follows one side of every kink (``rules/branches.py``, ``rules/extremes.py``), and no coefficient tells
-where another side begins. What tells it is the gap itself: a comparison a > b decides by the sign of gap(t) = a(t) -
-b(t), and to first order that sign changes at t = -gap_0 / gap_1. The *kink* of a bin is the step at which ``SHARE`` of
-all decisions of the network would have changed; a single one matters little, since a ReLU is continuous where it bends.
+A power series follows one side of every kink (``rules/branches.py``, ``rules/extremes.py``), and its coefficients do
+not show where another side begins. The gap shows it: a comparison a > b decides by the sign of gap(t) = a(t) - b(t). To
+first order that sign changes at t = -gap_0 / gap_1. The *kink* of a bin is the step at which ``SHARE`` of all decisions
+of the network would have changed. A single decision matters little, since a ReLU is continuous where it bends.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .signedlog import Floats
 
-SHARE = 0.005  # of all decisions: at 0.01 six of a hundred predictions at half the kink are off by over 1 %
+SHARE = 0.005  # of all decisions; at 0.01, six of a hundred predictions at half the kink are wrong by over 1 %
 
 _noted: ContextVar[list[Tensor] | None] = ContextVar("noted_crossings", default=None)
 
 
 @contextmanager
 def noting_crossings() -> Iterator[list[Tensor]]:
-    """Collect the crossing steps of every decision made meanwhile, each (B, decisions)."""
+    """Collect the crossing steps of every decision inside the context, each (B, decisions)."""
     crossings: list[Tensor] = []
     token = _noted.set(crossings)
     try:
@@ -38,7 +38,7 @@ def note_gap(gap: Tensor, slope_B: Tensor) -> None:
     """Note where the sign of gap + t slope changes, for t > 0.
 
     Args:
-        gap: at t = 0, broadcastable to the slope; where it is not finite nothing is decided, as in a mask.
+        gap: its value at t = 0, broadcastable to the slope; where it is not finite, as in a mask, nothing is decided.
         slope_B: first-order coefficient, (B, *shape).
     """
     crossings = _noted.get()
@@ -50,7 +50,7 @@ def note_gap(gap: Tensor, slope_B: Tensor) -> None:
 
 
 def kink_of(crossings: list[Tensor], num_bins: int, share: float = SHARE) -> Floats:
-    """Step at which this share of all decisions has changed, per bin; inf without decisions.
+    """Return, per bin, the step at which this share of all decisions has changed; inf without decisions.
 
     >>> kink_of([torch.tensor([[1.0, 2.0, 3.0, torch.inf, torch.nan]])], 1, share=0.5)
     array([2.])

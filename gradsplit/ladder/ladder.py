@@ -1,4 +1,4 @@
-"""The ladder: derivatives of the loss along a direction, of every order up to 99 and beyond, and what they foretell."""
+"""The ladder: derivatives of the loss along a direction, of order 99 and beyond, and what they foretell."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FACTOR_OFF = 3.0  # a long pass is repeated if its scale was wrong by more than 
 class Ladder:
     """Derivatives of t -> L(theta + t d) at 0, one column per direction (bin).
 
-    The step t is in units of the direction: with d = minus the gradient, t is the learning rate of plain gradient
-    descent; t * length is a distance in parameter space.
+    The step t is in units of the direction. With d = minus the gradient, t is the learning rate of plain gradient
+    descent. The product t * length is a distance in parameter space.
 
     Args:
         names: names of the bins, or ("direction",).
@@ -36,8 +36,8 @@ class Ladder:
         coefficient: Taylor coefficients c_k, (order + 1, B).
         length_B: ‖d‖.
         radii: radius of convergence of each series.
-        safe_step_B: largest step with no predicted increase of the loss.
-        kink_B: step at which the first branches (ReLU, max) have changed sides, inf without any; see ``kinks``.
+        safe_step_B: largest step without a predicted increase of the loss.
+        kink_B: step at which the first branches (ReLU, max) have changed sides, inf if there are none; see ``kinks``.
         limited_by: what ends the safe step: "increase", "radius", "kink" or "no descent".
         climb: the recipe, if one was asked for.
     """
@@ -69,15 +69,15 @@ class Ladder:
 
     @cached_property
     def reach_B(self) -> Floats:
-        """As far as the series can describe the loss: the smaller of radius and kink."""
+        """How far the series can describe the loss: the smaller of radius and kink."""
         return np.minimum(self.radius_B, self.kink_B)
 
     def predict(self, step: float | Floats, order: int | None = None) -> Floats:
-        """Loss that the series, cut after ``order``, predicts after a step of each bin alone, (B,).
+        """Return the loss that the series, cut after ``order``, predicts after a step of each bin alone, (B,).
 
         Args:
-            step: t, one for all bins or one for each.
-            order: highest order used; by default all.
+            step: t, one for all bins or one per bin.
+            order: highest order that is used; by default all orders.
         """
         last = self.order if order is None else order
         step_B = np.broadcast_to(np.asarray(step, dtype=np.float64), (len(self.names),))
@@ -108,23 +108,25 @@ def taylor_ladder(
 ) -> Ladder:
     """How far a step may go before the Taylor series of the loss breaks, for a direction or for each bin alone.
 
-    Computes c_k in L(theta + t d) = sum_k c_k t^k for k = 0 … order by propagating truncated power series through the
-    traced loss (Taylor mode), at a cost that grows as order^2 at most; nested automatic differentiation costs 2^order.
+    The function computes c_k in L(theta + t d) = sum_k c_k t^k for k = 0 … order. It propagates truncated power series
+    through the traced loss (Taylor mode). The cost grows as order^2 at most, where nested automatic differentiation
+    costs 2^order.
 
     Args:
-        loss_of_params: maps {name: tensor} to a scalar; everything it closes over is constant. Evaluated in float64.
+        loss_of_params: maps {name: tensor} to a scalar. Everything that it closes over is constant. It is evaluated in
+            float64.
         params: the point theta, {name: tensor}.
-        direction: d, {name: tensor}; tensors left out do not move. Default: minus the gradient.
+        direction: d, {name: tensor}; a tensor that is left out does not move. The default is minus the gradient.
         order: highest order, >= 1.
-        bins: a plan: one ladder per bin, along the direction restricted to that bin.
-        recipe: a preset's name ("ladder-292") or a list of operators, run on every ladder.
-        memory: bytes that the bins followed together may take, roughly.
+        bins: a plan, for one ladder per bin along the direction restricted to that bin.
+        recipe: a preset's name ("ladder-292") or a list of operators; it is run on every ladder.
+        memory: bytes that the bins that are followed together may take, roughly.
 
     Returns:
         The ladder; lengths and steps are in the units given there.
 
     Raises:
-        ValueError: an order below 1, names or shapes that do not fit.
+        ValueError: an order below 1, or names or shapes that do not fit.
         UnsupportedOperation: the loss uses an operation without a rule for power series.
         FloatingPointError: the loss or its series is not finite at any scale of the step.
 
@@ -140,7 +142,7 @@ def taylor_ladder(
     """
     if order < 1:
         raise ValueError(
-            f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative wanted, such as 10."
+            f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative that you want, such as 10."
         )
     traced = trace_loss(loss_of_params, params)
     point = {name: x.detach().double() for name, x in params.items()}
@@ -161,7 +163,7 @@ def ladder_along(
     order: int,
     recipe: str | Sequence[str | RecipeStep] | None = None,
 ) -> Ladder:
-    """The ladder of a loss that has been traced, with one column for each direction of the batches.
+    """Return the ladder of a traced loss, with one column for each direction of the batches.
 
     Args:
         traced: the loss.
@@ -200,10 +202,10 @@ def ladder_along(
 
 
 def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -> SignedLog:
-    """Taylor coefficients of a batch of directions, computed at steps rescaled to their radius.
+    """Return the Taylor coefficients of a batch of directions, computed at steps that are rescaled to their radius.
 
-    The recurrences commute with scaling, so the scale decides only about overflow and about the rounding of products at
-    roots of unity. It starts at the length of the weights and follows what a short pass finds.
+    The recurrences commute with scaling. So the scale only matters for overflow, and for the rounding of products at
+    roots of unity. It starts at the length of the weights and is then corrected by a short pass.
     """
     log_scale_B = np.log(batch.weight_B) - np.log(np.where(batch.length_B > 0, batch.length_B, batch.weight_B))
     for pass_order in [PILOT_ORDER, order] if order > PILOT_ORDER else [order]:
@@ -224,8 +226,8 @@ def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -
         if not finite_B.all():
             name = batch.names[int(np.flatnonzero(~finite_B)[0])]
             raise FloatingPointError(
-                f"taylor_ladder: expected finite Taylor coefficients, got inf or nan along {name}. The loss has a "
-                "singularity at the parameters themselves (a square root or logarithm of zero?)."
+                f"taylor_ladder: expected finite Taylor coefficients, got inf or nan along {name}. Look in the loss for a "
+                "singularity at the parameters themselves, such as a square root or logarithm of zero."
             )
     k = np.arange(order + 1)[:, None]
     return scaled.times_exp(-k * log_scale_B[None, :])

@@ -1,4 +1,4 @@
-"""From a model, a loss function and a batch to the loss of its parameters."""
+"""The ladder of a model: its loss on a batch as a function of the parameters alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class _Loss(nn.Module):
-    """A loss as a module, so that ``functional_call`` can swap the parameters of whatever the loss calls."""
+    """A loss as a module, so that ``functional_call`` can swap the parameters of everything that the loss calls."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class _Loss(nn.Module):
 
 
 def loss_of_model(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[LossOfParams, dict[str, Tensor]]:
-    """The loss of one batch as a function of the trainable parameters, and their present values.
+    """Return the loss of one batch as a function of the trainable parameters, and their present values.
 
     Buffers are given as copies, so that the running statistics of a normalisation layer stay as they are.
 
     Args:
         model: any module, of any floating dtype.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batch: whatever the loss function takes; its floating tensors follow the parameters to float64.
+        batch: what the loss function takes; its floating tensors follow the parameters to float64.
 
     >>> import torch
     >>> model = nn.Linear(1, 1, bias=False)
@@ -52,7 +52,7 @@ def loss_of_model(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[
     def loss_of_params(moved: dict[str, Tensor]) -> Tensor:
         state = {f"model.{name}": value for name, value in moved.items()}
         state.update({f"model.{name}": value.clone() for name, value in model.named_buffers()})
-        # Some modules (recurrent ones) compare dtypes themselves before any tensor is computed with.
+        # Some modules, such as recurrent ones, compare dtypes themselves before they compute anything.
         doubled = any(value.dtype == torch.float64 for value in moved.values())
         return functional_call(loss, state, (pytree.tree_map_only(Tensor, to_float64, batch) if doubled else batch,))
 
@@ -69,16 +69,16 @@ def ladder_of_model(
     recipe: str | Sequence[str | RecipeStep] | None = None,
     memory: int = 2 * 2**30,
 ) -> Ladder:
-    """The ladder of a model on one batch, along minus its gradient: whole, or one per bin of a plan.
+    """Return the ladder of a model on one batch, along minus its gradient: one for all, or one per bin of a plan.
 
     Args:
         model: any module.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batch: whatever the loss function takes.
+        batch: what the loss function takes.
         bins: a plan of the model; None for the whole gradient.
-        order: highest order; 10 tells a radius to some percent, 99 the shape of the nearest singularity.
+        order: highest order; 10 gives a radius to some percent, 99 the shape of the nearest singularity.
         recipe: see ``taylor_ladder``.
-        memory: bytes that the bins followed together may take, roughly.
+        memory: bytes that the bins that are followed together may take, roughly.
     """
     loss_of_params, params = loss_of_model(model, loss_fn, batch)
     return taylor_ladder(loss_of_params, params, order=order, bins=bins, recipe=recipe, memory=memory)

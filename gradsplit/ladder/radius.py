@@ -1,13 +1,14 @@
-"""How far a power series reaches, read off its coefficients.
+"""How far a power series reaches, as its coefficients show.
 
 The radius of convergence R of sum c_k t^k is the distance to the nearest singularity of the loss in the complex plane
-of steps. Near it c_k behaves like R^-k k^a, with an oscillation if the singularity is a complex pair. Two readings:
+of steps. Near it c_k behaves like R^-k k^a, with an oscillation if the singularity is a complex pair. There are two
+readings:
 
-* **root**: log|c_k| = b - k log R + a log k, fitted to the upper half of the window (an oscillation only lowers);
-* **ratio**: 1/R^2 -> (c_{k+1} c_{k-1} - c_k^2) / (c_k c_{k-2} - c_{k-1}^2), which is exact for a complex pair and
-  turns into the square of the plain ratio for a real singularity; extrapolated to 1/k -> 0.
+* **root**: log|c_k| = b - k log R + a log k, fitted to the upper half of the window, since an oscillation only lowers;
+* **ratio**: 1/R^2 -> (c_{k+1} c_{k-1} - c_k^2) / (c_k c_{k-2} - c_{k-1}^2), extrapolated to 1/k -> 0. It is exact for a
+  complex pair, and for a real singularity it becomes the square of the plain ratio.
 
-Where they differ the nearest singularity is not yet alone at the orders at hand; the spread says by how much.
+If they differ, the nearest singularity does not yet dominate at the computed orders; the spread says by how much.
 
 Sources: Domb and Sykes 1957 (extrapolation in 1/k); Mercer and Roberts 1990 (complex pairs). Deviations: medians and a
 trimmed fit in place of plain least squares, and the reading of the two together.
@@ -28,10 +29,10 @@ class Radius:
     """Radius of convergence of one series, in units of the step.
 
     Args:
-        value: the smaller of the two estimates where they agree within a factor of two, else the root's.
+        value: the smaller of the two estimates if they agree within a factor of two, otherwise the root's.
         root: estimate from roots of coefficients.
-        ratio: estimate from ratios of coefficients; nan where there are too few.
-        spread: relative difference of the readings: of root and ratio, and of the root over two halves of the window.
+        ratio: estimate from ratios of coefficients; nan if there are too few.
+        spread: relative difference of the readings, which are root, ratio, and the root over each half of the window.
     """
 
     value: float
@@ -46,8 +47,9 @@ ENTIRE = Radius(math.inf, math.inf, math.inf, 0.0)
 def radius_of(coefficient: SignedLog) -> Radius:
     """Radius of convergence from the coefficients c_0 … c_K of one series.
 
-    A polynomial whose degree is below half the order has radius inf. An entire function (exp) has no finite radius
-    either, but no finite number of coefficients shows that: the value is then a lower bound that grows with the order.
+    A polynomial whose degree is below half the order has radius inf. The radius of an entire function, such as exp, is
+    infinite too, but finitely many coefficients cannot show that. The value then is a lower bound that grows with the
+    order.
 
     >>> coefficients = SignedLog.of(1 / 0.5 ** np.arange(31.0))  # 1 / (1 - 2 t)
     >>> round(radius_of(coefficients).value, 6)
@@ -71,7 +73,7 @@ def radius_of(coefficient: SignedLog) -> Radius:
 
 
 def crude_log_radius(coefficient: SignedLog) -> Floats:
-    """log of the step at which the largest later term reaches the first one, per bin: a scale, not an estimate.
+    """Return, per bin, log of the step at which the largest later term reaches the first: a scale, not an estimate.
 
     Args:
         coefficient: (K + 1, B).
@@ -87,7 +89,7 @@ def crude_log_radius(coefficient: SignedLog) -> Floats:
 
 
 def _from_few(log: Floats, order: int) -> Radius:
-    """With a handful of coefficients: the smallest root relative to the first order."""
+    """Return the radius from a few coefficients: the smallest root relative to the first order."""
     k = np.arange(2, order + 1)
     k = k[np.isfinite(log[k])] if order >= 2 else k
     if len(k) == 0 or not np.isfinite(log[1]):
@@ -97,10 +99,10 @@ def _from_few(log: Floats, order: int) -> Radius:
 
 
 def _root(k: np.ndarray, log: Floats, power: float | None = None) -> tuple[float, float]:
-    """R and a from log|c_k| = b - k log R + a log k; a is fitted from 24 orders on and taken as -1 below.
+    """Return R and a from log|c_k| = b - k log R + a log k; a is fitted from 24 orders on, and is -1 below.
 
-    A branch point or a pole has a between -2 and 0. A fit outside reads the growth of an essential singularity (an erf
-    of a pole) as a power and the radius as twice what it is, so a is held there.
+    A branch point or a pole has a between -2 and 0, so a is kept in that range. Outside it a fit takes the growth of an
+    essential singularity (an erf of a pole) for a power, and doubles the radius.
     """
     if power is None and not (k[-1] >= 24 and len(k) >= 8):
         power = -1.0
@@ -121,7 +123,7 @@ def _root(k: np.ndarray, log: Floats, power: float | None = None) -> tuple[float
 
 
 def _ratio(coefficient: SignedLog, root: float, first: int) -> float:
-    """R from the Mercer-Roberts ratio, extrapolated to infinite order; nan where it has no meaning."""
+    """Return R from the Mercer-Roberts ratio, extrapolated to infinite order; nan where it has no meaning."""
     order = len(coefficient.log) - 1
     k = np.arange(order + 1)
     log = coefficient.log + k * math.log(root)  # balanced, so that the products neither overflow nor underflow
@@ -133,7 +135,7 @@ def _ratio(coefficient: SignedLog, root: float, first: int) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.sqrt(np.abs(above / below))
         plain = np.abs(c[at] / c[at - 1])
-    # A single real pole makes both differences vanish: there the plain ratio is the exact one.
+    # A single real pole makes both differences vanish; there the plain ratio is exact.
     lonely = np.abs(below) < 1e-6 * c[at - 1] ** 2
     inverse = np.where(lonely, plain, inverse)
     good = np.isfinite(inverse) & (inverse > 0)
@@ -147,11 +149,11 @@ def _ratio(coefficient: SignedLog, root: float, first: int) -> float:
     return root / limit if limit > 0 else math.nan
 
 
-TAIL = 0.01  # the part of the series that is cut off may be this large, relative to its largest term
+TAIL = 0.01  # the tail that is cut off may be this large, relative to the largest term of the series
 
 
 def reach_of(order: int) -> float:
-    """Fraction rho of the radius inside which the cut-off tail stays small: rho^(K+1) / (1 - rho) = TAIL.
+    """Return the fraction rho of the radius in which the tail stays small: rho^(K+1) / (1 - rho) = TAIL.
 
     >>> [round(reach_of(order), 2) for order in (3, 10, 30, 99)]
     [0.29, 0.6, 0.82, 0.93]
@@ -164,7 +166,7 @@ def reach_of(order: int) -> float:
 
 
 def increase(coefficient: SignedLog, step: Floats | float) -> Floats:
-    """Predicted L(t) - L(0) = sum_{k>=1} c_k t^k for one series at steps t >= 0."""
+    """Return the predicted L(t) - L(0) = sum_{k>=1} c_k t^k for one series at steps t >= 0."""
     steps = np.atleast_1d(np.asarray(step, dtype=np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
         powers = np.arange(1, len(coefficient.log))[:, None] * np.log(steps)[None, :]
@@ -174,14 +176,14 @@ def increase(coefficient: SignedLog, step: Floats | float) -> Floats:
 
 
 def safe_step(coefficient: SignedLog, radius: float, kink: float = math.inf) -> tuple[float, str]:
-    """Largest T with L(t) <= L(0) predicted for all 0 < t <= T, and what ends it.
+    """Return the largest T with L(t) <= L(0) predicted for all 0 < t <= T, and what ends it.
 
-    The search stops at ``reach_of(order)`` of the radius, since beyond it the cut-off series says nothing, and at the
-    kink, since beyond it the series follows branches that no longer hold.
+    The search stops at ``reach_of(order)`` of the radius, since beyond it the truncated series says nothing. It stops
+    at the kink too, since beyond it the series follows branches that no longer hold.
 
     Returns:
-        T in units of the step, and "increase" (the loss is predicted to come back up to where it was), "radius" or
-        "kink" (that ends first) or "no descent" (the loss rises at once, T = 0). A loss that does not move:
+        T in units of the step, and what ends it. With "increase" the loss is predicted to return to its start; "radius"
+        or "kink" ends first; with "no descent" the loss rises at once, and T = 0. A loss that does not move has
         (inf, "radius").
 
     >>> safe_step(SignedLog.of(np.array([0.0, -2.0, 1.0])), math.inf)  # (1 - t)^2 - 1
@@ -199,7 +201,7 @@ def _before_kinks(coefficient: SignedLog, radius: float) -> tuple[float, str]:
         return 0.0, "no descent"
     if math.isfinite(radius):
         grid = radius * reach_of(len(coefficient.log) - 1) * np.linspace(0, 1, 513)[1:]
-    else:  # a polynomial: from the step where the second term matters to where the last one alone decides
+    else:  # for a polynomial: from the step where the second term matters to the step where the last one decides
         log_scale = (coefficient.log[moving[0]] - coefficient.log[moving]) / np.maximum(moving - moving[0], 1)
         later = log_scale[1:] if len(moving) > 1 else np.zeros(1)
         grid = np.exp(np.linspace(later.min() - 5, later.max() + 5, 2049))

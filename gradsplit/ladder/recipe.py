@@ -1,6 +1,6 @@
-"""Recipes: sequences of the operators derivative, gradient, square, cube, run on signed-log numbers.
+"""Recipes: sequences of the operators derivative, gradient, square and cube, run on signed-log numbers.
 
-The quantity a recipe works on is a function of the step, q(t), kept as a signed-log power series per bin. It starts as
+A recipe works on a function of the step, q(t), which is kept as one signed-log power series per bin. At the start it is
 the loss, q(t) = L(theta + t d), and each operator turns it into the next:
 
 | operator | q becomes | so its derivative's order |
@@ -10,9 +10,9 @@ the loss, q(t) = L(theta + t d), and each operator turns it into the next:
 | square | q(t)^2 | stays |
 | cube | q(t)^3 | stays |
 
-What is recorded after a step is q(0). The orders a recipe *says* (``order_in``, ``order_out``) are kept beside it as
-labels: squaring or cubing a number raises no order of differentiation, so ``order_true`` counts what was really
-differentiated, and the true derivative of the said order stands beside each step for comparison.
+After each step q(0) is recorded. The orders that a recipe *says* (``order_in``, ``order_out``) are kept beside it as
+labels. A square or a cube does not raise the order of differentiation, so ``order_true`` counts the differentiations
+that were made. The true derivative of the said order stands beside each step for comparison.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class RecipeStep:
 
     Args:
         operator: one of ``OPERATORS``.
-        order_in: the order this step is said to start from, if any.
-        order_out: the order it is said to yield, if any.
+        order_in: the order from which this step is said to start, if any.
+        order_out: the order that it is said to yield, if any.
     """
 
     operator: str
@@ -53,7 +53,7 @@ class Climb:
         steps: the recipe.
         value: q(0) after each step, (S, B).
         order_true: differentiations so far, (S,).
-        said: true derivative of the order that the step is said to yield, (S, B); nan where none is said.
+        said: true derivative of the order that the step is said to yield, (S, B); nan where no order is said.
         float32: the same recipe in float32 arithmetic from the last differentiation on, (S, B).
         float64: the same in float64.
     """
@@ -66,14 +66,14 @@ class Climb:
     float64: np.ndarray
 
     def died_B(self, arithmetic: str) -> np.ndarray:
-        """First step (from 1) after which "float32" or "float64" holds 0, inf or nan for another number; 0: never."""
+        """Return the first step, from 1, after which "float32" or "float64" holds a wrong 0, inf or nan; 0 if never."""
         held = getattr(self, arithmetic)
         dead = (~np.isfinite(held) | (held == 0)) & (self.value.sign != 0)
         return np.where(dead.any(axis=0), dead.argmax(axis=0) + 1, 0)
 
 
 def recipe_of(recipe: str | Sequence[str | RecipeStep]) -> tuple[RecipeStep, ...]:
-    """A preset by name, or a sequence of operators.
+    """Return the steps of a preset, or of a sequence of operators.
 
     Raises:
         ValueError: an unknown preset or operator.
@@ -129,7 +129,7 @@ def climb(recipe: str | Sequence[str | RecipeStep], coefficient: SignedLog, leng
     quantity = coefficient
     values, singles, doubles = [], [], []
     for place, step in enumerate(steps):
-        # Only orders that a later differentiation still needs are carried along.
+        # Only orders that a later differentiation needs are kept.
         quantity = quantity[: sum(differentiations[place:]) + 1]
         if differentiations[place]:
             quantity = _derivative(quantity)
@@ -177,7 +177,7 @@ def _cauchy(a: SignedLog, b: SignedLog) -> SignedLog:
 
 
 def _true_derivatives(orders: list[int | None], coefficient: SignedLog) -> SignedLog:
-    """Derivatives of the loss of these orders; nan where none is asked for or the ladder ends below it."""
+    """Return derivatives of the loss of these orders; nan where there is no order or the ladder ends below it."""
     derivative = coefficient.times_exp(factorial_log(coefficient.log.shape[0] - 1)[:, None])
     missing = np.full(coefficient.log.shape[1], np.nan)
     known = [k is not None and k < coefficient.log.shape[0] for k in orders]

@@ -1,11 +1,11 @@
-"""Elementary functions of a series, by the recurrence that their differential equation gives.
+"""Elementary functions of a series, by the recurrences of their differential equations.
 
-Every kernel maps coefficient arrays (degree + 1, n) to (order + 1, n), element by element. They work by *pushing*: as
+Every kernel maps coefficient arrays (degree + 1, n) to (order + 1, n), element by element. It works by *pushing*: as
 soon as coefficient m of the result is final, its products with the known series are added to all higher orders in one
-call. So an order costs one pass over contiguous memory, and the stored degree of the argument bounds the work.
+call. So each order costs one pass over contiguous memory, and the stored degree of the argument bounds the work.
 
-Source of the recurrences: Griewank and Walther, Evaluating Derivatives, 2nd edition, chapter 13 (restated, with
-t y' in place of y' so that indices do not shift).
+Source of the recurrences: Griewank and Walther, Evaluating Derivatives, 2nd edition, chapter 13. Here they are written
+with t y' in place of y', so that indices do not shift.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .series import padded, product_kernel, square_kernel, weighted
 
 
 def _push(out: Tensor, m: int, tail: Tensor, factor: Tensor, value: float = 1) -> None:
-    """out[m + j] += value * tail[j] * factor for j >= 1: what coefficient m contributes to all higher orders."""
+    """Add what coefficient m contributes to all higher orders: out[m + j] += value * tail[j] * factor for j >= 1."""
     count = min(tail.shape[0] - 1, out.shape[0] - 1 - m)
     if count > 0:
         out[m + 1 : m + 1 + count].addcmul_(tail[1 : count + 1], factor, value=value)
 
 
 def _push_square(out: Tensor, m: int, y: Tensor, value: float) -> None:
-    """out += value * (all pairs whose larger index is m of y*y): an online square, y known up to m."""
+    """Add value * (the pairs of y*y whose larger index is m) to out: a square as it grows, with y known up to m."""
     stop = min(out.shape[0], 2 * m)
     if stop > m:
         out[m:stop].addcmul_(y[: stop - m], y[m], value=2 * value)
@@ -82,7 +82,7 @@ def tanh(x: Tensor, order: int) -> Tensor:
     w = torch.zeros_like(y)
     for m in range(order):
         _push_square(w, m, y, value=-1)
-        if m == 0:  # 1 - tanh^2 cancels where the unit is saturated; this form does not
+        if m == 0:  # 1 - tanh^2 cancels in a saturated unit; this form does not
             w[0] = 4 * torch.sigmoid(2 * x[0]) * torch.sigmoid(-2 * x[0])
         _push(y, m, dx, w[m])
         y[m + 1] /= m + 1
@@ -143,7 +143,7 @@ def atan(x: Tensor, order: int) -> Tensor:
 
 
 def gelu(x: Tensor, order: int) -> Tensor:
-    """x Phi(x), Phi the normal distribution function."""
+    """x Phi(x), where Phi is the normal distribution function."""
     phi = erf(x / math.sqrt(2), order) / 2
     phi[0] = torch.special.ndtr(x[0])
     return padded(product_kernel(phi, x, order), order)

@@ -1,13 +1,13 @@
-"""Truncated power series of a tensor in the step t: what a value of the network becomes when the parameters move.
+"""Truncated power series of a tensor in the step t: the values of the network while the parameters move.
 
 A value y of the forward pass, seen as a function of the step t along a direction, is kept as
 
     y(t) = sum_k coef[k] t**k,   k = 0 … order
 
-Layout of ``coef``, everywhere in this package: ``(degree + 1, B, *shape)``. The leading axis counts orders, the second
-one bins (1 for a single direction), the rest is the shape of the ordinary value. Orders above ``degree`` are exactly
-zero and not stored: a parameter is a series of degree 1, an activation of the first layer one of degree 1 or 2, and
-skipping their zeros is most of the speed at high order. ``coef[0]`` is the ordinary value, so it is the same for all
+The layout of ``coef`` is ``(degree + 1, B, *shape)`` everywhere in this package. The first axis counts orders, the
+second one bins (1 for a single direction), and the rest is the shape of the ordinary value. Orders above ``degree`` are
+exactly zero and are not stored. A parameter has degree 1, and an activation of the first layer has degree 1 or 2; most
+of the speed at high order comes from skipping their zeros. ``coef[0]`` is the ordinary value, so it is the same for all
 bins.
 """
 
@@ -28,7 +28,7 @@ class Series:
     """A value that depends on the step, truncated after ``order``.
 
     Args:
-        coef: Taylor coefficients, (degree + 1, B, *shape), float64 (bool for a branch that differs between bins).
+        coef: Taylor coefficients, (degree + 1, B, *shape), float64, or bool for a branch that differs between bins.
         order: the highest order that is kept, >= degree.
     """
 
@@ -37,7 +37,7 @@ class Series:
 
     @property
     def degree(self) -> int:
-        """Highest stored order; all above are exactly zero."""
+        """Highest stored order; all higher orders are exactly zero."""
         return int(self.coef.shape[0]) - 1
 
     @property
@@ -61,21 +61,21 @@ class Series:
         return self.coef[0, 0]
 
     def like(self, coef: Tensor) -> Series:
-        """A series with other coefficients and the same truncation."""
+        """Return a series with other coefficients and the same truncation."""
         return Series(coef[: self.order + 1], self.order)
 
 
-Value = Any  # Series | Tensor | number: what flows along the edges of a traced graph
+Value = Any  # Series | Tensor | number: a value on an edge of a traced graph
 
 
 def promote(value: Tensor, like: Series) -> Series:
-    """A constant as a series of degree 0, one copy for all bins."""
+    """Return a constant as a series of degree 0, one copy for all bins."""
     value = value.to(like.coef.dtype).to(like.coef.device)
     return Series(value.expand(1, like.num_bins, *value.shape), like.order)
 
 
 def padded(coef: Tensor, degree: int) -> Tensor:
-    """Coefficients up to ``degree``: zeros above what is stored, cut where more is stored."""
+    """Return the coefficients up to ``degree``, with zeros for orders that are not stored."""
     missing = degree + 1 - coef.shape[0]
     if missing <= 0:
         return coef[: degree + 1]
@@ -83,13 +83,13 @@ def padded(coef: Tensor, degree: int) -> Tensor:
 
 
 def aligned(coef: Tensor, ndim: int) -> Tensor:
-    """Insert axes behind the bin axis, so that values of lower rank broadcast as they would without series."""
+    """Insert axes after the bin axis, so that values of lower rank broadcast as they would without series."""
     missing = ndim + 2 - coef.ndim
     return coef.reshape(*coef.shape[:2], *([1] * missing), *coef.shape[2:]) if missing > 0 else coef
 
 
 def add(a: Value, b: Value, alpha: float = 1) -> Value:
-    """a + alpha b, where either may be constant."""
+    """Return a + alpha b; either may be constant."""
     if not isinstance(a, Series):
         return add(scale(b, alpha), a)
     if isinstance(b, Series):
@@ -110,7 +110,7 @@ def add(a: Value, b: Value, alpha: float = 1) -> Value:
 
 
 def scale(a: Value, factor: Value) -> Value:
-    """A series times a constant (number or tensor)."""
+    """Return a series times a constant (number or tensor)."""
     if not isinstance(a, Series):
         return a * factor
     if isinstance(factor, Tensor):
@@ -119,22 +119,22 @@ def scale(a: Value, factor: Value) -> Value:
 
 
 def weighted(coef: Tensor) -> Tensor:
-    """k coef[k]: the coefficients of t y'(t), the form in which the recurrences need a derivative."""
+    """Return k coef[k]: the coefficients of t y'(t), the form of the derivative that the recurrences use."""
     k = torch.arange(coef.shape[0], dtype=coef.dtype, device=coef.device)
     return coef * k.reshape(-1, *([1] * (coef.ndim - 1)))
 
 
 def series_leaves(tree: Any) -> list[Series]:
-    """All series in a nested argument list."""
+    """Return all series in a nested argument list."""
     return [leaf for leaf in pytree.tree_leaves(tree, is_leaf=_is_series) if isinstance(leaf, Series)]
 
 
 def map_orders(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Apply an operation that is linear in its tensors to every order of every bin at once.
 
-    The order and bin axes are folded into one batch axis and vectorised over (``torch.vmap``), so that no dimension
-    argument has to be translated. Constant floating tensors among the arguments (``cat``, ``index_put``) are the
-    degree-0 series of themselves; index tensors stay as they are.
+    The order and bin axes are folded into one batch axis, over which ``torch.vmap`` vectorises, so dimension arguments
+    need no translation. A constant floating tensor among the arguments (``cat``, ``index_put``) becomes a series of
+    degree 0. Index tensors stay as they are.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_series)
     first = next(leaf for leaf in leaves if isinstance(leaf, Series))
@@ -155,14 +155,14 @@ def _is_series(value: Any) -> bool:
     return isinstance(value, Series)
 
 
-LOW_DEGREE = 3  # up to here a factor is looped over with whole tensors
-BLOCK_NUMBERS = 100_000  # orders x elements of one array in a block: 0.8 MB, so that three arrays fit a 4 MB cache
+LOW_DEGREE = 3  # up to this degree a loop over the orders of a factor works on whole tensors
+BLOCK_NUMBERS = 100_000  # orders x elements of one array in a block: 0.8 MB, so that a 4 MB cache holds three arrays
 FFT_FROM = 24  # degree of both matrix factors from which roots of unity are faster (benchmarks/results/ladder-*.json)
-FFT_MULTIPLY_ADDS = 100_000  # and the least size of one order's matrix product
+FFT_MULTIPLY_ADDS = 100_000  # and the smallest matrix product of one order for which they are
 
 
 def product_kernel(a: Tensor, b: Tensor, order: int) -> Tensor:
-    """Coefficients of a b for coefficient arrays (degree + 1, …), truncated after ``order``."""
+    """Return the coefficients of a b for coefficient arrays (degree + 1, …), truncated after ``order``."""
     if a.shape[0] > b.shape[0]:
         a, b = b, a
     degree = min(order, a.shape[0] + b.shape[0] - 2)
@@ -174,7 +174,7 @@ def product_kernel(a: Tensor, b: Tensor, order: int) -> Tensor:
 
 
 def square_kernel(a: Tensor, order: int) -> Tensor:
-    """Coefficients of a^2: each unequal pair once, half the work of a product."""
+    """Return the coefficients of a^2; each unequal pair is computed once, which is half the work of a product."""
     degree = min(order, 2 * (a.shape[0] - 1))
     out = torch.zeros(degree + 1, *a.shape[1:], dtype=a.dtype, device=a.device)
     for j in range(min(a.shape[0], degree + 1)):
@@ -227,10 +227,10 @@ def square(a: Series) -> Series:
 
 
 def bilinear(op: Callable[[Tensor, Tensor], Tensor], a: Series, b: Series) -> Series:
-    """Cauchy product of any bilinear operation, such as a convolution whose input and weight both move.
+    """Return the Cauchy product of a bilinear operation, such as a convolution whose input and weight both move.
 
-    One vectorised call per stored order of the factor of lower degree. A value at t = 0 is the same for all bins, so
-    order 0 of that factor is used without its bin axis.
+    There is one vectorised call per stored order of the factor of lower degree. A value at t = 0 is the same for all
+    bins, so order 0 of that factor is used without its bin axis.
     """
     swap = a.degree < b.degree
     long, short = (b, a) if swap else (a, b)
@@ -264,7 +264,7 @@ def matmul(a: Series, b: Series) -> Series:
 
 
 def _matmul_by_order(a: Series, b: Series) -> Series:
-    """Order k as one product: the inner axis holds a_0 … a_k beside b_k … b_0, so its sum runs over the pairs."""
+    """Compute order k as one product: the inner axis holds a_0 … a_k and b_k … b_0, so its sum is over the pairs."""
     degree = min(a.order, a.degree + b.degree)
     inner = a.shape[-1]
     left = padded(a.coef, degree).movedim(0, -2)  # (B, …, rows, order, inner)
@@ -276,7 +276,10 @@ def _matmul_by_order(a: Series, b: Series) -> Series:
 
 
 def _matmul_at_roots(a: Series, b: Series) -> Series:
-    """The same by evaluation at roots of unity; see the module docstring for its rounding."""
+    """Compute the same at roots of unity.
+
+    Rounding is relative to the largest coefficient there, so the orders are first scaled to similar size.
+    """
     degree = min(a.order, a.degree + b.degree)
     num_roots = _smooth(a.degree + b.degree + 1)
     log_rho = torch.minimum(_log_balance(a.coef), _log_balance(b.coef))  # (B,)
@@ -286,7 +289,7 @@ def _matmul_at_roots(a: Series, b: Series) -> Series:
 
 
 def _log_balance(coef: Tensor) -> Tensor:
-    """log of the largest factor rho, per bin, for which |coef[k]| rho**k stays below the first few coefficients."""
+    """Return, per bin, log of the largest rho for which |coef[k]| rho**k stays below the first few coefficients."""
     size = coef.abs().flatten(2).amax(-1) if coef.ndim > 2 else coef.abs()
     base = size[:3].amax(0)
     k = torch.arange(3, coef.shape[0], dtype=coef.dtype, device=coef.device)
@@ -300,7 +303,7 @@ def _powers(log_rho: Tensor, coef: Tensor) -> Tensor:
 
 
 def _smooth(length: int) -> int:
-    """The next length with no prime factor above 5: fast Fourier transforms like those."""
+    """Return the next length without a prime factor above 5, for which fast Fourier transforms are fast."""
     while True:
         rest = length
         for prime in (2, 3, 5):

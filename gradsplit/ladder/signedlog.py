@@ -1,8 +1,8 @@
 """Signed-log numbers: a sign and the logarithm of the magnitude.
 
-Derivatives of order 99 carry 99! = 9.3e155, and the recipe's powers raise them to 2^135 3^153 = 10^113.6; as numbers
-both overflow, as logarithms neither does. What float64 keeps of such a number is its *exponent* to 16 digits: after
-repeated powers the logarithm is right to a relative 1e-16, the number itself to no digit at all.
+Derivatives of order 99 contain 99! = 9.3e155, and the recipe raises them to the power 2^135 3^153 = 10^113.6. Such
+numbers overflow, but their logarithms do not. float64 keeps the *exponent* of such a number to 16 digits. After
+repeated powers the logarithm is right to a relative 1e-16, while no digit of the number itself is known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SignedLog:
 
     @staticmethod
     def of(values: Floats | float) -> SignedLog:
-        """From ordinary numbers."""
+        """Make them from ordinary numbers."""
         array = np.asarray(values, dtype=np.float64)
         with np.errstate(divide="ignore"):
             return SignedLog(np.sign(array), np.log(np.abs(array)))
@@ -49,7 +49,7 @@ class SignedLog:
         return SignedLog(sign, np.where(sign == 0, -np.inf, self.log + other.log))
 
     def __pow__(self, exponent: int) -> SignedLog:
-        """A whole power: the sign to that power, the logarithm times it.
+        """Return a whole power: the sign to that power, and the logarithm times it.
 
         >>> (SignedLog.of(-10.0) ** 3).log10.round(12).item()
         3.0
@@ -57,23 +57,23 @@ class SignedLog:
         return SignedLog(self.sign**exponent, self.log * exponent)
 
     def times_exp(self, log_factor: Floats | float) -> SignedLog:
-        """This number times e^log_factor."""
+        """Return these numbers times e^log_factor."""
         return SignedLog(self.sign, self.log + log_factor)
 
     def sum(self, axis: int) -> SignedLog:
-        """Sum along an axis, scaled by its largest term so that nothing overflows."""
+        """Return the sum along an axis, scaled by its largest term so that nothing overflows."""
         top = self.log.max(axis=axis, keepdims=True)
         finite_top = np.where(np.isfinite(top), top, 0.0)
         total = SignedLog.of((self.sign * np.exp(self.log - finite_top)).sum(axis=axis))
         return total.times_exp(finite_top.squeeze(axis))
 
     def to_float(self, dtype: type[np.floating] = np.float64) -> NDArray[np.floating]:
-        """The ordinary number: 0 or inf where the format cannot hold it."""
+        """Return the ordinary numbers, with 0 or inf where the format cannot hold them."""
         with np.errstate(over="ignore", under="ignore"):
             return (self.sign * np.exp(self.log)).astype(dtype)
 
     def text(self, index: tuple[int, ...] = ()) -> str:
-        """Scientific notation of one number, exact in the exponent at any size.
+        """Return one number in scientific notation; its exponent is exact at any size.
 
         >>> SignedLog.of(-1500.0).text()
         '-1.50e+3'
@@ -94,5 +94,5 @@ class SignedLog:
 
 
 def factorial_log(order: int) -> Floats:
-    """log k! for k = 0 … order: the step from a Taylor coefficient to a derivative."""
+    """Return log k! for k = 0 … order: the factors from Taylor coefficients to derivatives."""
     return np.array([math.lgamma(k + 1) for k in range(order + 1)])

@@ -13,10 +13,11 @@ COLUMNS = ("bin", "gradient", "safe step", "ended by", "radius", "spread", "kink
 
 
 def ladder_rows(ladder: Ladder, count: int | None = None) -> list[dict[str, str]]:
-    """One row per bin, the smallest safe step first.
+    """Return one row per bin, the smallest safe step first.
 
-    Columns: length of the direction, safe step and what ends it, radius and its spread, the kink (steps are learning
-    rates of plain gradient descent), and the derivatives of order 2, 3 and K with respect to that step.
+    The columns are the length of the direction, the safe step and what ends it, the radius and its spread, and the
+    kink. The last ones are the derivatives of order 2, 3 and K by the step. Steps are learning rates of plain gradient
+    descent.
     """
     order_B = np.argsort(np.minimum(ladder.safe_step_B, ladder.reach_B), kind="stable")[:count]
     return [
@@ -42,7 +43,7 @@ def ladder_rows(ladder: Ladder, count: int | None = None) -> list[dict[str, str]
 
 
 def ladder_table(ladder: Ladder, count: int | None = 20) -> str:
-    """The same as aligned text, with the loss and the order above it."""
+    """Return these rows as aligned text, with the loss and the order above them."""
     rows = ladder_rows(ladder, count)
     cells = [list(COLUMNS), *(list(row.values()) for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
@@ -58,7 +59,7 @@ def ladder_table(ladder: Ladder, count: int | None = 20) -> str:
 
 
 def climb_rows(climb: Climb, b: int = 0) -> list[dict[str, str]]:
-    """A recipe step by step for one bin: what it says, what it is, and what float32 and float64 make of it."""
+    """Return a recipe, step by step for one bin: what it says, what it is, and what float32 and float64 give."""
     rows = []
     for s, step in enumerate(climb.steps):
         said = "" if np.isnan(climb.said.sign[s, b]) else climb.said.text((s, b))
@@ -78,7 +79,7 @@ def climb_rows(climb: Climb, b: int = 0) -> list[dict[str, str]]:
 
 
 def ladder_figure(ladder: Ladder, count: int = 8) -> dict[str, Any]:
-    """|c_k R^k| over k for the bins with the smallest safe steps: flat where the radius is right.
+    """Draw |c_k R^k| over k for the bins with the smallest safe steps; a line is flat if its radius is right.
 
     Returns:
         A plotly figure as plain data: ``plotly.graph_objects.Figure(ladder_figure(ladder))`` draws it.
@@ -93,7 +94,7 @@ def ladder_figure(ladder: Ladder, count: int = 8) -> dict[str, Any]:
 
 
 def climb_figure(climb: Climb, b: int = 0) -> dict[str, Any]:
-    """log10 |log10 |value|| over the recipe's steps, and where float32 and float64 died; plain data, as above."""
+    """Draw log10 |log10 |value|| over the recipe's steps, and where float32 and float64 fail; plain data, as above."""
     steps = np.arange(1, len(climb.steps) + 1)
     with np.errstate(divide="ignore"):
         traces = [

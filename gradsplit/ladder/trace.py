@@ -1,4 +1,4 @@
-"""From a Python function of the parameters to a graph of core ATen operations, and through it with power series."""
+"""A loss as a graph of core ATen operations, traced from a Python function, and power series sent through it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LossOfParams = Callable[[dict[str, Tensor]], Tensor]
 
 
 class InFloat64(TorchFunctionMode):
-    """Raise every floating tensor that a function is given to float64: batches and buffers are usually float32."""
+    """Convert every floating argument of a function to float64, since batches and buffers are usually float32."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _UNTOUCHED or (name.endswith("_") and not name.endswith("__")):
-            return func(*args, **(kwargs or {}))  # an in-place call on a copy would be lost
+            return func(*args, **(kwargs or {}))  # a change in place would be lost on a copy
         args, kwargs = pytree.tree_map_only(Tensor, to_float64, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -41,7 +41,7 @@ _UNTOUCHED = frozenset({"__get__", "__set__", "__setitem__", "double", "dim", "s
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """Floating tensors in float64, others as they are."""
+    """Return a floating tensor in float64, any other as it is."""
     return x.double() if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
@@ -58,12 +58,12 @@ class TracedLoss:
     graph: fx.GraphModule
 
     def loss(self, params: Params) -> float:
-        """L(params), in float64; it may not be finite."""
+        """Return L(params) in float64; it may be inf or nan."""
         with torch.no_grad(), _default_float64(), _one_draw():
             return float(self.graph(*(params[name].detach().double() for name in self.names)))
 
     def series(self, params: Params, directions: Mapping[str, Tensor], order: int) -> Tensor:
-        """Taylor coefficients of t -> L(params + t direction), one per order and bin.
+        """Return the Taylor coefficients of t -> L(params + t direction), one per order and bin.
 
         Args:
             params: the point, float64.
@@ -77,20 +77,20 @@ class TracedLoss:
         inputs = [_moving(params[name].detach(), directions.get(name), order) for name in self.names]
         with torch.no_grad(), _default_float64(), _one_draw():
             out = _Interpreter(self.graph, order).run(inputs)
-        if not isinstance(out, Series):  # no moving tensor reaches the loss
+        if not isinstance(out, Series):  # none of the tensors that move reaches the loss
             out = Series(out.double().reshape(1, 1), order)
         coef = torch.zeros(order + 1, num_bins, dtype=torch.float64)
         coef[: out.degree + 1] = out.coef.reshape(out.degree + 1, -1)
         return coef
 
     def crossings(self, params: Params, directions: Mapping[str, Tensor]) -> list[Tensor]:
-        """First-order steps at which the comparisons of the graph change their outcome, each (B, decisions)."""
+        """Return the first-order steps at which comparisons of the graph change their outcome, each (B, decisions)."""
         with noting_crossings() as found:
             self.series(params, directions, 1)
         return found
 
     def gradient(self, params: Params) -> dict[str, Tensor]:
-        """Gradient of the loss, zero for a parameter that does not reach it."""
+        """Return the gradient of the loss, zero for a parameter that does not reach it."""
         leaves = [params[name].detach().double().requires_grad_() for name in self.names]
         with torch.enable_grad(), _default_float64(), _one_draw():
             loss = self.graph(*leaves)
@@ -100,7 +100,7 @@ class TracedLoss:
         return dict(zip(self.names, found, strict=True))
 
     def peak_numbers(self, moving: frozenset[str]) -> int:
-        """Numbers alive at once in values that move when these tensors do: what one order of one bin needs."""
+        """Return how many numbers one order of one bin needs at once, in the values that move with these tensors."""
         last_use, moves, alive, peak = _last_uses(self.graph.graph), set(), {}, 0
         inputs = iter(self.names)
         for node in self.graph.graph.nodes:
@@ -123,12 +123,12 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
 
     Args:
         loss_of_params: maps {name: tensor} to a scalar tensor; what it closes over is constant.
-        params: the point at which to trace. Control flow that depends on values is frozen as it goes here.
+        params: the point at which to trace; control flow that depends on values stays as it is at this point.
 
     Raises:
         ValueError: the loss is not a scalar.
     """
-    # Imported here because the tracer brings sympy with it: seconds that `import gradsplit` need not take.
+    # Imported here, since the tracer imports sympy, which takes seconds that `import gradsplit` need not take.
     from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -145,12 +145,12 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
             return loss
 
     inputs = [params[name].detach().double() for name in names]
-    # A value that Python reads while tracing is a constant of the graph, instead of torch's error.
+    # A value that Python reads while tracing becomes a constant of the graph; by default torch raises an error.
     traced = partial(make_fx, _error_on_data_dependent_ops=False)
-    # Attention is traced as the matrix products and the softmax that define it: the fused kernels have no series.
+    # Attention is traced as the matrix products and the softmax that define it, since fused kernels have no series.
     with torch.no_grad(), _default_float64(), _one_draw(), sdpa_kernel(SDPBackend.MATH):
         decomposed = traced(flat, decomposition_table=dict(core_aten_decompositions()))(*inputs)
-        # A second pass where it is needed: decompositions of recurrent cells, and models, may write in place.
+        # A second pass if it is needed: decompositions of recurrent cells, and models, may write in place.
         graph = traced(functionalize(decomposed, remove="mutations"))(*inputs) if _writes(decomposed) else decomposed
     graph.graph.eliminate_dead_code()
     return TracedLoss(names, graph)
@@ -165,7 +165,7 @@ def _writes(module: fx.GraphModule) -> bool:
 
 @contextmanager
 def _one_draw() -> Iterator[None]:
-    """Random operations (dropout) draw the same numbers in every pass: a ladder belongs to one function."""
+    """Have random operations (dropout) draw the same numbers in every pass, since a ladder describes one function."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -200,7 +200,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 class _Interpreter:
-    """Runs a graph node by node; a value is dropped after its last use, which bounds the memory."""
+    """Runs a graph node by node; it drops a value after its last use, which bounds the memory."""
 
     def __init__(self, module: fx.GraphModule, order: int) -> None:
         self.module, self.order = module, order

@@ -1,4 +1,4 @@
-"""Rules for power series, one file per family; importing this package fills the table."""
+"""Rules for power series, one file per family; an import of this package fills the table."""
 
 from . import branches, elementwise, extremes, normalisation, products, shapes
 from .registry import RULES, UnsupportedOperation, linear, rule, rule_of

@@ -1,8 +1,8 @@
 """Comparisons and what they choose: the branch that holds for small t > 0.
 
-A comparison is decided by the value at t = 0; where that ties, by the first order whose coefficient differs from zero.
-So the series describes one side of a kink, the side the step goes to. Beyond the step at which a unit changes its
-branch the series goes on along the old one: no power series can see that.
+The values at t = 0 decide a comparison. If they are equal, the first order at which they differ decides. So the series
+describes one side of a kink, the side to which the step goes. Where a unit changes its branch, the series continues on
+the old one, since a power series cannot see the change.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ aten = torch.ops.aten
 
 
 def sign_for_small_steps(a: Value, b: Value) -> Tensor:
-    """Sign of a - b for small t > 0, (B, *shape): 0 where they agree at every order."""
+    """Return the sign of a - b for small t > 0, (B, *shape); 0 where they agree at every order."""
     series = next(x for x in (a, b) if isinstance(x, Series))
     shape = torch.broadcast_shapes(*(x.shape for x in (a, b) if isinstance(x, (Series, Tensor))))
     first = a.value if isinstance(a, Series) else a
     second = b.value if isinstance(b, Series) else b
-    # No subtraction: masked attention scores are -inf, and -inf is compared with -inf.
+    # There is no subtraction, since masked attention scores are -inf, and -inf is compared with -inf.
     _note(a, b, first, second, shape)
     above, below = torch.as_tensor(first > second), torch.as_tensor(first < second)
     sign = (above.double() - below.double()).expand(1, *shape)
@@ -64,7 +64,7 @@ def _note(a: Value, b: Value, first: Value, second: Value, shape: torch.Size) ->
 
 
 def _shared(decision_B: Tensor, order: int) -> Value:
-    """A constant if all bins decide alike, else a series of degree 0 with one decision per bin."""
+    """Return a constant if all bins decide alike, otherwise a series of degree 0 with one decision per bin."""
     if decision_B.shape[0] == 1 or bool((decision_B == decision_B[:1]).all()):
         return decision_B[0]
     return Series(decision_B[None], order)
@@ -90,7 +90,7 @@ for _op, _decide in {
 
 
 def _locally_constant(op: Any) -> Rule:
-    """Operations whose result does not move with t, or that act on decisions that differ between bins."""
+    """Make the rule of an operation whose result does not move with t, or that acts on the decisions of the bins."""
 
     def apply(*args: Any, **kwargs: Any) -> Value:
         order = next(x.order for x in args if isinstance(x, Series))
@@ -131,7 +131,7 @@ def _sign(x: Series) -> Value:
 
 @rule(aten.where.self)
 def where(condition: Value, a: Value, b: Value) -> Value:
-    """Coefficients of the branch that holds; the other one's values, even inf or NaN, leave no trace."""
+    """Take the coefficients of the branch that holds; those of the other one, even inf or NaN, have no effect."""
     moving = next(x for x in (condition, a, b) if isinstance(x, Series))
     if not isinstance(a, Series) and not isinstance(b, Series):
         out = torch.where(aligned(condition.coef, max(a.ndim, b.ndim, condition.ndim)), a, b)
@@ -151,7 +151,7 @@ def _masked_fill(x: Value, mask: Value, value: Value) -> Value:
 
 
 def positive(x: Series) -> Value:
-    """Whether x > 0 for small t > 0."""
+    """Return whether x > 0 for small t > 0."""
     return _comparison(lambda s: s > 0)(x, 0.0)
 
 
@@ -173,13 +173,13 @@ def _leaky_relu(x: Series, negative_slope: float = 0.01) -> Value:
 
 @rule(aten.maximum)
 def maximum(a: Value, b: Value) -> Value:
-    """The larger one for small t > 0."""
+    """Take the value that is larger for small t > 0."""
     return where(_comparison(lambda s: s >= 0)(a, b), a, b)
 
 
 @rule(aten.minimum)
 def minimum(a: Value, b: Value) -> Value:
-    """The smaller one for small t > 0."""
+    """Take the value that is smaller for small t > 0."""
     return where(_comparison(lambda s: s <= 0)(a, b), a, b)
 
 

@@ -60,7 +60,7 @@ def _rsub(a: Value, b: Value, alpha: float = 1) -> Value:
 
 @rule(aten.mul.Tensor)
 def multiply(a: Value, b: Value) -> Value:
-    """Product of two values, either of which may be constant."""
+    """Multiply two values; either may be constant."""
     if isinstance(a, Series) and isinstance(b, Series):
         return square(a) if a is b else product(a, b)
     return scale(a, b) if isinstance(a, Series) else scale(b, a)
@@ -68,7 +68,7 @@ def multiply(a: Value, b: Value) -> Value:
 
 @rule(aten.div.Tensor)
 def divide(a: Value, b: Value) -> Value:
-    """Quotient of two values, either of which may be constant."""
+    """Divide two values; either may be constant."""
     if not isinstance(b, Series):
         return scale(a, 1 / b)
     if not isinstance(a, Series):
@@ -78,7 +78,7 @@ def divide(a: Value, b: Value) -> Value:
 
 @rule(aten.pow.Tensor_Scalar)
 def raise_to(x: Series, exponent: float) -> Series:
-    """x to a constant power: repeated products for small whole exponents, which are right at x = 0 too."""
+    """Raise x to a constant power, by repeated products for small whole exponents, which are right at x = 0 too."""
     if exponent == 1:
         return x
     if exponent in (2, 3, 4):
@@ -172,7 +172,7 @@ def _prod_all(x: Series) -> Value:
 
 @rule(aten.prod.dim_int)
 def _prod(x: Series, dim: int, keepdim: bool = False) -> Value:
-    """Halves multiplied with each other until one is left: log2(n) products instead of n."""
+    """Multiply halves with each other until one entry is left, which takes log2(n) products instead of n."""
     axis = dim % x.ndim + 2
     while (length := x.coef.shape[axis]) > 1:
         half, rest = length // 2, x.coef.narrow(axis, length // 2 * 2, length % 2)
@@ -193,7 +193,7 @@ def _lerp(start: Value, end: Value, weight: Value) -> Value:
 
 @rule(aten._to_copy, aten._conj_physical)
 def _to_copy(x: Series, *, dtype: torch.dtype | None = None, **_: Any) -> Value:
-    """Series stay float64: a cast to a shorter float is left out; one to whole numbers takes the value at t = 0."""
+    """Keep series in float64: a cast to a shorter float is left out. A cast to integers takes the value at t = 0."""
     if dtype is None or dtype.is_floating_point:
         return x if x.coef.is_floating_point() else x.like(x.coef.to(torch.float64))
     return x.value.to(dtype)

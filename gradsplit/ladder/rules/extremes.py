@@ -1,7 +1,7 @@
 """Largest and smallest elements, sorting, max-pooling: the element that leads for small t > 0.
 
-Among values that are equal at t = 0 a reduction takes the one that leads at the first order at which they differ;
-sorting, topk and pooling take the one that the ordinary forward pass takes.
+Among values that are equal at t = 0, a reduction takes the one that leads at the first order at which they differ.
+Sorting, topk and pooling take the one that the ordinary forward pass takes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def _note_runners_up(coef: Tensor, index: Tensor, axis: int) -> None:
-    """Where another element of the axis would overtake the leader; ``coef`` (degree + 1, B, *shape)."""
+    """Note where another element of the axis would overtake the leader; ``coef`` is (degree + 1, B, *shape)."""
     if coef.shape[0] > 1:
         lead = coef[:2].take_along_dim(index[None], axis)
         gap, slope = (lead - coef[:2]).unbind()
@@ -28,9 +28,9 @@ def _note_runners_up(coef: Tensor, index: Tensor, axis: int) -> None:
 
 
 def _leader(x: Series, dim: int, largest: bool = True) -> Tensor:
-    """Index along ``dim`` of the extreme value for small t > 0, (B, *shape with dim of length 1)."""
+    """Return the index along ``dim`` of the extreme value for small t > 0, (B, *shape with dim of length 1)."""
     coef = x.coef if largest else -x.coef
-    axis = dim % x.ndim + 1  # behind the bin axis
+    axis = dim % x.ndim + 1  # after the bin axis
     tied = coef[0] == coef[0].amax(axis, keepdim=True)
     for coefficient in coef[1:]:
         if not bool((tied.sum(axis) > 1).any()):
@@ -87,7 +87,7 @@ def _min_all(x: Series) -> Series:
 
 @rule(aten.sort.default)
 def _sort(x: Series, dim: int = -1, descending: bool = False) -> tuple[Series, Tensor]:
-    """The order at t = 0; of equal values that of the ordinary forward pass."""
+    """Keep the order at t = 0; equal values keep the order of the ordinary forward pass."""
     index = aten.sort(x.value, dim, descending)[1]
     return map_orders(torch.gather, (x, dim, index), {}), index
 
@@ -105,7 +105,7 @@ def _topk(
 
 
 def _windows(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """(channels, window, place): the elements that each place of a pooling chooses from; padding counts as zero."""
+    """Return (channels, window, place), the elements of which each place takes one; padding counts as zero."""
     channels = x.reshape(-1, 1, *x.shape[-2:])
     return torch.nn.functional.unfold(channels, kernel, dilation, padding, stride)
 
@@ -119,7 +119,7 @@ def _max_pool2d(
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> tuple[Series, Tensor]:
-    """The element that is largest at t = 0; of equal ones the first, as in the ordinary forward pass."""
+    """Take the element that is largest at t = 0, the first of equal ones, as the ordinary forward pass does."""
     _, index = aten.max_pool2d_with_indices(x.value, kernel, stride, padding, dilation, ceil_mode)
     if not ceil_mode and x.degree > 0:
         windows = map_orders(_windows, (x.like(x.coef[:2]), kernel, stride or kernel, padding, dilation), {})

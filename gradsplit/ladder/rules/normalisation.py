@@ -1,4 +1,4 @@
-"""Softmax, variances, and the normalisation layers."""
+"""Softmax, variances and normalisation layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _sum(x: Series, dims: Dims) -> Series:
 
 
 def _from_max(x: Series, dim: int) -> Series:
-    """x minus its largest value at t = 0: a constant, so it changes no derivative and keeps exp in range."""
+    """Return x minus its largest value at t = 0, a constant: it keeps exp in range and changes no derivative."""
     return add(x, -x.value.amax(dim, keepdim=True)) if x.ndim else x
 
 
@@ -61,7 +61,7 @@ def _logsumexp(x: Series, dim: Sequence[int], keepdim: bool = False) -> Series:
 
 
 def _centred(x: Series, dims: Dims) -> tuple[Series, Series, Series]:
-    """Mean, x minus it, and its square."""
+    """Return the mean, x minus the mean, and the square of that."""
     mean = _mean(x, dims)
     centred = add(x, mean, -1)
     return mean, centred, square(centred)
@@ -69,7 +69,7 @@ def _centred(x: Series, dims: Dims) -> tuple[Series, Series, Series]:
 
 @rule(aten.var.correction)
 def variance(x: Series, dim: Dims = None, *, correction: float | None = 1, keepdim: bool = False) -> Series:
-    """Mean squared deviation with n - correction in the denominator."""
+    """Return the mean squared deviation, with n - correction in the denominator."""
     dims = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     count = 1
     for axis in dims:
@@ -107,7 +107,7 @@ def _shaped(value: Value | None, shape: tuple[int, ...]) -> Value | None:
 
 
 def _standardised(x: Value, dims: Dims, eps: float) -> tuple[Value, Value, Value]:
-    """(x - mean) / sqrt(variance + eps), the mean and the reciprocal of the root."""
+    """Return (x - mean) / sqrt(variance + eps), the mean, and the reciprocal of the root."""
     if not isinstance(x, Series):
         mean, rstd = x.mean(dims, keepdim=True), (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
         return (x - mean) * rstd, mean, rstd
@@ -153,7 +153,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Value, ...]:
-    """Batch statistics move with the step in training; running ones are constant. Their update is not followed."""
+    """Let batch statistics move with the step in training; running statistics are constant, and are not updated."""
     per_channel = (x.shape[1], *([1] * (x.ndim - 2)))
     if training:
         dims = (0, *range(2, x.ndim))

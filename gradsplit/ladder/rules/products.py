@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @rule(aten.mm, aten.bmm)
 def matmul(a: Value, b: Value) -> Value:
-    """Matrix product; a constant factor is multiplied with all orders of the other one in one product."""
+    """Multiply two matrices; a constant factor is multiplied with all orders of the other one at once."""
     if isinstance(a, Series) and isinstance(b, Series):
         return series_matmul(a, b)
     if isinstance(a, Series):
@@ -59,7 +59,7 @@ def _convolution(x: Value, weight: Value, bias: Value, *geometry: Any) -> Value:
 
 
 def _one_side(op: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value) -> Series:
-    """A bilinear operation with one constant side: linear in the other."""
+    """Apply a bilinear operation with one constant side; it is linear in the other side."""
     moving = a if isinstance(a, Series) else b
     in_dims = (0, None) if isinstance(a, Series) else (None, 0)
     args = (a.coef.flatten(0, 1), b) if isinstance(a, Series) else (a, b.coef.flatten(0, 1))

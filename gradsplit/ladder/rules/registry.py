@@ -1,7 +1,7 @@
 """The table of rules: how each ATen operation acts on truncated power series.
 
-Adding one is a function and a row. The function has the operation's own signature; any tensor argument may be a
-``Series`` (it depends on the step) or an ordinary tensor (it does not), and at least one is a ``Series``:
+A new rule is a function and a row. The function has the operation's own signature. A tensor argument is a ``Series`` if
+it depends on the step and an ordinary tensor if it does not; at least one argument is a ``Series``:
 
     >>> import torch
     >>> from gradsplit.ladder.rules import rule
@@ -37,24 +37,24 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
 
 def linear(*ops: Any) -> None:
-    """Register operations that are linear in their tensors: they act on every order alone."""
+    """Register operations that are linear in their tensors; they act on every order alone."""
     for op in ops:
         RULES[op] = _linear_rule(op)
 
 
 def rule_of(op: Any) -> Rule:
-    """The rule of an overload, or of the packet it belongs to.
+    """Return the rule of an overload, or of the packet to which it belongs.
 
     Raises:
-        UnsupportedOperation: there is none; the message says how to add it.
+        UnsupportedOperation: there is no rule; the message says how to add one.
     """
     found = RULES.get(op) or RULES.get(getattr(op, "overloadpacket", op))
     if found is None:
         raise UnsupportedOperation(
             f"taylor_ladder: expected operations with a rule for power series, got {op} on a value that depends on "
-            f"the step. Add one: write a function with this operation's arguments and register it with "
-            f"`@gradsplit.ladder.rules.rule(torch.ops.{str(op).rsplit('.', 1)[0]})`; "
-            "gradsplit/ladder/rules/elementwise.py shows how, docs/ladder.md explains."
+            "the step. Add a rule: write a function with this operation's arguments and register it with "
+            f"`@gradsplit.ladder.rules.rule(torch.ops.{str(op).rsplit('.', 1)[0]})`, as "
+            "gradsplit/ladder/rules/elementwise.py shows and docs/ladder.md explains."
         )
     return found
 

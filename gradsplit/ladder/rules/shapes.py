@@ -1,6 +1,6 @@
-"""Operations that move, pick, pad or sum numbers: linear, so every order of the series goes the same way.
+"""Operations that move, pick, pad or sum numbers; they are linear, so they act on every order of the series alike.
 
-Indexing and gathering are linear in what is indexed; the indices are those at t = 0 (a whole number does not move).
+Indexing and gathering are linear in what is indexed. The indices are those at t = 0, since an integer does not move.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _constant_pad(x: Series, pad: list[int], value: float = 0) -> Series:
 def _nll_loss(
     x: Series, target: torch.Tensor, weight: torch.Tensor | None, reduction: int, ignore_index: int
 ) -> tuple[Value, Value]:
-    """Minus the picked log-probabilities: linear in them. Reduction 0 none, 1 weighted mean, 2 sum."""
+    """Take minus the picked log-probabilities, which is linear. Reduction 0 is none, 1 weighted mean, 2 sum."""
     classes = 1 if x.ndim > 1 else 0
     kept = target != ignore_index
     index = torch.where(kept, target, 0)
