@@ -1,5 +1,5 @@
 """Reading and scaling bins: the definition, and backends that must equal it."""
 
-from .kernel import BACKENDS, Backend, Kernel, choose_backend
+from .kernel import BACKENDS, Backend, Kernel, choose_backend, register
 
-__all__ = ["BACKENDS", "Backend", "Kernel", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "Kernel", "choose_backend", "register"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan import Plan
 
-__all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "choose_backend"]
+__all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "choose_backend", "register"]
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
@@ -177,6 +177,30 @@ BACKENDS: dict[str, Backend] = {
         ),
     )
 }
+
+
+def register(row: Backend) -> Backend:
+    """Add a backend to `BACKENDS`, so that ``backend="its name"`` finds it; return the row.
+
+    ``backend="auto"`` does not choose it: the row stands after `eager`, which serves every device.
+
+    Args:
+        row: its ``place`` is the full name of a module, and a class there that derives from `Kernel`.
+
+    Raises:
+        TypeError: something that is not a `Backend`.
+        ValueError: "auto", or a name that another backend has.
+    """
+    if not isinstance(row, Backend):
+        raise TypeError(f"register({row!r}): expected a Backend(name, (module, class), summary).")
+    other = BACKENDS.get(row.name, row)
+    if row.name == "auto" or other.place != row.place:
+        raise ValueError(
+            f"register(Backend({row.name!r}, …)): expected a name that no backend has, and not 'auto'. Choose another "
+            "name."
+        )
+    BACKENDS[row.name] = row
+    return row
 
 
 def choose_backend(name: str, device: torch.device, *, call: str) -> Backend:

@@ -5,7 +5,7 @@ from .layout import Layout, layout_of, named_trainable, one_device
 from .lbf import lbf, log_likelihood
 from .pattern import Pattern, pattern_of
 from .plan import Bin, Box, Node, Plan, part_of
-from .registry import STRATEGIES, Strategy, make_plan
+from .registry import STRATEGIES, Strategy, make_plan, register
 from .slices import per_tensor, whole, xsp
 from .tree import LEVELS, Tree
 from .tree_sp import tree_sp
@@ -31,6 +31,7 @@ __all__ = [
     "part_of",
     "pattern_of",
     "per_tensor",
+    "register",
     "tree_sp",
     "whole",
     "xsp",

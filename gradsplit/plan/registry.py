@@ -1,4 +1,7 @@
-"""The strategies by name, one row each; the rows parametrise tests, command line and docs table."""
+"""The strategies by name, one row each; the rows parametrise tests, the command line and the table in the guide.
+
+The row of `tree_sp` is in its own module, since its ``inner=`` may be the name of another row.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,8 @@ from .layout import Layout
 from .lbf import lbf
 from .plan import Plan
 from .slices import per_tensor, whole, xsp
-from .tree_sp import tree_sp
 
-__all__ = ["STRATEGIES", "Strategy", "make_plan", "strategy_named"]
+__all__ = ["STRATEGIES", "Strategy", "make_plan", "register", "strategy_named"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,38 @@ STRATEGIES: dict[str, Strategy] = {
     row.name: row
     for row in (
         Strategy("whole", whole, "everything in one bin: a global clip"),
-        Strategy("per_tensor", per_tensor, "one bin a tensor"),
-        Strategy("xsp", xsp, "slices along the x axis, one a row by default; the other axis is free"),
+        Strategy("per_tensor", per_tensor, "one bin per tensor"),
+        Strategy("xsp", xsp, "slices along the x axis, one per row by default; the other axis is free"),
         Strategy("lbf", lbf, "best-first rectangles from calibrated energies; both axes", needs_energy=True),
-        Strategy("tree_sp", tree_sp, "the module tree above the tensors; a limit at every level"),
     )
 }
+
+
+def register(row: Strategy) -> Strategy:
+    """Add a strategy to `STRATEGIES`, so that ``plan="its name"`` finds it; return the row.
+
+    Args:
+        row: its ``make`` is a function of a layout, or of a layout and energies (see `Strategy`).
+
+    Raises:
+        TypeError: something that is not a `Strategy`.
+        ValueError: a name that another strategy has.
+
+    >>> row = register(Strategy("halves", lambda layout: xsp(layout, parts=2), "two slices per tensor"))
+    >>> make_plan("halves", Layout.from_shapes({"w": (4, 3)}), call="f").num_bins
+    2
+    >>> del STRATEGIES["halves"]
+    """
+    if not isinstance(row, Strategy):
+        raise TypeError(f"register({row!r}): expected a Strategy(name, make, summary).")
+    other = STRATEGIES.get(row.name, row)
+    if (other.make.__module__, other.make.__qualname__) != (row.make.__module__, row.make.__qualname__):
+        raise ValueError(
+            f"register(Strategy({row.name!r}, …)): expected a name that no strategy has, got that of "
+            f"{other.make.__module__}.{other.make.__qualname__}. Choose another name."
+        )
+    STRATEGIES[row.name] = row
+    return row
 
 
 def strategy_named(name: str, *, call: str) -> Strategy:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .layout import Layout
 from .plan import Plan
+from .registry import Strategy, register, strategy_named
 from .slices import per_tensor
 
 __all__ = ["tree_sp"]
@@ -31,8 +32,6 @@ def tree_sp(layout: Layout, *, inner: Callable[[Layout], Plan] | str | None = No
     ['root all', 'module a', 'tensor a.w', 'tensor a.b', 'bin a.w[0:1]', 'bin a.w[1:2]', 'bin a.b']
     """
     if isinstance(inner, str):
-        from .registry import strategy_named
-
         row = strategy_named(inner, call=f"tree_sp(inner={inner!r})")
         if row.needs_energy:
             raise ValueError(
@@ -45,8 +44,10 @@ def tree_sp(layout: Layout, *, inner: Callable[[Layout], Plan] | str | None = No
     del flat  # its tree is as large as the one to come
     if len(boxes) != num_bins:
         raise ValueError(
-            f"tree_sp(inner={getattr(inner, '__name__', inner)!r}): expected bins inside one tensor each, got a bin "
-            "of several "
-            "boxes. Use xsp, lbf or per_tensor inside; a limit for the whole model is a budget at level 'root'."
+            f"tree_sp(inner={getattr(inner, '__name__', inner)!r}): expected bins inside one tensor each, got a bin of "
+            "several boxes. Use xsp, lbf or per_tensor inside; a limit for the whole model is a budget at level 'root'."
         )
     return Plan(layout, boxes, modules=True)
+
+
+register(Strategy("tree_sp", tree_sp, "the module tree above the tensors; a limit at every level"))
