@@ -15,12 +15,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-__all__ = ["KINDS", "compiled", "load", "narrow", "pointer", "store"]
+__all__ = ["KINDS", "compiled", "intrinsic", "ir", "load", "narrow", "pointer", "store"]
 
-KINDS: dict[torch.dtype, Any] = {
+KINDS: dict[torch.dtype, np.generic] = {
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
     torch.bfloat16: np.uint16(0),
@@ -29,7 +29,7 @@ KINDS: dict[torch.dtype, Any] = {
 """The kind of each dtype."""
 
 ir: Any = vars(cgutils)["ir"]  # llvmlite's, as numba itself uses it
-_intrinsic: Any = intrinsic
+intrinsic: Any = extending.intrinsic
 _BF16, _F16 = types.uint16, types.int16
 
 
@@ -53,7 +53,7 @@ def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Any]:
     return wrap
 
 
-@_intrinsic
+@intrinsic
 def pointer(context, address, kind):
     """Return the address as a pointer to elements of the kind."""
     signature = types.CPointer(kind)(address, kind)
@@ -64,7 +64,7 @@ def pointer(context, address, kind):
     return signature, generate
 
 
-@_intrinsic
+@intrinsic
 def load(context, memory, index):
     """Return element ``index`` in the type in which to compute: float64 for float64, else float32."""
     kind = memory.dtype
@@ -82,7 +82,7 @@ def load(context, memory, index):
     return signature, generate
 
 
-@_intrinsic
+@intrinsic
 def store(context, memory, index, value):
     """Write a number at element ``index``, rounded to the memory's dtype; NaN stays NaN."""
     kind = memory.dtype
@@ -112,7 +112,7 @@ def _rounded_bf16(builder: Any, value: Any) -> Any:
     return builder.select(is_nan, ir.Constant(i16, 0x7FC0), half)
 
 
-@_intrinsic
+@intrinsic
 def narrow(context, memory, value):
     """Return a float64 in the type in which to compute with the memory's elements, see `load`."""
     compute = types.float64 if memory.dtype == types.float64 else types.float32

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def addresses_of(tensors: Sequence[Tensor | None], tables: Tables) -> np.ndarray
     )
 
 
-def room_for_workers(longest: int, dtype: Any = np.float64) -> np.ndarray:
+def room_for_workers(longest: int, dtype: npt.DTypeLike = np.float64) -> np.ndarray:
     """Return uninitialised rows of numbers, one per thread, (threads, at least ``longest``).
 
     Each row begins at a multiple of 64 bytes: stores of whole vectors that cross cache lines take twice the time.
@@ -98,7 +99,7 @@ def _columns(table: Lowered) -> np.ndarray:
     return room_for_workers(int(table.bands[:, BAND_LENGTH].max()))
 
 
-def square_calls(kind: Any, table: Lowered, bases: np.ndarray, slots: np.ndarray) -> list[Call]:
+def square_calls(kind: np.generic, table: Lowered, bases: np.ndarray, slots: np.ndarray) -> list[Call]:
     """Return the calls that write a table's sums of squares to its slots.
 
     Args:
@@ -182,13 +183,13 @@ class NumbaKernel(Kernel):
         return [self._folded(*result) for result in results]
 
     def _folded(self, slots: list[np.ndarray], tables: list[Lowered], rest: Tensor | None) -> Tensor:
-        total: Any = np.zeros(self.plan.num_bins) if not slots else None
+        total: np.ndarray | None = None
         for out, table in zip(slots, tables, strict=True):
             if len(table.fold_bins):
                 loops.fold(out, self.plan.num_bins, table.fold_bins)
             own = out[: self.plan.num_bins]
             total = own if total is None else total + own
-        squares_B = torch.from_numpy(total)
+        squares_B = torch.from_numpy(np.zeros(self.plan.num_bins) if total is None else total)
         return squares_B if rest is None else squares_B + rest
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
@@ -236,7 +237,7 @@ class NumbaKernel(Kernel):
         if weights is None:
             return torch.from_numpy(squares), None
         alone = [None if entry else weight for weight, entry in zip(weights, tables.signature, strict=True)]
-        rest: Any = self.squares(alone) if any(weight is not None for weight in alone) else 0.0
+        rest = self.squares(alone) if any(weight is not None for weight in alone) else 0.0
         return torch.from_numpy(squares), torch.from_numpy(of_weights) + rest
 
     def _bound_apart(

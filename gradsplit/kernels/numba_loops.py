@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from ..plan.lowering import (
     BAND_CUT,
@@ -38,7 +37,7 @@ from ..plan.lowering import (
     STEP,
     TENSOR,
 )
-from .addresses import compiled, load, narrow, pointer, store
+from .addresses import compiled, intrinsic, ir, load, narrow, pointer, store
 from .threads import BEGUN, NEXT, TEAM, THREADS
 
 __all__ = [
@@ -59,14 +58,12 @@ BOUNDS = 2
 SLOPE, FLOOR, ROOT = range(3)
 """The rows of a line in ``lines`` (J, 3, T), see `Kernel.bound_`."""
 
-ir: Any = vars(cgutils)["ir"]  # llvmlite's, as numba itself uses it
-_intrinsic: Any = intrinsic
 _I32, _I64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 _BODY = ir.FunctionType(ir.VoidType(), [_BYTES])
 _PARALLEL = ir.FunctionType(ir.VoidType(), [_BODY.as_pointer(), _BYTES, _I32, _I32])
 
 
-@_intrinsic
+@intrinsic
 def share(typing_context, chunk, work, arguments):
     """Call ``chunk(c, worker, *arguments)`` once for every chunk c of a table.
 

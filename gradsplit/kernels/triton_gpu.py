@@ -76,6 +76,10 @@ _KINDS: dict[torch.dtype, tuple[Any, Any]] = {
 """The type of each dtype's elements, and the type in which to compute."""
 
 
+Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
+"""The dtype and strides of each tensor; None: nothing to read."""
+
+
 class TritonKernel(Kernel):
     """The kernel for dense tensors with contiguous rows or columns on a CUDA device.
 
@@ -87,7 +91,7 @@ class TritonKernel(Kernel):
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
-        self._known: list[tuple[Any, list[tuple[torch.dtype, Tensor]]]] = []
+        self._known: list[tuple[Signature, list[tuple[torch.dtype, Tensor]]]] = []
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares`."""
@@ -107,7 +111,7 @@ class TritonKernel(Kernel):
 
     def _tables(self, tensors: Sequence[Tensor | None]) -> tuple[list[tuple[torch.dtype, Tensor]], Tensor]:
         """The pieces of each dtype, made once for dtypes and strides, and the tensors' addresses now."""
-        signature: list[Any] = []
+        signature: Signature = []
         for name, tensor in zip(self.plan.layout.names, tensors, strict=True):
             if tensor is None or tensor.numel() == 0:
                 signature.append(None)
@@ -134,7 +138,7 @@ class TritonKernel(Kernel):
         return tables, addresses
 
 
-def _pieces(plan: Plan, strides: list[Any]) -> np.ndarray:
+def _pieces(plan: Plan, strides: list[tuple[int, ...] | None]) -> np.ndarray:
     """Cut every bin into pieces of at most `BLOCK` elements, (pieces, `COLUMNS`)."""
     lowered = lower(plan, strides, bands=False, cut_bins=False)
     if lowered is None:

@@ -1,4 +1,4 @@
-"""A fork bounded and modules limited on several ranks: the weights of one process, by one all-reduce a step."""
+"""A fork bounded and modules limited on several ranks: the weights of one process, by one all-reduce per step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_modules_are_limited_as_in_one_process() -> None:
     answers = on_ranks(2, work)
     for answer in answers:
         for mode, (weights, norms, made) in answer.items():
-            # Setting up counts copies; then one a step.
+            # The set-up counts copies; afterwards there is one per step.
             assert made[1:] == [0 if mode == "ddp" else 1] * (STEPS - 1), mode
             for name, weight in true_weights.items():
                 torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,4 +1,4 @@
-"""GSO on several ranks: the weights of one process, by one all-reduce a step where each bin is bounded by itself."""
+"""GSO on several ranks: the weights of one process, by one all-reduce per step where each bin is bounded by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS, FEW = 20, 5
 ROOT = {"root": gs.Fixed(2.0), "bin": (gs.Relative(0.2), gs.RelativeStep(0.03))}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "one moment a row": {"second_moment": "bin"},
+    "one moment per row": {"second_moment": "bin"},
     "columns": {"plan": lambda layout: gs.xsp(layout, axis=1)},
     "limit of the sum": {"plan": "tree_sp", "budget": ROOT},
     "too much to carry": {},
@@ -27,7 +27,7 @@ MODES = {1: ("fsdp",), 2: ("ddp", "fsdp", "tp"), 4: ("ddp", "fsdp", "hsdp", "tp"
 
 
 def reductions(world: int, mode: str, variant: str) -> int:
-    """All-reduces a step: none for replicas; a second one where limits look beyond the bin, or too much is spread."""
+    """All-reduces per step: none for replicas; a second one where limits look beyond the bin, or too much is spread."""
     if mode == "ddp" or variant == "in backward":  # the latter reduces inside backward
         return 0
     if variant == "block after block":
@@ -67,7 +67,7 @@ def run(model: torch.nn.Module, variant: str, **options: Any) -> tuple[dict[str,
 def work(rank: int, world: int) -> dict[str, Any]:
     answers = {}
     for mode in MODES[world]:
-        variants = ["default", "one moment a row"]
+        variants = ["default", "one moment per row"]
         if mode == "fsdp" or world == 2:
             variants += ["columns", "limit of the sum", "too much to carry"]
         if mode not in ("ddp", "tp"):  # plain tensors in several processes are refused

@@ -1,4 +1,4 @@
-"""The splitter on several ranks: the same numbers as in one process, by one all-reduce a step."""
+"""The splitter on several ranks: the same numbers as in one process, by one all-reduce per step."""
 
 from __future__ import annotations
 
