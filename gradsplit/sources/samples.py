@@ -193,12 +193,11 @@ class SampleSplitter:
 
         Args:
             beyond: smallest ratio of norm to limit.
-            last: of the last step alone.
+            last: of the last backward pass alone.
         """
         found = []
-        newest = max((step for step, _, _ in self._notes), default=0)
         for step, layer, ratio_S in self._notes:
-            if last and step < newest:
+            if last and step < self._passes - 1:
                 continue
             for index, ratio in enumerate(ratio_S.tolist()):
                 if math.isnan(ratio) or ratio > beyond:

@@ -124,8 +124,10 @@ def test_accumulation_adds_and_counts_every_pass():
     with SampleSplitter(model, LOOSE) as splitter:
         for part in x.split(4):
             model(part).square().sum().backward()
-    assert {(row.step, row.sample) for row in splitter.named()} == {(0, 1), (1, 2)}
-    assert {(row.step, row.sample) for row in splitter.named(last=True)} == {(1, 2)}
+        assert {(row.step, row.sample) for row in splitter.named()} == {(0, 1), (1, 2)}
+        assert {(row.step, row.sample) for row in splitter.named(last=True)} == {(1, 2)}
+        model(x[2:4]).square().sum().backward()
+        assert splitter.named(last=True) == []
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
