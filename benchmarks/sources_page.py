@@ -1,0 +1,107 @@
+"""Writes docs/results/sources.md from the raw results of benchmarks/sources.py.
+
+Run: python benchmarks/sources_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "sources"
+PAGE = ROOT / "docs" / "results" / "sources.md"
+
+HEAD = """# Sources: what was measured
+
+What splitting by sample and by loss term gives, beside the field's remedies. [The guide](../sources.md) says what they
+are. Every method with a strength was tuned on two seeds of its own; the table shows the median of five fresh seeds at
+the best strength, with the smallest and the largest. A run that diverged counts as the worst. The optimizer, the
+learning rate and the number of steps are the task's, the same for all methods. Command: `python benchmarks/sources.py`.
+
+"""
+NOTES = """## What these runs do not show
+
+- Annealing and GradNorm are our own short programs after the papers. The peer is `torchjd` from PyPI.
+- Every task has one learning rate, and the models are small. Nothing here speaks about larger ones.
+- Text, the detector, and `GSO` together with `GradientSplitter` and the sources were not measured here.
+"""
+# What each table is about, in a sentence; a task without a file of results is left out.
+TASKS = {
+    "outliers-in-x": "Friedman's function; in 5 % of the training rows x is 30 times too large. RMSE on clean rows.",
+    "outliers-in-y": "The same; in 5 % of the rows y is 15 deviations off. RMSE on clean rows.",
+    "healthy-regression": "The same without a fault: what the splitter costs.",
+    "digits-blank": "Digits; 2 % of the images are blank, and standardising in the model makes them 0 / 0. Accuracy.",
+    "digits-blank-batchnorm": "The same with BatchNorm. Accuracy.",
+    "digits-healthy": "Digits without a fault: what the splitter costs. Accuracy.",
+    "digits-healthy-batchnorm": "The same with BatchNorm. Accuracy.",
+    "helmholtz-1d": "A network solves u'' + u = f on a line. Relative error.",
+    "helmholtz-2d": "The same on a square. Relative error.",
+    "burgers": "Burgers' equation with nu = 0.02 / pi. Relative error.",
+}
+NAMES = {
+    "none": "nothing",
+    "samples": "**`SampleSplitter`**",
+    "terms": "**`TermSplitter`**",
+    "clip": "global clip, tuned",
+    "huber": "Huber loss, tuned",
+    "masked loss": "rows of the loss that are not finite left out",
+    "tuned weight": "weight of the boundary, tuned",
+    "annealing": "Wang annealing",
+    "gradnorm": "GradNorm",
+    "torchjd UPGrad": "torchjd, UPGrad",
+}
+
+
+def _cell(scores: list[float | None], *, more_is_better: bool) -> str:
+    """Median and range; a diverged run is the worst value of its side."""
+    worst = float("-inf") if more_is_better else float("inf")
+    ordered = sorted(worst if score is None else score for score in scores)
+    shown = [f"{value:.4f}" if abs(value) != float("inf") else "diverged" for value in ordered]
+    return f"{shown[len(shown) // 2]} | {shown[0]} to {shown[-1]}"
+
+
+def _section(name: str, kept: dict[str, Any]) -> str:
+    about = kept["about"]
+    more = "accuracy" in about["task"]
+    lines = [f"## {name}", "", f"{TASKS[name]} Five seeds, {about['machine']}, {about['date']}.", ""]
+    named = kept["fresh"].get("samples", {})
+    lines += [f"<!-- evidence: benchmarks/results/sources/{name}.json -->", ""]
+    lines += ["| method | median | range |", "|---|---|---|"]
+    for method, found in kept["fresh"].items():
+        strength = "" if found["strength"] == "None" else f" (`{found['strength']}`)"
+        lines.append(f"| {NAMES[method]}{strength} | {_cell(found['score'], more_is_better=more)} |")
+    if "precision" in named:
+        lines += ["", "| the bad samples named | precision | recall |", "|---|---|---|"]
+        lines.insert(-2, f"<!-- evidence: benchmarks/results/sources/{name}.json -->")
+        lines.insert(-2, "")
+        precision, recall = (statistics.median(named[key]) for key in ("precision", "recall"))
+        lines.append(f"| median of the five runs | {precision:.3f} | {recall:.3f} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """The page of all tasks that have results."""
+    text = HEAD
+    for name in TASKS:
+        file = results / f"{name}.json"
+        kept = json.loads(file.read_text(encoding="utf8")) if file.exists() else {"fresh": {}}
+        if kept["fresh"]:
+            text += _section(name, kept)
+    file = results / "cost.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf8"))
+        about = kept["about"]
+        text += f"## Time of a step\n\nOver the same step without, {about['machine']}, {about['date']}, 100 runs.\n\n"
+        text += "<!-- evidence: benchmarks/results/sources/cost.json -->\n\n| step | median |\n|---|---|\n"
+        for step, ratios in kept["ratio"].items():
+            text += f"| {step} | {statistics.median(ratios):.2f} |\n"
+        text += "\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text + NOTES, encoding="utf8")
+
+
+if __name__ == "__main__":
+    write_page()
