@@ -226,8 +226,8 @@ def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -
         if not finite_B.all():
             name = batch.names[int(np.flatnonzero(~finite_B)[0])]
             raise FloatingPointError(
-                f"taylor_ladder: expected finite Taylor coefficients, got inf or nan along {name}. Look in the loss for "
-                "a singularity at the parameters themselves, such as a square root or logarithm of zero."
+                f"taylor_ladder: expected finite Taylor coefficients, got inf or nan along {name}. Look in the loss "
+                "for a singularity at the parameters themselves, such as a square root or logarithm of zero."
             )
     k = np.arange(order + 1)[:, None]
     return scaled.times_exp(-k * log_scale_B[None, :])

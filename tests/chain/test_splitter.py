@@ -327,3 +327,15 @@ def test_the_path_for_the_cpu_decides_as_the_one_for_devices(scales: list[float]
             torch.testing.assert_close(ours, theirs)
     assert float(on_cpu.memories["a"].bounded[0]) == float(memory.bounded[0])
     assert float(on_cpu.memories["a"].nonfinite[0]) == float(memory.nonfinite[0])
+
+
+def test_a_state_without_its_forks_is_refused_and_nothing_of_it_is_taken_over() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    with ChainSplitter(model, at="layers") as chain:
+        model(torch.ones(1, 2)).sum().backward()
+    before, broken = chain.rows(), chain.state_dict()
+    broken["joints"].pop("0")
+    del broken["forks"]
+    with pytest.raises(KeyError, match="forks"):
+        chain.load_state_dict(broken)
+    assert chain.rows() == before and [row.name for row in before] == ["0", "2"]
