@@ -18,7 +18,7 @@ from ...plan.lowering import is_addressable
 from ...split import Split
 from .reference import ReferenceUpdate
 
-__all__ = ["ParameterMemory", "NUMBERS", "CompiledUpdate"]
+__all__ = ["NUM_NUMBERS", "CompiledUpdate", "ParameterMemory"]
 
 
 class ParameterMemory:
@@ -95,17 +95,14 @@ def _difference(strides: tuple[int, ...], dtype: torch.dtype, gradient: Tensor, 
     return ""
 
 
-NUMBERS = (
-    "1 - beta1",
-    "beta2",
-    "1 - beta2",
-    "lr / bias1",
-    "1 / sqrt(bias2)",
-    "eps",
-    "lr decay",
-    "sign of gradient",
-)
-"""What each tensor's row of ``numbers`` holds in the compiled loops, Numba's and Triton's."""
+P, G, M, V = range(4)
+"""The rows of ``bases`` (4, T): the addresses of each tensor's weights, gradient, first moments and second moments."""
+
+ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, RATE, UNBIAS, EPS, DECAY, SIGN = range(8)
+"""The columns of ``numbers`` (T, 8), each tensor's constants of a step: RATE is ``lr / (1 - beta1^t)``, UNBIAS
+``1 / sqrt(1 - beta2^t)``, DECAY ``lr * weight_decay``, and SIGN -1 where the optimizer ascends."""
+
+NUM_NUMBERS = 8
 
 
 class CompiledUpdate(ABC):

@@ -92,12 +92,9 @@ class FusedUpdate(CompiledUpdate):
         calls: list[Call] = []
         for dtype, table in tables:
             kind, rows = KINDS[dtype], (table.entries, table.chunks, bases, numbers)
-            rest = (*bounds, squares, weights)
-            if by_bin:
-                calls.append((loops.one_pass_bin, (kind, *rows, self._places_B, *rest)))
-            else:
-                kept = room_for_workers(table.longest, np.float64 if dtype == torch.float64 else np.float32)
-                calls.append((loops.one_pass_element, (kind, *rows, *rest, kept)))
+            wide = np.float64 if dtype == torch.float64 else np.float32
+            last = (None, self._places_B) if by_bin else (room_for_workers(table.longest, wide), None)
+            calls.append((loops.one_pass, (kind, *rows, *bounds, squares, weights, *last)))
         run(calls, threads)
         self._measured, self._decision = (torch.from_numpy(squares), torch.from_numpy(weights)), None
 
@@ -128,31 +125,31 @@ class FusedUpdate(CompiledUpdate):
         decision = split.gradient.decide(squares_B, weight_B)
         self._measured, self._decision = None, decision
         scale, finite = decision.scale_B.numpy(), decision.finite_B.numpy()
-        rate = np.zeros(num_bins)
-        if by_bin:
+        rate = np.zeros(num_bins) if by_bin else None
+        if rate is not None:
             loops.learn_bins(
                 *(self._tensor_B, self._places_B, bases, numbers),
                 *(decision.norm_B.numpy(), scale, finite, split.plan.numel_B, rate),
             )
         if split.update is None:
-            loop, more = (loops.update_bin, (rate,)) if by_bin else (loops.update_element, ())
-            run([_call(loop, dtype, t, bases, numbers, scale, finite, *more) for dtype, t in tables], threads)
+            run([_call(loops.update, d, t, bases, numbers, scale, finite, rate) for d, t in tables], threads)
             return
-        loop = loops.moments_bin if by_bin else loops.moments_element
         slots = [np.zeros(table.num_slots) for _, table in tables]
         run(
-            [_call(loop, d, t, bases, numbers, scale, finite, s) for (d, t), s in zip(tables, slots, strict=True)],
+            [
+                _call(loops.moments, d, t, bases, numbers, scale, finite, rate, out)
+                for (d, t), out in zip(tables, slots, strict=True)
+            ],
             threads,
         )
         moved = np.zeros(num_bins)
         for (_, table), out in zip(tables, slots, strict=True):
             fold(out, num_bins, table.fold_bins)
             moved += out[:num_bins]
-        moved_B = torch.from_numpy(moved * rate * rate if by_bin else moved)
+        moved_B = torch.from_numpy(moved if rate is None else moved * rate * rate)
         cap = split.update.decide(moved_B, weight_B, split.pace_B())
-        loop, more = (loops.write_bin, (rate,)) if by_bin else (loops.write_element, ())
-        last = (*more, cap.scale_B.numpy(), cap.finite_B.numpy(), finite)
-        run([_call(loop, dtype, t, bases, numbers, *last) for dtype, t in tables], threads)
+        caps = (cap.scale_B.numpy(), cap.finite_B.numpy())
+        run([_call(loops.write, d, t, bases, numbers, *caps, finite, rate) for d, t in tables], threads)
 
     def _tables_of(self, weights: list[Tensor | None]) -> tuple[list[Table], bool]:
         """The lowered plan of each dtype, and whether one pass over whole bins will do."""
@@ -182,7 +179,7 @@ def _call(loop: Any, dtype: torch.dtype, table: Lowered, *arguments: Any) -> Cal
 
 
 def _numbers(states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
-    """The constants of each tensor's step, columns `compiled_update.NUMBERS`."""
+    """The constants of each tensor's step, (T, 8), see `compiled`."""
     counts = torch.stack([state.get("step", _NONE) for state in states]).tolist()
     keys = list(zip(map(id, groups), counts, strict=True))
     group_of = dict(zip(keys, groups, strict=True))
