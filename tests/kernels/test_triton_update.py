@@ -18,12 +18,12 @@ _COMPILE = """
 import triton.language as tl, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gradsplit.optim.updates import triton_gpu as loops
-from gradsplit.optim.updates.compiled import NUMBERS
-for program, kind, bounds in ((loops.one_pass_element, tl.bfloat16, 2), (loops.one_pass_bin, tl.float32, 0)):
+from gradsplit.optim.updates import triton_gpu
+program = triton_gpu.one_pass
+for by_bin, kind, bounds in ((False, tl.bfloat16, 2), (True, tl.float32, 0)):
     names = program.arg_names
     types = {name: "*i64" if name in ("table", "addresses") else "*fp64" for name in names[:7]}
-    numbers = (loops.COLUMNS, len(NUMBERS), bounds, bounds, kind, tl.float32, loops.BLOCK)
+    numbers = (by_bin, bounds, bounds, kind, tl.float32, triton_gpu.BLOCK)
     constants = {(8 + i,): number for i, number in enumerate(numbers)}
     types |= {"num_tensors": "i32", **{name: "constexpr" for name in names[8:]}}
     made = triton.compile(ASTSource(program, types, constexprs=constants), target=GPUTarget("cuda", 80, 32))

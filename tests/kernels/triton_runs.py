@@ -63,23 +63,23 @@ SHORT = {"budget": (gs.Relative(0.2), gs.RelativeStep(0.001))}
 
 FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "the cap is not applied": ("update * cap.to(WIDE)", "update", {}),
-    "the gradient is not scaled": ("s = (scale * tl.load(number + 7))", "s = tl.load(number + 7)", {}),
-    "maximize is forgotten": ("scale * tl.load(number + 7)", "scale", {"maximize": True}),
-    "the decay is not shortened with the update": ("cap * tl.load(number + 6)", "tl.load(number + 6)", SHORT),
+    "the gradient is not scaled": ("s = (scale * tl.load(number + _SIGN))", "s = tl.load(number + _SIGN)", {}),
+    "maximize is forgotten": ("scale * tl.load(number + _SIGN)", "scale", {"maximize": True}),
+    "the decay is not shortened with the update": ("cap * tl.load(number + _DECAY)", "tl.load(number + _DECAY)", SHORT),
     "weights do not decay": ("weight * shrink", "weight", {}),
     "a bin that is not finite decays": (
-        '    if gradient2 < float("inf"):  # nan is not\n        scale',
+        '    if gradient2 < float("inf"):  # nan is not\n        norm',
         "    if gradient2 - gradient2 != 0.0:\n"
         "        at, there = _elements(row, 0, BLOCK)\n"
         "        none, one = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)\n"
         "        _write(p, at, there, tl.zeros([BLOCK], WIDE), none, one, number, KIND, WIDE, BLOCK)\n"
-        '    if gradient2 < float("inf"):\n        scale',
+        '    if gradient2 < float("inf"):\n        norm',
         {},
     ),
     "a bin that is not finite is entered": ('if gradient2 < float("inf"):  # nan is not\n', "if size > 0:\n", {}),
     "the first block alone is read and written": ("range(0, size, BLOCK)", "range(0, BLOCK, BLOCK)", {}),
-    "lanes without an element count": ("tl.where(there, u, 0.0)", "u", {"eps": 0.0}),
-    "an update that is not finite is taken": ("mask=there & sound)", "mask=there)", {"eps": 0.0}),
+    "lanes without an element count": ("u = tl.where(there, u, 0.0)", "u = u", {"eps": 0.0}),
+    "an update that is not finite is taken": ("mask=there & is_finite)", "mask=there)", {"eps": 0.0}),
     "floors are forgotten": ("floor + root * root_of_numel", "floor * 0.0", {}),
     "the second moment of a bin takes the gradient before its scale": (
         "mean = (scale * norm) * (scale * norm)",
@@ -185,14 +185,12 @@ def faulty(folder: Path, old: str, new: str, options: dict[str, Any]) -> str:
     spec: Any = importlib.util.spec_from_file_location(f"{sound.__package__}.{path.stem}", path)
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    programs = {name: getattr(sound, name) for name in ("one_pass_bin", "one_pass_element")}
-    for name in programs:
-        setattr(sound, name, getattr(module, name))
+    program: Any = sound.one_pass
+    sound.one_pass = module.one_pass
     try:
         return difference(steps=1, **options)
     finally:
-        for name, program in programs.items():
-            setattr(sound, name, program)
+        sound.one_pass = program
 
 
 class _Readings(TorchDispatchMode):

@@ -95,7 +95,7 @@ def _difference(strides: tuple[int, ...], dtype: torch.dtype, gradient: Tensor, 
     return ""
 
 
-P, G, M, V = range(4)
+WEIGHT, GRADIENT, FIRST_MOMENT, SECOND_MOMENT = range(4)
 """The rows of ``bases`` (4, T): the addresses of each tensor's weights, gradient, first moments and second moments."""
 
 ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, RATE, UNBIAS, EPS, DECAY, SIGN = range(8)

@@ -132,12 +132,12 @@ class FusedUpdate(CompiledUpdate):
                 *(decision.norm_B.numpy(), scale, finite, split.plan.numel_B, rate),
             )
         if split.update is None:
-            run([_call(loops.update, d, t, bases, numbers, scale, finite, rate) for d, t in tables], threads)
+            run([_call(loops.enter_bins, d, t, bases, numbers, scale, finite, rate, None) for d, t in tables], threads)
             return
         slots = [np.zeros(table.num_slots) for _, table in tables]
         run(
             [
-                _call(loops.moments, d, t, bases, numbers, scale, finite, rate, out)
+                _call(loops.enter_bins, d, t, bases, numbers, scale, finite, rate, out)
                 for (d, t), out in zip(tables, slots, strict=True)
             ],
             threads,

@@ -3,10 +3,10 @@
 
 `one_pass` sees a bin once. While the bin's rows are in cache, it measures gradient and weights, bounds the gradient and
 enters it into the moments; then it bounds the update and applies it. The others come after limits that look at several
-bins: `update` where nothing bounds the update, else `moments`, then `write`.
+bins: `enter_bins`, and then, where something bounds the update, `write`.
 
-One text serves both kinds of second moment, one per element and one per bin. The two differ in the type of an argument:
-``v``, ``places`` or ``rate`` is None for one of them. Numba then leaves out the other's branches when it compiles.
+One text serves both kinds of second moment, one per element and one per bin. An argument that the other kind needs is
+None, and where a test of it for None fails for certain, Numba leaves out the branch before it looks at types.
 
 The tables are those of `gradsplit.plan.lowering`; ``bases`` and ``numbers`` are those of `compiled`; ``lines`` and
 ``caps`` (J, 3, T) are the limits on the gradient and on the update, see `line_table`.
@@ -21,9 +21,22 @@ import numpy as np
 from ...kernels.addresses import compiled, load, narrow, pointer, store
 from ...kernels.numba_loops import _limit, _square_row, share
 from ...plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, SLOT, STEP, TENSOR
-from .compiled import BETA2, DECAY, EPS, ONE_MINUS_BETA1, ONE_MINUS_BETA2, RATE, SIGN, UNBIAS, G, M, P, V
+from .compiled import (
+    BETA2,
+    DECAY,
+    EPS,
+    FIRST_MOMENT,
+    GRADIENT,
+    ONE_MINUS_BETA1,
+    ONE_MINUS_BETA2,
+    RATE,
+    SECOND_MOMENT,
+    SIGN,
+    UNBIAS,
+    WEIGHT,
+)
 
-__all__ = ["learn_bins", "moments", "one_pass", "update", "write"]
+__all__ = ["enter_bins", "learn_bins", "one_pass", "write"]
 
 BLOCK = 512
 """Squares of so many elements are added in the memory's own precision before they go into a float64 sum."""
@@ -189,24 +202,31 @@ def _entry(entries, e):
 
 
 @_reduced
+def _memory(bases, t, kind):
+    """Weights, gradient, first and second moments of tensor t; the last as if there were one per element."""
+    p, g = pointer(bases[WEIGHT, t], kind), pointer(bases[GRADIENT, t], kind)
+    return p, g, pointer(bases[FIRST_MOMENT, t], kind), pointer(bases[SECOND_MOMENT, t], kind)
+
+
+@_reduced
 def _rate_of(v1, numbers, t):
     """What the first moments of a bin are multiplied by, from the bin's second moment."""
     return numbers[t, RATE] / (math.sqrt(v1) * numbers[t, UNBIAS] + numbers[t, EPS])
 
 
 @_reduced
-def _enter_bin(v, place, kept, numel, numbers, t):
-    """Enter a bin of norm ``kept`` into its second moment; return the moment."""
-    v1 = np.float32(numbers[t, BETA2] * load(v, place) + numbers[t, ONE_MINUS_BETA2] * (kept * kept / numel))
+def _enter_bin(v, place, norm, numel, numbers, t):
+    """Enter a bin's norm after its scale into its second moment; return the bin's rate."""
+    v1 = np.float32(numbers[t, BETA2] * load(v, place) + numbers[t, ONE_MINUS_BETA2] * (norm * norm / numel))
     store(v, place, v1)
-    return v1
+    return _rate_of(v1, numbers, t)
 
 
 @_reduced
 def _one_pass(c, worker, kind, entries, chunks, bases, numbers, lines, caps, squares, weights, kept_W, places):
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
-        p, g, m = pointer(bases[P, t], kind), pointer(bases[G, t], kind), pointer(bases[M, t], kind)
+        p, g, m, v_elements = _memory(bases, t, kind)
         constants = _constants(p, numbers, t, 1.0)
         for i in range(count):
             b, at = first + i, offset + i * step
@@ -219,12 +239,13 @@ def _one_pass(c, worker, kind, entries, chunks, bases, numbers, lines, caps, squ
             scale = limit / norm if norm > limit else 1.0
             rate = 1.0
             if places is not None:
-                v1 = _enter_bin(pointer(bases[V, t], np.float32(0)), places[b], scale * norm, rows * length, numbers, t)
-                v, u, u_start, u_step, rate = None, m, at, row_step, _rate_of(v1, numbers, t)
+                v_bins = pointer(bases[SECOND_MOMENT, t], np.float32(0))
+                rate = _enter_bin(v_bins, places[b], scale * norm, rows * length, numbers, t)
+                v, u, u_start, u_step = None, m, at, row_step
             if kept_W is not None:
                 # By address, as all else: an index into an array may be negative for all that the compiler knows.
-                v, u = pointer(bases[V, t], kind), pointer(kept_W[worker].ctypes.data, narrow(p, 0.0))
-                u_start, u_step = 0, length
+                u = pointer(kept_W[worker].ctypes.data, narrow(p, 0.0))
+                v, u_start, u_step = v_elements, 0, length
             s, moved2 = narrow(p, scale * numbers[t, SIGN]), 0.0
             for r in range(rows):
                 start, kept = at + r * row_step, u_start + r * u_step
@@ -257,69 +278,46 @@ def one_pass(work, *arguments):
 
 
 @_reduced
-def _update(c, worker, kind, entries, chunks, bases, numbers, scale, finite, rate):
+def _enter_bins(c, worker, kind, entries, chunks, bases, numbers, scale, finite, rate, slots):
     c = len(chunks) - 2 - c  # backwards: the gradients that were measured last are still in cache
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
-        p, g, m = pointer(bases[P, t], kind), pointer(bases[G, t], kind), pointer(bases[M, t], kind)
-        v, constants, shrink = (
-            pointer(bases[V, t], kind),
-            _constants(p, numbers, t, 1.0),
-            narrow(p, 1 - numbers[t, DECAY]),
-        )
+        p, g, m, v = _memory(bases, t, kind)
+        constants, shrink = _constants(p, numbers, t, 1.0), narrow(p, 1 - numbers[t, DECAY])
         for i in range(count):
             b = first + i
-            if finite[b]:
-                s = narrow(p, scale[b] * numbers[t, SIGN])
-                for r in range(rows):
-                    start = offset + i * step + r * row_step
-                    if rate is None:
-                        _enter_and_step_row(p, g, m, v, start, length, s, constants, shrink)
-                    else:
-                        _enter_row(g, m, None, start, length, s, constants)
+            if not finite[b]:
+                continue
+            s, total = narrow(p, scale[b] * numbers[t, SIGN]), 0.0
+            for r in range(rows):
+                start = offset + i * step + r * row_step
+                if rate is not None:
+                    total += _enter_row(g, m, None, start, length, s, constants)
+                    if slots is None:
                         _step_row(p, start, length, shrink, narrow(p, rate[b]), m, start)
-
-
-@_plain
-def update(work, *arguments):
-    """Update bins whose scale is known; the last argument is (B,) their rates, or None, as in `write`."""
-    share(_update, work, arguments)
-
-
-@_reduced
-def _moments(c, worker, kind, entries, chunks, bases, numbers, scale, finite, rate, slots):
-    c = len(chunks) - 2 - c  # backwards: the gradients that were measured last are still in cache
-    for e in range(chunks[c], chunks[c + 1]):
-        _, count, t, offset, step, rows, row_step, length = _entry(entries, e)
-        g, m, v = pointer(bases[G, t], kind), pointer(bases[M, t], kind), pointer(bases[V, t], kind)
-        constants = _constants(g, numbers, t, 1.0)
-        for i in range(count):
-            b = entries[e, BIN] + i
-            if finite[b]:
-                s, total = narrow(g, scale[b] * numbers[t, SIGN]), 0.0
-                for r in range(rows):
-                    start = offset + i * step + r * row_step
-                    if rate is None:
-                        total += _enter_row(g, m, v, start, length, s, constants)
-                    else:
-                        total += _enter_row(g, m, None, start, length, s, constants)
+                elif slots is None:
+                    _enter_and_step_row(p, g, m, v, start, length, s, constants, shrink)
+                else:
+                    total += _enter_row(g, m, v, start, length, s, constants)
+            if slots is not None:
                 slots[entries[e, SLOT] + i] = total
 
 
 @_plain
-def moments(work, *arguments):
-    """Enter bins whose scale is known into their moments; write to the slots the sums of squares of their updates.
+def enter_bins(work, *arguments):
+    """Enter bins whose scale is known into their moments.
 
-    With one second moment per bin these are the sums of squares of the first moments.
+    The last two arguments are the rates of `learn_bins` (B,), or None with one second moment per element; and slots, to
+    which the sums of squares of the updates before their rates are written, or None: then the updates are applied.
     """
-    share(_moments, work, arguments)
+    share(_enter_bins, work, arguments)
 
 
 @_reduced
 def _write(c, worker, kind, entries, chunks, bases, numbers, cap, is_safe, finite, rate):
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
-        p, m, v = pointer(bases[P, t], kind), pointer(bases[M, t], kind), pointer(bases[V, t], kind)
+        p, _, m, v = _memory(bases, t, kind)
         for i in range(count):
             b = first + i
             if finite[b] and is_safe[b]:
@@ -334,9 +332,9 @@ def _write(c, worker, kind, entries, chunks, bases, numbers, cap, is_safe, finit
 
 @_plain
 def write(work, *arguments):
-    """Apply the updates after `moments`, each times its cap; none where the update is not finite.
+    """Apply the updates of `enter_bins`, each times its cap; none where the update is not finite.
 
-    The last argument is (B,) the rates of `learn_bins` with one second moment per bin, and None with one per element.
+    The last argument is the rates, as in `enter_bins`.
     """
     share(_write, work, arguments)
 
@@ -346,8 +344,9 @@ def learn_bins(tensor_of_bin, places, bases, numbers, norm, scale, finite, numel
     """Enter bins into their second moments; write each bin's rate, its update per first moment."""
     for b in range(len(norm)):
         t = tensor_of_bin[b]
-        if bases[V, t] != 0:
-            v = pointer(bases[V, t], np.float32(0))
+        if bases[SECOND_MOMENT, t] != 0:
+            v = pointer(bases[SECOND_MOMENT, t], np.float32(0))
             if finite[b]:
-                _enter_bin(v, places[b], norm[b] * scale[b], numel[b], numbers, t)
-            rate[b] = _rate_of(load(v, places[b]), numbers, t)
+                rate[b] = _enter_bin(v, places[b], norm[b] * scale[b], numel[b], numbers, t)
+            else:
+                rate[b] = _rate_of(load(v, places[b]), numbers, t)

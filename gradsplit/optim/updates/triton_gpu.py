@@ -22,12 +22,43 @@ from ...kernels.addressable import bump_versions, warn_of_fallback
 from ...plan import Plan
 from ...plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
 from ...split import Split
-from .compiled import NUMBERS, CompiledUpdate
+from .compiled import (
+    BETA2,
+    DECAY,
+    EPS,
+    FIRST_MOMENT,
+    GRADIENT,
+    NUM_NUMBERS,
+    ONE_MINUS_BETA1,
+    ONE_MINUS_BETA2,
+    RATE,
+    SECOND_MOMENT,
+    SIGN,
+    UNBIAS,
+    WEIGHT,
+    CompiledUpdate,
+)
 
-__all__ = ["BLOCK", "COLUMNS", "one_pass_bin", "one_pass_element", "LONGEST", "TritonUpdate"]
+__all__ = ["BLOCK", "LONGEST", "TritonUpdate", "one_pass"]
 
 BLOCK = 1024
-COLUMNS = 7
+"""Elements of a bin that a program takes at once."""
+
+COLUMNS = tl.constexpr(7)
+_TENSOR, _BIN, _PLACE, _START, _SIZE, _LENGTH, _ROW_STEP = (tl.constexpr(column) for column in range(7))
+"""The columns of a bin: its tensor, its number and its place among the tensor's bins. Its ``size`` elements begin at
+element ``start`` of the tensor, in rows of ``length`` elements, which are ``row_step`` elements apart."""
+
+_SLOPE, _FLOOR, _ROOT = (tl.constexpr(row) for row in range(3))
+"""The rows of a line, see `line_table`."""
+
+# A program can read these globals, and no plain integers.
+_NUM_NUMBERS = tl.constexpr(NUM_NUMBERS)
+_WEIGHT, _GRADIENT = tl.constexpr(WEIGHT), tl.constexpr(GRADIENT)
+_FIRST_MOMENT, _SECOND_MOMENT = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
+_ONE_MINUS_BETA1, _BETA2 = tl.constexpr(ONE_MINUS_BETA1), tl.constexpr(BETA2)
+_ONE_MINUS_BETA2, _RATE, _UNBIAS = tl.constexpr(ONE_MINUS_BETA2), tl.constexpr(RATE), tl.constexpr(UNBIAS)
+_EPS, _DECAY, _SIGN = tl.constexpr(EPS), tl.constexpr(DECAY), tl.constexpr(SIGN)
 
 
 @triton.jit
@@ -39,8 +70,8 @@ def _memory(addresses, which: tl.constexpr, t, num_tensors, KIND: tl.constexpr):
 @triton.jit
 def _elements(row, lo, BLOCK: tl.constexpr):
     """Offsets of a bin's elements from ``lo`` on, in the order of its rows, and which of them exist."""
-    start, size = tl.load(row + 3), tl.load(row + 4)
-    length, row_step = tl.load(row + 5), tl.load(row + 6)
+    start, size = tl.load(row + _START), tl.load(row + _SIZE)
+    length, row_step = tl.load(row + _LENGTH), tl.load(row + _ROW_STEP)
     i = lo + tl.arange(0, BLOCK).to(tl.int64)
     return start + (i // length) * row_step + i % length, i < size
 
@@ -63,44 +94,54 @@ def _factor(length, lines, t, num_tensors, weight2, size, COUNT: tl.constexpr):
     root_of_numel = tl.sqrt(size.to(tl.float64))
     factor = tl.full([], 1.0, tl.float64)
     for j in tl.static_range(COUNT):
-        slope = tl.load(lines + (3 * j) * num_tensors + t)
-        floor = tl.load(lines + (3 * j + 1) * num_tensors + t)
-        root = tl.load(lines + (3 * j + 2) * num_tensors + t)
+        line = lines + 3 * j * num_tensors + t
+        slope = tl.load(line + _SLOPE * num_tensors)
+        floor = tl.load(line + _FLOOR * num_tensors)
+        root = tl.load(line + _ROOT * num_tensors)
         limit = tl.maximum(slope * weight, floor + root * root_of_numel)
         factor = tl.minimum(factor, tl.where(length > limit, limit / length, 1.0))
     return factor
 
 
 @triton.jit
-def _mean(g, m, at, there, s, w1, WIDE: tl.constexpr):
-    """The first moment with a gradient entered into it, and that gradient after its scale."""
+def _entered(g, m, v, at, there, s, number, BY_BIN: tl.constexpr, WIDE: tl.constexpr):
+    """The moments with a gradient times s entered into them, and the update they make; 0 where there is no element.
+
+    With one second moment per bin, only the first moment is entered, and it stands for the update before its rate.
+    """
     x = tl.load(g + at, mask=there, other=0.0).to(WIDE) * s
     m0 = tl.load(m + at, mask=there, other=0.0).to(WIDE)
-    return m0 + w1 * (x - m0), x
+    m1 = m0 + tl.load(number + _ONE_MINUS_BETA1).to(WIDE) * (x - m0)
+    v1, u = m1, m1
+    if not BY_BIN:
+        v0 = tl.load(v + at, mask=there, other=0.0).to(WIDE)
+        v1 = v0 * tl.load(number + _BETA2).to(WIDE) + x * x * tl.load(number + _ONE_MINUS_BETA2).to(WIDE)
+        unbias, eps = tl.load(number + _UNBIAS).to(WIDE), tl.load(number + _EPS).to(WIDE)
+        u = m1 * tl.load(number + _RATE).to(WIDE) / (tl.sqrt(v1) * unbias + eps)
+        u = tl.where(there, u, 0.0)
+    return m1, v1, u
 
 
 @triton.jit
-def _entered(g, m, v, at, there, s, number, WIDE: tl.constexpr):
-    """Both moments with a gradient entered into them, and the update they make; 0 where there is no element."""
-    m1, x = _mean(g, m, at, there, s, tl.load(number).to(WIDE), WIDE)
-    v0 = tl.load(v + at, mask=there, other=0.0).to(WIDE)
-    v1 = v0 * tl.load(number + 1).to(WIDE) + x * x * tl.load(number + 2).to(WIDE)
-    rate, root, eps = tl.load(number + 3).to(WIDE), tl.load(number + 4).to(WIDE), tl.load(number + 5).to(WIDE)
-    u = m1 * rate / (tl.sqrt(v1) * root + eps)
-    return m1, v1, tl.where(there, u, 0.0)
+def _enter_bin(v, mean, number):
+    """Enter a bin's mean square into its second moment; return what its first moments are multiplied by."""
+    v1 = (tl.load(number + _BETA2) * tl.load(v) + tl.load(number + _ONE_MINUS_BETA2) * mean).to(tl.float32)
+    tl.store(v, v1)
+    root = tl.sqrt(v1.to(tl.float64))
+    return tl.load(number + _RATE) / (root * tl.load(number + _UNBIAS) + tl.load(number + _EPS))
 
 
 @triton.jit
 def _write(p, at, there, update, moved2, cap, number, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Take update and decay from the weights, both times the cap; neither where the update is not finite."""
     weight = tl.load(p + at, mask=there, other=0.0).to(WIDE)
-    sound = tl.zeros([BLOCK], tl.float64) + moved2 < float("inf")
-    shrink = (1 - cap * tl.load(number + 6)).to(WIDE)
-    tl.store(p + at, (weight * shrink - update * cap.to(WIDE)).to(KIND), mask=there & sound)
+    is_finite = tl.zeros([BLOCK], tl.float64) + moved2 < float("inf")
+    shrink = (1 - cap * tl.load(number + _DECAY)).to(WIDE)
+    tl.store(p + at, (weight * shrink - update * cap.to(WIDE)).to(KIND), mask=there & is_finite)
 
 
 @triton.jit
-def one_pass_element(
+def one_pass(
     table,
     addresses,
     numbers,
@@ -109,92 +150,52 @@ def one_pass_element(
     squares,
     weights,
     num_tensors,
-    NUM_COLUMNS: tl.constexpr,
-    NUM_NUMBERS: tl.constexpr,
+    BY_BIN: tl.constexpr,
     LINES: tl.constexpr,
     CAPS: tl.constexpr,
     KIND: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update one bin with a second moment an element; write squares of gradient and weights as they were."""
-    row = table + tl.program_id(0) * NUM_COLUMNS
-    t, bin_, size = tl.load(row), tl.load(row + 1), tl.load(row + 4)
-    number = numbers + t * NUM_NUMBERS
-    p, g = _memory(addresses, 0, t, num_tensors, KIND), _memory(addresses, 1, t, num_tensors, KIND)
-    m, v = _memory(addresses, 2, t, num_tensors, KIND), _memory(addresses, 3, t, num_tensors, KIND)
-    gradient2, weight2 = _square(g, row, size, BLOCK), _square(p, row, size, BLOCK)
-    tl.store(squares + bin_, gradient2)
-    tl.store(weights + bin_, weight2)
-    if gradient2 < float("inf"):  # nan is not
-        scale = _factor(tl.sqrt(gradient2), lines, t, num_tensors, weight2, size, LINES)
-        s = (scale * tl.load(number + 7)).to(WIDE)
-        moved = tl.zeros([BLOCK], tl.float64)
-        if CAPS > 0:
-            for lo in range(0, size, BLOCK):
-                at, there = _elements(row, lo, BLOCK)
-                _m1, _v1, u = _entered(g, m, v, at, there, s, number, WIDE)
-                moved += u.to(tl.float64) * u.to(tl.float64)
-        moved2 = tl.sum(moved, axis=0)
-        cap = _factor(tl.sqrt(moved2), caps, t, num_tensors, weight2, size, CAPS)
-        for lo in range(0, size, BLOCK):
-            at, there = _elements(row, lo, BLOCK)
-            m1, v1, u = _entered(g, m, v, at, there, s, number, WIDE)
-            tl.store(m + at, m1.to(KIND), mask=there)
-            tl.store(v + at, v1.to(KIND), mask=there)
-            _write(p, at, there, u, moved2, cap, number, KIND, WIDE, BLOCK)
+    """Update one bin, with one second moment BY_BIN or per element; write squares of gradient and weights as they were.
 
-
-@triton.jit
-def one_pass_bin(
-    table,
-    addresses,
-    numbers,
-    lines,
-    caps,
-    squares,
-    weights,
-    num_tensors,
-    NUM_COLUMNS: tl.constexpr,
-    NUM_NUMBERS: tl.constexpr,
-    LINES: tl.constexpr,
-    CAPS: tl.constexpr,
-    KIND: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The same with one second moment a bin: the update is the first moment times a number."""
-    row = table + tl.program_id(0) * NUM_COLUMNS
-    t, bin_, place, size = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 4)
-    number = numbers + t * NUM_NUMBERS
-    p, g = _memory(addresses, 0, t, num_tensors, KIND), _memory(addresses, 1, t, num_tensors, KIND)
-    m, v = _memory(addresses, 2, t, num_tensors, KIND), _memory(addresses, 3, t, num_tensors, tl.float32)
+    ``table`` holds the bins, and ``addresses`` and ``numbers`` are those of `compiled`. ``lines`` and ``caps`` are the
+    limits on the gradient and on the update.
+    """
+    row = table + tl.program_id(0) * COLUMNS
+    t, bin_, size = tl.load(row + _TENSOR), tl.load(row + _BIN), tl.load(row + _SIZE)
+    number = numbers + t * _NUM_NUMBERS
+    p, g = _memory(addresses, _WEIGHT, t, num_tensors, KIND), _memory(addresses, _GRADIENT, t, num_tensors, KIND)
+    m = _memory(addresses, _FIRST_MOMENT, t, num_tensors, KIND)
+    v = _memory(addresses, _SECOND_MOMENT, t, num_tensors, tl.float32 if BY_BIN else KIND)
     gradient2, weight2 = _square(g, row, size, BLOCK), _square(p, row, size, BLOCK)
     tl.store(squares + bin_, gradient2)
     tl.store(weights + bin_, weight2)
     if gradient2 < float("inf"):  # nan is not
         norm = tl.sqrt(gradient2)
         scale = _factor(norm, lines, t, num_tensors, weight2, size, LINES)
-        mean = (scale * norm) * (scale * norm) / size.to(tl.float64)
-        v1 = (tl.load(number + 1) * tl.load(v + place) + tl.load(number + 2) * mean).to(tl.float32)
-        tl.store(v + place, v1)
-        rate = tl.load(number + 3) / (tl.sqrt(v1.to(tl.float64)) * tl.load(number + 4) + tl.load(number + 5))
-        s, w1 = (scale * tl.load(number + 7)).to(WIDE), tl.load(number).to(WIDE)
+        rate = tl.full([], 1.0, tl.float64)
+        if BY_BIN:
+            mean = (scale * norm) * (scale * norm) / size.to(tl.float64)
+            rate = _enter_bin(v + tl.load(row + _PLACE), mean, number)
+        s = (scale * tl.load(number + _SIGN)).to(WIDE)
         moved = tl.zeros([BLOCK], tl.float64)
         if CAPS > 0:
             for lo in range(0, size, BLOCK):
                 at, there = _elements(row, lo, BLOCK)
-                m1, _x = _mean(g, m, at, there, s, w1, WIDE)
-                moved += m1.to(tl.float64) * m1.to(tl.float64)
+                _m1, _v1, u = _entered(g, m, v, at, there, s, number, BY_BIN, WIDE)
+                moved += u.to(tl.float64) * u.to(tl.float64)
         moved2 = tl.sum(moved, axis=0)
         if CAPS > 0:
             moved2 = moved2 * rate * rate
         cap = _factor(tl.sqrt(moved2), caps, t, num_tensors, weight2, size, CAPS)
         for lo in range(0, size, BLOCK):
             at, there = _elements(row, lo, BLOCK)
-            m1, _x = _mean(g, m, at, there, s, w1, WIDE)
+            m1, v1, u = _entered(g, m, v, at, there, s, number, BY_BIN, WIDE)
             tl.store(m + at, m1.to(KIND), mask=there)
-            _write(p, at, there, m1 * rate.to(WIDE), moved2, cap, number, KIND, WIDE, BLOCK)
+            if not BY_BIN:
+                tl.store(v + at, v1.to(KIND), mask=there)
+            _write(p, at, there, u * rate.to(WIDE), moved2, cap, number, KIND, WIDE, BLOCK)
 
 
 LONGEST = 1 << 16
@@ -242,11 +243,10 @@ class TritonUpdate(CompiledUpdate):
         caps = self._caps * split.pace_B()[self._bin_of_tensor] if len(self._caps) else self._caps
         squares, weights = torch.zeros((2, num_bins), dtype=torch.float64, device=self._device)
         by_bin = any("bin_sq" in state for state in states)
-        program = one_pass_bin if by_bin else one_pass_element
         for dtype, table in tables:
-            program[(len(table),)](
+            one_pass[(len(table),)](
                 *(table, addresses, numbers, self._lines, caps, squares, weights, len(groups)),
-                *(COLUMNS, len(NUMBERS), len(self._lines), len(caps), *_KINDS[dtype], BLOCK),
+                *(by_bin, len(self._lines), len(caps), *_KINDS[dtype], BLOCK),
             )
         self._measured, self._decision = (squares, weights), None
         bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
@@ -289,7 +289,7 @@ class TritonUpdate(CompiledUpdate):
     def _numbers(
         self, gradients: list[Tensor | None], states: list[dict[str, Any]], groups: list[dict[str, Any]]
     ) -> Tensor:
-        """The constants of each tensor's step, columns `NUMBERS`; counters and rates may live on the device."""
+        """The constants of each tensor's step, (T, 8), see `compiled`; counters and rates may live on the device."""
         counters = [state["step"] for g, state in zip(gradients, states, strict=True) if g is not None]
         if len({counter.device for counter in counters}) > 1:
             counters = [counter.to(self._device) for counter in counters]
@@ -326,13 +326,13 @@ def _refusal_of_budgets(split: Split) -> tuple[str, str] | None:
 def _refusal_of_bins(plan: Plan, bins: np.ndarray) -> tuple[str, str] | None:
     """The tensor with a bin that one program cannot update, and why; ``bins`` as the programs have them."""
     # Counted over the whole plan: a bin's other pieces may lie in tensors of another dtype.
-    pieces = np.bincount(plan.bin_K, minlength=plan.num_bins)[bins[:, 1]]
+    pieces = np.bincount(plan.bin_K, minlength=plan.num_bins)[bins[:, _BIN.value]]
     for bad, reason in (
         (pieces > 1, "a bin of its plan lies in several pieces"),
-        (bins[:, 4] > LONGEST, f"a bin of it has more than the {LONGEST} elements that one program updates"),
+        (bins[:, _SIZE.value] > LONGEST, f"a bin of it has more than the {LONGEST} elements that one program updates"),
     ):
         if bad.any():
-            return plan.layout.names[bins[bad.argmax(), 0]], reason
+            return plan.layout.names[bins[bad.argmax(), _TENSOR.value]], reason
     return None
 
 
@@ -347,6 +347,9 @@ def _bins(split: Split, strides: list[Any]) -> np.ndarray:
     entries = np.repeat(lowered.entries, count, axis=0)
     i = np.arange(len(entries)) - np.repeat(np.cumsum(count) - count, count)
     bin_ = entries[:, BIN] + i
-    start, size = entries[:, OFFSET] + i * entries[:, STEP], entries[:, ROWS] * entries[:, LENGTH]
-    columns = (entries[:, TENSOR], bin_, place_B[bin_], start, size, entries[:, LENGTH], entries[:, ROW_STEP])
-    return np.ascontiguousarray(np.stack(columns, axis=1))
+    made = np.empty((len(entries), COLUMNS.value), dtype=np.int64)
+    made[:, _TENSOR.value], made[:, _BIN.value], made[:, _PLACE.value] = entries[:, TENSOR], bin_, place_B[bin_]
+    made[:, _START.value] = entries[:, OFFSET] + i * entries[:, STEP]
+    made[:, _SIZE.value] = entries[:, ROWS] * entries[:, LENGTH]
+    made[:, _LENGTH.value], made[:, _ROW_STEP.value] = entries[:, LENGTH], entries[:, ROW_STEP]
+    return made
