@@ -230,11 +230,6 @@ def _branches(names: list[str], members: list[Any], inside: list[tuple[str, ...]
     return tuple(branches)
 
 
-def fork_state(num_branches: int, device: torch.device) -> Tensor:
-    """The memory of a fork before its first signal: (num_branches,) zeros; 0 means that no signal has been seen."""
-    return torch.zeros(num_branches, dtype=torch.float32, device=device)
-
-
 def remember_branch(maximum: Tensor, norm: Tensor, decay: float = 0.999, growth: float = 1.05) -> Tensor:
     """Let one branch's slowly decaying maximum take in the norm of its signal.
 
