@@ -7,7 +7,7 @@ import random
 
 from benchmarks.fuzz.draws import damaged, name, number
 from benchmarks.fuzz.verdict import outcome
-from gradsplit.cli import words
+from gradsplit.cli import arguments
 from gradsplit.lab.cells import Grid
 from gradsplit.lab.methods import METHODS
 from gradsplit.lab.optimizers import Settings as Training
@@ -43,8 +43,10 @@ def _budget_words(rng: random.Random) -> str:
 
 def _word_lists(rng: random.Random) -> str:
     text = ",".join(rng.choice((str(number(rng)), name(rng), "")) for _ in range(rng.randint(0, 4)))
-    kind, _ = outcome(lambda: words.numbers(text, "--lr"), what=repr(text))
-    outcome(lambda: words.options([rng.choice(("a=1", "a", "=", name(rng), f"{name(rng)}={number(rng)}"))]), what=text)
+    kind, _ = outcome(lambda: arguments.numbers(text, "--lr"), what=repr(text))
+    outcome(
+        lambda: arguments.options([rng.choice(("a=1", "a", "=", name(rng), f"{name(rng)}={number(rng)}"))]), what=text
+    )
     return kind
 
 

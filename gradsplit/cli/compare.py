@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..lab.pages.tables import best_table, curve_table
-from .words import names, numbers, options
+from .arguments import names, numbers, options
 
 __all__ = ["run"]
 

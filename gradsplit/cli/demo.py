@@ -81,7 +81,7 @@ def _finite(value: float) -> float | None:
 
 
 def scene_table(scene: dict[str, Any]) -> Group:
-    """One line a row: score, steps to target, whether it diverged, share of bins scaled, the worst bin by name."""
+    """One line per row: score, steps to target, whether it diverged, share of bins scaled, the worst bin by name."""
     way = "higher is better" if scene["higher_is_better"] else "lower is better"
     title = f"{scene['workload']}: {scene['metric']} after {scene['steps']} steps of {scene['optimizer']} ({way})"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -11,7 +11,7 @@ import typer
 
 from ..chain.chain import Chain, chain_figure
 from ..watch.report.html import Section, html_table, page, text
-from .factory import problem_from
+from .arguments import problem_from
 
 __all__ = ["diagnosis_page", "run"]
 

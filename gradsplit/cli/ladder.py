@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .factory import problem_from
+from .arguments import problem_from
 
 __all__ = ["run"]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .factory import layout_from
+from .arguments import layout_from
 
 __all__ = ["run"]
 

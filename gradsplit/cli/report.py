@@ -72,7 +72,7 @@ def _failed(word: str, account: object) -> bool:
 
 
 def _write_lines(opened: object, place: Path) -> None:
-    """Write numbers of which there is one a step; norms of nodes are for the page and for `RunFile`."""
+    """Write numbers of which there is one per step; norms of nodes are for the page and for `RunFile`."""
     from ..watch.record import RunFile
 
     assert isinstance(opened, RunFile)

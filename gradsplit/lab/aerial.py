@@ -1,8 +1,8 @@
 """Tree crowns in real aerial photographs: 951 hand-drawn boxes that the package deepforest carries.
 
 Batch: as in `detector`, images (batch, 3, 64, 64) float32 in [-0.5, 0.5]: tiles of 128 x 128 pixels of the
-photographs, halved. Training tiles are cut at random from one photograph of the site YELL, validation tiles from
-another of that site, test tiles from the site OSBS: another landscape, reported apart.
+photographs, halved. Training tiles are cut at random from one photograph of the site YELL, and validation tiles from
+another of that site. Test tiles come from the site OSBS, another landscape, and are reported apart.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def tree_limits(plan: Plan, root: float, rule: Callable[[Any], gs.Budget] = gs.F
     Args:
         plan: from `tree_sp`.
         root: limit of the root, in the units of `rule`.
-        rule: `Fixed`, one limit a node, or `Relative`, whose factor at the modules is root * sqrt(2).
+        rule: `Fixed`, one limit per node, or `Relative`, whose factor at the modules is root * sqrt(2).
 
     >>> plan = gs.tree_sp(gs.Layout.from_shapes({"a.w": (2, 3), "a.b": (2,)}))
     >>> tree_limits(plan, 1.0)["module"].limit                         # one module at half the way

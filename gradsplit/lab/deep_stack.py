@@ -78,10 +78,10 @@ def literal_layout() -> dict[str, Shape]:
 class DeepStack(nn.Module):
     """The table's layers, each convolution followed by ReLU, then the mean over the map and a linear head.
 
-    Pools stand where the table has them and are left out where the map is a single pixel: at 8 x 8 the fourth.
-    On such a map only the middle of a 3 x 3 kernel is ever read, so He's fan-in counts the kernel positions that
-    can lie inside the map (9, or 4 on 2 x 2, or 1); counting all nine, 130 layers of a single pixel would lose a
-    factor of 3 each.
+    Pools stand where the table has them. They are left out where the map is a single pixel: at 8 x 8 the fourth. On
+    such a map only the middle of a 3 x 3 kernel is ever read. So He's fan-in counts the kernel positions that can lie
+    inside the map: 9, or 4 on 2 x 2, or 1. If it counted all nine, each of 130 layers of a single pixel would lose a
+    factor of 3.
 
     Args:
         max_channels: widths are min(listed, max_channels).

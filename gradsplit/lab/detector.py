@@ -1,11 +1,11 @@
 """A small dense detector: a convolutional trunk, a box head with exponentiated sizes, a class head.
 
-Batch: (images (n, c, h, w), boxes (n, cells, cells, 4) pixels, labels (n, cells, cells) int64), where a label
-equal to the number of classes means background. Boxes are (x0, y0, x1, y1).
+Batch: (images (n, c, h, w), boxes (n, cells, cells, 4) pixels, labels (n, cells, cells) int64). A label equal to the
+number of classes means background. Boxes are (x0, y0, x1, y1).
 
-Where the box loss is in pixels and sizes are exponentiated without a clamp, its gradient with respect to the
-raw size t grows as exp(2 t): one step too long and it explodes, which is why detection libraries clamp t (or take
-the loss in logarithms). The class head's gradients stay of order one and are starved by any limit on the whole.
+The box loss is in pixels, and sizes are exponentiated without a clamp. So its gradient with respect to the raw size t
+grows as exp(2 t), and explodes after one step that is too long. That is why detection libraries clamp t, or take the
+loss in logarithms. The gradients of the class head stay of order one, and any limit on the whole starves them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def suppress(boxes: Tensor, scores: Tensor, most: float = 0.5) -> Tensor:
     Args:
         boxes: (found, 4) pixels.
         scores: (found,) confidence.
-        most: intersection over union from which two boxes are the same find, whatever their classes.
+        most: above this intersection over union two boxes are the same find, even of different classes.
 
     Returns:
         Indices of the boxes kept, surest first.
@@ -136,7 +136,7 @@ def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """One prediction a cell of 8 x 8 pixels: four raw box numbers, and logits of the classes and background.
+    """One prediction per cell of 8 x 8 pixels: four raw box numbers, and logits of the classes and background.
 
     He initialisation in the body; heads start at 0.01 times a normal, so that the first boxes are the anchors
     and the first class probabilities equal.
@@ -208,7 +208,7 @@ class DetectorTask(Task):
     Args:
         model: the detector.
         seed: of weights and batches.
-        cell: pixels a cell.
+        cell: pixels per cell.
         anchor: pixels of a box whose raw size is zero.
         num_classes: without background, which is the label after the last class.
         healthy: the loss that does not explode.
@@ -227,10 +227,9 @@ class DetectorTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Class cross-entropy + box error over the cells that own an object.
 
-        The cross-entropy is the mean over owned cells plus the mean over background cells, so that
-        background, of which there is more, does not drown the classes. The box error is the mean square in
-        pixels; `healthy` takes the smooth L1 error in units of a cell and the sizes in logarithms, where nothing
-        is exponentiated.
+        The cross-entropy is the mean over owned cells plus the mean over background cells. So the background, of which
+        there is more, does not drown the classes. The box error is the mean square in pixels. With `healthy` it is
+        the smooth L1 error in units of one cell, with sizes in logarithms, and nothing is exponentiated.
         """
         images, boxes, labels = batch
         raw, logits = model(images)

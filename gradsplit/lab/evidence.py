@@ -35,7 +35,7 @@ def hardware() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python, gradsplit and whatever decides a result, as far as installed."""
+    """Versions of Python, gradsplit and of the installed packages that decide a result."""
     from .. import __version__
 
     found = {"python": platform.python_version(), "gradsplit": __version__}

@@ -127,7 +127,7 @@ def method_named(name: str) -> Method:
     """The row of that name.
 
     Raises:
-        ValueError: there is no such row; offers the nearest and lists all.
+        ValueError: no row has this name; the text offers the nearest and lists all.
     """
     if name in METHODS:
         return METHODS[name]

@@ -24,7 +24,7 @@ SYMBOLS, DISTRACTORS, CLASSES = 6, 4, 4
 class TanhRNN(nn.Module):
     """h_t = tanh(W_in x_t + W_rec h_{t-1} + b), logits from the last h; unrolled, so every step is a joint.
 
-    "smart_tanh" (Pascanu et al. 2013): recurrent weights N(0, 0.01^2) with 15 non-zeros a row, scaled to a
+    "smart_tanh" (Pascanu et al. 2013): recurrent weights N(0, 0.01^2) with 15 non-zeros per row, scaled to a
     spectral radius of 0.95; the others N(0, 0.01^2). "basic_tanh": all N(0, 0.1^2). Biases start at zero.
 
     Args:

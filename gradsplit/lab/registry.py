@@ -38,7 +38,7 @@ def workload(name: str) -> Workload:
     """The row of that name, optional ones included: their `build` says what to install.
 
     Raises:
-        ValueError: there is no such row; the text lists them.
+        ValueError: no row has this name; the text lists the rows.
     """
     rows = REGISTRY | OPTIONAL
     if name not in rows:

@@ -27,7 +27,7 @@ class Scenes:
         images: (n, 1, size, size) float32 in [0, 1].
         boxes: (n, cells, cells, 4) float32 pixels; zeros where the cell owns nothing.
         labels: (n, cells, cells) int64, 0 to 9, or BACKGROUND.
-        cell: pixels a cell.
+        cell: pixels per cell.
     """
 
     images: Tensor
@@ -51,7 +51,7 @@ def compose(images: Tensor, labels: Tensor, *, count: int, size: int, cell: int,
         labels: (m,) their classes.
         count: scenes.
         size: pixels a side of a scene; a multiple of `cell`.
-        cell: pixels a cell.
+        cell: pixels per cell.
         max_objects: most objects a scene.
         seed: fixes everything.
     """

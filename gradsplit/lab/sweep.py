@@ -1,6 +1,6 @@
 """Many runs in worker processes, one thread each; a finished one is written at once, so that a sweep can go on.
 
-`cells.jsonl` holds one finished run a line. Starting the same sweep again skips what is there; a larger grid adds to
+`cells.jsonl` holds one finished run per line. Starting the same sweep again skips what is there; a larger grid adds to
 it; another workload or another schedule is refused.
 """
 

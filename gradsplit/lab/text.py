@@ -70,7 +70,7 @@ def load_corpus(text_file: str | Path | None, context: int) -> Corpus:
         context: characters a window; both parts must hold one window and its next character.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the text is too short for a window.
     """
     path = None if text_file is None else Path(text_file)

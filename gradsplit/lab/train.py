@@ -1,4 +1,4 @@
-"""One run: a task trained by a method, stopped early where it has diverged, scored at the end.
+"""One run: a task trained by a method, stopped early where it has diverged, scored at the end, and watched on request.
 
 The loss is read from the device every few steps only, many at once.
 """
@@ -9,17 +9,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import gradsplit as gs
+
+from ..budget import Nodes
+from ..distributed import make_kernel
+from ..plan import named_trainable
 from .controls import Tally
 from .methods import Arrangement, Method, arrange, method_named
 from .optimizers import Settings
 from .task import Task
-from .watch import NormHistory, NormWatch
 
-__all__ = ["LOST", "READ_EVERY", "Result", "smoothed", "steps_to", "train"]
+__all__ = ["LOST", "READ_EVERY", "Result", "smoothed", "steps_to", "train", "NormHistory", "NormWatch"]
 
 READ_EVERY = 10  # steps between two reads of the losses
 LOST = 1e6  # times the first loss: beyond this a run is lost, not merely bad
@@ -32,7 +37,7 @@ class Result:
 
     Attributes:
         metrics: from `Task.evaluate` after the last step.
-        losses: one a step, as far as it went; not finite where the loss was not.
+        losses: one per step, as far as it went; not finite where the loss was not.
         diverged: the loss was not finite or above `LOST` times its start to the end, or weights are not finite.
         seconds: wall time of the training alone.
         scaled_share: share of all (bin, step) pairs that were scaled; None: nothing counts them.
@@ -133,7 +138,7 @@ def _count(result: Result, tally: Tally | None) -> None:
 
 
 def smoothed(losses: list[float], window: int = WINDOW) -> list[float]:
-    """Running mean over the last `window` losses, one a step from the window's end on.
+    """Running mean over the last `window` losses, one per step from the window's end on.
 
     >>> smoothed([4.0, 2.0, 0.0], window=2)
     [3.0, 1.0]
@@ -150,3 +155,88 @@ def steps_to(losses: list[float], target: float, window: int = WINDOW) -> int | 
     """
     window = min(window, len(losses))
     return next((i + window for i, mean in enumerate(smoothed(losses, window)) if mean <= target), None)
+
+
+COLUMNS = 120  # steps kept per run, evenly spread; a heat map has no pixels for more
+
+
+@dataclass
+class NormHistory:
+    """L2 norms of nodes, (steps kept, N), gradient units.
+
+    Attributes:
+        names: (N,) names of the nodes, root first, each module before what is in it.
+        levels: (N,) "root", "module" or "tensor".
+        steps: the steps kept.
+        before: N norms per kept step, as measured; not finite where an entry was not.
+        after: the same after control; equal to `before` where nothing acts on gradients.
+    """
+
+    names: list[str]
+    levels: list[str]
+    steps: list[int] = field(default_factory=list)
+    before: list[list[float]] = field(default_factory=list)
+    after: list[list[float]] = field(default_factory=list)
+
+
+class NormWatch:
+    """Measures the module tree's nodes on every `total / COLUMNS`-th step.
+
+    Args:
+        model: whose gradients to measure.
+        total: steps of the run.
+    """
+
+    def __init__(self, model: nn.Module, total: int) -> None:
+        pairs = named_trainable(model)
+        self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
+        plan = gs.tree_sp(gs.layout_of(model))
+        self.kernel = make_kernel(plan, self.parameters, call="NormWatch")
+        self.plan, nodes = plan, plan.nodes
+        self.kept = _worth_showing(plan)
+        self.history = NormHistory([nodes[i].name for i in self.kept], [nodes[i].level for i in self.kept])
+        self.every = max(1, total // COLUMNS)
+
+    def wants(self, step: int) -> bool:
+        """Whether this step is kept."""
+        return step % self.every == 0
+
+    def before(self, step: int) -> None:
+        """Measure what backward left."""
+        self.history.steps.append(step)
+        self.history.before.append(self._norms())
+
+    def after(self) -> None:
+        """Measure what control left."""
+        self.history.after.append(self._norms())
+
+    @torch.no_grad()
+    def _norms(self) -> list[float]:
+        gradients: list[Any] = [parameter.grad for parameter in self.parameters]
+        squares_B = self.kernel.squares(gradients)
+        squares_N = Nodes.of(self.plan, squares_B).sums_N(squares_B)
+        return squares_N.sqrt()[self.kept].cpu().tolist()
+
+
+def _worth_showing(plan: gs.Plan) -> list[int]:
+    """The tree's nodes down to the tensors, depth first; a module with one child is left out: it says the same."""
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(plan.parents_N.tolist()):
+        children.setdefault(parent, []).append(node)
+    # As the layout has them: the tree numbers nodes level by level.
+    place = {name: at for at, name in enumerate(plan.layout.names)}
+    nodes, order, waiting = plan.nodes, [], [0]
+
+    def first_tensor(node: int) -> int:
+        while nodes[node].level != "tensor":
+            node = children[node][0]
+        return place[nodes[node].name]
+
+    while waiting:
+        node = waiting.pop()
+        level = nodes[node].level
+        below = [] if level == "tensor" else sorted(children[node], key=first_tensor, reverse=True)
+        if level in ("root", "tensor") or len(below) > 1:
+            order.append(node)
+        waiting += below
+    return order

@@ -15,10 +15,10 @@ __all__ = ["Batches", "Loaders"]
 class Batches:
     """Hand out a loader's batches unchanged, and keep the data position.
 
-    One ``for`` is one epoch. Continued after `load_state_dict`, the first epoch begins with the random generators as
-    they were when it first began, so that a shuffling loader finds the same order; the batches that had been handed
-    out are drawn again and dropped, and the generators then go on from where they are at that moment. Hence load
-    a checkpoint right before the loop.
+    One ``for`` is one epoch. After `load_state_dict` the first epoch begins with the random generators as they were
+    when it first began. So a shuffling loader finds the same order. The batches that had been handed out are drawn
+    again and dropped. Then the generators go on from where they were before. So load a checkpoint right before the
+    loop.
 
     Args:
         loader: a DataLoader, or any iterable that can be iterated once an epoch.

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import safetensors_file, torch_file
+from .formats import FORMATS
 from .generators import generators_state, load_generators_state
 from .plain import CheckpointError, as_before, copied, plain
 
 __all__ = [
     "replaced",
-    "FORMATS",
     "load_checkpoint",
     "load_tree",
     "read_tree",
@@ -67,9 +66,6 @@ def _write_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
 
-
-FORMATS = {"torch": torch_file, "safetensors": safetensors_file}
-"""Format -> the module that writes and reads it."""
 
 _VERSION = 1
 
@@ -142,7 +138,7 @@ def save_tree(path: str | os.PathLike[str], tree: Mapping[str, Any], *, format: 
 
 
 def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and verify a file, whichever format it has.
+    """Read and verify a file of any format.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
@@ -152,7 +148,7 @@ def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{call}: expected a file, got none. Write one with save_checkpoint.")
     with place.open("rb") as file:
         begin = file.read(9)
-    tree = (safetensors_file if begin[8:] == b"{" else torch_file).read(place)
+    tree = FORMATS["safetensors" if begin[8:] == b"{" else "torch"].read(place)
     version = tree.get("gradsplit") if isinstance(tree, dict) else None
     if version != _VERSION:
         raise CheckpointError(

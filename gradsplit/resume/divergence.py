@@ -15,7 +15,7 @@ __all__ = ["Agreement", "nonfinite_names", "LossHistory", "Divergence"]
 
 
 class Agreement:
-    """Means and alarms over the processes of a group; without a process group, what this process sees.
+    """Means and alarms over the processes of a group; without a process group, those of this process.
 
     Args:
         process_group: None: all processes.
@@ -82,7 +82,7 @@ def nonfinite_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, whether inf is no fault."""
+    """Name, tensor, and whether the tensor may hold inf."""
     names = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
@@ -98,7 +98,7 @@ def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str
 
 
 LEAST = 16  # losses before which nothing is judged
-FLOOR = 0.05  # of the median: a loss that hardly varies is not out for a few per cent
+FLOOR = 0.05  # of the median: a few per cent more do not put a loss out that hardly varied before
 
 
 class LossHistory:
@@ -106,8 +106,8 @@ class LossHistory:
 
         score = (loss - median) / max(1.4826 MAD, 0.05 |median|)
 
-    A loss is *out* if it is not finite, or its score is above ``score``. Neither median nor median absolute deviation
-    follows a few spikes; losses that are out are not to be taken in.
+    A loss is *out* if it is not finite, or if its score is above ``score``. A few spikes hardly move the median and the
+    median absolute deviation (MAD). The caller adds only losses that are not out.
 
     Args:
         length: losses kept.
@@ -134,7 +134,7 @@ class LossHistory:
         self._summary = None
 
     def is_out(self, loss: float) -> bool:
-        """Whether a loss is out; never, before there are 16 to judge by, if it is finite."""
+        """Whether a loss is out. A finite loss is never out before there are 16 losses to judge by."""
         if not math.isfinite(loss):
             return True
         if len(self) < LEAST:
@@ -181,19 +181,20 @@ MOST = 0.5  # share of bins ZEROED above which a step counts as bad
 class Divergence:
     """Judge step after step.
 
-    A step is bad if its loss is out of its history, or most bins were ZEROED. A run has diverged if ``patience`` steps
-    in a row were bad, or at once if a loss is not finite and neither is what it came from: a single bad batch whose
-    update was not made (by a splitter, by a GradScaler) leaves everything finite and does no harm.
+    A step is bad if its loss is out of its history, or if most bins were ZEROED. A run has diverged if ``patience``
+    consecutive steps were bad. It has diverged at once if a loss is not finite and a weight, buffer or state is not
+    finite either. A single bad batch without an update, stopped by a splitter or a GradScaler, leaves everything finite
+    and does no harm.
 
     Args:
         model: see `nonfinite_names`.
         optimizer: likewise.
         history: of the losses.
-        patience: bad steps in a row.
+        patience: consecutive bad steps.
         agreement: over processes.
 
     Attributes:
-        bad: bad steps in a row so far.
+        bad: consecutive bad steps so far.
     """
 
     def __init__(

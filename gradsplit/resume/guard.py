@@ -25,7 +25,7 @@ __all__ = [
     "check_parts",
     "stop_message",
     "worst_of",
-    "Looks",
+    "PendingLosses",
     "Guard",
 ]
 
@@ -46,7 +46,7 @@ def check_counts(**least: tuple[int, int]) -> None:
     """Check whole numbers against the least that each may be.
 
     Raises:
-        ValueError: one is below it, or no whole number.
+        ValueError: one is below it, or is not a whole number.
     """
     for name, (value, bound) in least.items():
         if not isinstance(value, int) or value < bound:
@@ -69,7 +69,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
     """Check that every part has a state.
 
     Raises:
-        ValueError: one has none, or the guard's own name.
+        ValueError: a part has no state, or has the guard's own name.
     """
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")) or name == "guard":
@@ -87,7 +87,7 @@ def worst_of(record: StepRecord | None, model: Any, optimizer: torch.optim.Optim
 
 
 def stop_message(actions: Sequence[GuardAction], allowed: int) -> str:
-    """Say why it stops, what was tried, and what to do; the last action is the stop."""
+    """Say why the guard stops, what it tried, and what to do; the last action is the stop."""
     *earlier, stop = actions
     tried = "".join(f" {action}" for action in earlier)
     return (
@@ -98,11 +98,13 @@ def stop_message(actions: Sequence[GuardAction], allowed: int) -> str:
     )
 
 
-class Looks:
-    """Keep a loss and the share of bins ZEROED a step, on their device, and copy them to the host when asked.
+class PendingLosses:
+    """The losses of the steps that the guard has not judged yet, each with the share of the bins that were ZEROED.
+
+    They stay on their device until `take` copies all of them to the host at once.
 
     Args:
-        agreement: over processes, which then all read the means.
+        agreement: of the processes; each of them then reads the mean over all of them.
     """
 
     def __init__(self, agreement: Agreement) -> None:
@@ -113,12 +115,12 @@ class Looks:
         return len(self._kept)
 
     def add(self, loss: Tensor | float, record: StepRecord | None, *, copy: bool) -> None:
-        """Add a step.
+        """Add the loss of one step.
 
         Args:
             loss: a number, or a tensor of one entry.
             record: of the splitter, if there is one.
-            copy: keep a copy of the loss, since it is read at a later step.
+            copy: keep a copy of the loss, because it is read at a later step.
         """
         if isinstance(loss, Tensor):
             loss = loss.detach().reshape(())
@@ -129,20 +131,20 @@ class Looks:
         self._kept.append((loss, zeroed))
 
     def take(self) -> list[tuple[float, float]]:
-        """Return loss and share of every step, and start anew. Waits for the device."""
+        """Return the loss and the share of each step, and start anew. Waits for the device."""
         kept, self._kept = self._kept, []
         alone = self._agreement.num_processes == 1
-        if alone and (len(kept) == 1 or not any(isinstance(value, Tensor) for look in kept for value in look)):
+        if alone and (len(kept) == 1 or not any(isinstance(value, Tensor) for pair in kept for value in pair)):
             return [(float(loss), float(zeroed)) for loss, zeroed in kept]
-        device = next((v.device for look in kept for v in look if isinstance(v, Tensor)), torch.device("cpu"))
+        device = next((v.device for pair in kept for v in pair if isinstance(v, Tensor)), torch.device("cpu"))
         dtype = torch.float32 if device.type == "mps" else torch.float64
         table = torch.stack(
-            [torch.as_tensor(value, dtype=dtype, device=device) for look in kept for value in look]
+            [torch.as_tensor(value, dtype=dtype, device=device) for pair in kept for value in pair]
         ).reshape(len(kept), 2)
         return [(loss, zeroed) for loss, zeroed in self._agreement.mean(table).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has not been looked at, as plain numbers."""
+        """Return the losses and the shares, as plain numbers."""
         return {"kept": [[float(loss), float(zeroed)] for loss, zeroed in self._kept]}
 
     def load_state_dict(self, state: dict[str, Sequence[Sequence[float]]]) -> None:
@@ -154,15 +156,22 @@ _LOG = logging.getLogger("gradsplit")
 
 
 class Guard:
-    """Undo the updates of a run that has diverged, leave the offending batches out, lower the rate, and go on.
+    """Undo the updates of a run that has diverged, leave out the batches behind them, lower the rate, and go on.
 
-    Call `step` last in every iteration. A step is *bad* if its loss is not finite, or out of its history (more than
-    ``score`` x max(1.4826 MAD, 0.05 |median|) above the median of the last ``history`` losses that were not), or if
-    more than half of the splitter's bins were ZEROED. The run has *diverged* if a loss is not finite and neither
-    are the weights, buffers or optimizer states (at once), or if ``patience`` steps in a row were bad. Then weights,
-    buffers, optimizer, scheduler and splitter go back to the newest snapshot (to the one before, if that has led
-    here already), every learning rate is multiplied by ``lr_factor``, and the data go on: what was drawn since the
-    snapshot is not drawn again. Nothing is kept while steps are bad, and never a snapshot that is not finite.
+    Call `step` last in every iteration. A step is *bad* in three cases:
+
+    - its loss is not finite;
+    - its loss is out of its history: more than ``score`` x max(1.4826 MAD, 0.05 |median|) above the median of the last
+      ``history`` losses that were not out;
+    - more than half of the splitter's bins were ZEROED.
+
+    The run has *diverged* if ``patience`` consecutive steps were bad. It has diverged at once if a loss is not finite
+    and a weight, a buffer or an optimizer state is not finite either.
+
+    Then weights, buffers, optimizer, scheduler and splitter go back to the newest snapshot. They go back to the one
+    before if the newest has led to a divergence already. Every learning rate is multiplied by ``lr_factor``. The data
+    go on: the batches that were drawn since the snapshot are not drawn again. While steps are bad, the guard takes no
+    snapshot. It never keeps a snapshot that is not finite.
 
     Args:
         model: its parameters and buffers are guarded.
@@ -171,23 +180,24 @@ class Guard:
         scheduler: a learning-rate scheduler; it is set back, and never meets the lowered rates.
         others: more objects with ``state_dict()``, by name: a GradScaler, a moving average.
         every: steps between snapshots.
-        keep: snapshots; memory (or disk) for so many copies of all states, each like a checkpoint, is used.
-        folder: keep the snapshots there, as checkpoints written by a thread, and one copy in memory.
+        keep: snapshots; each takes the memory, or the disk space, of one checkpoint.
+        folder: keep the snapshots in this folder, as checkpoints that a thread writes, and one copy in memory.
         score, patience, history: see above; no unit, steps, losses.
-        lr_factor: in (0, 1]; of every rollback, for good.
-        max_rollbacks: after so many the next divergence is raised.
-        skip: further batches to leave out after a rollback, where the guard hands them out.
-        check_every: steps between looks at the losses; a look waits for a GPU.
-        process_group: the ranks that train one model; None: all. One small all-reduce a look, so that all decide alike.
-        sinks: functions called with every `GuardAction`; a recorder of the splitter is told anyway.
+        lr_factor: in (0, 1]; each rollback multiplies every learning rate by it, for good.
+        max_rollbacks: after so many rollbacks the next divergence is raised.
+        skip: further batches to leave out after a rollback; needs `batches`.
+        check_every: steps between two readings of the losses; a reading waits for the GPU.
+        process_group: the ranks that train one model; None: all. Each reading takes one small all-reduce, so that all
+            ranks decide alike.
+        sinks: functions that are called with every `GuardAction`; a recorder of the splitter is always called.
 
     Raises:
         ValueError: a number out of its range, or a part without a state.
 
     Source: going back and leaving batches out is what PaLM did by hand (Chowdhery et al. 2022, section 5.1: about 100
-    steps back, 200 to 500 batches). Deviations: only what was seen since the snapshot, and ``skip`` more, is left out;
-    the rate is lowered as well. The random generators are not set back, since a loop that draws its batches from
-    them would meet the same ones again.
+    steps back, 200 to 500 batches). Deviations: only the batches since the snapshot and ``skip`` more are left out, and
+    the rate is lowered as well. The random generators are not set back, because a loop that draws its batches from them
+    would draw the same batches again.
 
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -250,7 +260,7 @@ class Guard:
         self.history = LossHistory(history, score)
         self._divergence = Divergence(model, optimizer, self.history, patience, self._agreement)
         self._loaders = Loaders(self._first_snapshot)
-        self._looks = Looks(self._agreement)
+        self._pending = PendingLosses(self._agreement)
         self._since = 0
         self._used: Snapshot | None = None
         self._record: StepRecord | None = None
@@ -289,14 +299,14 @@ class Guard:
         Raises:
             DivergenceError: the run has diverged and no rollback, or no snapshot, is left.
         """
-        self._looks.add(loss, self._record, copy=self.check_every > 1)
+        self._pending.add(loss, self._record, copy=self.check_every > 1)
         self.step_count += 1
         self.num_updates += 1
-        if len(self._looks) < self.check_every:
+        if len(self._pending) < self.check_every:
             return None
-        looks = self._looks.take()
-        first = self.step_count - len(looks)
-        for i, (number, zeroed) in enumerate(looks):
+        judged = self._pending.take()
+        first = self.step_count - len(judged)
+        for i, (number, zeroed) in enumerate(judged):
             reason = self._divergence.reason(number, zeroed)
             if reason:
                 return self._roll_back(first + i, number, reason)
@@ -308,7 +318,7 @@ class Guard:
         self._record = record
 
     def _first_snapshot(self) -> None:
-        """A run is guarded from its first update on, whatever happened between making the guard and training."""
+        """Take the first snapshot right before the first update: the script may change the model until then."""
         if self.snapshots.newest is None:
             self._take_snapshot()
 
@@ -321,7 +331,7 @@ class Guard:
         self.snapshots.take(Snapshot(self.step_count, self.num_updates, self._loaders.places), parts)
 
     def remove(self) -> None:
-        """Let optimizer and splitter alone; the lowered rates with them."""
+        """Detach from the optimizer and the splitter; the rates are no longer lowered."""
         self._rate.remove()
         if self._remember in getattr(self.splitter, "sinks", ()):
             self.splitter.sinks.remove(self._remember)
@@ -388,13 +398,13 @@ class Guard:
             "since": self._since,
             "factor": self.factor,
             "history": self.history.state_dict(),
-            "looks": self._looks.state_dict(),
+            "looks": self._pending.state_dict(),  # the key that checkpoints have had from the first version on
             "actions": [action.to_dict() for action in self.actions],
             "batches": self._loaders.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` left off; the next snapshot is taken at once, for the ones before are gone.
+        """Go on where `state_dict` left off; the next snapshot is taken at once, because the earlier ones are gone.
 
         Raises:
             ValueError: the state of something else.
@@ -410,7 +420,7 @@ class Guard:
         self.num_rollbacks, self._divergence.bad = int(state["num_rollbacks"]), int(state["bad"])
         self._since, self._rate.factor = int(state["since"]), float(state["factor"])
         self.history.load_state_dict(state["history"])
-        self._looks.load_state_dict(state["looks"])
+        self._pending.load_state_dict(state["looks"])
         self.actions = [GuardAction.from_dict(action) for action in state["actions"]]
         self.snapshots.clear()
         self._used = None

@@ -1,4 +1,4 @@
-"""Trees of plain data: what a checkpoint may hold, so that reading one never runs anybody's code."""
+"""Trees of plain data: all that a checkpoint may hold, so that reading one never runs code from the file."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def as_before(saved: Any, like: Any) -> Any:
 def copied(tree: Any, into: Any = None, *, wait: bool = True) -> Any:
     """Return a copy on the host that shares no memory with the tree; the memory of ``into`` is used where it fits.
 
-    Without ``wait`` copies from a GPU go to pinned memory, ordered on the current stream before any later update, and
-    may be read once that stream has come so far. A sharded tensor stays where it is.
+    Without ``wait``, copies from a GPU go to pinned memory. They are ordered on the current stream before any later
+    update, and may be read once that stream has reached them. A sharded tensor stays where it is.
     """
     if isinstance(tree, Tensor):
         fits = isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype

@@ -61,7 +61,7 @@ class MemorySnapshots:
         """Copy the states of the parts."""
         if len(self._taken) == self.keep:
             self._discard(0)
-        # No check for plain data here: nothing leaves the process, and sharded tensors are welcome.
+        # States are not checked for plain data: nothing leaves the process, and sharded tensors are welcome.
         tree = {
             "parts": {name: part.state_dict() for name, part in parts.items()},
             "objects": list(parts),
@@ -181,8 +181,8 @@ def _wait_for_copies() -> None:
 def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> None:
     """Set model, optimizer, splitter, scheduler and others back, and the gradients to 0.
 
-    The splitter's steps are counted on, since they name rows of a recording. Without a scheduler among them the
-    learning rates stay as they are, since whoever sets them is not known here and goes on.
+    The splitter goes on counting its steps, because their numbers name rows of a recording. Without a scheduler the
+    learning rates stay as they are, because the script that sets them goes on.
 
     Args:
         tree: of a snapshot.
@@ -199,13 +199,13 @@ def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         for entry, rate in zip(optimizer.param_groups, rates, strict=True):
             if rate is not None:
                 entry["lr"] = rate
-    optimizer.zero_grad(set_to_none=False)  # whoever looks at gradients after a step still finds them
+    optimizer.zero_grad(set_to_none=False)  # code that reads gradients after a step still finds them
 
 
 class LoweredRate:
     """Multiply the learning rates when a step begins and set them back when it ends.
 
-    So the factor acts whoever sets the rates, a scheduler or the script itself, and neither meets it.
+    So the factor acts on the rates of a scheduler and on those of the script, and neither of the two reads it.
 
     Args:
         optimizer: whose rates.
@@ -232,7 +232,7 @@ class LoweredRate:
         ]
 
     def remove(self) -> None:
-        """Let the optimizer alone."""
+        """Detach from the optimizer."""
         while self._handles:
             self._handles.pop().remove()
 

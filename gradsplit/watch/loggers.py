@@ -61,7 +61,7 @@ def scalars_of(rows: Rows) -> Iterator[tuple[int, float, dict[str, float]]]:
 
 
 class JsonLinesSink:
-    """Append ``{"step": 12, "time": …, "loss": …, "norm/all": …}`` a step to a file; a sink of `Recorder`.
+    """Append ``{"step": 12, "time": …, "loss": …, "norm/all": …}`` per step to a file; a sink of `Recorder`.
 
     Args:
         place: the file; opened to append, so that nothing is lost.

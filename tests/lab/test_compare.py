@@ -10,11 +10,10 @@ import pytest
 
 import gradsplit.lab.sweep as sweep_module
 from gradsplit.lab.cells import FIRST_TUNING_SEED, Cell, Grid, methods_of_strategies, run_cell, thinned
-from gradsplit.lab.compare import compare
+from gradsplit.lab.compare import compare, fresh_cells, median_score, summarise
 from gradsplit.lab.evidence import conditions
 from gradsplit.lab.methods import METHODS
 from gradsplit.lab.optimizers import Settings
-from gradsplit.lab.summary import fresh_cells, median_score, summarise
 from gradsplit.lab.sweep import RawFile, finite_or_none
 
 TINY = {"depth": 2, "channels": 2, "batch": 4}

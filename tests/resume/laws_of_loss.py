@@ -119,20 +119,21 @@ def check_a_failed_write_leaves_the_old_file(folder: Path) -> None:
         def state_dict(self):
             return {"big": torch.zeros(10)}
 
-    from gradsplit.resume import torch_file
+    from gradsplit.resume.formats import FORMATS
 
-    own = torch_file.write
+    torch_format = FORMATS["torch"]
+    own = torch_format.write
 
     def fails_half_way(file, tree):
         own(file, tree)
         file.truncate(100)
         raise OSError(28, "No space left on device")
 
-    torch_file.write = fails_half_way
+    torch_format.write = fails_half_way
     try:
         gs.save_checkpoint(path, step=2, full=Full())
     except OSError:
         pass
     finally:
-        torch_file.write = own
+        torch_format.write = own
     assert path.read_bytes() == old, "the old checkpoint is gone"

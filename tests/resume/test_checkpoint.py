@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradsplit as gs
-from gradsplit.resume.checkpoint import FORMATS, read_tree, save_tree
+from gradsplit.resume.checkpoint import read_tree, save_tree
+from gradsplit.resume.formats import FORMATS
 from gradsplit.resume.plain import plain, tensors_in
 
 FORMAT = pytest.mark.parametrize("kind", FORMATS)

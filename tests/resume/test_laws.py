@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import gradsplit.resume.checkpoint as checkpoint_module
 import gradsplit.resume.snapshots as restore_module
 import gradsplit.resume.snapshots as snapshots_module
-from gradsplit.resume import Batches, torch_file
+from gradsplit.resume import Batches
 from gradsplit.resume.divergence import Divergence
+from gradsplit.resume.formats import FORMATS
 from gradsplit.resume.snapshots import LoweredRate
 from tests.resume.laws_of_loss import (
     OPTIMIZERS,
@@ -140,7 +141,7 @@ RESUMING = {
     "another order": (Batches, "__iter__", _other_order),
 }
 DAMAGE = {
-    "no checksum": (torch_file, "read", _unverified),
+    "no checksum": (FORMATS["torch"], "read", _unverified),
     "a checksum that never differs": (hashlib, "sha256", lambda *_: _Constant()),
 }
 

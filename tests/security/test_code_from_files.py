@@ -11,7 +11,7 @@ import torch
 
 import gradsplit as gs
 from benchmarks.fuzz.run_files import sound_file
-from gradsplit.resume import torch_file
+from gradsplit.resume.formats import write_torch
 from tests.architecture.sources import package_files, relative
 
 # Modules that make objects, and so run code, from bytes.
@@ -110,7 +110,7 @@ def test_a_checkpoint_with_code_inside_is_refused_and_its_code_does_not_run(tmp_
     torch.save({"gradsplit": 1, "parts": Evil()}, tmp_path / "foreign.ckpt")
     (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Evil()))
     with (tmp_path / "checksummed.ckpt").open("w+b") as file:
-        torch_file.write(file, {"gradsplit": 1, "parts": Evil()})  # its checksum is right
+        write_torch(file, {"gradsplit": 1, "parts": Evil()})  # its checksum is right
     for name, words in (("foreign", "the checksum"), ("bare", "the checksum"), ("checksummed", "plain tensors")):
         with pytest.raises(gs.CheckpointError, match=rf"load_checkpoint\(.*{name}.*\): expected .*{words}"):
             gs.load_checkpoint(tmp_path / f"{name}.ckpt")

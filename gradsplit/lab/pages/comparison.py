@@ -79,7 +79,7 @@ def _best_table(results: Mapping[str, Any]) -> str:
 
 
 def rate_figure(results: Mapping[str, Any]) -> go.Figure:
-    """Median score over the learning rate, one line a method, bars from least to greatest."""
+    """Median score over the learning rate, one line per method, bars from least to greatest."""
     style, figure = style_of(results["summary"]), go.Figure()
     for entry in results["summary"]:
         colour, dash = style[entry["method"]]

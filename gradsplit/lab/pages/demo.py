@@ -23,7 +23,7 @@ def demo_page(scenes: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) 
     """The page as text.
 
     Args:
-        scenes: one a workload, from `gradsplit.lab.demo.collect`.
+        scenes: one per workload, from `gradsplit.lab.demo.collect`.
         evidence: where the numbers come from.
     """
     sections = [section for scene in scenes for section in _sections(scene)]

@@ -1,4 +1,4 @@
-"""The score over the learning rate, one line a method, as an SVG of our own: no package, no script, no font to load."""
+"""The score over the learning rate, one line per method, as an SVG of our own that needs no package, script or font."""
 
 from __future__ import annotations
 

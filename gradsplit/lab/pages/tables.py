@@ -42,7 +42,7 @@ def _range(scores: Mapping[str, Any], diverged: int) -> str:
 
 
 def best_table(results: Mapping[str, Any]) -> Group:
-    """One line a method: its best cell and what came of it."""
+    """One line per method: its best cell and what came of it."""
     about, summary = results["workload"], results["summary"]
     way = "higher is better" if about["higher_is_better"] else "lower is better"
     fresh = any(entry["fresh"] for entry in summary)
@@ -76,7 +76,7 @@ def best_table(results: Mapping[str, Any]) -> Group:
 
 
 def curve_table(results: Mapping[str, Any]) -> Group:
-    """One line a method, one column a learning rate: the median score of the best strength there."""
+    """One line per method, one column per learning rate: the median score of the best strength there."""
     summary = results["summary"]
     lrs = sorted({point["lr"] for entry in summary for point in entry["curve"]})
     title = f"Median {results['workload']['metric']} over the learning rate, best strength at each"

@@ -145,7 +145,7 @@ def _figure(name: str, layout: str, pair: Pair, bar: float | None, **more: Any) 
 
 
 Traffic = Sequence[tuple[Callable[[], object], float]]
-"""Programs that move bytes, each with how many times its bytes a step moves; see `in_turn`."""
+"""Programs that move bytes, each with the multiple of its bytes that a step moves; see `in_turn`."""
 
 
 def step_figures(layout: str, seconds: float) -> Iterator[Figure]:

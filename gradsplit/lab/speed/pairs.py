@@ -1,4 +1,4 @@
-"""Two programs timed in turn, A B A B, so that whatever else the machine does falls on both."""
+"""Two programs timed in turn, A B A B, so that other work on the machine falls on both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pair:
     """Times of two programs, in seconds, in the order in which they ran.
 
     Attributes:
-        ours, theirs: one a turn.
+        ours, theirs: one per turn.
         memory: in the same turns, what moving our side's bytes would take if only memory set the pace; or nothing.
     """
 

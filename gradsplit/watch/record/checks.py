@@ -44,7 +44,7 @@ def check_about(about: Any) -> None:
 
 
 def check_outline(state: Any) -> None:
-    """Names, levels and sizes fit together, and every node but the first has a parent before it: there is no cycle."""
+    """Names, levels and sizes fit together, and every node except the first has a parent before it: they are a tree."""
     if not isinstance(state, Mapping) or set(_LISTS) - set(state):
         raise ValueError(f"expected an outline with {', '.join(_LISTS)}, got {state!r:.80}")
     for key, kind in _LISTS.items():
@@ -52,9 +52,11 @@ def check_outline(state: Any) -> None:
             raise ValueError(f"expected a list of {kind.__name__} in {key!r} of the outline, got {state[key]!r:.80}")
     num_nodes, num_leaves = len(state["names"]), len(state["nodes_of_leaves"])
     if not num_leaves or {len(state[key]) for key in ("levels", "parents")} != {num_nodes}:
-        raise ValueError(f"expected one level and parent a node, and a leaf, got {num_nodes} nodes of other lengths")
+        raise ValueError(
+            f"expected one level and one parent per node and at least one leaf, got {num_nodes} nodes of other lengths"
+        )
     if {len(state[key]) for key in ("tensors_of_leaves", "numel", "bins")} != {num_leaves}:
-        raise ValueError(f"expected one tensor, size and count a leaf, got {num_leaves} leaves of other lengths")
+        raise ValueError(f"expected one tensor, size and count per leaf, got {num_leaves} leaves of other lengths")
     if set(state["levels"]) - set(_LEVELS):
         raise ValueError(f"expected levels of {', '.join(_LEVELS)}, got {sorted(set(state['levels']))!r:.80}")
     if state["parents"][0] != -1 or any(not 0 <= p < n for n, p in enumerate(state["parents"][1:], 1)):
@@ -67,11 +69,11 @@ def check_outline(state: Any) -> None:
 
 
 def check_chunk(chunk: Mapping[str, Any], widths: Mapping[str, int], *, controlled: bool) -> None:
-    """Columns have a number a row, windows begin in order, and nothing is missing that the stream has.
+    """Every column has one number per row, windows begin in order, and every column of the stream is there.
 
     Args:
         chunk: a row of the table of chunks, by column.
-        widths: bytes a row of the columns with one number a row.
+        widths: bytes per row of the columns that have one number per row.
         controlled: whether norms after control were kept.
     """
     num_rows, first = chunk["num_rows"], chunk["first_row"]
@@ -98,7 +100,7 @@ def check_thinning(values: Mapping[str, Any]) -> None:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a plain value is of a kind; a whole number is also a float, a truth value is neither."""
+    """Whether a plain value has this kind; a whole number is also a float, a truth value is neither."""
     if isinstance(value, bool):
         return False
     return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)

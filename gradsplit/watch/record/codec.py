@@ -100,7 +100,7 @@ def unpack_exact(blob: bytes, dtype: Any) -> np.ndarray:
 
 
 def _inflated(blob: bytes, size: int | None) -> bytes:
-    """Inflate; where the size is known no more than that is made, whatever a damaged or hostile blob would become."""
+    """Inflate a blob. Where the size is known, a damaged or hostile blob cannot make more than one byte beyond it."""
     if size is None:
         return zlib.decompress(blob)
     inflater = zlib.decompressobj()

@@ -3,7 +3,7 @@
 A plan may have a million bins; a recording has at most about a thousand leaves. A leaf is a run of neighbouring bins of
 one tensor, so its square is the sum of theirs; tensors, modules and the root are sums of leaves and are never stored.
 
-Shape suffixes: _B one entry a bin of the plan, _L one a leaf, _N one a node of the outline.
+Shape suffixes: _B one entry per bin of the plan, _L one per leaf, _N one per node of the outline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def recording_plan(layout: Layout, *, max_nodes: int = 1000) -> Plan:
     """Return the plan that is measured when nothing is bounded: row blocks, as fine as ``max_nodes`` allows.
 
     Every tensor is cut along its rows into at most 64 blocks, halved until leaves, tensors and modules together are
-    at most ``max_nodes``; a layout of more tensors than that is left at one leaf a tensor.
+    at most ``max_nodes``; a layout of more tensors than that is left at one leaf per tensor.
 
     >>> recording_plan(Layout.from_shapes({"w": (6, 2)}), max_nodes=5).num_bins
     4
@@ -99,7 +99,7 @@ class Outline:
 
     @property
     def num_leaves(self) -> int:
-        """L: the numbers stored a step."""
+        """L: the numbers stored per step."""
         return len(self.nodes_L)
 
     @property
@@ -170,7 +170,7 @@ def _first_box(plan: Plan) -> np.ndarray:
 
 
 def _tensor_of_bin(plan: Plan) -> np.ndarray:
-    """(B,) the tensor each bin lies in; -1 for a bin of several."""
+    """(B,) the tensor that each bin lies in; -1 for a bin that lies in several."""
     low = np.full(plan.num_bins, len(plan.layout), dtype=np.int64)
     high = np.full(plan.num_bins, -1, dtype=np.int64)
     np.minimum.at(low, plan.bin_K, plan.tensor_K)
@@ -179,7 +179,7 @@ def _tensor_of_bin(plan: Plan) -> np.ndarray:
 
 
 def _leaf_names(plan: Plan, leaf_of_bin_B: np.ndarray, num_leaves: int) -> list[str]:
-    """A single bin lends its name; a run of full rows is named by its rows, anything else by its bins."""
+    """A single bin lends its name. Full rows are named by their numbers, anything else by its bins."""
     leaf_K = leaf_of_bin_B[plan.bin_K]
     top = np.full(num_leaves, np.iinfo(np.int64).max)
     bottom, area = np.zeros(num_leaves, dtype=np.int64), np.zeros(num_leaves)

@@ -1,6 +1,7 @@
 """RunFile: a recorded run read back, also while it is being written.
 
-Shape suffixes: _R one entry a row, _W one a window of rows (the same thing where nothing was thinned), _L one a leaf.
+Shape suffixes: _R one entry per row, _L one per leaf, _W one per window of rows. Where nothing was thinned, a window
+is one row.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class RunFile:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Name the file, and what can be done, in whatever goes wrong with damaged values."""
+        """Turn every error that damaged values cause into one that names the file and the remedy."""
         try:
             yield
         except _DAMAGE as error:
@@ -153,7 +154,7 @@ class RunFile:
 
     @property
     def streams(self) -> list[Stream]:
-        """One a recorded optimizer."""
+        """One stream per recorded optimizer."""
         rows = self._query("SELECT id, optimizer, controlled, outline, about FROM stream ORDER BY id")
         with self._whole():
             return [self._stream(*row) for row in rows]
@@ -177,7 +178,7 @@ class RunFile:
         """Return what a guard did to the run, oldest first.
 
         Raises:
-            RunFileError: what stands there is no list of actions.
+            RunFileError: the file holds something else in its place.
         """
         try:
             return [GuardAction.from_dict(values) for values in self.meta.get("guard", [])]

@@ -1,6 +1,6 @@
-"""What the recorder hands to sinks: rows on the host, one a decision, all of one stream.
+"""What the recorder hands to sinks: rows on the host, one per decision, all of one stream.
 
-Shape suffixes: _S one entry a row, _L one a leaf of the stream's outline.
+Shape suffixes: _S one entry per row, _L one per leaf of the stream's outline.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Rows:
         loss_S: sum of what backward was called on for this step; nan if not seen.
         lr_S: learning rate of the first parameter group.
         own_scale_S: the factor by which the script itself had scaled all gradients, 1 if it did not.
-        skipped_S: the step was not made, since a gradient scaler found inf or nan.
+        skipped_S: the step was not made, because a gradient scaler found inf or nan.
         norm_SL: L2 norms as measured, before the script's own scaling and ours, gradient units.
         kept_SL: norm after ours / norm before it, in [0, 1]; None where nothing is controlled.
-        scaled_SL: bins scaled, a leaf; None where nothing is controlled.
-        zeroed_SL: bins zeroed, a leaf; None where nothing is controlled.
+        scaled_SL: bins scaled per leaf; None where nothing is controlled.
+        zeroed_SL: bins zeroed per leaf; None where nothing is controlled.
     """
 
     stream: Stream

@@ -37,7 +37,7 @@ class RowBuffer:
         self.stream, self.device, self.capacity = stream, device, capacity
         self._norm = self._table()
         self._kept = self._table() if stream.controlled else None
-        # Counts as float32: exact below 2^24 bins a leaf, and one dtype to copy.
+        # Counts as float32: exact below 2^24 bins per leaf, and one dtype to copy.
         self._scaled = self._table() if stream.controlled else None
         self._zeroed = self._table() if stream.controlled else None
         self._numbers: list[tuple[int, float, float | Tensor, float | Tensor, float | Tensor, float | Tensor]] = []

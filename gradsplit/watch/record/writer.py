@@ -1,4 +1,4 @@
-"""RunWriter: the sink that keeps rows in a run file, one transaction a flush, within a bounded size."""
+"""RunWriter: the sink that keeps rows in a run file of bounded size, with one transaction per flush."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ ROW_COLUMNS: dict[str, str] = {
     "skipped": "u1",
     "total": "f4",
 }
-"""The columns with one number a row, and their types in the file."""
+"""The columns with one number per row, and their types in the file."""
 
-_MAX_EVENTS = 200  # a flush; a run gone wrong would otherwise write an event a leaf and step for ever
+_MAX_EVENTS = 200  # per flush; otherwise a broken run would write an event per leaf and step for ever
 
 
 class RunWriter:
     """Write rows to a new run file; a sink of `Recorder`.
 
-    When the disk is full or gone the training goes on: one warning, and nothing more is written; what was written
-    stays whole.
+    When the disk is full or gone, the training goes on. There is one warning, and nothing more is written. What was
+    written stays whole.
 
     Args:
         path: a file that does not exist yet.
@@ -72,7 +72,7 @@ class RunWriter:
             self._thinning.apply(connection)
 
     def note(self, action: GuardAction) -> None:
-        """Keep what a guard did: one event for whoever looks on, and the whole of it among what is known of the run."""
+        """Keep what a guard did: one event for those who watch, and the whole action in the table ``meta``."""
         with self._transaction() as connection:
             if connection is None:
                 return

@@ -255,11 +255,11 @@ class StreamAccount:
         series: what was read.
         tensors: (T,) names.
         leaves_T: leaves of each tensor.
-        norm_WT: (W, T) largest norms of the tensors a window.
+        norm_WT: (W, T) largest norms of the tensors per window.
         scores: the statistic.
         first: the first departure; None if there was none.
         left_steps: steps at which at least one tensor was out of its history.
-        uses: one a node of the outline.
+        uses: one per node of the outline.
         own_scaled: share of rows in which the script itself scaled all gradients.
         own_median: the median of these factors.
         scaled: share of (bin, row) pairs that were scaled.

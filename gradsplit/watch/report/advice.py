@@ -1,4 +1,4 @@
-"""What to change after a run, each as a sentence and a command line."""
+"""What to change after a run: each advice is a sentence and a command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .account import Account, StreamAccount
 
 __all__ = ["Advice", "advice_of", "ACTION_HEADINGS", "action_rows", "action_sentence"]
 
-OFTEN = 0.5  # share of steps from which a bound is no exception any more
+OFTEN = 0.5  # a budget that acts in a larger share of the steps is more than a guard against exceptions
 SELDOM = 0.001
 ENOUGH_ROWS = 50  # before a budget is called unused
 

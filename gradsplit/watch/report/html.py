@@ -67,10 +67,10 @@ def text(sentence: str) -> str:
 def html_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Iterable[int] = (), head: bool = True
 ) -> str:
-    """A table of plain text; cells that look like numbers stand right.
+    """A table of plain text; cells that look like numbers are aligned to the right.
 
     Args:
-        headings: one a column.
+        headings: one per column.
         rows: cells, escaped here.
         bold: indices of rows set in bold.
         head: show the headings.

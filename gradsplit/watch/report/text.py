@@ -116,7 +116,7 @@ def _stream(stream: StreamAccount, *, several: bool) -> list[str]:
 
 
 def use_rows(stream: StreamAccount, most: int = 15) -> list[list[str]]:
-    """Return table rows of the tensors that deserve a look: name, norms, how often scaled, how often zeroed."""
+    """Return table rows of the most affected tensors: name, norms, how often scaled, how often zeroed."""
     outline = stream.stream.outline
     uses = [use for use in stream.uses if outline.levels_N[use.node] == "tensor"]
 

@@ -1,4 +1,8 @@
-"""The first thing that happens in a process of the script: attach when torch arrives."""
+"""What happens when the script imports torch: a session attaches to its optimizers.
+
+Python itself runs `begin` at the start of every process of the script, through ``site/sitecustomize.py``. Nothing here
+imports torch, so that a process that never trains does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ __all__ = ["when_imported", "begin"]
 
 
 class _Once(importlib.abc.MetaPathFinder):
-    """Finds a module as everyone else would, and calls back when it has been executed.
+    """Finds a module as Python would without it, and calls back when the module has been executed.
 
-    The module's own loader is used and only its ``exec_module`` is covered for this one call, so that ``__loader__``,
-    ``__spec__``, sources in tracebacks and resources are what they are without us.
+    The module keeps its own loader. Only the loader's ``exec_module`` is covered, for this one call. So ``__loader__``,
+    ``__spec__``, the sources in tracebacks and the resources are the same as without us.
     """
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
@@ -47,7 +51,7 @@ class _Once(importlib.abc.MetaPathFinder):
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Call ``then`` once a module has been imported, at once if it has been already."""
+    """Call ``then`` once the module has been imported; call it now if it has been already."""
     if name in sys.modules:
         then()
     else:

@@ -1,4 +1,11 @@
-"""Losses, seen where every script passes with them: at ``backward``."""
+"""What is patched in torch while a script is watched, so that its losses and its own bound are seen.
+
+- ``Tensor.backward`` and ``GradScaler.scale``, for the losses: see `Losses`.
+- ``torch.nn.utils.clip_grad_norm_``, for the bound that the script sets itself: see `watch_own_bound`.
+
+Each of them still does what it did. Nothing else in torch is replaced: a session attaches to optimizers by torch's own
+hooks.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +25,11 @@ After = Callable[[list[Tensor], Tensor], None]
 
 
 def watch_own_bound(before: Before, after: After) -> None:
-    """Call ``before(parameters)``, the script's function, then ``after(parameters, factor)``.
+    """Call ``before(parameters)`` and ``after(parameters, factor)`` around each ``clip_grad_norm_`` of the script.
 
-    The factor is ``min(1, max_norm / (norm + 1e-6))`` from the norm that the function returned, a tensor; nan where
-    that norm was not finite, for the function then spreads nan to every gradient. The script gets what it would get.
+    The factor is a tensor, ``min(1, max_norm / (norm + 1e-6))``, from the norm that torch's function returned. It is
+    nan where that norm was not finite, because torch's function then spreads nan to every gradient. The script gets the
+    same results as without us.
     """
     original = clip_grad.clip_grad_norm_
 

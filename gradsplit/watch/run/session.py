@@ -268,7 +268,7 @@ class _ScriptRecorder(Recorder):
 def _inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step hooked by torch is under way around this one (Lookahead and the like): only the outermost acts.
 
-    Read off the call stack, for a counter would stay wrong after a step that raised.
+    This is read from the call stack, because a counter would stay wrong after a step that raised.
     """
     frame: Any = sys._getframe(1)
     found = 0

@@ -80,7 +80,7 @@ def budget_from_words(words: Sequence[str]) -> dict[str, Any]:
     """Return budgets by level from words ``[LEVEL@]NAME[:KEY=NUMBER]…``; the level is "bin" unless it is said.
 
     Raises:
-        ValueError: an unknown name or key, or a value that is no number.
+        ValueError: an unknown name or key, or a value that is not a number.
 
     >>> budget_from_words(["relative:factor=0.2", "root@fixed:limit=1"])
     {'bin': (Relative(factor=0.2, eps=0.001),), 'root': (Fixed(limit=1.0),)}

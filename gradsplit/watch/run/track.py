@@ -25,8 +25,8 @@ __all__ = ["BlockReader", "Track", "signature"]
 class BlockReader:
     """Squares of the bins of a plan whose bins are whole rows, such as `recording_plan` makes.
 
-    Sharded gradients (DTensor): each rank reads the rows it holds, and one all-reduce for each mesh dimension that
-    shards anything adds them up, so that every rank has the same numbers. Plain gradients need no communication.
+    Of sharded gradients (DTensor) each rank reads the rows that it holds. One all-reduce per mesh dimension that shards
+    anything adds them up, so that every rank has the same numbers. Plain gradients need no communication.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -97,7 +97,7 @@ class BlockReader:
         return value.to(self.device, self._dtype).square()
 
     def _norm(self, gradient: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-        """On a CPU as fast as memory, for the second look above; elsewhere in float64 at once, never looked at."""
+        """On a CPU in the gradient's own precision, which the caller checks; elsewhere in float64, without a check."""
         if gradient.device.type != "cpu":
             return torch.linalg.vector_norm(gradient, dim=dims, dtype=_wide(gradient, self._dtype))
         half = gradient.dtype in (torch.float16, torch.bfloat16)
@@ -215,7 +215,7 @@ class Track:
         return self.keys <= keys
 
     def begin_step(self) -> None:
-        """Count a step of the optimizer; a closure may look at the gradients several times within one."""
+        """Count one step of the optimizer; a closure may read the gradients several times within it."""
         self.step += 1
 
     def read(self) -> None:

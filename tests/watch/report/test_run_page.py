@@ -9,8 +9,7 @@ import pytest
 
 from gradsplit.watch.record import RunFile, RunWriter, Stream
 from gradsplit.watch.report.account import account_of
-from gradsplit.watch.report.figures import pooled
-from gradsplit.watch.report.run_page import write_run_page
+from gradsplit.watch.report.run_page import pooled, write_run_page
 from tests.watch.record.recorded import noise, outline, rows_of
 from tests.watch.report.browser import Browser, chromium
 
