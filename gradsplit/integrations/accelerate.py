@@ -24,12 +24,12 @@ def split_gradients(
 ) -> GradientSplitter:
     """Bound each bin of the gradient before every real step of a prepared optimizer, and return the splitter.
 
-    Under ``accelerator.accumulate`` that is the last micro-step alone. ``save_state`` and ``load_state`` carry the
+    Under ``accelerator.accumulate`` a real step is the last micro-step alone. ``save_state`` and ``load_state`` carry the
     splitter's state. Leave ``accelerator.clip_grad_norm_`` out: it would act first and spread one NaN to every
     gradient.
 
     Args:
-        accelerator: which prepared model and optimizer.
+        accelerator: the one that prepared model and optimizer.
         model: as ``prepare`` returned it.
         optimizer: as ``prepare`` returned it.
         plan: see `gradsplit.GradientSplitter`.

@@ -1,4 +1,4 @@
-"""A splitter over what one optimizer of a trainer holds, attached to that optimizer."""
+"""What the adapters of the trainers share: a splitter over the tensors of one optimizer, attached to it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def attached(
 ) -> tuple[GradientSplitter, Handle]:
     """Return a splitter of the gradients that an optimizer uses, under the model's names, and its handle.
 
-    Trainers clip, unscale and skip before they call ``optimizer.step``; attached there, the splitter sees what the
-    update sees, once an update, whatever the trainer's accumulation.
+    Trainers clip, unscale and skip before they call ``optimizer.step``. A splitter that is attached there sees what the
+    update sees, once per update, also under accumulation.
 
     Args:
         model: whose ``named_parameters()`` give the names.
@@ -52,7 +52,7 @@ def refuse_own_bound(setting: str, value: float | None, remedy: str) -> None:
     """
     if value:
         raise ValueError(
-            f"{setting}={value!r}): expected no clip of the trainer's own with GradientSplitting, since it would act "
+            f"{setting}={value!r}): expected no clip of the trainer's own with GradientSplitting, because it would act "
             f"first and carry one NaN into every gradient. {remedy}; for a limit on the whole gradient as well give "
             f"budget={{'root': gradsplit.Fixed({value!r}), 'bin': …}}."
         )

@@ -16,8 +16,8 @@ __all__ = ["GradientSplitting"]
 class GradientSplitting(Callback):
     """Bound each bin of the gradient before every step of every optimizer, *instead of* ``gradient_clip_val``.
 
-    One splitter an optimizer, over the parameters it holds, with automatic and with manual optimisation. The
-    splitters' state travels in Lightning's checkpoints.
+    There is one splitter per optimizer, over the parameters that it holds, with automatic and with manual optimisation.
+    The state of the splitters travels in Lightning's checkpoints.
 
     Args:
         plan: see `gradsplit.GradientSplitter`.
@@ -25,7 +25,7 @@ class GradientSplitting(Callback):
         options: its other arguments.
 
     Attributes:
-        splitters: one an optimizer, once training has begun.
+        splitters: one per optimizer, once training has begun.
 
     Raises:
         ValueError: ``Trainer(gradient_clip_val=…)`` is set; a checkpoint of another number of optimizers.

@@ -84,7 +84,7 @@ class GradientSplitting(TrainerCallback, ExportableState):
 
 
 def _as_text(state: dict[str, Any]) -> str:
-    """The bytes of ``torch.save``: a number per line, as JSON has them, would be thirty times as long."""
+    """The bytes of ``torch.save``. JSON with one number per line would be thirty times as long."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -70,11 +70,11 @@ def test_a_wrong_value_is_named(tmp_path, statement, value, words):
         ({"parents": [-1, 1]}, "a tree"),  # a node above itself: looking for the root would never end
         ({"parents": [-1, -1]}, "a tree"),
         ({"parents": [-1, "0"]}, "a list of int in 'parents'"),
-        ({"names": ["all"]}, "one level and parent a node"),
+        ({"names": ["all"]}, "one level and one parent per node"),
         ({"levels": ["root", "branch"]}, "levels of root, module"),
         ({"nodes_of_leaves": [2]}, "a node of its own"),
         ({"nodes_of_leaves": []}, "and a leaf"),
-        ({"tensors_of_leaves": []}, "one tensor, size and count a leaf"),
+        ({"tensors_of_leaves": []}, "one tensor, size and count per leaf"),
         ({"numel": [float("nan")]}, "sizes and counts"),
         ({"bins": [True]}, "a list of int in 'bins'"),
     ],
