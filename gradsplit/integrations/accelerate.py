@@ -24,8 +24,8 @@ def split_gradients(
 ) -> GradientSplitter:
     """Bound each bin of the gradient before every real step of a prepared optimizer, and return the splitter.
 
-    Under ``accelerator.accumulate`` a real step is the last micro-step alone. ``save_state`` and ``load_state`` carry the
-    splitter's state. Leave ``accelerator.clip_grad_norm_`` out: it would act first and spread one NaN to every
+    Under ``accelerator.accumulate`` a real step is the last micro-step alone. ``save_state`` and ``load_state`` carry
+    the splitter's state. Leave ``accelerator.clip_grad_norm_`` out: it would act first and spread one NaN to every
     gradient.
 
     Args:

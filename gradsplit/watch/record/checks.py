@@ -53,7 +53,8 @@ def check_outline(state: Any) -> None:
     num_nodes, num_leaves = len(state["names"]), len(state["nodes_of_leaves"])
     if not num_leaves or {len(state[key]) for key in ("levels", "parents")} != {num_nodes}:
         raise ValueError(
-            f"expected one level and one parent per node and at least one leaf, got {num_nodes} nodes of other lengths"
+            f"expected a leaf, and one level and one parent per node, got {num_leaves} leaves and {num_nodes} nodes with "
+            f"{len(state['levels'])} levels and {len(state['parents'])} parents"
         )
     if {len(state[key]) for key in ("tensors_of_leaves", "numel", "bins")} != {num_leaves}:
         raise ValueError(f"expected one tensor, size and count per leaf, got {num_leaves} leaves of other lengths")

@@ -73,7 +73,7 @@ def test_a_wrong_value_is_named(tmp_path, statement, value, words):
         ({"names": ["all"]}, "one level and one parent per node"),
         ({"levels": ["root", "branch"]}, "levels of root, module"),
         ({"nodes_of_leaves": [2]}, "a node of its own"),
-        ({"nodes_of_leaves": []}, "and a leaf"),
+        ({"nodes_of_leaves": []}, "a leaf, and one level"),
         ({"tensors_of_leaves": []}, "one tensor, size and count per leaf"),
         ({"numel": [float("nan")]}, "sizes and counts"),
         ({"bins": [True]}, "a list of int in 'bins'"),
