@@ -53,7 +53,7 @@ def check_outline(state: Any) -> None:
     num_nodes, num_leaves = len(state["names"]), len(state["nodes_of_leaves"])
     if not num_leaves or {len(state[key]) for key in ("levels", "parents")} != {num_nodes}:
         raise ValueError(
-            f"expected a leaf, and one level and one parent per node, got {num_leaves} leaves and {num_nodes} nodes with "
+            f"expected a leaf, and one level and one parent per node, got {num_leaves} leaves, {num_nodes} nodes, "
             f"{len(state['levels'])} levels and {len(state['parents'])} parents"
         )
     if {len(state[key]) for key in ("tensors_of_leaves", "numel", "bins")} != {num_leaves}:
