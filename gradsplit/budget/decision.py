@@ -135,7 +135,7 @@ def decide(
     amount_B: Array,
     weight_amount_B: Array | None = None,
     pace_B: Array | None = None,
-    gain_B: Array | None = None,
+    reach_B: Array | None = None,
     *,
     rule: str = "bottom_up",
 ) -> tuple[Decision, tuple[State, ...]]:
@@ -148,7 +148,7 @@ def decide(
         amount_B: (B,) amounts (see length_sums) of the gradient; not finite where an entry was not.
         weight_amount_B: (B,) amounts of the weights, if a budget reads them.
         pace_B: (B,) or 0-d, learning rate / largest so far; None: 1.
-        gain_B: (B,) or 0-d, length of the update per length of gradient, for budgets that bound the update; None: 1.
+        reach_B: (B,) or 0-d, length of the update per length of gradient, for budgets that bound the update; None: 1.
         rule: "bottom_up" or "nearest".
     """
     xp, sums = namespace(amount_B), sums_for(amount_B)
@@ -158,12 +158,12 @@ def decide(
     if weight_amount_B is not None:  # a broken weight must not make its ancestors' limits NaN
         weight_amount_B = xp.where(xp.isfinite(weight_amount_B), weight_amount_B, zero)
     bins_only = all(term.ids is None for term in terms)
-    readings = _readings(plan, terms, norm_B, weight_amount_B, pace_B, gain_B)
+    readings = _readings(plan, terms, norm_B, weight_amount_B, pace_B, reach_B)
     limits = []
-    for term, state, (reading, gain) in zip(terms, history, readings, strict=True):
+    for term, state, (reading, reach) in zip(terms, history, readings, strict=True):
         limit = term.budget.limits(xp, reading, state)
-        if term.budget.bounds_update and gain is not None:
-            limit = limit / gain
+        if term.budget.bounds_update and reach is not None:
+            limit = limit / reach
         limits.append((term.level, term.ids, limit))
     decision = Decision(plan, norm_B, finite_B, norm_B, tuple(limits))
     if bins_only:
@@ -189,11 +189,11 @@ def _readings(
     norm_B: Array,
     weight_amount_B: Array | None,
     pace_B: Array | None,
-    gain_B: Array | None,
+    reach_B: Array | None,
 ) -> list[tuple[Reading, Array | None]]:
-    """What each term's nodes show, and their gain; amounts and sizes add, pace and gain are means by size."""
+    """What each term's nodes show, and their reach; amounts and sizes add, pace and reach are means by size."""
     xp, sums = namespace(norm_B), sums_for(norm_B)
-    norm_N = weight_norm_N = pace_N = gain_N = None
+    norm_N = weight_norm_N = pace_N = reach_N = None
     above = [term.budget for term in terms if term.ids is not None]
     if above:  # sums over all nodes, taken once, whatever the number of terms, and only what a budget looks at
         nodes, numel_B = Nodes.of(plan, norm_B), xp.asarray(plan.numel_B, norm_B)
@@ -202,20 +202,20 @@ def _readings(
         if weight_amount_B is not None and any(budget.reads_weights for budget in above):
             weight_norm_N = sums.norm(nodes.amounts_N(weight_amount_B))
         pace_N = nodes.sums_N(pace_B * numel_B) if _one_a_bin(pace_B) else None
-        gain_N = nodes.sums_N(gain_B * numel_B) if _one_a_bin(gain_B) else None
+        reach_N = nodes.sums_N(reach_B * numel_B) if _one_a_bin(reach_B) else None
     weight_norm_B = None if weight_amount_B is None else sums.norm(weight_amount_B)
     made = []
     for term in terms:
         ids, ones = term.ids, xp.full(term.numel.shape[0], 1.0, norm_B)
         if ids is None:
             pace = ones if pace_B is None else pace_B * ones
-            made.append((Reading(norm_B, weight_norm_B, term.numel, term.num_rows, pace), gain_B))
+            made.append((Reading(norm_B, weight_norm_B, term.numel, term.num_rows, pace), reach_B))
             continue
         pace = xp.take(pace_N, ids) / term.numel if pace_N is not None else ones if pace_B is None else pace_B * ones
-        gain = xp.take(gain_N, ids) / term.numel if gain_N is not None else gain_B
+        reach = xp.take(reach_N, ids) / term.numel if reach_N is not None else reach_B
         weight_norm = None if weight_norm_N is None else xp.take(weight_norm_N, ids)
         norm = ones if norm_N is None else xp.take(norm_N, ids)
-        made.append((Reading(norm, weight_norm, term.numel, term.num_rows, pace), gain))
+        made.append((Reading(norm, weight_norm, term.numel, term.num_rows, pace), reach))
     return made
 
 

@@ -63,7 +63,7 @@ class Ledger:
         squares_B: Array,
         weight_squares_B: Array | None = None,
         pace_B: Array | None = None,
-        gain_B: Array | None = None,
+        reach_B: Array | None = None,
     ) -> Decision:
         """Return the decision for one step and enter it into the history.
 
@@ -71,12 +71,12 @@ class Ledger:
             squares_B: (B,) sums of squares; not finite where an entry was not.
             weight_squares_B: (B,) sums of squares of the weights, if a budget reads them.
             pace_B: (B,) learning rate / largest so far; None: 1.
-            gain_B: (B,) length of the update per length of gradient, for budgets that bound the update; None: 1.
+            reach_B: (B,) length of the update per length of gradient, for budgets that bound the update; None: 1.
         """
         amounts = sums_for(squares_B).of_squares
         weights = None if weight_squares_B is None else amounts(weight_squares_B)
         decision, self.history = decide(
-            self.plan, self.terms, self.history, amounts(squares_B), weights, pace_B, gain_B, rule=self.rule
+            self.plan, self.terms, self.history, amounts(squares_B), weights, pace_B, reach_B, rule=self.rule
         )
         return decision
 
@@ -201,25 +201,25 @@ class StagedLedger:
         squares_B: Array,
         weight_squares_B: Array | None = None,
         pace_B: Array | None = None,
-        gain_B: Array | None = None,
+        reach_B: Array | None = None,
     ) -> Decision:
         """See `Ledger.decide`; every stage takes part, with whatever gradients it has."""
         xp = namespace(squares_B)
-        made = self.below.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        made = self.below.decide(squares_B, weight_squares_B, pace_B, reach_B)
         zero, ones = xp.full(self.plan.num_bins, 0.0, squares_B), xp.full(self.plan.num_bins, 1.0, squares_B)
         weights = zero if weight_squares_B is None else xp.where(xp.isfinite(weight_squares_B), weight_squares_B, zero)
-        pace, gain = (self.numel_B * (ones if rate_B is None else rate_B) for rate_B in (pace_B, gain_B))
+        pace, reach = (self.numel_B * (ones if rate_B is None else rate_B) for rate_B in (pace_B, reach_B))
         rows_B = xp.asarray(self.plan.num_rows_B, squares_B)
-        columns = (made.norm_B**2, (made.norm_B * made.scale_B) ** 2, weights, self.numel_B, rows_B, pace, gain)
+        columns = (made.norm_B**2, (made.norm_B * made.scale_B) ** 2, weights, self.numel_B, rows_B, pace, reach)
         sums = self._add(xp.concatenate([xp.cumsum(column)[-1:] for column in columns]))
         each = (sums[i : i + 1] for i in range(len(columns)))
-        square, kept_square, weight_square, numel, num_rows, pace_sum, gain_sum = each
+        square, kept_square, weight_square, numel, num_rows, pace_sum, reach_sum = each
         weight_norm = None if weight_squares_B is None else xp.sqrt(weight_square)
         reading = Reading(xp.sqrt(square), weight_norm, numel, num_rows, pace_sum / numel)
         limits, kept = [], xp.sqrt(kept_square)
         for budget, state in self._roots:
             limit = budget.limits(xp, reading, state)
-            limits.append(limit / (gain_sum / numel) if budget.bounds_update and gain_B is not None else limit)
+            limits.append(limit / (reach_sum / numel) if budget.bounds_update and reach_B is not None else limit)
         least = limits[0]
         for limit in limits[1:]:
             least = xp.minimum(least, limit)

@@ -27,7 +27,7 @@ def bottom_up(plan: Plan, norm_B: Array, limit_N: Array) -> Array:
     xp, sums, nodes = namespace(norm_B), sums_for(norm_B), Nodes.of(plan, norm_B)
     limits = [limit_N[lo:hi] for lo, hi in nodes.depths]
     bin_scale = bin_scales(norm_B, xp.take(limit_N, nodes.bin_nodes_B))
-    kept = nodes.spread(sums.of(norm_B * bin_scale), 0.0)  # amounts kept so far, depth by depth
+    kept = nodes.by_depth(sums.of(norm_B * bin_scale), 0.0)  # amounts kept so far, depth by depth
     factors: list[Array] = []
     for depth in range(len(kept) - 1, -1, -1):
         if nodes.only_bins[depth]:  # these have been scaled to their limits already

@@ -184,7 +184,7 @@ class Nodes:
             made[key] = cls(plan, xp, like)
         return made[key]
 
-    def spread(self, values_B: Array, fill: float) -> list[Array]:
+    def by_depth(self, values_B: Array, fill: float) -> list[Array]:
         """Return one vector a depth: a bin's value at its node, ``fill`` at all others."""
         xp = namespace(values_B)
         values_N = xp.put(xp.full(self.num_nodes, fill, values_B), self.bin_nodes_B, values_B)
@@ -200,12 +200,12 @@ class Nodes:
         return self._up(amount_B, sums.by_node, sums.plus)
 
     def _up(self, values_B: Array, by_node: Callable[..., Array], plus: Callable[[Array, Array], Array]) -> Array:
-        by_depth = self.spread(values_B, 0.0)
-        for depth in range(len(by_depth) - 1, 0, -1):
+        depths = self.by_depth(values_B, 0.0)
+        for depth in range(len(depths) - 1, 0, -1):
             lo, hi = self.depths[depth - 1]
-            from_below = by_node(by_depth[depth], self.parents[depth - 1], hi - lo)
-            by_depth[depth - 1] = plus(by_depth[depth - 1], from_below)
-        return namespace(values_B).concatenate(by_depth)
+            from_below = by_node(depths[depth], self.parents[depth - 1], hi - lo)
+            depths[depth - 1] = plus(depths[depth - 1], from_below)
+        return namespace(values_B).concatenate(depths)
 
 
 _NODES: WeakKeyDictionary[Plan, dict[tuple[str, str], Nodes]] = WeakKeyDictionary()

@@ -4,9 +4,8 @@ Nothing here imports a framework or keeps a value: what is known before the run 
 when the functions are made, everything else passes through them, so they may run inside a compiled graph.
 """
 
+from .arrays import Orientation, Oriented, Patterns, orientation_of
 from .gso import GsoRule, GsoState, gso_rule
-from .oriented import Orientation, Oriented, orientation_of
-from .patterns import Patterns
 from .splitting import Splitting, splitting
 
 __all__ = [

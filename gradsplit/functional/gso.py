@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 from ..budget import DEFAULT_OF_GSO, Decision, begin, budgets_by_level, decide, terms_of
 from ..plan import Plan
 from ..xp import Array, namespace
-from .oriented import Oriented
-from .patterns import Patterns
+from .arrays import Oriented, Patterns
 from .splitting import History
 
 __all__ = ["GsoRule", "GsoState", "gso_rule"]
@@ -31,14 +30,14 @@ class GsoState(NamedTuple):
 
     Attributes:
         step: 0-d, steps made.
-        moments: per array the mean gradient.
-        spreads: per array the mean square; for "bin" a single vector (B,) of mean squares.
+        first_moments: per array the mean gradient.
+        second_moments: per array the mean square; for "bin" a single vector (B,) of mean squares.
         of_gradient, of_update: histories of the budgets.
     """
 
     step: Array
-    moments: tuple[Array, ...]
-    spreads: tuple[Array, ...]
+    first_moments: tuple[Array, ...]
+    second_moments: tuple[Array, ...]
     of_gradient: History
     of_update: History
 
@@ -126,22 +125,22 @@ def gso_rule(
         )
         enters_B, enters2_B, pull_B = live_B * (1 - beta1), live_B * (1 - beta2), live_B * (lr / first)
         stays2_B = 1.0 - enters2_B
-        spreads: tuple[Array, ...] = ()
+        second_moments: tuple[Array, ...] = ()
         if by_bin:
             mean_B = (decision.norm_B * decision.scale_B / xp.sqrt(xp.asarray(plan.numel_B, amount_B))) ** 2
-            spreads = (state.spreads[0] * stays2_B + mean_B * enters2_B,)
-            pull_B = pull_B / (xp.sqrt(spreads[0]) * root + eps)
+            second_moments = (state.second_moments[0] * stays2_B + mean_B * enters2_B,)
+            pull_B = pull_B / (xp.sqrt(second_moments[0]) * root + eps)
         bounded = patterns.scaled(gradients, decision.scale_B, ~decision.finite_B)
         moments, updates = [], []
         for t in range(num_arrays):
-            g, m = xp.cast(bounded[t], amount_B), xp.cast(state.moments[t], amount_B)
+            g, m = xp.cast(bounded[t], amount_B), xp.cast(state.first_moments[t], amount_B)
             m = m + patterns.factor(t, enters_B) * (g - m)
-            moments.append(xp.cast(m, state.moments[t]))
+            moments.append(xp.cast(m, state.first_moments[t]))
             update = m * patterns.factor(t, pull_B)
             if not by_bin:
-                v = xp.cast(state.spreads[t], amount_B)
+                v = xp.cast(state.second_moments[t], amount_B)
                 v = v * patterns.factor(t, stays2_B) + g * g * patterns.factor(t, enters2_B)
-                spreads = (*spreads, xp.cast(v, state.spreads[t]))
+                second_moments = (*second_moments, xp.cast(v, state.second_moments[t]))
                 update = update / (xp.sqrt(v) * root + eps)
             updates.append(update)
         of_update, shrink_B = state.of_update, live_B * (lr * weight_decay)
@@ -155,7 +154,7 @@ def gso_rule(
         for t, update in enumerate(updates):
             decay = xp.cast(weights[t], update) * patterns.factor(t, shrink_B) if decays else 0.0
             changes.append(xp.cast(-update - decay, weights[t]))
-        return changes, GsoState(step, tuple(moments), spreads, of_gradient, of_update), decision
+        return changes, GsoState(step, tuple(moments), second_moments, of_gradient, of_update), decision
 
     return GsoRule(init, update)
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from ..budget import Decision, State, begin, budgets_by_level, decide, terms_of, warn_of_idle_limits
 from ..plan import Plan
 from ..xp import Array, namespace
-from .oriented import Oriented
-from .patterns import Patterns
+from .arrays import Oriented, Patterns
 
 __all__ = ["History", "Splitting", "splitting"]
 
@@ -22,11 +21,11 @@ class Splitting(NamedTuple):
 
     Attributes:
         init: ``init(arrays) -> history`` from arrays of the gradients' dtypes; their values are not looked at.
-        update: ``update(gradients, history, weights=None, pace=None, gain=None) -> (gradients, history, decision)``.
+        update: ``update(gradients, history, weights=None, pace=None, reach=None) -> (gradients, history, decision)``.
             weights: the arrays that the gradients are of, if ``reads_weights``. pace: learning rate / largest so far.
-            gain: length of the update per length of gradient, lr / (1 - momentum) for SGD. Both 0-d or (B,).
+            reach: length of the update per length of gradient, lr / (1 - momentum) for SGD. Both 0-d or (B,).
         reads_weights: whether limits depend on the weights.
-        bounds_update: whether a limit is a length of the update, so that ``gain`` is needed unless updates are given.
+        bounds_update: whether a limit is a length of the update, so that ``reach`` is needed unless updates are given.
     """
 
     init: Callable[[Sequence[Array]], History]
@@ -78,7 +77,7 @@ def splitting(
         history: History,
         weights: Sequence[Array] | None = None,
         pace: Array | None = None,
-        gain: Array | None = None,
+        reach: Array | None = None,
     ) -> tuple[list[Array], History, Decision]:
         if reads_weights and weights is None:
             names = ", ".join(sorted({one.name for _, one in budgets if one.reads_weights}))
@@ -88,9 +87,9 @@ def splitting(
         terms = terms_of(plan, budgets, amount_B, rule=rule, call=call)
         if pace is not None:
             pace = namespace(amount_B).asarray(pace, amount_B)
-        if gain is not None:
-            gain = namespace(amount_B).asarray(gain, amount_B)
-        decision, history = decide(plan, terms, history, amount_B, weight_B, pace, gain, rule=rule)
+        if reach is not None:
+            reach = namespace(amount_B).asarray(reach, amount_B)
+        decision, history = decide(plan, terms, history, amount_B, weight_B, pace, reach, rule=rule)
         return patterns.scaled(gradients, decision.scale_B, ~decision.finite_B), history, decision
 
     bounds_update = any(one.bounds_update for _, one in budgets)

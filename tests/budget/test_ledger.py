@@ -49,15 +49,15 @@ def test_history_of_a_node_is_that_of_what_its_bins_kept():
     assert decision.limit_N[0] == pytest.approx(2.0 * np.sqrt(2.0))
 
 
-def test_weights_paces_and_gains_of_a_node():
-    """Above the bins squares add; pace and gain are means by size."""
+def test_weights_paces_and_reaches_of_a_node():
+    """Above the bins squares add; pace and reach are means by size."""
     plan = gs.per_tensor(Layout.from_shapes({"a": (1,), "b": (3,)}))
     squares, weights = np.array([100.0, 100.0]), np.array([9.0, 16.0])
-    pace, gain = np.array([1.0, 0.5]), np.array([0.1, 0.2])
-    decision = ledger(plan, {"root": gs.RelativeStep(0.1)}).decide(squares, weights, pace, gain)
+    pace, reach = np.array([1.0, 0.5]), np.array([0.1, 0.2])
+    decision = ledger(plan, {"root": gs.RelativeStep(0.1)}).decide(squares, weights, pace, reach)
     want = 0.1 * (1.0 + 3 * 0.5) / 4 * 5.0 / ((0.1 + 3 * 0.2) / 4)
     assert decision.limit_N[0] == pytest.approx(want)
-    bins = ledger(plan, gs.RelativeStep(0.1)).decide(squares, weights, pace, gain)
+    bins = ledger(plan, gs.RelativeStep(0.1)).decide(squares, weights, pace, reach)
     np.testing.assert_allclose(bins.limit_B, [0.1 * 3.0 / 0.1, 0.1 * 0.5 * 4.0 / 0.2])
 
 

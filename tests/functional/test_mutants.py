@@ -19,7 +19,7 @@ STEPS = 12
 RATE = LR / (1 - MOMENTUM)
 
 
-def distance_of_scales(name, pace=pace_at, gain=lambda step: pace_at(step) * RATE, held=weights):
+def distance_of_scales(name, pace=pace_at, reach=lambda step: pace_at(step) * RATE, held=weights):
     """How far scales are from PyTorch's over some steps; the hooks are where a caller can go wrong."""
     case = CASES[name]
     split = splitting(case.plan(), case.budget, rule=case.rule)
@@ -27,7 +27,7 @@ def distance_of_scales(name, pace=pace_at, gain=lambda step: pace_at(step) * RAT
     for step in range(STEPS):
         given = gradients(step)
         w = held() if held is weights else held(given)
-        _, history, decision = split.update(given, history, w, np.float64(pace(step)), np.float64(gain(step)))
+        _, history, decision = split.update(given, history, w, np.float64(pace(step)), np.float64(reach(step)))
         far = max(far, float(np.abs(decision.scale_B - in_torch.scales(name)[step]).max()))
     return far
 
@@ -54,8 +54,8 @@ def test_without_a_fault_the_distances_are_those_of_rounding():
 
 CALLERS = {
     "the pace of the schedule is left out": ("xsp / relative_step", {"pace": lambda step: 1.0}),
-    "momentum is left out of the gain": ("xsp / relative_step", {"gain": lambda step: pace_at(step) * LR}),
-    "the rate is that of the step before": ("xsp / relative_step", {"gain": lambda step: pace_at(step - 1) * RATE}),
+    "momentum is left out of the reach": ("xsp / relative_step", {"reach": lambda step: pace_at(step) * LR}),
+    "the rate is that of the step before": ("xsp / relative_step", {"reach": lambda step: pace_at(step - 1) * RATE}),
     "gradients stand for weights": ("xsp / relative", {"held": lambda given: given}),
 }
 

@@ -34,9 +34,9 @@ def jax_scales(name, num_steps=NUM_STEPS, oriented=ORIENTED, momentum=MOMENTUM):
     held, traces = [jnp.asarray(w) for w in turned(weights())], []
 
     @jax.jit
-    def step(given, history, pace, gain):
+    def step(given, history, pace, reach):
         traces.append(1)
-        _, history, decision = split.update(given, history, held, pace, gain)
+        _, history, decision = split.update(given, history, held, pace, reach)
         return history, decision.scale_B
 
     history, made = split.init(held), []

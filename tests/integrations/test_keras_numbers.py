@@ -73,7 +73,7 @@ def test_scales_and_weights_are_those_of_torch(name, momentum):
 
 
 def test_a_planted_fault_of_the_momentum_is_caught(monkeypatch):
-    monkeypatch.setattr(rates.Rates, "gain", lambda self, rate: rate)
+    monkeypatch.setattr(rates.Rates, "reach", lambda self, rate: rate)
     assert disagreement("xsp / relative_step", num_steps=2)[0] > 1e-3
 
 

@@ -184,7 +184,7 @@ def test_the_rows_are_offered_where_names_are(rows):
         (
             lambda rows: gs.plan.register(gs.plan.Strategy("xsp", rows.quarters, "")),
             ValueError,
-            r"register\(Strategy\('xsp', …\)\): expected a name that no strategy has, got that of gradsplit.plan.slices",
+            r"register\(Strategy\('xsp', …\)\): expected a name that no strategy has, got that of gradsplit.plan",
         ),
         (lambda rows: gs.kernels.register(rows.LabelKernel), TypeError, r"expected a Backend\(name, "),
         (

@@ -18,9 +18,9 @@ except ImportError as error:
         "set KERAS_BACKEND to tensorflow, torch or jax before Keras is imported."
     ) from error
 
-from .callback import SplitCallback
 from .gso import GSO
 from .layout import energies, layout_of
+from .report import SplitCallback
 from .split import split, splitting_class
 
 __all__ = ["GSO", "SplitCallback", "energies", "layout_of", "split", "splitting_class"]

@@ -12,8 +12,9 @@ from ...functional import GsoRule, gso_rule
 from ...plan import Layout, Plan, make_plan, per_tensor
 from .layout import oriented_of
 from .options import Options
-from .split import refuse_replicas, spread, values_of
-from .state import Kept, Rates, Report
+from .report import Report
+from .split import gradients_of_all, refuse_replicas, values_of
+from .state import Kept, Rates
 
 __all__ = ["GSO"]
 
@@ -144,7 +145,7 @@ class _Moving:
     def step(self, gradients: list[Any], received: list[Any]) -> None:
         """Move the variables that have a gradient."""
         rate, pace = self._rates.now()
-        everywhere = spread(gradients, received, self._variables, self._key)
+        everywhere = gradients_of_all(gradients, received, self._variables, self._key)
         weights = values_of(self._variables)
         changes, state, decision = self._rule.update(everywhere, self._state.read(), weights, rate, pace)
         self._state.write(state)

@@ -14,9 +14,10 @@ from ...functional import splitting
 from ...plan import make_plan
 from .layout import oriented_of
 from .options import Options
-from .state import Kept, Rates, Report, follows_gradient
+from .report import Report
+from .state import Kept, Rates
 
-__all__ = ["Bounding", "refuse_replicas", "spread", "values_of", "Splits", "split", "splitting_class"]
+__all__ = ["Bounding", "refuse_replicas", "gradients_of_all", "values_of", "Splits", "split", "splitting_class"]
 
 _UNBOUNDED = {"bin": Fixed(float("inf"))}
 """Where only the update is bounded: bins that are not finite are still set to zero."""
@@ -64,14 +65,13 @@ class Bounding:
 
     def bounded(self, gradients: list[Any]) -> list[Any]:
         """Return the gradients of the received variables, each bin within its limits."""
-        pace = gain = None
+        pace = reach = None
         if self._gradient.bounds_update and self._rates is not None:
             rate, pace = self._rates.now()
-            gain = self._rates.gain(rate)
+            reach = self._rates.reach(rate)
         weights = self._weights() if self._gradient.reads_weights else None
-        bounded, history, decision = self._gradient.update(
-            self._spread(gradients), self._history.read(), weights, pace, gain
-        )
+        everywhere = gradients_of_all(gradients, self.received, self._variables, self._key)
+        bounded, history, decision = self._gradient.update(everywhere, self._history.read(), weights, pace, reach)
         self._history.write(history)
         self.report.write(decision)
         return [bounded[self._index[self._key(variable)]] for variable in self.received]
@@ -97,16 +97,15 @@ class Bounding:
     def _weights(self) -> list[Any]:
         return values_of(self._variables)
 
-    def _spread(self, gradients: list[Any]) -> list[Any]:
-        return spread(gradients, self.received, self._variables, self._key)
-
 
 def values_of(variables: list[Any]) -> list[Any]:
     """Return the variables' values, apart from any gradient."""
     return [ops.stop_gradient(ops.convert_to_tensor(variable)) for variable in variables]
 
 
-def spread(gradients: list[Any], received: list[Any], variables: list[Any], key: Callable[[Any], Any]) -> list[Any]:
+def gradients_of_all(
+    gradients: list[Any], received: list[Any], variables: list[Any], key: Callable[[Any], Any]
+) -> list[Any]:
     """Return one gradient a variable; zeros, which no limit touches, for those that the loss does not reach."""
     given = {key(v): _dense(g) for g, v in zip(gradients, received, strict=True)}
     return [given[key(v)] if key(v) in given else ops.zeros_like(v) for v in variables]
@@ -141,6 +140,11 @@ def refuse_replicas(call: str) -> None:
         )
 
 
+def _follows_gradient(optimizer_class: type) -> bool:
+    """Whether the update is the rate times a momentum sum of gradients: then bounding gradients bounds steps."""
+    return issubclass(optimizer_class, keras.optimizers.SGD)
+
+
 _KEPT = ("plan", "budget", "rule", "orientation", "cap_updates")
 
 
@@ -166,7 +170,7 @@ class Splits:
             budget = RelativeStep() if cap_updates else DEFAULT_OF_SPLITTER
         options = Options.of("split(…)", plan=plan, budget=budget, rule=rule, orientation=orientation)
         bounds_steps = any(one.bounds_update for _, one in options.budgets)
-        if bounds_steps and not cap_updates and not follows_gradient(type(self)):
+        if bounds_steps and not cap_updates and not _follows_gradient(type(self)):
             raise ValueError(
                 f"split({type(self).__mro__[2].__name__}(…)): RelativeStep bounds the step, but a limit on the "
                 "gradient here says nothing about it. Use gradsplit.integrations.keras.GSO instead of the optimizer, "

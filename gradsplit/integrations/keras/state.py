@@ -1,20 +1,15 @@
-"""A functional state kept in an optimizer's own variables, so that Keras saves, loads and compiles it."""
+"""What a splitting optimizer keeps between steps, in its own variables, so that Keras saves, loads and compiles it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
-import torch
 from keras import backend, ops, tree
 
-from ...budget import Decision
-from ...plan import Plan
-from ...splitter import StepRecord
 from ...xp import namespace
 
-__all__ = ["Kept", "accumulator_dtype", "Rates", "follows_gradient", "Report"]
+__all__ = ["Kept", "Rates", "accumulator_dtype"]
 
 
 def accumulator_dtype() -> str:
@@ -61,11 +56,6 @@ def _filled_with(array: np.ndarray) -> Any:
 _LEAST = 1e-30  # stands for a rate of 0, so that ratios of rates stay defined
 
 
-def follows_gradient(optimizer_class: type) -> bool:
-    """Whether the update is the rate times a momentum sum of gradients: then bounding gradients bounds steps."""
-    return issubclass(optimizer_class, keras.optimizers.SGD)
-
-
 class Rates:
     """Reads an optimizer's learning rate, a number, a variable or a schedule, inside the compiled step."""
 
@@ -81,43 +71,6 @@ class Rates:
         self._top.write(top)
         return rate, rate / top
 
-    def gain(self, rate: Any) -> Any:
+    def reach(self, rate: Any) -> Any:
         """Return the longest update per length of gradient of SGD, rate / (1 - momentum), 0-d."""
         return rate / (1.0 - getattr(self._optimizer, "momentum", 0.0))
-
-
-class Report:
-    """The last decision of an optimizer, and counts of outcomes since it was built.
-
-    Args:
-        optimizer: owns the variables.
-        plan: B bins.
-    """
-
-    def __init__(self, optimizer: Any, plan: Plan) -> None:
-        self.plan = plan
-        last = np.repeat(np.array([[0.0], [1.0], [np.inf]], dtype=np.float32), plan.num_bins, axis=1)
-        self._kept = Kept(optimizer, "report", (last, np.zeros((2, plan.num_bins), dtype=np.float32)))
-
-    def write(self, decision: Decision) -> None:
-        """Leave a decision behind; nothing waits for the device."""
-        _, counts = self._kept.read()
-        scaled = ops.logical_and(decision.finite_B, decision.scale_B < 1)
-        norm_B = ops.where(decision.finite_B, decision.norm_B, float("inf"))
-        rows = [ops.cast(row, "float32") for row in (norm_B, decision.scale_B, decision.limit_B)]
-        outcomes = [ops.cast(row, "float32") for row in (scaled, ops.logical_not(decision.finite_B))]
-        self._kept.write((ops.stack(rows), counts + ops.stack(outcomes)))
-
-    def counts(self) -> np.ndarray:
-        """Copy to the host (2, B): how often each bin was scaled, and how often it was zeroed, since the beginning."""
-        return np.array(ops.convert_to_numpy(self._kept.variables[1]))
-
-    def record(self, step: int) -> StepRecord:
-        """Copy the last decision to the host."""
-        last = torch.from_numpy(np.array(ops.convert_to_numpy(self._kept.variables[0]), dtype=np.float64))
-        norm, scale_B, limit_B = last
-        finite_B = norm.isfinite()
-        decision = Decision(
-            self.plan, norm.where(finite_B, torch.zeros_like(norm)), finite_B, scale_B, (("bin", None, limit_B),)
-        )
-        return StepRecord(step, norm.square(), decision)

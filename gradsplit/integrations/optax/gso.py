@@ -104,12 +104,12 @@ def gso(
                 raise TypeError(f"{call}(…): expected real parameters, got {array.dtype} at {name!r}. Split it in two.")
         plan, made = planner.of(leaves)
         state = made.init(leaves.arrays)
-        nu = state.spreads[0] if by_bin else leaves.back(list(state.spreads))
+        nu = state.second_moments[0] if by_bin else leaves.back(list(state.second_moments))
         last = LastStep.before(plan.num_bins, leaves.arrays)
         return GsoOptState(
             jnp.zeros((), jnp.int32),
             jnp.zeros((), jnp.float32),
-            leaves.back(list(state.moments)),
+            leaves.back(list(state.first_moments)),
             nu,
             (state.of_gradient, state.of_update),
             last,
@@ -131,11 +131,11 @@ def gso(
             *state.history,
         )
         changes, after, decision = made.update(leaves.arrays, before, weights, lr, pace)
-        nu = after.spreads[0] if by_bin else leaves.back(list(after.spreads))
+        nu = after.second_moments[0] if by_bin else leaves.back(list(after.second_moments))
         return leaves.back(changes), GsoOptState(
             optax.safe_increment(state.num_steps),
             top,
-            leaves.back(list(after.moments)),
+            leaves.back(list(after.first_moments)),
             nu,
             (after.of_gradient, after.of_update),
             LastStep.of(decision),

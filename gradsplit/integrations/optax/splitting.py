@@ -89,11 +89,11 @@ def split_gradients(
             )
         return split
 
-    def gain(lr: Array) -> Array:
+    def reach(lr: Array) -> Array:
         return jnp.maximum(lr, 1e-30) / (1.0 - momentum)
 
     planner = Planner(plan, orientation, make, call=call)
-    return _transformation(planner, learning_rate, gain)
+    return _transformation(planner, learning_rate, reach)
 
 
 def cap_updates(
@@ -136,7 +136,7 @@ def cap_updates(
 
 
 def _transformation(
-    planner: Planner, learning_rate: Rate, gain_of: Callable[[Array], Array] | None
+    planner: Planner, learning_rate: Rate, reach_of: Callable[[Array], Array] | None
 ) -> SplitTransformation:
     call = planner.call
 
@@ -157,11 +157,11 @@ def _transformation(
                 f"{call}(…).update(updates, state): expected the parameters too, since the limits depend on them. Call "
                 "update(updates, state, params)."
             )
-        top, pace, gain = state.top, None, None
+        top, pace, reach = state.top, None, None
         if learning_rate is not None:
             lr, top, pace = rate_now(learning_rate, state.num_steps, state.top)
-            gain = None if gain_of is None else gain_of(lr)
-        bounded, history, decision = split.update(leaves.arrays, state.history, weights, pace, gain)
+            reach = None if reach_of is None else reach_of(lr)
+        bounded, history, decision = split.update(leaves.arrays, state.history, weights, pace, reach)
         return leaves.back(bounded), SplitState(
             optax.safe_increment(state.num_steps), top, history, LastStep.of(decision)
         )
