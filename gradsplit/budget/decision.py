@@ -123,7 +123,7 @@ def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule
 
 
 def begin(terms: tuple[Term, ...], like: Array) -> tuple[State, ...]:
-    """Return the history before the first step, one entry a term."""
+    """Return the history before the first step, one entry per term."""
     xp = namespace(like)
     return tuple(term.budget.init(xp, xp.full(term.numel.shape[0], 0.0, like)) for term in terms)
 
@@ -201,8 +201,8 @@ def _readings(
             norm_N = sums.norm(nodes.amounts_N(sums.of(norm_B)))
         if weight_amount_B is not None and any(budget.reads_weights for budget in above):
             weight_norm_N = sums.norm(nodes.amounts_N(weight_amount_B))
-        pace_N = nodes.sums_N(pace_B * numel_B) if _one_a_bin(pace_B) else None
-        reach_N = nodes.sums_N(reach_B * numel_B) if _one_a_bin(reach_B) else None
+        pace_N = nodes.sums_N(pace_B * numel_B) if _varies(pace_B) else None
+        reach_N = nodes.sums_N(reach_B * numel_B) if _varies(reach_B) else None
     weight_norm_B = None if weight_amount_B is None else sums.norm(weight_amount_B)
     made = []
     for term in terms:
@@ -219,7 +219,7 @@ def _readings(
     return made
 
 
-def _one_a_bin(rate: Array | None) -> bool:
+def _varies(rate: Array | None) -> bool:
     """Whether a rate differs between bins, so that a node's is a mean; a single number is every node's."""
     return rate is not None and len(rate.shape) == 1
 

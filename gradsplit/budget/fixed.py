@@ -20,13 +20,13 @@ class Fixed(Budget):
 
         limit_b = limit
 
-    With one bin over everything this is `torch.nn.utils.clip_grad_norm_` without its 1e-6 in the denominator. Trials:
-    helps against *persistent* explosions under SGD with momentum if tuned (detector .285 against .117 for a tuned
-    global clip); under Adam it changes little. Limits of tensors or modules must be looser than their share, or the
-    parent never binds.
+    With one bin over everything this is `torch.nn.utils.clip_grad_norm_` without its 1e-6 in the denominator. In trials
+    a tuned limit helped against *persistent* explosions under SGD with momentum (detector .285 against .117 for a tuned
+    global clip); under Adam it changed little. Limits of tensors or modules must be looser than their share of the
+    parent's, or the parent never binds.
 
     Args:
-        limit: gradient units; one number, or one a node of the level, shape (n,); inf = unbounded.
+        limit: gradient units; one number, or one per node of the level, shape (n,); inf = unbounded.
 
     Raises:
         ValueError: a negative or NaN limit.
@@ -45,7 +45,7 @@ class Fixed(Budget):
         try:
             values = np.asarray(self.limit, dtype=np.float64)
         except (TypeError, ValueError):
-            raise ValueError(f"Fixed(limit={self.limit!r}): expected a number, or one a node.") from None
+            raise ValueError(f"Fixed(limit={self.limit!r}): expected a number, or one per node.") from None
         self._check(
             "limit",
             values.ndim <= 1 and bool((values >= 0).all()),

@@ -52,8 +52,8 @@ class Ledger:
         self.reads_weights = any(budget.reads_weights for _, budget in budgets)
         self._keys = [f"{term.level}/{term.budget.name}/{i}" for i, term in enumerate(self.terms)]
         if any(term.ids is not None for term in self.terms):
-            # A decision on nothing, which changes nothing, makes the tables that are kept with the plan: outside of
-            # any graph that a step may be traced into.
+            # A decision on nothing changes nothing, but makes the plan's tables now, outside of any graph that a step
+            # may be traced into.
             nothing = namespace(like).full(plan.num_bins, 0.0, like)
             decide(plan, self.terms, self.history, nothing, nothing, rule=rule)
         warn_of_idle_limits(plan, budgets, call)
@@ -160,7 +160,7 @@ def make_ledger(
     call: str = "Ledger",
     add: Callable[[Array], Array] | None = None,
 ) -> Ledger | StagedLedger:
-    """Return a `Ledger`, or one whose root spans all stages where ``add`` adds over them and a budget bounds the root.
+    """Return a `Ledger`; a `StagedLedger` where ``add`` adds over stages and a budget bounds the root.
 
     Raises:
         ValueError: the rule "nearest" over stages.

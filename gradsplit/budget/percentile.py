@@ -1,4 +1,4 @@
-"""Percentile: a limit that tracks a quantile of the norm's history in one number a node."""
+"""Percentile: a limit that tracks a quantile of the norm's history in one number per node."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class Percentile(Budget):
 
         limit_b = C_b;        C_b <- C_b exp(-eta (1[n_b <= C_b] - q))           C_b = n_b at the first observation
 
-    AutoClip's aim (arXiv 2007.14469) in O(1) state by the geometric tracker of Andrew et al. 2019 (arXiv 1905.03871). A
-    spike counts once, whatever its size, so nothing that was not let through has weight; scale-free. C wavers by
-    about eta.
+    It has the aim of AutoClip (arXiv 2007.14469) with O(1) state, by the geometric tracker of Andrew et al. 2019 (arXiv
+    1905.03871). A spike counts once, whatever its size, so what was not let through has no weight. The rule is free of
+    scale, and C wavers by about eta.
 
-    Trials: like the other adaptive budgets it follows a *persistent* explosion upwards; for transient spikes.
+    It is for transient spikes: in trials it followed a *persistent* explosion upwards, as the other adaptive budgets
+    do.
 
     Args:
         q: quantile in (0, 1); AutoClip recommends 0.1.

@@ -161,8 +161,9 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
     """Return the bins' scales in [0, 1] such that every node ends within its limit.
 
     ``"bottom_up"`` keeps the children's proportions after each has been bounded; in trials it trained better.
-    ``"nearest"`` is the Euclidean projection: where a parent binds it keeps the exploding child and sacrifices the
-    healthy ones (norms 100 and 1, all limits 1: scales .01 and .01; bottom-up first gives 1 and 1, then .707 each).
+    ``"nearest"`` is the Euclidean projection. Where a parent binds, it keeps the exploding child and sacrifices the
+    healthy ones: for norms 100 and 1 and limits 1 everywhere, both scales are .01. Bottom-up first bounds both to a
+    norm of 1, then scales both by .707.
 
     Both are closed forms without iterations and idempotent. A bin whose norm is not finite gets scale 0 and counts
     nothing for its ancestors.
@@ -195,13 +196,13 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
         ("limit_N", limit_N, plan.num_nodes, "node"),
     ):
         if tuple(array.shape) != (num,):
-            raise ValueError(f"project({name}=…): expected shape ({num},), one a {unit}, got {tuple(array.shape)}.")
+            raise ValueError(f"project({name}=…): expected shape ({num},), one per {unit}, got {tuple(array.shape)}.")
     if xp.is_readable(limit_N) and not bool(xp.every(limit_N >= 0)):
         ones = xp.full(plan.num_nodes, 1.0, norm_B)
         at = int(xp.argsort(xp.where(limit_N >= 0, ones * 0.0, ones))[-1])
         raise ValueError(
-            f"project(limit_N=…): expected limits >= 0, got {float(limit_N[at])} at {plan.nodes[at].name!r}. inf "
-            "means unbounded."
+            f"project(limit_N=…): expected limits >= 0, where inf means unbounded, got {float(limit_N[at])} at "
+            f"{plan.nodes[at].name!r}. Make it 0 or more."
         )
     finite = xp.isfinite(norm_B)
     zero = xp.full(norm_B.shape[0], 0.0, norm_B)

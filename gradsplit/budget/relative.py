@@ -19,9 +19,9 @@ class Relative(Budget):
         limit_b = factor * max(||W_b||, eps)
 
     On row bins this is adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171; 0.01 and 1e-3 there).
-    Deviations: no 1e-6 below the gradient's norm; a bias is one bin, as in timm and optax; nothing is excluded by
-    name. Trials: the one family beside `Fixed` that holds *persistent* explosions (residual net without normalisation
-    .92 where every global clip stays at chance), but its factor wants tuning with the learning rate: see
+    Deviations: the gradient's norm has no floor of 1e-6; a bias is one bin, as in timm and optax; nothing is excluded
+    by name. In trials it was the one family beside `Fixed` that held *persistent* explosions (residual net without
+    normalisation .92, where every global clip stayed at chance). Its factor must be tuned with the learning rate; see
     `RelativeStep`.
 
     Args:

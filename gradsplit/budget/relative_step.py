@@ -18,23 +18,25 @@ class RelativeStep(Budget):
 
         limit_b = tau * (lr / lr_max) * max(||W_b||, length * sqrt(rows_b), floor * sqrt(n_b))     weight units
 
-    with n_b elements in rows_b rows of a matrix (a vector has none). The usual initialisations give a row a length
-    near one whatever its width (He 1.41, torch's 0.58). With ``length=1.0``, the splitter's default in front of SGD,
-    a row that starts far below, as a detector's heads do, is given the steps of one that does not, since it has to
-    travel there. Adam-like updates fill every limit, and there it is harmful: `GSO` counts a row as long as it is.
+    with n_b elements in rows_b rows of a matrix (a vector has none). The usual initialisations give a row a length near
+    one, whatever its width (He 1.41, torch's 0.58). ``length=1.0`` is the splitter's default in front of SGD: a row
+    that starts far below a length of one, as a detector's heads do, may take the steps of a row that does not, since it
+    has to travel there. Adam-like updates fill every limit, and there ``length`` is harmful: `GSO` counts a row as long
+    as it is.
+
     tau follows the learning rate's schedule; lr_max is the largest rate so far. In front of SGD with momentum beta the
-    splitter turns it into a limit on the gradient, limit (1 - beta) / lr, so that even a limit met at every step
-    keeps the momentum's sum within it. `GSO` caps the update itself. In front of another optimizer a bound on the
+    splitter turns the limit into one on the gradient, limit (1 - beta) / lr. Even a limit that is met at every step
+    then keeps the momentum's sum within it. `GSO` caps the update itself. In front of another optimizer a bound on the
     gradient says nothing about the step: use `GSO`, or ``cap_updates=True``.
 
-    A one-sided LARS; AGC with its factor tied to the learning rate. docs/results.md has what was measured: as good as
-    the best *tuned* split on the hot residual net, .78 of it on the exploding detector, where 3 % a step is slow; the
-    learning rate nearly stops mattering under SGD with momentum. In trials without ``length`` it lost on a plain
-    He-initialised stack of 36 layers (.272 against .482 for a tuned global clip: use ``{"root": Fixed(1.0)}`` there).
-    tau .01 is flatter and slower, .05 too loose for the hot residual net.
+    It is a one-sided LARS, and AGC with its factor tied to the learning rate. docs/results.md has what was measured: it
+    is as good as the best *tuned* split on the hot residual net, and .78 of it on the exploding detector, where 3 % per
+    step is slow. Under SGD with momentum the learning rate nearly stops mattering. In trials without ``length`` it lost
+    on a plain He-initialised stack of 36 layers (.272 against .482 for a tuned global clip: use ``{"root":
+    Fixed(1.0)}`` there). A tau of .01 is flatter and slower, and .05 is too loose for the hot residual net.
 
     Args:
-        tau: share of the node's length a step may move it, > 0.
+        tau: largest share of its own length that a node moves by in one step, > 0.
         floor: smallest root mean square of the weights counted, > 0, so that biases that start at 0 can move.
         length: smallest length a row of a matrix counts as, weight units, >= 0; 0: none beside the floor.
 

@@ -1,7 +1,8 @@
-"""How the lengths of parts add up to the length of the whole, in numbers that the dtype can hold.
+"""How the lengths of bins add up to the length of a node, in numbers that the dtype can hold.
 
-Squares add, and float64 holds the square of every float32. Where arrays are float32 (JAX by default, Apple's MPS) the
-square of 1e20 is inf already, so there an *amount* is the length itself and two of them add as a hypotenuse.
+An *amount* is what adds. In float64 it is the square of a length, since float64 holds the square of every float32. In
+float32 (JAX by default, Apple's MPS) the square of 1e20 is inf already, so there an amount is the length itself, and
+two of them add as a hypotenuse.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Squares:
 
     @staticmethod
     def times(amount: Array, factor: Array) -> Array:
-        """Return the amounts after their parts were multiplied by a factor."""
+        """Return the amounts after what they measure was multiplied by a factor."""
         return amount * factor**2
 
     @staticmethod
@@ -63,9 +64,9 @@ class Squares:
 
     @staticmethod
     def before(running: Array, own: Array, ids: Array) -> Array:
-        """Running sums without their own entry, restarting where ids change.
+        """Return running sums without their own entry; they restart where the ids change.
 
-        Taking the entry off again would lose small ones beside a large one.
+        To subtract the entry again would lose small entries beside a large one.
         """
         xp = namespace(running)
         return xp.concatenate([own[:1] * 0.0, xp.where(ids[1:] == ids[:-1], running[:-1], own[1:] * 0.0)])
@@ -78,7 +79,7 @@ class Squares:
 
 
 class Lengths:
-    """Amounts are lengths: for float32. What overflows when squared is squared again in a large unit."""
+    """Amounts are lengths: for float32. A square that overflows is taken again in a large unit."""
 
     @staticmethod
     def of(norm: Array) -> Array:
@@ -185,7 +186,7 @@ class Nodes:
         return made[key]
 
     def by_depth(self, values_B: Array, fill: float) -> list[Array]:
-        """Return one vector a depth: a bin's value at its node, ``fill`` at all others."""
+        """Return one vector per depth: the value of a bin at its node, ``fill`` at all other nodes."""
         xp = namespace(values_B)
         values_N = xp.put(xp.full(self.num_nodes, fill, values_B), self.bin_nodes_B, values_B)
         return [values_N[lo:hi] for lo, hi in self.depths]

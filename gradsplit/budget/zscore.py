@@ -19,12 +19,12 @@ class ZScore(Budget):
         s = (n - mu) / sigma;     s > z:  limit_b = mu + z^2 / s * sigma         else inf
         mu <- beta mu + (1 - beta) kept;    var <- beta var + (1 - beta) (kept - mu)^2      (the new mu)
 
-    ZClip (arXiv 2504.02507, option "adaptive_scaling", without its fixed limit). Deviations: one statistic a node,
-    not one for the model; a non-finite norm never enters; sigma is at least 1e-6 of the mean. As there, spikes during
-    the warm-up enter as they are, and mean and variance of the warm-up are the plain ones.
+    This is ZClip (arXiv 2504.02507, option "adaptive_scaling", without its fixed limit). Deviations: one statistic per
+    node, not one for the model; a non-finite norm never enters; sigma is at least 1e-6 of the mean. As in ZClip, spikes
+    during the warm-up enter as they are, and the warm-up has the plain mean and variance.
 
-    Trials: for the *transient* spike (temporal order, 50 steps: 10 of 12 solved against 6 without); persistent
-    explosions are learned as normal.
+    It is for the *transient* spike (temporal order, 50 steps: 10 of 12 solved, 6 without it). It learns a persistent
+    explosion as normal.
 
     Args:
         z: standard deviations let through, > 0.

@@ -1,8 +1,8 @@
-"""Rows mean output units in every framework: which axes of an array count them, and the layout that follows.
+"""A framework's arrays beside a plan: which of their axes count rows, and reading and scaling bins in place.
 
-PyTorch keeps output units first, (out, in) and (out, in, height, width). JAX and Keras keep them last, (in, out) and
-(height, width, in, out). Plans are made on PyTorch's order, so that one plan has the same bins everywhere; arrays
-themselves are never turned.
+Rows mean output units in every framework. PyTorch keeps them first, (out, in) and (out, in, height, width). JAX and
+Keras keep them last, (in, out) and (height, width, in, out). Plans are made on PyTorch's order, so that one plan has
+the same bins everywhere. The arrays themselves are never turned: patterns are.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ class Oriented:
 
 
 class Patterns:
-    """A plan's bins in the axes of a framework's arrays.
+    """A plan's bins in the axes of a framework's arrays: a reduction and a gather per array, no loop over bins.
+
+    Each array has the pattern of its tensor (see `pattern_of`), turned to the array's own axes. Reading reduces over
+    the axes along which the bin does not change; scaling multiplies by a factor that broadcasts along them.
 
     Args:
         plan: the bins.
@@ -168,9 +171,8 @@ class Patterns:
             ids = None if pattern.kind == "none" else oriented.own_order(t, pattern.bins)
             self._ids.append(ids)
             self._reduced.append(() if ids is None else tuple(a for a in range(len(shape)) if ids.shape[a] == 1))
-        parts = [ids.reshape(-1) for ids in self._ids if ids is not None]
-        self._bin_P = np.concatenate(parts)
-        # One part a bin, in order, is the usual case (rows): then nothing has to be gathered or scattered.
+        self._bin_P = np.concatenate([ids.reshape(-1) for ids in self._ids if ids is not None])
+        # A pattern with one entry per bin, in order, is the usual case (rows): nothing is gathered or scattered then.
         self._in_order = np.array_equal(self._bin_P, np.arange(plan.num_bins))
         self._starts = np.cumsum([0] + [0 if ids is None else ids.size for ids in self._ids])
 
@@ -182,7 +184,7 @@ class Patterns:
         units of 2^80, and entries below 1e-19 count as 0.
 
         Args:
-            arrays: one a layout entry.
+            arrays: one per entry of the layout.
             may_explode: False: what overflows counts as not finite, which saves the graph a branch. For weights and
                 updates, which are broken long before.
         """
@@ -202,7 +204,7 @@ class Patterns:
         return sums.by_node(amount_P, xp.index(self._bin_P, amount_P), self.plan.num_bins)
 
     def _lengths_P(self, arrays: Sequence[Array], like: Array, *, unit: float = 1.0) -> Array:
-        """Lengths of the parts of all arrays, one after the other; squares are taken in a unit of length."""
+        """The length at every entry of all patterns, in a row; squares are taken in a unit of length."""
         xp, lengths = namespace(like), []
         for array, ids, axes in zip(arrays, self._ids, self._reduced, strict=True):
             if ids is not None:

@@ -3,7 +3,7 @@
 Per bin b, with gradient g, weights w, scale s_b from the budgets of the gradient:
 
     g'  = s_b g                        m   = b1 m + (1 - b1) g'
-    v   = b2 v + (1 - b2) g'^2         element-wise, or one a bin:  v_b = b2 v_b + (1 - b2) s_b^2 square_b / n_b
+    v   = b2 v + (1 - b2) g'^2         element-wise, or one per bin:  v_b = b2 v_b + (1 - b2) s_b^2 square_b / n_b
     u   = lr  m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
     w   = w - c_b (u + lr decay w)     c_b from the budgets of the update
 
@@ -167,7 +167,7 @@ def _grown(xp: Any, beta: float, step: Array) -> Array:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a constant is known before the run, and no array of a graph."""
+    """Whether a constant is known before the run, and is not an array of a graph."""
     return isinstance(value, (int, float))
 
 

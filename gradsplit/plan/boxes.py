@@ -23,7 +23,7 @@ def sides_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         if max(rows, cols) > _INT64_MAX:
             raise ValueError(
                 f"Plan(…): expected rows and columns below 2^63, got {rows:,} x {cols:,} at {name!r}. Cut the "
-                "tensor into several of the layout."
+                "tensor into several."
             )
     return np.array(layout.rows, dtype=np.int64), np.array(layout.cols, dtype=np.int64)
 
@@ -32,7 +32,7 @@ def sides_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 class Boxes:
     """K boxes as six arrays of int64, shape (K,), sorted by tensor, then row, then column.
 
-    Row and column bounds are half open: ``row_start <= row < row_stop``. ``bin_K`` names the bin a box belongs to.
+    Row and column bounds are half open: ``row_start <= row < row_stop``. ``bin_K`` is the bin of each box.
     """
 
     tensor_K: np.ndarray
@@ -44,7 +44,7 @@ class Boxes:
 
     @classmethod
     def from_columns(cls, *columns: np.ndarray) -> Boxes:
-        """Make boxes from the six columns in any order of rows; int64, sorted."""
+        """Make boxes from the six columns, in whatever order the boxes are."""
         arrays = [np.asarray(column, dtype=np.int64) for column in columns]
         tensor, row, col = arrays[0], arrays[1], arrays[3]
         same_tensor = tensor[1:] == tensor[:-1]

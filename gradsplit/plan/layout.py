@@ -26,8 +26,8 @@ class Layout:
     """Ordered names and shapes of tensors.
 
     Args:
-        names: one name a tensor, unique and not empty.
-        shapes: one tuple of sizes >= 0 a tensor. Sizes are Python integers, so products never overflow.
+        names: one per tensor, unique and not empty.
+        shapes: one tuple of sizes >= 0 per tensor. Sizes are Python integers, so products never overflow.
 
     Raises:
         ValueError: no tensor, a name used twice, a size that is not an integer >= 0.
@@ -43,7 +43,7 @@ class Layout:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.shapes):
             raise ValueError(
-                f"Layout(names, shapes): expected one shape a name, got {len(self.names)} names and "
+                f"Layout(names, shapes): expected one shape per name, got {len(self.names)} names and "
                 f"{len(self.shapes)} shapes. Use Layout.from_shapes({{name: shape}})."
             )
         if not self.names:
@@ -96,7 +96,7 @@ class Layout:
 
 
 def _as_integer(size: Any) -> Any:
-    """A Python integer for integers of any library; anything else as it is, for `Layout` to refuse."""
+    """A Python integer for an integer of any library; anything else as it is, so that `Layout` refuses it."""
     return operator.index(size) if hasattr(size, "__index__") and not isinstance(size, bool) else size
 
 
@@ -130,8 +130,7 @@ def named_trainable(model_or_named_parameters: Any) -> list[tuple[str, Any]]:
     if not pairs:
         raise ValueError(
             f"layout_of(…): expected parameters, got none from {what}. A generator can be read only once: pass the "
-            "model, "
-            "or list(model.named_parameters())."
+            "model, or list(model.named_parameters())."
         )
     seen: set[int] = set()
     trainable = []
@@ -184,6 +183,6 @@ def one_device(pairs: list[tuple[str, Any]], *, call: str) -> Any:
         if tensor.device != device:
             raise ValueError(
                 f"{call}(…): expected all parameters on one device, got {pairs[0][0]!r} on {device} and {name!r} on "
-                f"{tensor.device}. Make one splitter a device from the pairs (name, parameter) that live there."
+                f"{tensor.device}. Make one splitter per device, from the pairs (name, parameter) that live there."
             )
     return device

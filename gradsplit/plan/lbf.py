@@ -1,4 +1,4 @@
-"""L-BF, leaf-based best-first splitting: rectangles where the gradient's energy is even. Controls both axes."""
+"""L-BF, leaf-based best-first splitting: rectangles in which the gradient's energy is even. It controls both axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .slices import xsp
 
 __all__ = ["lbf", "log_likelihood"]
 
-_FLOOR = 1e-12  # of the mean energy: keeps log finite where a block never had a gradient
+_FLOOR = 1e-12  # of the mean energy; it keeps the logarithm finite where a leaf never had a gradient
 
 
 class _Leaf(NamedTuple):
@@ -35,28 +35,28 @@ class _Cut(NamedTuple):
 
 
 def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_gain: float = 10.0) -> Plan:
-    """Cut, best first, where the likelihood of the calibrated energies gains most.
+    """Cut, best first, where the likelihood of the calibrated energies rises most.
 
-    A leaf's gradient entries are modelled as zero-mean Gaussian with one variance. Cutting a leaf of n entries and
-    energy E = sum of mean-square gradient into (n1, E1) and (n2, E2) gains
+    The model of a leaf: its gradient entries are Gaussian with mean zero and one variance. A leaf has n entries and the
+    energy E, the sum of their mean squares. A cut into (n1, E1) and (n2, E2) has the gain
 
         n log(E / n) - n1 log(E1 / n1) - n2 log(E2 / n2)  >=  0
 
-    twice the rise of the log-likelihood. From one leaf a tensor, the leaf and the row or column cut with the greatest
-    gain is taken from a priority queue. All cuts of one leaf are scored in O(rows + columns) from prefix sums of its
-    row and column energies. Deterministic: ties go to the first tensor, row cuts before column cuts, the lowest
-    position.
+    which is twice the rise of the log-likelihood. Each tensor begins as one leaf. A priority queue gives the leaf and
+    the row or column cut with the greatest gain. Prefix sums of a leaf's row and column energies score all its cuts in
+    O(rows + columns). The result is deterministic: ties go to the first tensor, to row cuts, to the lowest position.
 
-    Greedy, so a pattern that no single cut improves (an exact checkerboard) is left whole, and a first cut that looked
-    best may cost more cuts later than it saved. So plain slices along one axis, with as many bins or with ``max_bins``,
-    are compared at the end, and are taken where they are likelier: L-BF is never less likely than XSP with as many
-    bins. Trials found L-BF as good as rows, not better (residual net .87 against .89; detector .284 against .273).
+    The search is greedy. It leaves a pattern whole that no single cut improves, such as an exact checkerboard, and a
+    first cut that looked best may cost more cuts later than it saved. So it compares plain slices along one axis at the
+    end, with as many bins or with ``max_bins``, and takes them where they are likelier. L-BF is never less likely than
+    XSP with as many bins. Trials found L-BF as good as rows, not better (residual net .87 against .89; detector .284
+    against .273).
 
     Args:
         layout: names and shapes.
         energy: ``{name: mean of squared gradients, shaped like the tensor}``; see `GradientSplitter.calibrate`.
-        max_bins: leaves at the most, at least one a tensor.
-        min_gain: cuts that gain no more are not made. 10 is a likelihood ratio of e^5.
+        max_bins: largest number of leaves, at least one per tensor.
+        min_gain: cuts with no larger gain are not made. 10 is a likelihood ratio of e^5.
 
     Raises:
         ValueError: energies of other tensors or shapes, negative or not finite; max_bins below the number of tensors.
@@ -69,9 +69,8 @@ def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_g
     full = [t for t, numel in enumerate(layout.numels) if numel]
     if not isinstance(max_bins, int) or max_bins < len(full):
         raise ValueError(
-            f"lbf(max_bins={max_bins}): expected at least one bin a tensor, {len(full)} here. Raise max_bins, or "
-            "leave tensors "
-            "out of the layout."
+            f"lbf(max_bins={max_bins}): expected at least one bin per tensor, {len(full)} here. Raise max_bins, or "
+            "leave tensors out of the layout."
         )
     if not min_gain >= 0:
         raise ValueError(f"lbf(min_gain={min_gain}): expected a gain >= 0. 0 makes every cut that gains at all.")
@@ -140,7 +139,7 @@ def _likelier_slices(
 
 
 def _parts_for(sizes: list[int], most: int) -> int:
-    """Return the largest number of slices a tensor that makes at most ``most`` bins; sizes at their largest."""
+    """Return the largest number of slices per tensor with at most ``most`` bins in all."""
     low, high = 1, max(sizes)
     while low < high:
         middle = (low + high + 1) // 2
@@ -210,8 +209,7 @@ def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndar
     if missing or surplus:
         raise ValueError(
             f"lbf(energy=…): expected energies of exactly the layout's tensors, got none for {missing[:3]} and some "
-            "for unknown "
-            f"{surplus[:3]}. Calibrate the model that you split."
+            f"for unknown {surplus[:3]}. Calibrate the model that you split."
         )
     matrices = []
     for t, name in enumerate(layout.names):

@@ -1,9 +1,9 @@
 """Lowering: a plan over tensors of given strides becomes tables of strided rows for kernels, without a framework.
 
-An *entry* is a run of neighbouring bins of one tensor and one shape: ``count`` bins, the i-th from element
-``offset + i * step`` on, each ``rows`` rows of ``length`` contiguous elements, ``row_step`` elements apart. A tensor
-cut by rows is one entry, however many rows it has. Where bins are so narrow that their rows would be a few elements
-long, a *band* reads whole memory rows instead and adds up columns: see `bands`.
+An *entry* is a run of neighbouring bins of one tensor and one shape. It has ``count`` bins; the i-th begins at element
+``offset + i * step`` and has ``rows`` rows of ``length`` contiguous elements, ``row_step`` elements apart. A tensor
+that is cut by rows is one entry, however many rows it has. Where bins are so narrow that their rows would be a few
+elements long, a *band* reads whole memory rows instead and adds up columns: see `bands_of`.
 
 Offsets count elements from a tensor's first one, so the tables hold for every tensor of the same strides; addresses
 come in only when a kernel runs.
@@ -94,7 +94,7 @@ def bands_of(
         r0, r1, c0, c1 = c0, c1, r0, r1
     edges = np.unique(np.concatenate((r0, r1)))
     top, bottom = np.searchsorted(edges, r0), np.searchsorted(edges, r1)
-    # Every box once a band that it crosses; then, band by band, from left to right.
+    # Each box once per band that it crosses; then, band by band, from left to right.
     times = bottom - top
     box = np.repeat(np.arange(len(r0)), times)
     band = np.arange(len(box)) - np.repeat(np.cumsum(times) - times, times) + top[box]
@@ -130,7 +130,7 @@ SLOT, BIN, COUNT, TENSOR, OFFSET, STEP, ROWS, ROW_STEP, LENGTH = range(9)
 """The columns of an entry."""
 
 NARROW = 320
-"""Bins beside each other with shorter rows are read in bands: the time of a short row goes into starting it."""
+"""Bins beside each other with shorter rows are read in bands, since a short row costs mostly the start of its loop."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def lower(
 
     Args:
         plan: the bins.
-        strides_T: element strides, one tuple a layout entry.
+        strides_T: element strides, one tuple per entry of the layout.
         bands: read narrow bins in bands; else everything as entries.
         cut_bins: large bins may be cut between chunks; False for kernels that must see a bin as a whole.
 

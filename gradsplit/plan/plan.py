@@ -51,7 +51,7 @@ class Node:
 
 
 class _Lazy(Sequence[_T], Generic[_T]):
-    """A sequence made on demand, so that a million bins cost no million objects."""
+    """A sequence whose entries are made on demand, so that a million bins do not cost a million objects."""
 
     def __init__(self, length: int, make: Callable[[int], _T]) -> None:
         self._length, self._make = length, make
@@ -274,7 +274,7 @@ class Plan:
         return cls(Layout(names, shapes), boxes, modules=modules)
 
     def describe(self, *, max_lines: int = 20) -> str:
-        """Say in a few lines what is split into how many bins, and the bytes that it takes."""
+        """Say in a few lines what is split into how many bins, and how many bytes that takes."""
         layout = self.layout
         lines = [
             f"{self.num_bins} bins over {len(layout)} tensors, {layout.num_elements:,} elements "

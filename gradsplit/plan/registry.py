@@ -95,7 +95,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan for a layout from a plan, a strategy's name or a function ``layout -> plan``.
 
-    A strategy that needs energies starts from one bin a tensor, its own first leaves, until there are some.
+    A strategy that needs energies starts from one bin per tensor until there are energies.
 
     Raises:
         ValueError: unknown name, or a plan of another layout.
@@ -120,10 +120,8 @@ def make_plan(
     if made.layout.fingerprint != layout.fingerprint:
         raise ValueError(
             f"{call}(plan=…): expected a plan of this model ({len(layout)} tensors, layout {layout.fingerprint}), "
-            "got one of another "
-            f"({len(made.layout)} tensors, layout {made.layout.fingerprint}; "
-            f"{_first_difference(layout, made.layout)}). "
-            "Make the plan from layout_of(model)."
+            f"got one of another ({len(made.layout)} tensors, layout {made.layout.fingerprint}; "
+            f"{_first_difference(layout, made.layout)}). Make the plan from layout_of(model)."
         )
     return made
 

@@ -29,7 +29,7 @@ def whole(layout: Layout) -> Plan:
 
 
 def per_tensor(layout: Layout) -> Plan:
-    """Make one bin a tensor; an empty tensor has none.
+    """Make one bin per tensor; an empty tensor has no bin.
 
     >>> per_tensor(Layout.from_shapes({"w": (4, 3), "b": (4,)})).num_bins
     2
@@ -43,14 +43,15 @@ _MAX_BINS = 2**27  # 134 million bins: six int64 columns are 6 GB, more than a p
 
 
 def xsp(layout: Layout, *, parts: int | None = None, axis: int = 0) -> Plan:
-    """Cut every tensor along one axis of its matrix view into contiguous slices, one bin a slice.
+    """Cut every tensor along one axis of its matrix view into contiguous slices, one bin per slice.
 
     Slice k of n rows in p parts is ``[k n // p, (k + 1) n // p)``: sizes differ by at most one. A tensor with fewer
-    rows than parts gets one bin a row; a 0-d or 1-d tensor is a single row, so rows leave it whole and columns cut it.
+    rows than parts gets one bin per row. A 0-d or 1-d tensor is a single row, so rows leave it whole and columns cut
+    it.
 
     Args:
         layout: names and shapes.
-        parts: slices a tensor; None: one a row (one an output unit in PyTorch), or one a column.
+        parts: slices per tensor; None: one per row (one per output unit in PyTorch), or one per column.
         axis: 0 cuts rows, 1 cuts columns.
 
     Raises:
@@ -71,8 +72,7 @@ def xsp(layout: Layout, *, parts: int | None = None, axis: int = 0) -> Plan:
     if sum(counts) > _MAX_BINS:
         raise ValueError(
             f"xsp(parts={parts}): expected at most {_MAX_BINS:,} bins, got {sum(counts):,}, for which a plan alone "
-            "would take "
-            f"{48 * sum(counts):,} bytes. Pass parts=, for example xsp(layout, parts=64)."
+            f"would take {48 * sum(counts):,} bytes. Pass parts=, for example xsp(layout, parts=64)."
         )
     across_T = sides_of(layout)[1 - axis]
     tensor = np.repeat(np.arange(len(layout), dtype=np.int64), counts)

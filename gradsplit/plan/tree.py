@@ -1,7 +1,7 @@
 """The tree of a plan: root, modules by dotted name, tensors, and the bins as its leaves.
 
-Nodes are numbered breadth first, so that the nodes of one depth are one slice and the children of a node are
-neighbours: sums over children are segment sums over sorted segments, on any device.
+Nodes are numbered breadth first, so that the nodes of one depth are one slice, and the children of a node are
+neighbours. Sums over children are then sums over sorted segments, on any device.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ __all__ = ["tree_sp"]
 def tree_sp(layout: Layout, *, inner: Callable[[Layout], Plan] | str | None = None) -> Plan:
     """Make the module tree by dotted name, so that a budget can set a limit at every level.
 
-    Nodes: root, one a module, one a tensor, bins. The bins are the tensors, or those of ``inner``.
+    The nodes are the root, one node per module, one per tensor, and the bins. The bins are the tensors, or those of
+    ``inner``.
 
     Args:
         layout: names and shapes; ``"decoder.0.attn.weight"`` lies below modules ``decoder``, ``decoder.0``,
             ``decoder.0.attn``.
         inner: the strategy that cuts the tensors, as a function ``layout -> plan`` or a registered name; None: one
-            bin a tensor.
+            bin per tensor.
 
     Raises:
         ValueError: an unknown inner name or one that needs energies; inner bins that span several tensors, which have

@@ -46,7 +46,6 @@ def namespace(array: Array) -> ModuleType:
             _LOADED[root] = importlib.import_module(f".{NAMESPACES[root]}", __name__)
             return _LOADED[root]
     raise TypeError(
-        f"namespace(array): expected an array of {', '.join(NAMESPACES)}, got "
-        f"{type(array).__module__}.{type(array).__name__}. "
-        "Pass norms and limits as arrays of the framework that trains."
+        f"namespace(array): expected an array of {', '.join(NAMESPACES)}, got {type(array).__module__}."
+        f"{type(array).__name__}. Pass norms and limits as arrays of the framework that trains."
     )

@@ -153,7 +153,7 @@ def test_a_fixed_limit_may_differ_from_node_to_node():
         (lambda: gs.Fixed(float("nan")), r"Fixed\(limit=nan\): expected limits >= 0"),
         (lambda: gs.Fixed([1.0, -2.0]), r"expected limits >= 0"),
         (lambda: gs.Fixed([[1.0]]), r"expected limits >= 0"),
-        (lambda: gs.Fixed("one"), r"Fixed\(limit='one'\): expected a number, or one a node"),
+        (lambda: gs.Fixed("one"), r"Fixed\(limit='one'\): expected a number, or one per node"),
         (lambda: gs.Relative(0.0), r"Relative\(factor=0.0\): expected a factor > 0, for example 0.01"),
         (lambda: gs.Relative(float("nan")), r"Relative\(factor=nan\)"),
         (lambda: gs.Relative(0.1, eps=0.0), r"Relative\(eps=0.0\): expected eps > 0"),

@@ -123,10 +123,14 @@ PLAN = gs.xsp(Layout.from_shapes({"w": (3, 2)}))
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((np.ones(2), np.ones(5)), ValueError, r"project\(norm_B=…\): expected shape \(3,\), one a bin, got \(2,\)"),
-        ((np.ones(3), np.ones(4)), ValueError, r"project\(limit_N=…\): expected shape \(5,\), one a node, got \(4,\)"),
-        ((np.ones(3), -np.ones(5)), ValueError, r"expected limits >= 0, got -1.0 at '.*'. inf means unbounded"),
-        ((np.ones(3), np.array([1, 1, 1, np.nan, 1])), ValueError, r"expected limits >= 0, got nan at 'w\[1:2\]'"),
+        ((np.ones(2), np.ones(5)), ValueError, r"project\(norm_B=…\): expected shape \(3,\), one per bin, got \(2,\)"),
+        (
+            (np.ones(3), np.ones(4)),
+            ValueError,
+            r"project\(limit_N=…\): expected shape \(5,\), one per node, got \(4,\)",
+        ),
+        ((np.ones(3), -np.ones(5)), ValueError, r"limits >= 0, where inf means unbounded, got -1.0 at '.*'. Make it 0"),
+        ((np.ones(3), np.array([1, 1, 1, np.nan, 1])), ValueError, r"where inf means unbounded, got nan at 'w\[1:2\]'"),
         (([1.0, 1.0, 1.0], np.ones(5)), TypeError, r"expected an array of numpy, torch.*, got builtins.list"),
     ],
 )

@@ -104,7 +104,7 @@ ERRORS = {
     "own budget saved": (
         lambda: gsk.split("sgd", budget=Own()).get_config(),
         ValueError,
-        r"expected budgets of gradsplit, got Own",
+        r"expected registered budgets, got Own",
     ),
     "a constant of GSO": (lambda: gsk.GSO(beta_1=1.0), ValueError, r"GSO\(…\)\(betas=\(1\.0, 0\.999\)\)"),
     "a second moment": (lambda: gsk.GSO(second_moment="row"), ValueError, r"expected 'element' or 'bin'"),

@@ -164,7 +164,7 @@ def test_ties_go_to_the_first_tensor_and_to_rows():
         ({"energy": {"w": np.ones((3, 2))}}, r"expected shape \(2, 3\), got \(3, 2\) at 'w'"),
         ({"energy": {"w": np.full((2, 3), -1.0)}}, "expected finite energies >= 0, got others at 'w'. Leave out steps"),
         ({"energy": {"w": np.full((2, 3), np.nan)}}, "expected finite energies >= 0, got others at 'w'"),
-        ({"max_bins": 0}, r"lbf\(max_bins=0\): expected at least one bin a tensor, 1 here. Raise max_bins"),
+        ({"max_bins": 0}, r"lbf\(max_bins=0\): expected at least one bin per tensor, 1 here. Raise max_bins"),
         ({"min_gain": -1.0}, r"lbf\(min_gain=-1.0\): expected a gain >= 0"),
         ({"min_gain": float("nan")}, r"lbf\(min_gain=nan\): expected a gain >= 0"),
     ],

@@ -6,7 +6,7 @@
 | Conv1D, 2D, 3D | (…, in, out) | the last axis |
 | Conv2DTranspose | (…, out, in) | the last axis, as PyTorch's (in, out, …) has its first |
 | DepthwiseConv, SeparableConv | (…, in, multiplier) | the last two together |
-| Embedding | (tokens, units) | the first axis: one row a token |
+| Embedding | (tokens, units) | the first axis: one row per token |
 | MultiHeadAttention: query, key, value | (in, heads, units) | the last two together |
 | biases of two or more axes | (2, 3 units), (heads, units) | the first axis |
 
@@ -108,7 +108,7 @@ def energies(model: Any, gradients: Iterable[Any], orientation: Any = None) -> d
 
     Args:
         model: see `layout_of`.
-        gradients: one a trainable variable, in order; None counts as zeros.
+        gradients: one per trainable variable, in order; None counts as zeros.
         orientation: see `split`.
 
     >>> import keras, numpy as np

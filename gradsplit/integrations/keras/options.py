@@ -23,7 +23,7 @@ class Options:
 
     Raises:
         ValueError: an unknown name, level or rule; a strategy that needs energies before there are any.
-        TypeError: something that is no plan or budget.
+        TypeError: something that is neither a plan nor a budget.
     """
 
     call: str
@@ -38,8 +38,8 @@ class Options:
             and strategy_named(self.plan, call=f"{self.call}(plan={self.plan!r})").needs_energy
         ):
             raise ValueError(
-                f"{self.call}(plan={self.plan!r}): expected a plan that needs no energies, since there are none before "
-                "training. Measure them with gradsplit.integrations.keras.energies and pass the Plan, "
+                f"{self.call}(plan={self.plan!r}): expected a plan that does not need energies, since there are none "
+                "before training. Measure them with gradsplit.integrations.keras.energies and pass the Plan, "
                 f"plan=gradsplit.{self.plan}(layout_of(model), energy)."
             )
         if not (isinstance(self.plan, (str, Plan)) or callable(self.plan)):
@@ -89,8 +89,8 @@ def _plain(budget: Any, call: str) -> Any:
     if isinstance(budget, Budget):
         if BUDGETS.get(budget.name) is not type(budget):
             raise ValueError(
-                f"{call}(budget=…).get_config(): expected budgets of gradsplit, got {type(budget).__name__}, which a "
-                "file cannot hold. Pass it again with custom code when you load."
+                f"{call}(budget=…).get_config(): expected registered budgets, got {type(budget).__name__}, which a "
+                "file cannot hold. Register it with gradsplit.budget.register, here and where you load."
             )
         constants = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(budget).items()}
         return {"name": budget.name, **constants}

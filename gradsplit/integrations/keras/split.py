@@ -24,10 +24,10 @@ _UNBOUNDED = {"bin": Fixed(float("inf"))}
 
 
 class Bounding:
-    """The part of a splitting optimizer that stands between its gradients and its update.
+    """What stands between the gradients of a splitting optimizer and its update.
 
-    Keras tracks every variable that an optimizer's attributes reach, so that they would count as its state; here,
-    inside a plain object, they do not.
+    Keras counts every variable that it reaches through an optimizer's attributes as the optimizer's state. It does not
+    look into a plain object such as this.
 
     Args:
         optimizer: built; owns the state.
@@ -106,13 +106,13 @@ def values_of(variables: list[Any]) -> list[Any]:
 def gradients_of_all(
     gradients: list[Any], received: list[Any], variables: list[Any], key: Callable[[Any], Any]
 ) -> list[Any]:
-    """Return one gradient a variable; zeros, which no limit touches, for those that the loss does not reach."""
+    """Return one gradient per variable; zeros, which no limit touches, where the loss does not reach a variable."""
     given = {key(v): _dense(g) for g, v in zip(gradients, received, strict=True)}
     return [given[key(v)] if key(v) in given else ops.zeros_like(v) for v in variables]
 
 
 def _dense(gradient: Any) -> Any:
-    """Make a gradient dense: TensorFlow gives those of embeddings as slices, a row as often as it was looked up."""
+    """Make a gradient dense: TensorFlow gives that of an embedding as slices, one per look-up of a row."""
     if type(gradient).__name__ == "IndexedSlices":
         import tensorflow as tf
 
@@ -151,8 +151,8 @@ _KEPT = ("plan", "budget", "rule", "orientation", "cap_updates")
 class Splits:
     """What a splitting optimizer has beside the optimizer that it is: see `split`.
 
-    Gradients are bounded where Keras clips: once an update, after accumulation, unscaling and the filter of missing
-    gradients, before ``clipnorm`` and its kin, weight decay and the update itself.
+    Gradients are bounded where Keras clips: once per update, after accumulation, unscaling and the filter of missing
+    gradients, and before ``clipnorm`` and its kin, weight decay and the update itself.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class GsoOptState(NamedTuple):
         num_steps: steps made.
         top: largest learning rate so far.
         mu: mean gradients, a tree as the parameters.
-        nu: mean squares, a tree as the parameters, or for ``second_moment="bin"`` one number a bin.
+        nu: mean squares, a tree as the parameters, or for ``second_moment="bin"`` one number per bin.
         history: of the budgets on the gradient and of those on the update.
         last: the last decision on the gradient, see `SplitTransformation.record`.
     """
@@ -53,7 +53,8 @@ def gso(
 ) -> SplitTransformation:
     """AdamW over bins: no bin's gradient may poison the moments, no bin may move by more than a share of its length.
 
-    The formulas of `gradsplit.GSO`. The caps follow the schedule: tau times the rate now / the largest so far.
+    The formulas are those of `gradsplit.GSO`. The caps follow the schedule: tau times the rate now / the largest so
+    far.
 
     Args:
         learning_rate: >= 0; a float, an array or a schedule.
@@ -65,7 +66,7 @@ def gso(
         eps: added to the denominator, >= 0.
         weight_decay: decoupled, per step and unit of the learning rate, >= 0; not part of what is bounded, but
             shortened with it.
-        second_moment: "element", or "bin": one a bin, which saves a copy of the weights.
+        second_moment: "element", or "bin": one per bin, which saves a copy of the weights.
         rule: "bottom_up" or "nearest".
         orientation: see `split_gradients`.
 

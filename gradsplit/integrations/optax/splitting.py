@@ -106,7 +106,7 @@ def cap_updates(
 ) -> SplitTransformation:
     """Bound each bin of the update that any optimizer made; the last link of a chain.
 
-    By default no row moves by more than 3 % of its own length in a step, whatever made the update. Unlike in PyTorch
+    By default no row moves by more than 3 % of its own length per step, whatever made the update. Unlike in PyTorch
     this takes no copy of the weights, since optax hands the update on before it is applied. Decoupled weight decay is
     part of what is bounded; `gso` bounds the update apart from it.
 

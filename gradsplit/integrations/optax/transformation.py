@@ -24,7 +24,7 @@ Rate = Any
 
 
 class LastStep(NamedTuple):
-    """The decision of the last step, in the optimizer's state, one entry a bin.
+    """The decision of the last step, in the optimizer's state, one entry per bin.
 
     Attributes:
         norm_B: L2 norms, 0 where not finite.
@@ -62,7 +62,7 @@ def rate_now(learning_rate: Rate, num_steps: Array, top: Array) -> tuple[Array, 
 class SplitTransformation(optax.GradientTransformationExtraArgs):  # type: ignore[misc, unused-ignore]
     """A gradient transformation of optax that also knows its plan.
 
-    Inside `optax.chain` it is one link as any other; keep the transformation itself at hand to ask what it did.
+    Inside `optax.chain` it is a link like any other. Keep the transformation itself, so that you can ask what it did.
     """
 
     _planner: Planner
@@ -82,10 +82,10 @@ class SplitTransformation(optax.GradientTransformationExtraArgs):  # type: ignor
     def record(self, state: Any, params: Any) -> StepRecord:
         """Return what the last step did, on the host: ``.worst(5)`` names the bins that were touched hardest.
 
-        Copies four vectors of one number a bin, and waits for them.
+        This copies four vectors with one number per bin, and waits for them.
 
         Args:
-            state: the state of this transformation, or of a chain with it in.
+            state: the state of this transformation, or of a chain that contains it.
             params: the parameters, for names and shapes.
 
         Raises:
@@ -97,8 +97,8 @@ class SplitTransformation(optax.GradientTransformationExtraArgs):  # type: ignor
         if len(found) != 1:
             raise ValueError(
                 f"record(state, params): expected the state of one transformation over {plan.num_bins} bins, got "
-                f"{len(found)}. Pass the part of a chain's state that is this transformation's; of a state that was "
-                "mapped over seeds one seed's."
+                f"{len(found)}. Pass this transformation's state out of the chain's; where the state was mapped over "
+                "seeds, pass that of one seed."
             )
         norm, finite, scale, limit = (torch.from_numpy(np.array(array)) for array in found[0].last)
         squares = torch.where(finite, norm.double() ** 2, torch.full_like(norm, float("nan"), dtype=torch.float64))

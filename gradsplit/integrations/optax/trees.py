@@ -28,7 +28,7 @@ def leaves_of(tree: Any, *, call: str) -> Leaves:
     """Flatten a tree; the name of a leaf is its path with dots, ``params.Dense_0.kernel``.
 
     Raises:
-        TypeError: a leaf that is no floating-point array.
+        TypeError: a leaf that is not an array of floating-point numbers.
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = tuple(jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path, _ in pairs)
@@ -50,14 +50,14 @@ def _oriented(leaves: Leaves, orientation: Any, call: str) -> Oriented:
 
 
 def layout_of(params: Any, *, orientation: Any = "last") -> Layout:
-    """Return the layout of a parameter tree, on which plans are made: names are dotted paths, rows output units.
+    """Return the layout of a parameter tree, on which plans are made: names are dotted paths, rows are output units.
 
     Args:
         params: a tree of arrays.
         orientation: see `split_gradients`.
 
     Raises:
-        TypeError: a leaf that is no floating-point array.
+        TypeError: a leaf that is not an array of floating-point numbers.
         ValueError: no leaves, an unknown orientation.
 
     >>> layout_of({"dense": {"kernel": jnp.zeros((3, 8)), "bias": jnp.zeros(8)}}).shapes
@@ -74,7 +74,7 @@ def energies_of(squares: Any, *, orientation: Any = "last") -> dict[str, np.ndar
         orientation: see `split_gradients`.
 
     Raises:
-        TypeError: a leaf that is no floating-point array.
+        TypeError: a leaf that is not an array of floating-point numbers.
         ValueError: no leaves, an unknown orientation.
 
     >>> energies_of({"kernel": jnp.asarray([[1.0, 2.0]])})
@@ -87,7 +87,7 @@ def energies_of(squares: Any, *, orientation: Any = "last") -> dict[str, np.ndar
 
 
 class Planner:
-    """The plan of a parameter tree, and what is made of it; once for each set of names and shapes.
+    """The plan of a parameter tree, and what is made of it, once per set of names and shapes.
 
     Args:
         plan: a Plan, a strategy's name or a function layout -> plan.
