@@ -98,7 +98,7 @@ ERRORS = {
     "unknown budget": (lambda: gsk.split("sgd", budget="emma"), ValueError, r"Did you mean 'ema'\?"),
     "unknown rule": (lambda: gsk.split("sgd", rule="x"), ValueError, r"rule='x'\): expected one of bottom_up, nearest"),
     "unknown orientation": (lambda: gsk.split("sgd", orientation=3), TypeError, r"orientation=3\): expected"),
-    "needs energies": (lambda: gsk.split("sgd", "lbf"), ValueError, r"needs no energies.*keras\.energies"),
+    "needs energies": (lambda: gsk.split("sgd", "lbf"), ValueError, r"does not need energies.*keras\.energies"),
     "no plan": (lambda: gsk.split("sgd", 3), TypeError, r"expected a Plan, a strategy's name or a function, got int"),
     "no variables": (lambda: gsk.layout_of([]), ValueError, r"expected trainable variables, got none"),
     "own budget saved": (

@@ -13,9 +13,7 @@ from tests.functional.cases import CASES, LR, MOMENTUM, gradients, pace_at, turn
 keras = pytest.importorskip("keras")
 
 from gradsplit.integrations import keras as gsk  # noqa: E402 - needs the line above
-from gradsplit.integrations.keras import layout  # noqa: E402
-from gradsplit.integrations.keras import split as bounding  # noqa: E402
-from gradsplit.integrations.keras import state as rates  # noqa: E402
+from gradsplit.integrations.keras import layout, state  # noqa: E402
 from tests.integrations.keras_cases import last_scales, tensors, values, variables  # noqa: E402
 
 NUM_STEPS = 50
@@ -73,16 +71,14 @@ def test_scales_and_weights_are_those_of_torch(name, momentum):
 
 
 def test_a_planted_fault_of_the_momentum_is_caught(monkeypatch):
-    monkeypatch.setattr(rates.Rates, "reach", lambda self, rate: rate)
+    monkeypatch.setattr(state.Rates, "reach", lambda self, rate: rate)
     assert disagreement("xsp / relative_step", num_steps=2)[0] > 1e-3
 
 
 def test_a_planted_fault_of_the_history_is_caught(monkeypatch):
-    write = bounding.Kept.write
+    write = state.Kept.write
     # Ema keeps three vectors.
-    monkeypatch.setattr(
-        bounding.Kept, "write", lambda self, now: None if len(self.variables) == 3 else write(self, now)
-    )
+    monkeypatch.setattr(state.Kept, "write", lambda self, now: None if len(self.variables) == 3 else write(self, now))
     with pytest.raises(AssertionError):
         assert disagreement("lbf / ema", num_steps=6)[0] <= 2e-6
 

@@ -89,7 +89,7 @@ def test_sizes_of_other_libraries_become_python_integers():
             "got an item of type Parameter. Pass model.named_parameters",
         ),
         (lambda: Layout((), ()), ValueError, "expected at least one tensor, got none"),
-        (lambda: Layout(("a", "b"), ((1,),)), ValueError, "expected one shape a name, got 2 names and 1 shapes"),
+        (lambda: Layout(("a", "b"), ((1,),)), ValueError, "expected one shape per name, got 2 names and 1 shapes"),
         (lambda: Layout(("a", "a"), ((1,), (2,))), ValueError, "expected unique names, got 'a' twice. Prefix"),
         (lambda: Layout(("",), ((1,),)), ValueError, "expected a non-empty string as a tensor's name, got ''"),
         (lambda: Layout.from_shapes({"w": (2, -1)}), ValueError, r"integers >= 0, got \(2, -1\) at 'w'"),

@@ -76,7 +76,7 @@ def on_two_devices():
         (
             lambda m: gs.GradientSplitter(on_two_devices()),
             ValueError,
-            "all parameters on one device, got '0.weight' on cpu and '1.weight' on meta. Make one splitter a device",
+            "all parameters on one device, got '0.weight' on cpu and '1.weight' on meta. Make one splitter per device",
         ),
         (
             lambda m: gs.GradientSplitter(m, optimizer=torch.optim.Adam(m.parameters())),
