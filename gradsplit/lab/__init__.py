@@ -1,4 +1,12 @@
-"""Tasks on real data: examples, demonstrations, benchmarks and integration tests in one."""
+"""The lab: workloads on real data, and the comparisons that train them. The command line alone imports it.
+
+- Workloads (`registry`): `stacks` and `deep_stack`, `detection` and `aerial` on `detector` and `scenes`, `text`,
+  `recurrence`, `spoken`; `task` says what a workload is.
+- Training one: `methods` are rows of `controls` and `optimizers`, and `train` runs one of them on one task.
+- Comparing: `cells` of a grid, `sweep` over them in worker processes, `compare` with its summary, `demo`; `evidence`
+  says where a number comes from.
+- `pages`: what all of this looks like. `speed`: what a step costs.
+"""
 
 from __future__ import annotations
 

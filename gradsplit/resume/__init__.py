@@ -1,4 +1,4 @@
-"""Guard: going back to a snapshot when a run diverges, and going on."""
+"""Going back and going on: the guard returns to a snapshot when a run diverges; checkpoints continue a killed run."""
 
 from .batches import Batches
 from .checkpoint import load_checkpoint, save_checkpoint

@@ -1,1 +1,1 @@
-"""Pages and pictures from plain data: self-contained, readable without a network."""
+"""The account of a recorded run, in words for the terminal and as one page that needs no network."""
