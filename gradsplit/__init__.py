@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from .resume import save_checkpoint as save_checkpoint
     from .sources import SampleSplitter as SampleSplitter
     from .sources import TermSplitter as TermSplitter
+    from .split import StepRecord as StepRecord
     from .splitter import GradientSplitter as GradientSplitter
-    from .splitter import StepRecord as StepRecord
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "plan": ("Layout", "Plan", "layout_of", "lbf", "per_tensor", "tree_sp", "whole", "xsp"),
@@ -56,7 +56,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
         *("Budget", "Decision", "Ema", "Fixed", "Outcome", "Percentile", "Relative", "RelativeStep", "ZScore"),
         "project",
     ),
-    "splitter": ("GradientSplitter", "StepRecord"),
+    "split": ("StepRecord",),
+    "splitter": ("GradientSplitter",),
     "optim": ("GSO", "CyclicBlocks"),
     "chain": ("ChainSplitter", "balance_", "gain_penalty", "gradient_chain", "joints"),
     "sources": ("SampleSplitter", "TermSplitter"),

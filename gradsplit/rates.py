@@ -81,6 +81,10 @@ class Rates:
             paces.append(lr / self.top[i])
         return self._per_bin(paces, num_bins)
 
+    def value_B(self, key: str, num_bins: int) -> Tensor:
+        """Return an option of the groups for each bin, (B,), for example "lr" or "weight_decay"."""
+        return self._per_bin([group[key] for group in self.optimizer.param_groups], num_bins)
+
     def gain_B(self, num_bins: int) -> Tensor:
         """Return the longest update per length of gradient, lr / (1 - momentum), (B,)."""
         groups = self.optimizer.param_groups

@@ -12,7 +12,7 @@ from torch import Tensor
 import gradsplit as gs
 
 from ..plan import STRATEGIES, Plan
-from ..splitter import StepRecord
+from ..split import StepRecord
 from .task import Task
 
 __all__ = ["CALIBRATION_STEPS", "Control", "GlobalClip", "NoControl", "Split", "Tally", "tree_limits"]

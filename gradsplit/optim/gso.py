@@ -1,7 +1,8 @@
-"""GSO, the gradient-splitting optimizer: AdamW over bins, each bounded before the moments and in its update."""
+"""GSO, the gradient-splitting optimizer: rows bounded, a direction per tensor, a step that is a share of the row."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,67 +12,101 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..amp import Scaling
-from ..budget import DEFAULT_OF_GSO
+from ..budget import DEFAULT_OF_GSO, Relative
 from ..hooks import without_compiler_guard
+from ..split import StepRecord
+from .directions import DIRECTIONS
 from .in_backward import InBackward, check_model
-from .parts import Part, make_moments, make_part, make_parts, step_part
+from .kinds import Kind, kinds_of, owners_of
+from .parts import Part, make_memories, make_parts, step_part
+from .share import Collective
 
 __all__ = ["GSO"]
 
-_KEPT = ("_options", "_overrides", "_shared_groups", "_one_tensor_a_part")
+_KEPT = (
+    "_options",
+    "_overrides",
+    "_shared_groups",
+    "_one_tensor_a_part",
+    "_kinds",
+    "_steps",
+    "_count",
+    "_told",
+    "_direction",
+    "_blocks",
+)
 """What a copy takes over; parts and hooks are made anew, for its own parameters."""
 
 
 class GSO(Optimizer):
-    """AdamW over bins: no bin's gradient may poison the moments, no bin may move by more than a share of its length.
+    """Bound each row, choose a direction per tensor, and move each row by a share of its own length.
 
-    Per bin b (a row by default), with limits from ``budget`` and ``tau`` following the learning rate's schedule:
+    Per row b with gradient g, weights w of n entries, and the share tau (``lr``, moved by any scheduler):
 
-        s_b = min(1, 0.2 max(||w_b||, 1e-3) / ||g_b||)          g' = s_b g
-        m = b1 m + (1 - b1) g'         v = b2 v + (1 - b2) g'^2     (or one v a bin)
+        g'_b = g_b min(1, 0.2 max(||w_b||, 1e-3) / ||g_b||)      before any memory; a row that is not finite stays
+        D    = matrices: momentum made orthogonal;  embeddings and vectors: Adam's direction
+        w_b <- (1 - decay tau) w_b - tau max(||w_b||, 0.1 sqrt n) d_b / ||d_b||
+        w_b <- w_b min(1, max(||w_b at the start||, 3) / ||w_b||)                                    matrices
+
+    Vectors move by tau / 3 and count as at least sqrt n long. A gradient that is scaled as a whole is told from single
+    rows by the median over rows of ||g_b|| / its recent norm; above 5 the whole gradient is divided by it. All formulas
+    stand in `gradsplit.optim.share`, the directions in `gradsplit.optim.directions`.
+
+    Nothing has to be tuned: no rate in units of weights, no clip, no warm-up. The schedule matters: linear to zero is
+    best (``steps=``). From Muon (Jordan et al. 2024), LARS and LAMB (You et al. 2017, 2020), Nero (Liu et al. 2021) and
+    AGC (Brock et al. 2021). New here: bounds per row before the memory, a share per row after the orthogonal
+    direction, a limit on growth, one number for every kind of tensor, the collective rule.
+
+    ``direction="adam"`` is AdamW over bins: lr is AdamW's learning rate, ``budget`` bounds the gradient before the
+    moments and the update after them. With a limit of inf it is `torch.optim.AdamW` to rounding:
+
+        m = b1 m + (1 - b1) g'         v = b2 v + (1 - b2) g'^2     (or one v per bin)
         u = lr mhat / (sqrt(vhat) + eps)
         c_b = min(1, 0.03 (lr / lr_max) max(||w_b||, 0.01 sqrt(n_b)) / ||u_b||)
         w = w - c_b (u + lr weight_decay w)
 
-    With a limit of inf and ``second_moment="element"`` it is `torch.optim.AdamW` to rounding. A bin whose gradient is
-    not finite is passed over, and nothing else. From AdamW (Loshchilov & Hutter 2019), AGC (Brock et al. 2021), LARS
-    (You et al. 2017) and, for one second moment a bin, Adam-mini (Zhang et al. 2024). Deviations: AGC bounds before
-    Adam's moments; the bound on the update is one-sided, LARS is not; decay is shortened with
-    the update; bins of "bin" are rows everywhere, Adam-mini's are heads for query and key, tensors for convolutions.
-
     Args:
-        params: a module, parameters, pairs (name, parameter), or groups; a group may carry its own ``plan`` and
-            ``budget``.
-        lr: learning rate >= 0; a float or a 0-d tensor. Trials: within 9 % of the best over a factor of 100.
+        params: a module, parameters, pairs (name, parameter), or groups; a group may carry its own ``plan``, ``budget``
+            and ``direction``. With a module each tensor's kind is known; else its shape decides.
+        lr: the share of its length by which a row moves per step, in [0, 0.5]; default 0.03. With direction="adam"
+            the learning rate, default 0.01. A float or a 0-d tensor.
+        betas: decay of the two memories, in [0, 1); default (0.9, 0.99), with direction="adam" (0.9, 0.999).
+        eps: added to Adam's denominator, >= 0.
+        weight_decay: decoupled, per step and unit of lr, >= 0.
+        steps: the length of the run; the share then falls linearly to zero. None: the share is what ``lr`` says. Not
+            together with a scheduler.
+        direction: "auto", the name of a direction for all tensors, a mapping from name patterns to directions, a
+            function (name, parameter) -> direction or None, or "adam", see above.
+        blocks: parts of matrices that are made orthogonal one by one: a plan, whose bins they are, or a mapping from
+            name patterns to numbers of equal blocks of rows, ``{"*.qkv.weight": 3}``.
         plan: see `GradientSplitter`.
-        budget: a budget, its name, a tuple, or a mapping from levels; those that bound the update act on the update,
-            the others on the gradient before the moments. Default ``(Relative(0.2), RelativeStep(0.03))``.
-        betas: decay of the two moments, in [0, 1).
-        eps: added to the denominator, >= 0.
-        weight_decay: decoupled, per step and unit of lr, >= 0; not part of what is bounded, but shortened with it.
-        second_moment: "element", or "bin": one a bin, which saves a copy of the weights.
+        budget: a budget of gradients, its name, a tuple, or a mapping from levels; default ``Relative(0.2)``. With
+            direction="adam" those that bound the update act on the update; default
+            ``(Relative(0.2), RelativeStep(0.03))``.
+        second_moment: with direction="adam": "element", or "bin": one per bin, which saves a copy of the weights.
         rule: "bottom_up" or "nearest", see `project`.
         maximize: ascend.
         foreach: None or False; there is no multi-tensor kernel for scales of bins.
         capturable: keep the step counters beside the parameters, so that a step can be captured in a graph.
-        differentiable: let autograd see the update, with respect to gradients, weights and moments; in eager torch.
+        differentiable: let autograd see the update; with direction="adam", in eager torch.
         fused: True asks for a compiled update and raises where there is none; False for eager torch; None: what
             the backend has.
         backend, process_group, stages: see `GradientSplitter`.
         in_backward: update each parameter as soon as backward has completed its gradient, and free the gradient; needs
             limits that look at one tensor each. ``step()`` then only ends the step; see `accumulating`.
+        sinks: functions called with the `StepRecord` of every part after every step.
 
     Raises:
-        ValueError: a constant out of its range, no parameters, an unknown name; "bin" with bins over several tensors;
-            flags without a meaning here.
+        ValueError: a constant out of its range, no parameters, an unknown name; a direction without a rule for a
+            tensor; flags without a meaning here.
         RuntimeError: a sparse gradient; flags that exclude each other.
 
     >>> w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
-    >>> opt = GSO([w], lr=1.0, weight_decay=0.0)
+    >>> opt = GSO([w], lr=0.1, weight_decay=0.0)
     >>> w.grad = torch.tensor([[1e9, 0.0]])
-    >>> opt.step()                            # at most 3 % of the row's length, 5
+    >>> opt.step()                            # a tenth of the row's length, 5
     >>> w.data
-    tensor([[2.8500, 4.0000]])
+    tensor([[2.5000, 4.0000]])
     """
 
     # GradScaler then hands scale and overflow to `step`, which heeds both without waiting for the device.
@@ -80,13 +115,16 @@ class GSO(Optimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 1e-2,
-        *,
-        plan: Any = "xsp",
-        budget: Any = DEFAULT_OF_GSO,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | Tensor | None = None,
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        steps: int | None = None,
+        direction: str | Mapping[str, str] | Callable[[str, Tensor], str | None] = "auto",
+        blocks: Any = None,
+        plan: Any = "xsp",
+        budget: Any = None,
         second_moment: str = "element",
         rule: str = "bottom_up",
         maximize: bool = False,
@@ -98,16 +136,26 @@ class GSO(Optimizer):
         process_group: Any = None,
         stages: Any = None,
         in_backward: bool = False,
+        sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
+        by_share = direction != "adam"
         if second_moment not in ("element", "bin"):
             raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
+        if by_share:
+            _check_share(steps, second_moment=second_moment, differentiable=differentiable)
+        elif steps is not None or blocks is not None:
+            raise ValueError(
+                "GSO(direction='adam', …): expected neither steps= nor blocks=, which belong to the share step. Use a "
+                "scheduler of torch, or leave direction= out."
+            )
         if in_backward:
             check_model(params)
         if differentiable:
             backend = differentiable_backend(backend, in_backward=in_backward)
+        usual = Relative(0.2) if by_share else DEFAULT_OF_GSO
         self._options = {
             "plan": plan,
-            "budget": budget,
+            "budget": usual if budget is None else budget,
             "rule": rule,
             "backend": backend,
             "second_moment": second_moment,
@@ -115,22 +163,30 @@ class GSO(Optimizer):
             "stages": stages,
             "fused": False if differentiable else fused,
         }
+        self._direction, self._blocks, self.sinks = direction, blocks, list(sinks)
         self._one_tensor_a_part = in_backward
         self._in_backward: InBackward | None = None
         self._overrides: list[dict[str, Any]] = []
+        self._kinds: list[list[Kind]] = []  # of each group, one per parameter
         self._shared_groups = 0
         self._parts: list[Part] = []
+        self._steps, self._count, self._told = steps, 0, False
+        self._owners: dict[int, tuple[nn.Module, str]] = {}
         if isinstance(params, nn.Module):
-            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
-        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {
+            model: nn.Module = getattr(params, "_orig_mod", params)  # torch.compile puts it behind a prefix
+            params, self._owners = list(model.named_parameters()), owners_of(model)
+        defaults: dict[str, Any] = {
+            "lr": (0.03 if by_share else 1e-2) if lr is None else lr,
+            "betas": ((0.9, 0.99) if by_share else (0.9, 0.999)) if betas is None else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
         }
-        check_numbers(defaults)
+        check_numbers(defaults, by_share=by_share)
         check_flags(defaults, defaults)
         super().__init__(params, defaults)
         self._shared_groups = len(self.param_groups)
@@ -138,8 +194,13 @@ class GSO(Optimizer):
         if in_backward:
             self._in_backward = InBackward(self)
 
+    @property
+    def by_share(self) -> bool:
+        """Whether rows move by a share of their length; else this is AdamW over bins."""
+        return self._direction != "adam"
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, under the optimizer's options or under their own ``plan`` and ``budget``."""
+        """Add parameters, under the optimizer's options or under their own ``plan``, ``budget`` and ``direction``."""
         if self._in_backward is not None:
             raise ValueError(
                 "GSO.add_param_group(…): expected all parameters at construction with in_backward=True. Make a second "
@@ -147,27 +208,49 @@ class GSO(Optimizer):
             )
         group = dict(param_group)
         override: dict[str, Any] = {key: group.pop(key) for key in ("plan", "budget") if key in group}
-        check_numbers({**self.defaults, **group})
+        direction = group.pop("direction", self._direction)
+        check_numbers({**self.defaults, **group}, by_share=self.by_share)
         check_flags({**self.defaults, **group}, self.defaults)
         if group.get("fused", self.defaults["fused"]) != self.defaults["fused"]:
             override["fused"] = group["fused"]
         without_compiler_guard(super().add_param_group)(group)
         self._overrides.append(override)
-        if self._shared_groups:  # after construction: a part of its own, so that no other history moves
-            try:
-                self._parts.append(make_part(self, [len(self.param_groups) - 1], {**self._options, **override}))
-            except (ValueError, TypeError):
-                self.param_groups.pop()
-                self._overrides.pop()
-                raise
+        try:
+            self._kinds.append(self._kinds_of(self.param_groups[-1], direction))
+            if self._shared_groups:  # after construction: a part of its own, so that no other history moves
+                self._parts += self._made_part([len(self.param_groups) - 1], {**self._options, **override})
+        except (ValueError, TypeError, IndexError):
+            self.param_groups.pop()
+            self._overrides.pop()
+            del self._kinds[len(self.param_groups) :]
+            raise
+
+    def _kinds_of(self, group: dict[str, Any], direction: Any) -> list[Kind]:
+        if not self.by_share:
+            return []
+        names = group.get("param_names") or [f"param{j}" for j in range(len(group["params"]))]
+        return kinds_of(list(zip(names, group["params"], strict=True)), self._owners, direction, self._blocks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, or to zero."""
         without_compiler_guard(super().zero_grad)(set_to_none)
 
     def _build(self) -> None:
-        self._parts = make_parts(
-            self, self._overrides, self._shared_groups, self._options, one_tensor_each=self._one_tensor_a_part
+        self._collective = Collective(one_by_one=self._one_tensor_a_part)
+        shared = [i for i in range(self._shared_groups) if not self._overrides[i]]
+        self._parts = self._made_part(shared, self._options) if shared else []
+        for i in range(len(self.param_groups)):
+            if i not in shared:
+                self._parts += self._made_part([i], {**self._options, **self._overrides[i]})
+
+    def _made_part(self, groups: list[int], options: Mapping[str, Any]) -> list[Part]:
+        return make_parts(
+            self,
+            groups,
+            options,
+            [kind for i in groups for kind in self._kinds[i]] if self.by_share else None,
+            self._collective,
+            one_tensor_each=self._one_tensor_a_part,
         )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -180,19 +263,61 @@ class GSO(Optimizer):
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            ValueError: ``steps=`` and a scheduler together.
+
+        Warns:
+            UserWarning: more steps than ``steps=`` said; the share stays at zero.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         scaling = Scaling.of_step(self)
+        self._check_schedule()
         if self._in_backward is not None:
             self._in_backward.finish()
+            self._collective.settle()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._init_group()
             for part in self._parts:
                 self._step_part(part, scaling)
+        self._count += 1
+        self._set_pace()
+        for sink in self.sinks:
+            for record in self.records:
+                sink(record)
         return loss
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """What the last step did: one record per part; there is one part unless groups have plans of their own."""
+        made = (part.record(self._count - 1) for part in self._parts)
+        return [record for record in made if record is not None]
+
+    def _set_pace(self) -> None:
+        """Set the share of the next step, where its length is known."""
+        if self._steps is not None:
+            for part in self._parts:
+                part.set_pace(max(0.0, 1.0 - self._count / self._steps))
+
+    def _check_schedule(self) -> None:
+        if self._steps is None:
+            return
+        if any("initial_lr" in group for group in self.param_groups):
+            raise ValueError(
+                f"GSO(steps={self._steps}): expected no scheduler beside steps=, which already lets the share fall to "
+                "zero. Leave one of the two out."
+            )
+        if self._count >= self._steps and not self._told:
+            self._told = True
+            warnings.warn(
+                f"GSO(steps={self._steps}): step {self._count} is beyond the end of the run, and the share stays at "
+                "zero. Give steps= the whole length, or use a scheduler.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _init_group(self) -> None:
         """Make the moments of every parameter that has its first gradient.
@@ -200,7 +325,7 @@ class GSO(Optimizer):
         Under this name, `torch.compile` runs it while it traces, so that moments are never made inside a graph.
         """
         for part in self._parts:
-            make_moments(self, part, self._options["second_moment"])
+            make_memories(self, part, self._options["second_moment"])
 
     def _step_part(self, part: Part, scaling: Scaling | None = None) -> None:
         step_part(self, part, scaling, alone=self._one_tensor_a_part or not part.split.needs_others)
@@ -208,7 +333,7 @@ class GSO(Optimizer):
     def _step_of(self, owner: Tensor) -> None:
         """Update the one parameter whose gradient is complete, from inside backward."""
         (part,) = [part for part in self._parts if part.split.owners[0] is owner]
-        make_moments(self, part, self._options["second_moment"])
+        make_memories(self, part, self._options["second_moment"])
         self._step_part(part)
 
     @property
@@ -229,35 +354,69 @@ class GSO(Optimizer):
         return self._in_backward.accumulating()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state, and under "gradsplit" the budgets' history."""
-        return {**without_compiler_guard(super().state_dict)(), **history_of(self._parts)}
+        """Return torch's state, and under "gradsplit" what no parameter holds: histories, usual norms, the count."""
+        return {**without_compiler_guard(super().state_dict)(), **self._history()}
+
+    def _history(self) -> dict[str, Any]:
+        saved: dict[str, Any] = {HISTORY: [part.state() for part in self._parts]}
+        if self.by_share:
+            saved[COUNT] = self._count
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` left off. Statistics per bin stay float32, whatever the parameters' dtype.
 
-        The state of a `torch.optim.AdamW` is taken over as well; its history begins here.
+        The states of `torch.optim.AdamW` and `torch.optim.Muon` are taken over where they mean the same: a running mean
+        of gradients is the momentum of a matrix. History begins here then.
 
         Raises:
-            ValueError: the state of another plan, of other budgets, or of the other kind of second moment.
+            ValueError: the state of another plan, of other budgets, or of another direction.
         """
-        check_moments(state_dict, self._options["second_moment"])
-        before = history_of(self._parts)
-        load_history(self._parts, state_dict)
+        state_dict = self._translated(state_dict)
+        before, parts = self._history(), self._parts
         try:
+            self._regroup(state_dict.get(HISTORY))
+            load_history(self._parts, state_dict)
             without_compiler_guard(super().load_state_dict)(state_dict)
         except Exception:
+            self._parts = parts
             load_history(self._parts, before)
             raise
-        mend_moments(self, state_dict)
+        self._count = int(state_dict.get(COUNT, 0))
+        self._set_pace()
+        mend_memories(self, state_dict)
+
+    def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The saved state in the names of this optimizer's memories; refuses what means something else."""
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        if not self.by_share:
+            check_moments(saved, self._options["second_moment"])
+            return saved
+        kinds = [kind for group in self._kinds for kind in group]
+        if len(ids) != len(kinds):
+            return saved  # torch's own words are to the point
+        return {**saved, "state": {**saved["state"], **translated(saved["state"], dict(zip(ids, kinds, strict=True)))}}
+
+    def _regroup(self, history: Any) -> None:
+        """Make the parts of the saved run, whether its groups were given at once or added later."""
+        wanted = [state.get("groups") for state in history or ()]
+        if not wanted or None in wanted or wanted == [sorted(set(part.groups)) for part in self._parts]:
+            return
+        if self._in_backward is None and {i for groups in wanted for i in groups} <= set(range(len(self.param_groups))):
+            made = (self._made_part(groups, {**self._options, **self._overrides[groups[0]]}) for groups in wanted)
+            self._parts = [part for parts in made for part in parts]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in _KEPT}
+        if callable(self._direction):  # a function may not be picklable; what it chose is kept with the kinds
+            own["_direction"] = "auto"
+        own |= {"_owners": {}, "sinks": []}
         if callable(self._options["plan"]) and self._parts:  # a function may not be picklable; the plan it made is
             own["_options"] = {**self._options, "plan": self._parts[0].split.plan}
         own["_options"] = {**own["_options"], "process_group": None, "stages": None}  # a group ends with its process
         base: dict[str, Any] = super().__getstate__()
-        return {**base, **own, "_history": [part.split.state() for part in self._parts]}
+        return {**base, **own, "_history": [part.state() for part in self._parts]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         history = state.pop("_history", None)
@@ -269,7 +428,8 @@ class GSO(Optimizer):
             self._build()
             self._in_backward = InBackward(self) if self._one_tensor_a_part else None
             for part, saved in zip(self._parts, history, strict=True):
-                part.split.load(saved, call="GSO.__setstate__(…)")
+                part.load(saved, call="GSO.__setstate__(…)")
+            self._set_pace()
 
 
 FLAGS: dict[str, Any] = {
@@ -282,7 +442,7 @@ FLAGS: dict[str, Any] = {
 """torch's flags in torch's order, with their defaults; states of older versions are completed with these."""
 
 
-def check_numbers(options: Mapping[str, Any]) -> None:
+def check_numbers(options: Mapping[str, Any], *, by_share: bool) -> None:
     """Check the ranges of torch's usual constants.
 
     Raises:
@@ -293,6 +453,11 @@ def check_numbers(options: Mapping[str, Any]) -> None:
         raise ValueError("Tensor lr must be 1-element")
     if not lr >= 0:
         raise ValueError(f"Invalid learning rate: {lr}")
+    if by_share and not isinstance(lr, Tensor) and lr > 0.5:  # a tensor is not looked at, since that may wait
+        raise ValueError(
+            f"GSO(lr={lr}): expected a share of a row's length per step, at most 0.5. The default is 0.03; use "
+            "direction='adam' for a learning rate of AdamW."
+        )
     if not eps >= 0:
         raise ValueError(f"Invalid epsilon value: {eps}")
     if not decay >= 0:
@@ -349,17 +514,32 @@ def differentiable_backend(backend: str, *, in_backward: bool) -> str:
     return "eager"
 
 
-HISTORY = "gradsplit"
-"""The key of the budgets' history beside torch's "state" and "param_groups"."""
+HISTORY, COUNT = "gradsplit", "gradsplit_count"
+"""The keys of what no parameter holds, beside torch's "state" and "param_groups"."""
 
 
-def history_of(parts: Sequence[Part]) -> dict[str, Any]:
-    """Return what the next step depends on and no parameter holds."""
-    return {HISTORY: [part.split.state() for part in parts]}
+def _check_share(steps: int | None, *, second_moment: str, differentiable: bool) -> None:
+    """Refuse what has no meaning for the share step.
+
+    Raises:
+        ValueError: a length below one step; an option of direction="adam".
+    """
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"GSO(steps={steps!r}): expected the number of steps of the run, >= 1, or None.")
+    if second_moment != "element":
+        raise ValueError(
+            f"GSO(second_moment={second_moment!r}): expected 'element' beside a direction that has no second moment "
+            "per bin. Use direction='adam' with it."
+        )
+    if differentiable:
+        raise ValueError(
+            "GSO(differentiable=True): expected direction='adam', the one update that autograd can see through. Add "
+            "direction='adam', or leave differentiable out."
+        )
 
 
 def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
-    """Take over what `history_of` returned; nothing is taken unless all of it fits.
+    """Take over what the parts returned; nothing is taken unless all of it fits.
 
     A state without history, such as torch's AdamW leaves or a distributed checkpoint, starts it anew.
 
@@ -373,13 +553,13 @@ def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
             "the saved run in the same order first."
         )
     call = "GSO.load_state_dict(…)"
-    before = history_of(parts)
+    before = [part.state() for part in parts]
     try:
         for part, state in zip(parts, history or (), strict=False):
-            part.split.load(state, call=call)
+            part.load(state, call=call)
     except Exception:
-        for part, state in zip(parts, before[HISTORY], strict=True):
-            part.split.load(state, call=call)
+        for part, state in zip(parts, before, strict=True):
+            part.load(state, call=call)
         raise
 
 
@@ -398,18 +578,50 @@ def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
             )
 
 
-def mend_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Undo what torch's loading did to the moments.
+_SAME = {"momentum": ("exp_avg", "momentum_buffer")}
+"""Memory -> the names under which other optimizers keep the same: a running mean of gradients."""
 
-    It casts all but "step" to the parameter's dtype, and a statistic per bin must keep its precision. Overriding
-    torch's choice of the dtype has no effect, since it is called by its class's name. Old states hold "step" as a
-    number.
+
+def translated(saved: Mapping[Any, Mapping[str, Any]], kinds: Mapping[Any, Kind]) -> dict[Any, dict[str, Any]]:
+    """Return saved states in the names of each tensor's memory.
+
+    Raises:
+        ValueError: a state that does not hold what the tensor's direction remembers; names the tensor.
+    """
+    made: dict[Any, dict[str, Any]] = {}
+    for i, kind in kinds.items():
+        state = dict(saved.get(i, {}))
+        if not state:
+            continue
+        memory = DIRECTIONS[kind.direction].memory
+        for name in memory:
+            state[name] = next((state[key] for key in (name, *_SAME.get(name, ())) if key in state), None)
+        lost = [name for name in memory if state[name] is None]
+        if lost:
+            raise ValueError(
+                f"GSO.load_state_dict(…): expected {', '.join(lost)} in the state of parameter {i}, whose direction is "
+                f"{kind.direction!r}, got {sorted(saved[i])}. Make GSO with the direction of the saved run, or start "
+                "without its state."
+            )
+        made[i] = {key: state[key] for key in ("step", *memory) if key in state}
+        made[i].setdefault("step", torch.ones(()))
+    return made
+
+
+def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Undo what torch's loading did to the memories.
+
+    It casts all but "step" to the parameter's dtype. Statistics per bin, and the memories of half-precision
+    parameters, must keep their own. Overriding torch's choice of the dtype has no effect, since it is called by its
+    class's name. Old states hold "step" as a number.
     """
     saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
     owners = [p for group in optimizer.param_groups for p in group["params"]]
     for i, owner in zip(saved_ids, owners, strict=True):
-        state = saved["state"].get(i, {})
-        if "bin_sq" in state:
-            optimizer.state[owner]["bin_sq"] = state["bin_sq"].to(owner.device, torch.float32, copy=True)
-        if "step" in state and not isinstance(state["step"], torch.Tensor):
-            optimizer.state[owner]["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+        for key, value in saved["state"].get(i, {}).items():
+            if key == "step" and not isinstance(value, Tensor):
+                optimizer.state[owner]["step"] = torch.tensor(float(value), dtype=torch.float32)
+            elif key == "bin_sq":
+                optimizer.state[owner][key] = value.to(owner.device, torch.float32, copy=True)
+            elif key != "step" and value.dtype != owner.dtype and optimizer.state[owner][key].dtype == owner.dtype:
+                optimizer.state[owner][key] = value.to(owner.device, copy=True)

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling
-from ..distributed import local_of
+from ..distributed import is_sharded, local_of
 from ..plan import Layout, make_plan, one_device, part_of
-from ..split import Split
+from ..split import Split, StepRecord
+from .directions import DIRECTIONS
+from .kinds import Kind
+from .share import Collective, ShareUpdate
 from .updates import Update, make_update, refusal_of_fused
 
-__all__ = ["Part", "make_moments", "make_part", "make_parts", "real", "step_part"]
+__all__ = ["Part", "make_memories", "make_parts", "real", "seen", "step_part"]
 
 _CALL = "GSO"
 
@@ -30,48 +33,70 @@ class Part:
         split: their plan, budgets and rates.
         groups: the position of each parameter's group in the optimizer.
         update: makes a step of them.
+        kinds: what each parameter is to the share step; None: they are updated as by AdamW.
     """
 
     split: Split
     groups: list[int]
     update: Update
+    kinds: list[Kind] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on and no parameter holds."""
+        saved = {**self.split.state(), "groups": sorted(set(self.groups))}
+        return {**saved, "share": self.update.state()} if isinstance(self.update, ShareUpdate) else saved
+
+    def load(self, state: Mapping[str, Any], *, call: str) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            ValueError: the state of another plan, or of other budgets.
+        """
+        self.split.load(dict(state), call=call)
+        if isinstance(self.update, ShareUpdate) and "share" in state:
+            self.update.load(state["share"], call=call)
+
+    def set_pace(self, pace: float) -> None:
+        """Set the share of the next step, as a factor on the learning rate."""
+        if isinstance(self.update, ShareUpdate):
+            self.update.pace = pace
+
+    def record(self, step: int) -> StepRecord | None:
+        """Return the record of the last step, numbered ``step``; None before the first."""
+        decision = self.update.decision
+        if decision is None:
+            return None
+        squares_B = torch.where(decision.finite_B, decision.norm_B.square(), torch.nan)
+        return StepRecord(step, squares_B, decision)
+
+    def look_again(self) -> None:
+        """See the parameters as they lie in memory now: ``.data`` of one may have been replaced."""
+        for t, (owner, tensor) in enumerate(zip(self.split.owners, self.split.tensors, strict=True)):
+            if tensor is not owner and tensor.data_ptr() != owner.data_ptr():
+                self.split.tensors[t] = seen(owner, None if self.kinds is None else self.kinds[t])
 
 
 def make_parts(
     optimizer: torch.optim.Optimizer,
-    overrides: Sequence[Mapping[str, Any]],
-    num_shared: int,
+    groups: Sequence[int],
     options: Mapping[str, Any],
+    kinds: Sequence[Kind] | None,
+    collective: Collective,
     *,
     one_tensor_each: bool,
 ) -> list[Part]:
-    """Return the parts of all groups.
-
-    Args:
-        optimizer: whose groups these are.
-        overrides: each group's own plan and budget.
-        num_shared: groups given at construction; those without overrides share a part.
-        options: the optimizer's, see `make_part`.
-        one_tensor_each: a part a tensor, for updates inside backward.
-    """
-    shared = [i for i in range(num_shared) if not overrides[i]]
-    parts = [make_part(optimizer, shared, options)] if shared else []
-    for i in range(len(optimizer.param_groups)):
-        if i not in shared:
-            parts.append(make_part(optimizer, [i], {**options, **overrides[i]}))
-    return [one for part in parts for one in _one_by_one(part)] if one_tensor_each else parts
-
-
-def make_part(optimizer: torch.optim.Optimizer, groups: Sequence[int], options: Mapping[str, Any]) -> Part:
-    """Return some groups under one plan, with the update that belongs to it.
+    """Return some groups under one plan; no part where they hold no elements.
 
     Args:
         optimizer: read for learning rates at every step.
         groups: their positions.
         options: ``second_moment`` and ``fused`` as in `GSO`, the others as in `Split`.
+        kinds: one per parameter for the share step; None: updates as by AdamW.
+        collective: shared by all parts.
+        one_tensor_each: one part per tensor, for updates inside backward.
 
     Raises:
-        ValueError: bins over several tensors with one second moment a bin; no compiled update with ``fused=True``.
+        ValueError: bins over several tensors where each needs one; no compiled update with ``fused=True``.
     """
     names: list[str] = []
     owners: list[Tensor] = []
@@ -82,33 +107,74 @@ def make_part(optimizer: torch.optim.Optimizer, groups: Sequence[int], options: 
         owners += group["params"]
         positions += [i] * len(group["params"])
     # torch lets groups repeat each other's names; a layout's are unique.
-    seen = Counter(names)
-    names = [f"group{i}.{name}" if seen[name] > 1 else name for i, name in zip(positions, names, strict=True)]
+    counts = Counter(names)
+    names = [f"group{i}.{name}" if counts[name] > 1 else name for i, name in zip(positions, names, strict=True)]
+    kept = [t for t, owner in enumerate(owners) if owner.numel()]
+    if not kept:
+        return []
+    names, owners, positions = ([column[t] for t in kept] for column in (names, owners, positions))  # type: ignore[assignment]
+    held = None if kinds is None else [kinds[t] for t in kept]
+    part = _make_part(optimizer, names, owners, positions, options, held, collective)
+    return _one_by_one(part, collective) if one_tensor_each else [part]
+
+
+def _make_part(
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    owners: list[Tensor],
+    positions: list[int],
+    options: Mapping[str, Any],
+    kinds: list[Kind] | None,
+    collective: Collective,
+) -> Part:
     more = dict(options)
     second_moment, fused = more.pop("second_moment"), more.pop("fused")
     one_device(list(zip(names, owners, strict=True)), call=_CALL)
-    tensors = [real(p) for p in owners]
+    tensors = [seen(p, None if kinds is None else kinds[t]) for t, p in enumerate(owners)]
     layout = Layout(tuple(names), tuple(tuple(int(size) for size in p.shape) for p in tensors))
     plan = make_plan(more.pop("plan"), layout, call=_CALL)
     split = Split(plan, tensors, more.pop("budget"), owners=owners, caps_updates=True, call=_CALL, **more)
     split.read_rates(optimizer)
-    if second_moment == "bin" and not split.bins_in_one_tensor:
+    if (second_moment == "bin" or kinds is not None) and not split.bins_in_one_tensor:
+        remedy = "second_moment='element'" if kinds is None else "direction='adam'"
         raise ValueError(
-            f"GSO(second_moment='bin'): expected bins inside one tensor each, got {plan!r} with bins over several. Use "
-            "a plan by rows or tensors, or second_moment='element'."
+            f"GSO(plan=…): expected bins inside one tensor each, got {plan!r} with bins over several. Use a plan by "
+            f"rows or tensors, or {remedy}."
         )
-    return Part(split, positions, make_update(split, fused=fused))
+    if kinds is not None and split.update_budgets:
+        raise ValueError(
+            f"GSO(budget=…): expected budgets of gradients, got {split.update_budgets[0][1]!r}, which bounds the "
+            "update: here every row moves by its share. Leave it out, or use direction='adam'."
+        )
+    return Part(split, positions, _update(split, kinds, collective, fused), kinds)
 
 
-def _one_by_one(part: Part) -> list[Part]:
+def _update(split: Split, kinds: list[Kind] | None, collective: Collective, fused: bool | None) -> Update:
+    if kinds is None:
+        return make_update(split, fused=fused)
+    return ShareUpdate(split, kinds, collective)
+
+
+def _one_by_one(part: Part, collective: Collective) -> list[Part]:
     """Return one part per tensor, for updates that see one tensor at a time."""
     split, parts = part.split, []
     check_budget(split)
-    for t, numel in enumerate(split.plan.layout.numels):
-        if numel:  # of the whole tensor: a rank without a piece still takes part
-            one = split.of_one(t, part_of(split.plan, [t])[0])
-            parts.append(Part(one, [part.groups[t]], make_update(one)))
+    for t in range(len(split.plan.layout)):
+        one, kinds = split.of_one(t, part_of(split.plan, [t])[0]), None if part.kinds is None else [part.kinds[t]]
+        parts.append(Part(one, [part.groups[t]], _update(one, kinds, collective, None), kinds))
     return parts
+
+
+def seen(tensor: Tensor, kind: Kind | None) -> Tensor:
+    """Return a parameter as its split sees it, sharing memory: complex numbers as pairs of real ones, experts by rows.
+
+    >>> seen(torch.zeros(2, 3, 4), Kind("matrix", "orthogonal", rows=6, cols=4)).shape
+    torch.Size([6, 4])
+    """
+    plain = real(tensor)
+    if kind is None or tensor.dim() < 3 or kind.rows == tensor.shape[0] or is_sharded(tensor):
+        return plain
+    return plain.view(kind.rows, kind.cols, 2) if tensor.is_complex() else plain.view(kind.rows, kind.cols)
 
 
 def real(tensor: Tensor) -> Tensor:
@@ -116,15 +182,21 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def new_moments(owner: Tensor, num_bins: int | None, *, capturable: bool) -> dict[str, Tensor]:
+def new_memory(owner: Tensor, kind: Kind | None, num_bins: int | None, *, capturable: bool) -> dict[str, Tensor]:
     """Return zeros for a parameter that has its first gradient.
 
     Args:
         owner: the parameter.
-        num_bins: bins that share one second moment each; None: one an element.
+        kind: what it is to the share step, whose direction says what is remembered; None: Adam's two moments.
+        num_bins: bins that share one second moment each; None: one per element.
         capturable: the counter lives beside the parameter; else on the CPU, where reading it waits for nothing.
     """
     state = {"step": torch.zeros((), dtype=torch.float32, device=owner.device if capturable else "cpu")}
+    if kind is not None:
+        wide = torch.float32 if owner.dtype in (torch.float16, torch.bfloat16) else owner.dtype
+        for name in DIRECTIONS[kind.direction].memory:
+            state[name] = torch.zeros_like(owner, dtype=wide, memory_format=torch.contiguous_format)
+        return state
     state["exp_avg"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
     if num_bins is None:
         state["exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.preserve_format)
@@ -155,12 +227,11 @@ def _is_number(step: Tensor) -> bool:
     return type(step) is Tensor and step.is_cpu and step.dtype is torch.float32 and step.numel() == 1
 
 
-def local_moments(state: dict[str, Tensor]) -> dict[str, Any]:
+def local_memory(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return a parameter's state as real views of what this rank holds."""
-    mean = state["exp_avg"]
-    if type(mean) is Tensor and not mean.is_complex():  # nearly always: it is its own view
+    if all(type(v) is Tensor and not v.is_complex() for v in state.values()):  # nearly always: each is its own view
         return state
-    return {k: local_of(real(v)) if k in ("exp_avg", "exp_avg_sq") else v for k, v in state.items()}
+    return {k: local_of(real(v)) for k, v in state.items()}
 
 
 def local_gradient(owner: Tensor) -> Tensor | None:
@@ -183,20 +254,27 @@ def local_gradient(owner: Tensor) -> Tensor | None:
     return local
 
 
-def make_moments(optimizer: torch.optim.Optimizer, part: Part, second_moment: str) -> None:
-    """Make the moments of every parameter that has its first gradient.
+def make_memories(optimizer: torch.optim.Optimizer, part: Part, second_moment: str) -> None:
+    """Make the memory of every parameter that has its first gradient.
 
     Raises:
         RuntimeError: a sparse gradient; nothing has been made then.
     """
     split = part.split
-    new = [t for t, owner in enumerate(split.owners) if owner.grad is not None and not optimizer.state.get(owner)]
+    new = [
+        t
+        for t, owner in enumerate(split.owners)
+        if owner.grad is not None and "step" not in optimizer.state.get(owner, ())
+    ]
     for t in new:
         local_gradient(split.owners[t])
     for t in new:
         num_bins = len(split.bins_of_tensor[t]) if second_moment == "bin" else None
         capturable = optimizer.param_groups[part.groups[t]]["capturable"]
-        optimizer.state[split.owners[t]].update(new_moments(split.owners[t], num_bins, capturable=capturable))
+        kind = None if part.kinds is None else part.kinds[t]
+        memory = new_memory(split.owners[t], kind, num_bins, capturable=capturable)
+        for name, value in memory.items():  # an optimizer around this one may keep something of its own here
+            optimizer.state[split.owners[t]].setdefault(name, value)
 
 
 def step_part(optimizer: torch.optim.Optimizer, part: Part, scaling: Scaling | None, *, alone: bool) -> None:
@@ -212,6 +290,7 @@ def step_part(optimizer: torch.optim.Optimizer, part: Part, scaling: Scaling | N
         RuntimeError: a sparse gradient, or ``fused=True`` without memory to walk.
     """
     split = part.split
+    part.look_again()
     gradients = [local_gradient(owner) for owner in split.owners]
     # Where ranks hold shards, one without gradients takes part all the same, or the others would wait for it.
     if alone and all(gradient is None for gradient in gradients):
@@ -224,7 +303,7 @@ def step_part(optimizer: torch.optim.Optimizer, part: Part, scaling: Scaling | N
         for owner, gradient in zip(split.owners, gradients, strict=True)
     ]
     advance([state for state in own if state], None if scaling is None else scaling.found_inf)
-    states: list[dict[str, Any]] = [local_moments(state) if state else state for state in own]
+    states: list[dict[str, Any]] = [local_memory(state) if state else state for state in own]
     part.update.step(gradients, states, groups, scaling)
 
 

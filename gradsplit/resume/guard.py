@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..splitter import StepRecord
+from ..split import StepRecord
 from .actions import GuardAction
 from .batches import Batches, Loaders
 from .divergence import Agreement, Divergence, LossHistory, nonfinite_names

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from ...budget import Decision
 from ...plan import Plan
-from ...splitter import StepRecord
+from ...split import StepRecord
 from ...xp import namespace
 from .trees import Planner, leaves_of
 

@@ -1,7 +1,7 @@
 """What a step leaves behind, and where it goes: step records, sinks, the run file."""
 
 from ...resume.actions import GuardAction
-from ...splitter import BinReport, StepRecord
+from ...split import BinReport, StepRecord
 from .outline import Outline, recording_plan
 from .reader import Event, RunFile, Series
 from .rows import Rows, Stream

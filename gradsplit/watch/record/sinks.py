@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...resume.actions import GuardAction
-from ...splitter import StepRecord
+from ...split import StepRecord
 from .outline import Outline
 from .rows import Rows, Stream
 

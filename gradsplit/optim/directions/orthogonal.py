@@ -1,0 +1,96 @@
+"""The orthogonal direction: momentum whose singular values are all drawn near one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .direction import Direction, Turn, entered
+
+__all__ = ["Orthogonal", "orthogonalised"]
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of Newton-Schulz's quintic, from Muon (Jordan et al. 2024): steep at zero, between 0.7 and 1.2 near one."""
+
+STEPS = 5
+
+
+def orthogonalised(matrices: Tensor, steps: int = STEPS) -> Tensor:
+    """Return matrices with all singular values drawn near 1, by Newton-Schulz.
+
+        X <- X / ||X||_F;   then ``steps`` times:   X <- a X + (b A + c A A) X,   A = X X^T
+
+    Args:
+        matrices: (S, rows, cols), real or complex; the smaller side is multiplied.
+        steps: five leave singular values above 0.01 of the norm between about 0.7 and 1.2.
+
+    >>> d = orthogonalised(torch.diag(torch.tensor([3.0, 0.1]))[None])[0]
+    >>> bool((torch.linalg.svdvals(d) - 1).abs().max() < 0.35)
+    True
+    """
+    a, b, c = COEFFICIENTS
+    flip = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mH if flip else matrices
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mH)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mH if flip else x
+
+
+class Orthogonal(Direction):
+    """Momentum made orthogonal, block by block: what Muon does to a matrix.
+
+        m <- m + (1 - beta1) (g' - m);      D = orthogonalised(m + (1 - beta1) (g' - m))       Nesterov momentum
+
+    Blocks of equal shapes are one batched product. From Muon (Jordan et al. 2024). Deviations: the gradient is bounded
+    row by row before it enters the memory; the length of D does not matter, since every row moves by a share of its
+    own length; computed in float32 on the CPU, and in bfloat16 on devices that have it.
+    """
+
+    name: ClassVar[str] = "orthogonal"
+    memory: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def refuses(self, shape: tuple[int, ...]) -> str:  # noqa: D102
+        return "a tensor with two dimensions or more" if len(shape) < 2 else ""
+
+    def turn(self, turns: list[Turn]) -> list[Tensor]:  # noqa: D102
+        ahead = []
+        for turn in turns:
+            weight = 1 - turn.group["betas"][0]
+            m = entered(turn.state["momentum"], turn.gradient, weight, turn.learns)
+            whole = entered(m.clone(), turn.gradient, weight, turn.learns)
+            ahead.append(whole if turn.whole is None else turn.whole(whole))
+        self.orthogonalise_(ahead, turns)
+        return [d if turn.piece is None else turn.piece(d) for d, turn in zip(ahead, turns, strict=True)]
+
+    @staticmethod
+    def orthogonalise_(ahead: list[Tensor], turns: list[Turn]) -> None:
+        """Make matrices (rows, cols) orthogonal in place, each block by itself, equal shapes together."""
+        stacks: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+        for matrix, turn in zip(ahead, turns, strict=True):
+            if not matrix.numel():
+                continue
+            wide = torch.view_as_complex(matrix.view(matrix.shape[0], -1, 2)) if turn.is_complex else matrix
+            if turn.boxes:
+                blocks = [wide[top:bottom, left:right] for top, bottom, left, right in turn.boxes]
+            else:
+                blocks = list(wide.view(turn.blocks, -1, wide.shape[1]).unbind())
+            for block in blocks:
+                form = (*block.shape, block.dtype, block.device)
+                stacks[form].append(block)
+        for blocks in stacks.values():
+            stack = torch.stack(blocks)
+            narrow = _narrow(stack)
+            made = orthogonalised(stack.to(narrow)).to(stack.dtype)
+            torch._foreach_copy_(blocks, list(made.unbind()))
+
+
+def _narrow(stack: Tensor) -> torch.dtype:
+    """The dtype of the products: at least float32 on the CPU, bfloat16 on a graphics card."""
+    if stack.is_complex() or stack.dtype == torch.float64:
+        return stack.dtype
+    return torch.bfloat16 if stack.device.type == "cuda" else torch.float32

@@ -1,0 +1,194 @@
+"""What each tensor is to the share step: its rows, its direction, its share, its blocks.
+
+A tensor is recognised by the module that owns it and by its shape, never by its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..plan import Plan
+from .directions import DIRECTIONS
+
+__all__ = ["Kind", "kinds_of", "owners_of"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+Box = tuple[int, int, int, int]
+"""A block of a matrix: first and last row, first and last column, half open."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the share step treats one tensor.
+
+    Attributes:
+        name: "matrix", "embedding" or "vector".
+        direction: a row of `gradsplit.optim.directions.DIRECTIONS`.
+        rows, cols: the matrix that it is seen as; each row moves by a share of its own length.
+        share: times the group's share.
+        least: the smallest root mean square that a row counts as, weight units.
+        longest: no row grows beyond this length, or its first one; inf: no limit.
+        blocks: equal blocks of rows, each made orthogonal by itself.
+        boxes: blocks of other forms, in place of ``blocks``.
+        is_complex: the entries are complex numbers.
+    """
+
+    name: str
+    direction: str
+    rows: int
+    cols: int
+    share: float = 1.0
+    least: float = 0.1
+    longest: float = math.inf
+    blocks: int = 1
+    boxes: tuple[Box, ...] = ()
+    is_complex: bool = False
+
+
+def owners_of(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """Return the first module that owns each parameter, and its name there, by ``id`` of the parameter.
+
+    A tied parameter belongs to an embedding if one of its owners is one, since rows that are rarely used must keep
+    Adam's steps.
+    """
+    found: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            known = found.get(id(parameter))
+            if known is None or (isinstance(module, _EMBEDDINGS) and not isinstance(known[0], _EMBEDDINGS)):
+                found[id(parameter)] = (module, name)
+    return found
+
+
+def _usual(parameter: Tensor, owner: tuple[nn.Module, str] | None) -> Kind:
+    """Return what a tensor is, by its owner and its shape."""
+    shape, module = tuple(int(size) for size in parameter.shape), owner[0] if owner else None
+    numel, is_complex = math.prod(shape), parameter.is_complex()
+    if len(shape) < 2:
+        return Kind("vector", "adam", 1, numel, share=1 / 3, least=1.0, is_complex=is_complex)
+    rows, cols = shape[0], math.prod(shape[1:])
+    if isinstance(module, _EMBEDDINGS):
+        return Kind("embedding", "adam", rows, cols, is_complex=is_complex)
+    if len(shape) > 2 and shape[0] == 1:  # positions (1, T, d), class tokens (1, 1, d)
+        return Kind("embedding", "adam", math.prod(shape[:-1]), shape[-1], is_complex=is_complex)
+    if cols == 1:  # each row is one number: its sign alone would be left of an orthogonal direction
+        return Kind("embedding", "adam", rows, cols, is_complex=is_complex)
+    blocks = 1
+    if isinstance(module, _CONVOLUTIONS):
+        blocks = module.groups if rows % module.groups == 0 else 1
+    elif isinstance(module, nn.MultiheadAttention) and owner is not None and owner[1] == "in_proj_weight":
+        blocks = 3  # queries, keys and values are three matrices
+    elif len(shape) == 3 and module is not None and not _has_kernel(module):  # experts (E, out, in)
+        rows, cols, blocks = shape[0] * shape[1], shape[2], shape[0]
+    return Kind("matrix", "orthogonal", rows, cols, longest=3.0, blocks=blocks, is_complex=is_complex)
+
+
+def _has_kernel(module: nn.Module) -> bool:
+    """Whether a module is some convolution, whose weight is one matrix over input channels and places."""
+    return hasattr(module, "kernel_size")
+
+
+def kinds_of(
+    pairs: list[tuple[str, Tensor]],
+    owners: Mapping[int, tuple[nn.Module, str]],
+    direction: str | Mapping[str, str] | Callable[[str, Tensor], str | None],
+    blocks: Plan | Mapping[str, int] | None,
+) -> list[Kind]:
+    """Return the kind of each parameter.
+
+    Args:
+        pairs: (name, parameter).
+        owners: from `owners_of`; empty where no module was given, and shapes alone decide.
+        direction: "auto", the name of a direction for all tensors, a mapping from name patterns to directions, or a
+            function (name, parameter) -> direction or None; what it leaves open is decided as by "auto".
+        blocks: a plan whose bins are made orthogonal one by one, or a mapping from name patterns to numbers of equal
+            blocks of rows, for example ``{"*.qkv.weight": 3}``.
+
+    Raises:
+        ValueError: an unknown direction, one without a rule for a tensor, a pattern that matches nothing, blocks that
+            do not divide the rows or that lie in several tensors.
+
+    >>> kinds_of([("w", nn.Linear(2, 6).weight)], {}, "auto", {"w": 3})[0].blocks
+    3
+    """
+    kinds = [_usual(parameter, owners.get(id(parameter))) for _, parameter in pairs]
+    for i, (name, parameter) in enumerate(pairs):
+        chosen = _chosen(direction, name, parameter)
+        if chosen is None:
+            continue
+        if chosen not in DIRECTIONS:
+            raise ValueError(
+                f"GSO(direction={chosen!r}): expected one of auto, {', '.join(DIRECTIONS)} for {name!r}. Register a "
+                "direction of your own with gradsplit.optim.directions.register."
+            )
+        refusal = DIRECTIONS[chosen].refuses(tuple(parameter.shape))
+        if refusal:
+            raise ValueError(
+                f"GSO(direction={chosen!r}): expected {refusal}, got {name!r} of shape {tuple(parameter.shape)}. "
+                "Use direction='auto', or name another direction for this tensor."
+            )
+        kinds[i] = replace(kinds[i], direction=chosen)
+    if isinstance(direction, Mapping):
+        _every_pattern_matches("direction", direction, pairs)
+    if isinstance(blocks, Mapping):
+        _every_pattern_matches("blocks", blocks, pairs)
+    return [_cut(kind, name, blocks) for kind, (name, _) in zip(kinds, pairs, strict=True)]
+
+
+def _chosen(direction: Any, name: str, parameter: Tensor) -> str | None:
+    if isinstance(direction, str):
+        return None if direction == "auto" else direction
+    if callable(direction):
+        answer: str | None = direction(name, parameter)
+        return answer
+    return next((value for pattern, value in direction.items() if fnmatchcase(name, pattern)), None)
+
+
+def _every_pattern_matches(argument: str, patterns: Mapping[str, Any], pairs: list[tuple[str, Tensor]]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name, _ in pairs):
+            raise ValueError(
+                f"GSO({argument}={{{pattern!r}: …}}): expected a pattern that matches a parameter, got one that "
+                f"matches none of {len(pairs)}, for example not {pairs[0][0]!r}. Patterns are those of fnmatch."
+            )
+
+
+def _cut(kind: Kind, name: str, blocks: Plan | Mapping[str, int] | None) -> Kind:
+    """Return the kind with the blocks that the user has asked for."""
+    if blocks is None:
+        return kind
+    if isinstance(blocks, Mapping):
+        num = next((value for pattern, value in blocks.items() if fnmatchcase(name, pattern)), None)
+        if num is None:
+            return kind
+        if not isinstance(num, int) or num < 1 or kind.rows % num:
+            raise ValueError(
+                f"GSO(blocks={{…: {num!r}}}): expected a number that divides the {kind.rows} rows of {name!r}. Cut it "
+                "into another number of equal blocks."
+            )
+        return replace(kind, blocks=num)
+    if name not in blocks.layout.names:
+        return kind
+    t = blocks.layout.names.index(name)
+    at = (blocks.tensor_K == t).nonzero()[0]
+    if any((blocks.tensor_K[blocks.bin_K == b] != t).any() for b in blocks.bin_K[at]):
+        raise ValueError(
+            f"GSO(blocks={blocks!r}): expected bins inside one tensor each, got a bin of {name!r} and another tensor. "
+            "Use a plan whose bins are parts of matrices, for example gradsplit.lbf."
+        )
+    if blocks.layout.rows[t] * blocks.layout.cols[t] != kind.rows * kind.cols or blocks.layout.rows[t] != kind.rows:
+        raise ValueError(
+            f"GSO(blocks={blocks!r}): expected a plan of this model, got {blocks.layout.shapes[t]} for {name!r}, which "
+            f"is seen as {kind.rows} x {kind.cols} here. Make the plan from this model."
+        )
+    columns = (blocks.row_start_K, blocks.row_stop_K, blocks.col_start_K, blocks.col_stop_K)
+    boxes = tuple((int(columns[0][k]), int(columns[1][k]), int(columns[2][k]), int(columns[3][k])) for k in at)
+    return replace(kind, boxes=boxes, blocks=1)
