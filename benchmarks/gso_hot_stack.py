@@ -54,7 +54,7 @@ def run(rule: str, lr: float, blocks: int, channels: int, num_steps: int) -> dic
     budget, keep_length = RULES[rule]
     task = workload("residual-stack").build(seed=SEED, blocks=blocks, channels=channels)
     settings = Settings(num_steps, "adamw", schedule="cosine")
-    optimizer = gs.GSO(task.model, lr, budget=budget, **settings.adam)
+    optimizer = gs.GSO(task.model, lr, budget=budget, **settings.adam, direction="adam")
     schedule = make_schedule(optimizer, settings, warmup=0)
     weights = [p for p in task.model.parameters() if p.dim() > 1]
     kernels = [p for name, p in task.model.named_parameters() if name.startswith("blocks") and p.dim() > 1]

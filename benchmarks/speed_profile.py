@@ -31,9 +31,13 @@ from gradsplit.optim.updates import numba_cpu as fused_update
 TWO_PASSES = {"bin": gs.Ema(1.5), "root": gs.Fixed(1e9)}
 PROGRAMS: dict[str, tuple[int, int, Callable[[Any], Callable[[], object]]]] = {
     "splitter, nothing over its limit": (1, 0, lambda named: gs.GradientSplitter(named, budget=gs.Fixed(1e9)).step),
-    "GSO per element": (0, 7, lambda named: gs.GSO(named, lr=RATE).step),
-    "GSO per bin": (0, 5, lambda named: gs.GSO(named, lr=RATE, second_moment="bin").step),
-    "GSO per element, two passes": (1, 7, lambda named: gs.GSO(named, lr=RATE, budget=TWO_PASSES).step),
+    "GSO per element": (0, 7, lambda named: gs.GSO(named, lr=RATE, direction="adam").step),
+    "GSO per bin": (0, 5, lambda named: gs.GSO(named, lr=RATE, second_moment="bin", direction="adam").step),
+    "GSO per element, two passes": (
+        1,
+        7,
+        lambda named: gs.GSO(named, lr=RATE, budget=TWO_PASSES, direction="adam").step,
+    ),
 }
 """Name -> arrays that are only read, arrays that an update moves, and what makes the step."""
 

@@ -37,7 +37,7 @@ def main() -> None:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
-    optimizer = gs.GSO(model, lr=lr)  # the same line on one process and on a thousand
+    optimizer = gs.GSO(model, lr=lr, direction="adam")  # the same line on one process and on a thousand
     for step in range(steps):
         windows = [part.chunk(world)[rank] for part in task.batch(step)]  # each rank its share of the batch
         optimizer.zero_grad()

@@ -106,9 +106,11 @@ OPTIMIZERS: dict[str, Make] = {
     "sgdm": _sgd(0.9),
     "adam": lambda model, lr, settings: torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, settings.beta2)),
     "adamw": lambda model, lr, settings: torch.optim.AdamW(model.parameters(), lr=lr, **settings.adam),
-    "gso": lambda model, lr, settings: gs.GSO(model, lr, **settings.adam),
-    "gso-bin": lambda model, lr, settings: gs.GSO(model, lr, second_moment="bin", **settings.adam),
-    "gso-cap": lambda model, lr, settings: gs.GSO(model, lr, budget=gs.RelativeStep(0.03), **settings.adam),
+    "gso": lambda model, lr, settings: gs.GSO(model, lr, **settings.adam, direction="adam"),
+    "gso-bin": lambda model, lr, settings: gs.GSO(model, lr, second_moment="bin", **settings.adam, direction="adam"),
+    "gso-cap": lambda model, lr, settings: gs.GSO(
+        model, lr, budget=gs.RelativeStep(0.03), **settings.adam, direction="adam"
+    ),
     "lamb": lambda model, lr, settings: _package("pytorch_optimizer", "Lamb")(
         model.parameters(), lr=lr, **settings.adam
     ),

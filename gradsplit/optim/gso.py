@@ -401,9 +401,10 @@ class GSO(Optimizer):
     def _regroup(self, history: Any) -> None:
         """Make the parts of the saved run, whether its groups were given at once or added later."""
         wanted = [state.get("groups") for state in history or ()]
-        if not wanted or None in wanted or wanted == [sorted(set(part.groups)) for part in self._parts]:
+        here = [sorted(set(part.groups)) for part in self._parts]
+        if self._in_backward is not None or not wanted or None in wanted or wanted == here:
             return
-        if self._in_backward is None and {i for groups in wanted for i in groups} <= set(range(len(self.param_groups))):
+        if sorted(i for groups in wanted for i in groups) == sorted(i for groups in here for i in groups):
             made = (self._made_part(groups, {**self._options, **self._overrides[groups[0]]}) for groups in wanted)
             self._parts = [part for parts in made for part in parts]
 

@@ -109,11 +109,9 @@ def make_parts(
     # torch lets groups repeat each other's names; a layout's are unique.
     counts = Counter(names)
     names = [f"group{i}.{name}" if counts[name] > 1 else name for i, name in zip(positions, names, strict=True)]
-    kept = [t for t, owner in enumerate(owners) if owner.numel()]
-    if not kept:
+    if not any(owner.numel() for owner in owners):
         return []
-    names, owners, positions = ([column[t] for t in kept] for column in (names, owners, positions))  # type: ignore[assignment]
-    held = None if kinds is None else [kinds[t] for t in kept]
+    held = None if kinds is None else list(kinds)
     part = _make_part(optimizer, names, owners, positions, options, held, collective)
     return _one_by_one(part, collective) if one_tensor_each else [part]
 
@@ -136,9 +134,11 @@ def _make_part(
     split = Split(plan, tensors, more.pop("budget"), owners=owners, caps_updates=True, call=_CALL, **more)
     split.read_rates(optimizer)
     if (second_moment == "bin" or kinds is not None) and not split.bins_in_one_tensor:
-        remedy = "second_moment='element'" if kinds is None else "direction='adam'"
+        said, remedy = (
+            ("second_moment='bin'", "second_moment='element'") if kinds is None else ("plan=…", "direction='adam'")
+        )
         raise ValueError(
-            f"GSO(plan=…): expected bins inside one tensor each, got {plan!r} with bins over several. Use a plan by "
+            f"GSO({said}): expected bins inside one tensor each, got {plan!r} with bins over several. Use a plan by "
             f"rows or tensors, or {remedy}."
         )
     if kinds is not None and split.update_budgets:
@@ -159,7 +159,9 @@ def _one_by_one(part: Part, collective: Collective) -> list[Part]:
     """Return one part per tensor, for updates that see one tensor at a time."""
     split, parts = part.split, []
     check_budget(split)
-    for t in range(len(split.plan.layout)):
+    for t, numel in enumerate(split.plan.layout.numels):
+        if not numel:  # of the whole tensor: a rank without a piece still takes part
+            continue
         one, kinds = split.of_one(t, part_of(split.plan, [t])[0]), None if part.kinds is None else [part.kinds[t]]
         parts.append(Part(one, [part.groups[t]], _update(one, kinds, collective, None), kinds))
     return parts

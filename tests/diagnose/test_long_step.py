@@ -181,7 +181,7 @@ OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
-    "GSO": lambda p: gs.GSO(p, lr=0.01),
+    "GSO": lambda p: gs.GSO(p, lr=0.01, direction="adam"),
 }
 
 

@@ -32,7 +32,7 @@ SAVED, END = 4, 9
 def made(world: int, kind: str) -> tuple[torch.nn.Module, gs.GSO]:
     net = make_net()
     model = net if world == 0 else shard(net, "fsdp", world)
-    return model, gs.GSO(model, 0.05, **KINDS[kind])
+    return model, gs.GSO(model, 0.05, **KINDS[kind], direction="adam")
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:

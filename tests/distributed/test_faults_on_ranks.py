@@ -70,7 +70,7 @@ def alone_in_its_group(rank: int, world: int) -> Any:
         names = ("wide.weight", "wide.bias")
         groups = [{"params": [(name, named[name])], "plan": "xsp"} for name in names]
         groups.append({"params": [(name, p) for name, p in named.items() if name not in names]})
-        optimizer = gs.GSO(groups, lr=0.05, second_moment=moment)
+        optimizer = gs.GSO(groups, lr=0.05, second_moment=moment, direction="adam")
         before = {name: named[name].to_local().clone() for name in names}
         for step in range(2):
             x, y = batch(step)
@@ -111,10 +111,10 @@ def in_backward_of_replicas(rank: int, world: int) -> list[str]:
     messages = []
     wrapped = shard(make_net(), "ddp", world)
     try:
-        gs.GSO(wrapped, in_backward=True)
+        gs.GSO(wrapped, in_backward=True, direction="adam")
     except ValueError as error:
         messages.append(str(error))
-    optimizer = gs.GSO(wrapped.module, in_backward=True)  # the wrapper is not seen, the processes are
+    optimizer = gs.GSO(wrapped.module, in_backward=True, direction="adam")  # the wrapper is not seen, the processes are
     x, y = batch(0)
     try:
         torch.nn.functional.cross_entropy(wrapped(x), y).backward()

@@ -53,7 +53,7 @@ def train(model: torch.nn.Module, fault: str, *, planted: bool) -> Any:
     if mode == "tp":
         splitter = gs.GradientSplitter(model, plan="whole", budget=gs.Fixed(0.5))
     else:
-        optimizer = gs.GSO(model, 0.05, second_moment="bin")
+        optimizer = gs.GSO(model, 0.05, second_moment="bin", direction="adam")
     if planted and owner is None:
         (part,) = optimizer._parts
         assert type(part.update) is ShardedUpdate

@@ -55,7 +55,7 @@ def run(model: torch.nn.Module, variant: str, **options: Any) -> tuple[dict[str,
     if variant == "too much to carry":
         sharded_update.CARRIED = sharded_update.CARRIED_A_BIN = 0
     try:
-        optimizer = gs.GSO(model, 0.05, **VARIANTS[variant], **options)
+        optimizer = gs.GSO(model, 0.05, **VARIANTS[variant], **options, direction="adam")
         if variant == "block after block":
             gs.CyclicBlocks(optimizer, model, switch_every=1, order="energy")
     finally:
@@ -95,7 +95,7 @@ def test_equals_one_process(world: int) -> None:
 
 
 def updates_of(rank: int, world: int) -> tuple[str, str]:
-    optimizer = gs.GSO(shard(make_net(), "fsdp", world), fused=True)
+    optimizer = gs.GSO(shard(make_net(), "fsdp", world), fused=True, direction="adam")
     (part,) = optimizer._parts
     return type(part.update._own.update).__name__, type(part.update._whole.update).__name__
 

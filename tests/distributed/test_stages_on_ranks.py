@@ -99,7 +99,7 @@ GSO_BUDGETS: dict[str, Any] = {
 
 def stage_of_gso(rank: int, world: int, name: str) -> Any:
     model = make_stages()[rank]
-    optimizer = gs.GSO(model, lr=0.05, budget=GSO_BUDGETS[name], stages=dist.group.WORLD)
+    optimizer = gs.GSO(model, lr=0.05, budget=GSO_BUDGETS[name], stages=dist.group.WORLD, direction="adam")
     for step in range(STEPS):
         optimizer.zero_grad()
         signal = torch.empty(6, 7, dtype=torch.float64)
@@ -125,7 +125,10 @@ def test_gso_equals_one_process(name: str) -> None:
     loose_first, loose_second = make_stages()
     model, loose = nn.Sequential(first, second), nn.Sequential(loose_first, loose_second)
     below = {level: budget for level, budget in GSO_BUDGETS[name].items() if level != "root"}
-    optimizers = gs.GSO(model, lr=0.05, budget=GSO_BUDGETS[name]), gs.GSO(loose, lr=0.05, budget=below)
+    optimizers = (
+        gs.GSO(model, lr=0.05, budget=GSO_BUDGETS[name], direction="adam"),
+        gs.GSO(loose, lr=0.05, budget=below, direction="adam"),
+    )
     for step in range(STEPS):
         for net, front, optimizer in zip((model, loose), (first, loose_first), optimizers, strict=True):
             optimizer.zero_grad()

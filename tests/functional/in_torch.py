@@ -46,7 +46,7 @@ def gso_gradients(step: int, now: list[np.ndarray]) -> list[np.ndarray]:
 def after_gso(second_moment: str, num_steps: int = GSO_STEPS) -> list[np.ndarray]:
     """The weights after GSO with its default bounds and a learning rate that falls, by the reference update."""
     pairs = parameters()
-    optimizer = gs.GSO(pairs, lr=GSO_LR, second_moment=second_moment, backend="reference")
+    optimizer = gs.GSO(pairs, lr=GSO_LR, second_moment=second_moment, backend="reference", direction="adam")
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = GSO_LR * pace_at(step)
         now = [p.detach().numpy() for _, p in pairs]

@@ -117,7 +117,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change, words):
 
 def test_the_state_of_something_else_is_refused_by_gso():
     model = torch.nn.Linear(3, 2)
-    optimizer = gs.GSO(model)
+    optimizer = gs.GSO(model, direction="adam")
     state = optimizer.state_dict()
     state["gradsplit"] = [{"fingerprint": state["gradsplit"][0]["fingerprint"]}]
     with pytest.raises(ValueError, match=r"GSO.load_state_dict\(…\): expected what state_dict\(\) returned"):

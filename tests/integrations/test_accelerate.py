@@ -60,10 +60,10 @@ def test_it_trains_as_the_loop_under_bfloat16():
 
 
 def test_gso_is_an_optimizer_like_others():
-    run = prepared(lambda model: gs.GSO(model, lr=1e-2), accumulate=3)
+    run = prepared(lambda model: gs.GSO(model, lr=1e-2, direction="adam"), accumulate=3)
     passes(*run)
     alone = model_of()
-    train(alone, gs.GSO(alone, lr=1e-2), rows=24, batch=2, accumulate=3)
+    train(alone, gs.GSO(alone, lr=1e-2, direction="adam"), rows=24, batch=2, accumulate=3)
     assert_same_weights(run[1], alone)
 
 
@@ -77,7 +77,7 @@ def test_the_default_budget_follows_a_prepared_scheduler():
 
 
 def gso(model):
-    return gs.GSO(model, lr=1e-2, budget=HISTORY["budget"])
+    return gs.GSO(model, lr=1e-2, budget=HISTORY["budget"], direction="adam")
 
 
 def begun(make_optimizer, path=None):

@@ -103,10 +103,10 @@ def test_the_default_budget_reads_the_learning_rate_and_caps_updates_behind_adam
 
 
 def test_gso_is_an_optimizer_like_others(tmp_path):
-    net = Net(lambda module: gs.GSO(module, lr=1e-2))
+    net = Net(lambda module: gs.GSO(module, lr=1e-2, direction="adam"))
     trainer_of(tmp_path).fit(net, loader())
     alone = model_of()
-    train(alone, gs.GSO(alone, lr=1e-2), rows=24, batch=2)
+    train(alone, gs.GSO(alone, lr=1e-2, direction="adam"), rows=24, batch=2)
     assert_same_weights(net.net, alone)
 
 

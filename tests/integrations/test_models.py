@@ -68,7 +68,7 @@ def test_no_bin_moves_by_more_than_its_share_in_a_step_of_gso_that_goes_on_from_
 
     def begun():
         model = architecture.build()
-        return model, gs.GSO(model, lr=0.1, plan=plan, weight_decay=0.0)
+        return model, gs.GSO(model, lr=0.1, plan=plan, weight_decay=0.0, direction="adam")
 
     def step(model, optimizer):
         architecture.backward(model)

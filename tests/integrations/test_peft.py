@@ -51,12 +51,12 @@ def adamw_with_splitter(model):
 
 
 def gso(model):
-    optimizer = gs.GSO(model, lr=0.1, weight_decay=0.0)
+    optimizer = gs.GSO(model, lr=0.1, weight_decay=0.0, direction="adam")
     return optimizer, gs.layout_of(model)
 
 
 def gso_with_one_second_moment_a_row(model):
-    optimizer = gs.GSO(model, lr=0.1, weight_decay=0.0, second_moment="bin")
+    optimizer = gs.GSO(model, lr=0.1, weight_decay=0.0, second_moment="bin", direction="adam")
     return optimizer, gs.layout_of(model)
 
 
@@ -97,7 +97,7 @@ def test_merged_weights_are_base_plus_the_trained_product(make, tmp_path):
 def test_an_adapter_that_starts_at_zero_moves_by_the_floor_of_the_default_budget():
     """B starts at zero: 3 % of a length of 0.01 an entry, not of nothing."""
     model = with_adapters()
-    optimizer = gs.GSO(model, lr=0.1, weight_decay=0.0)
+    optimizer = gs.GSO(model, lr=0.1, weight_decay=0.0, direction="adam")
     LLAMA.backward(model)
     optimizer.step()
     for name, p in model.named_parameters():
@@ -169,7 +169,7 @@ def test_parameters_thawed_later_join_gso_as_a_group_and_leave_the_others_where_
     runs = []
     for adds in (False, True):
         model = with_adapters()
-        optimizer = gs.GSO(model, lr=0.01, budget=(gs.Percentile(0.1, eta=0.5), gs.RelativeStep()))
+        optimizer = gs.GSO(model, lr=0.01, budget=(gs.Percentile(0.1, eta=0.5), gs.RelativeStep()), direction="adam")
         for _ in range(3):
             LLAMA.backward(model)
             optimizer.step()

@@ -75,7 +75,7 @@ def test_no_bin_moves_by_more_than_its_share_in_a_step_of_gso_that_goes_on_from_
 
     def begun():
         model = model_of(name)
-        return model, gs.GSO(model, lr=0.1, plan=plan, weight_decay=0.0)
+        return model, gs.GSO(model, lr=0.1, plan=plan, weight_decay=0.0, direction="adam")
 
     (whole, optimizer), (resumed, other) = begun(), begun()
     start = [p.detach().clone() for p in whole.parameters()]

@@ -159,8 +159,8 @@ def test_gso_is_an_optimizer_like_others_and_resumes(tmp_path):
     alone = model_of()
     decayed, rest = [alone[0].weight, alone[2].weight], [alone[0].bias]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    train(alone, gs.GSO(groups, lr=1e-2), rows=ROWS, batch=BATCH, accumulate=2)
-    options = {"optimizer": (gs.GSO, {"lr": 1e-2}), "weight_decay": 0.1}
+    train(alone, gs.GSO(groups, lr=1e-2, direction="adam"), rows=ROWS, batch=BATCH, accumulate=2)
+    options = {"optimizer": (gs.GSO, {"lr": 1e-2, "direction": "adam"}), "weight_decay": 0.1}
     whole, resumed = Net(), Net()
     trainer_of(tmp_path, whole, save_strategy="steps", save_steps=3, **options).train()
     assert_same_weights(whole.net, alone)
@@ -170,7 +170,7 @@ def test_gso_is_an_optimizer_like_others_and_resumes(tmp_path):
 
 def test_gso_knows_the_models_names_where_it_is_given_the_model(tmp_path):
     net = Net()
-    trainer = trainer_of(tmp_path, net, optimizer=(gs.GSO, {"params": net, "lr": 1e-2}))
+    trainer = trainer_of(tmp_path, net, optimizer=(gs.GSO, {"params": net, "lr": 1e-2, "direction": "adam"}))
     trainer.train()
     assert trainer.optimizer.param_groups[0]["param_names"] == [name for name, _ in net.named_parameters()]
     assert different_weights(net.net, model_of())

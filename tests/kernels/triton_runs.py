@@ -113,8 +113,8 @@ def difference(*, dtype: torch.dtype = torch.float32, steps: int = 2, shared: bo
 
     options = {"lr": 1e-2, "weight_decay": 0.1, "budget": ROWS_ONLY["bin"], **options}
     ours, truth = parameters(dtype, shared=shared), parameters(dtype, shared=shared)
-    mine = gs.GSO([(f"p{t}", p) for t, p in enumerate(ours)], backend="triton", **options)
-    true = gs.GSO([(f"p{t}", p) for t, p in enumerate(truth)], backend="reference", **options)
+    mine = gs.GSO([(f"p{t}", p) for t, p in enumerate(ours)], backend="triton", **options, direction="adam")
+    true = gs.GSO([(f"p{t}", p) for t, p in enumerate(truth)], backend="reference", **options, direction="adam")
     assert type(mine._parts[0].update) is TritonUpdate
     generator = torch.Generator().manual_seed(5)
     for step in range(steps):
@@ -209,7 +209,7 @@ class _Readings(TorchDispatchMode):
 def readings(options: dict[str, Any], *, look: bool = False) -> str:
     """What a step reads back; with ``look`` also what a look at its decision does."""
     made = parameters(torch.float32)[:3]
-    optimizer = gs.GSO(made, backend="triton", budget=ROWS_ONLY["bin"], **options)
+    optimizer = gs.GSO(made, backend="triton", budget=ROWS_ONLY["bin"], **options, direction="adam")
     for p in made:
         p.grad = torch.ones_like(p)
     with _Readings() as mode:

@@ -60,7 +60,7 @@ def check_equals_the_formulas(make: Make, plan: Plan, options: dict[str, Any], s
         per_bin=options.get("second_moment") == "bin",
     )
     rtol = 1e-5 if oracle.per_bin else 1e-9  # one second moment a bin is kept in float32
-    optimizer = make(pairs, lr=0.02, plan=plan, **options)
+    optimizer = make(pairs, lr=0.02, plan=plan, direction="adam", **options)
     for step in range(steps):
         gradients: list[torch.Tensor | None] = list(_gradients(step, torch.float64, size=30.0 if step == 5 else 1.0))
         if step in (1, 4):
@@ -78,7 +78,7 @@ def check_equals_the_formulas(make: Make, plan: Plan, options: dict[str, Any], s
 def check_rows_move_by_a_share_of_their_length(make: Make, plan: Plan, dtype: torch.dtype) -> None:
     """Whatever the gradients, no bin's update is longer than 3 % of the bin; here without decay, which is beside it."""
     pairs, labels = _pairs(dtype), label_elements(plan)
-    optimizer = make(pairs, lr=3.0, plan=plan, weight_decay=0.0)
+    optimizer = make(pairs, lr=3.0, plan=plan, direction="adam", weight_decay=0.0)
     slack = 1 + 8 * torch.finfo(dtype).eps
     for step, size in enumerate([1e6, 1.0, 1e-6, 1e3]):
         before = [to_numpy(p, tuple(p.shape)) for _, p in pairs]
@@ -102,7 +102,7 @@ def check_a_bad_bin_is_passed_over(make: Make, plan: Plan, bad: float, options: 
     runs = []
     for broken in (False, True):
         pairs = _pairs(torch.float32)
-        optimizer = make(pairs, lr=0.02, plan=plan, **options)
+        optimizer = make(pairs, lr=0.02, plan=plan, direction="adam", **options)
         for step in range(4):
             for (_, p), gradient in zip(pairs, _gradients(step, torch.float32), strict=True):
                 p.grad = gradient
@@ -126,11 +126,11 @@ def check_saving_changes_nothing(make: Make, plan: Plan, dtype: torch.dtype, opt
     runs = []
     for save in (True, False):
         pairs = _pairs(dtype)
-        optimizer = make(pairs, lr=0.02, plan=plan, **options)
+        optimizer = make(pairs, lr=0.02, plan=plan, direction="adam", **options)
         for step in range(7):
             if save and step == 3:
                 state = optimizer.state_dict()
-                optimizer = make(pairs, lr=0.5, plan=plan, **options)
+                optimizer = make(pairs, lr=0.5, plan=plan, direction="adam", **options)
                 optimizer.load_state_dict(state)
             for (_, p), gradient in zip(pairs, _gradients(step, dtype), strict=True):
                 p.grad = gradient
@@ -144,7 +144,7 @@ def check_gradients_stay(make: Make, plan: Plan) -> None:
     """Ascending or descending, the optimizer reads gradients and never writes them."""
     for maximize in (False, True):
         pairs = _pairs(torch.float64)
-        optimizer = make(pairs, lr=0.02, plan=plan, maximize=maximize)
+        optimizer = make(pairs, lr=0.02, plan=plan, direction="adam", maximize=maximize)
         gradients = _gradients(0, torch.float64)
         for (_, p), gradient in zip(pairs, gradients, strict=True):
             p.grad = gradient.clone()

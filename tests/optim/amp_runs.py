@@ -67,7 +67,7 @@ def check_a_scale_changes_nothing(make):
     weights = []
     for scaler in (None, scaler_of()):
         model = model_of()
-        optimizer = make(list(model.named_parameters()), lr=0.05, budget=gs.Fixed(1.0))
+        optimizer = make(list(model.named_parameters()), lr=0.05, direction="adam", budget=gs.Fixed(1.0))
         train(model, optimizer, range(5), scaler)
         weights.append(list(model.parameters()))
     for a, b in zip(*weights, strict=True):
@@ -77,7 +77,7 @@ def check_a_scale_changes_nothing(make):
 def check_an_overflow_moves_nothing(make):
     """Law of updates: on an overflow weights, moments, counters and history stay as they are, bit for bit."""
     model, scaler = model_of(), scaler_of()
-    optimizer = make(list(model.named_parameters()), lr=0.05, budget=(*HISTORY, gs.RelativeStep()))
+    optimizer = make(list(model.named_parameters()), lr=0.05, direction="adam", budget=(*HISTORY, gs.RelativeStep()))
     train(model, optimizer, range(3), scaler)
     before = snapshot(model, optimizer)
     train(model, optimizer, [3], scaler, lambda: model[2].weight.grad[1].fill_(INF))

@@ -25,7 +25,7 @@ OPTIONS = {
 def test_gso_under_a_scaler_makes_the_steps_that_it_makes_without_one(name, unscale):
     """Scales are powers of two, so limits hold in unscaled units to the last bit that the paths share."""
     model, other = model_of(), model_of()
-    plain, scaled = (gs.GSO(m, lr=0.05, **OPTIONS[name]) for m in (model, other))
+    plain, scaled = (gs.GSO(m, lr=0.05, **OPTIONS[name], direction="adam") for m in (model, other))
     scaler = scaler_of()
     train(model, plain, range(6))
     train(other, scaled, range(6), scaler, (lambda: scaler.unscale_(scaled)) if unscale else None)
@@ -41,7 +41,7 @@ def test_gso_under_a_scaler_makes_the_steps_that_it_makes_without_one(name, unsc
 @pytest.mark.parametrize("bad", [INF, float("nan")])
 def test_on_an_overflow_gso_moves_nothing_counts_nothing_and_learns_nothing(name, unscale, bad):
     model = model_of()
-    optimizer, scaler = gs.GSO(model, lr=0.05, **OPTIONS[name]), scaler_of()
+    optimizer, scaler = gs.GSO(model, lr=0.05, **OPTIONS[name], direction="adam"), scaler_of()
     between = (lambda: scaler.unscale_(optimizer)) if unscale else None
     train(model, optimizer, range(3), scaler, between)
     before = snapshot(model, optimizer)
@@ -60,7 +60,7 @@ def test_on_an_overflow_gso_moves_nothing_counts_nothing_and_learns_nothing(name
 
 def test_an_overflow_in_the_first_step_leaves_moments_of_zero():
     model = model_of()
-    optimizer, scaler = gs.GSO(model, lr=0.05), scaler_of()
+    optimizer, scaler = gs.GSO(model, lr=0.05, direction="adam"), scaler_of()
     before = [p.detach().clone() for p in model.parameters()]
     train(model, optimizer, [0], scaler, lambda: model[0].bias.grad.fill_(INF))
     assert_same(before, [p.detach() for p in model.parameters()])
@@ -70,7 +70,7 @@ def test_an_overflow_in_the_first_step_leaves_moments_of_zero():
 def test_a_scaled_step_never_reads_a_value_of_its_scaler(monkeypatch):
     """What GradScaler asks for by the sum of its findings would wait for the device; GSO is handed the findings."""
     model = model_of()
-    optimizer, scaler = gs.GSO(model, lr=0.05, backend="eager"), scaler_of()
+    optimizer, scaler = gs.GSO(model, lr=0.05, backend="eager", direction="adam"), scaler_of()
     train(model, optimizer, [0], scaler)
     optimizer.zero_grad()
     scaler.scale(loss_of(model, 1)).backward()
@@ -87,7 +87,7 @@ def test_a_scaled_step_never_reads_a_value_of_its_scaler(monkeypatch):
 
 def test_the_cycle_of_blocks_does_not_turn_on_an_overflow():
     model = model_of()
-    optimizer, scaler = gs.GSO(model, lr=0.05), scaler_of()
+    optimizer, scaler = gs.GSO(model, lr=0.05, direction="adam"), scaler_of()
     cyclic = gs.CyclicBlocks(optimizer, model, switch_every=1)
     train(model, optimizer, [0], scaler)
     before, turn = snapshot(model, optimizer), cyclic.state_dict()
@@ -101,7 +101,7 @@ def test_float16_gradients_are_unscaled_in_float32():
     weights = []
     for scale in (1.0, SCALE):
         p = nn.Parameter(torch.ones(2, 4, dtype=torch.float16))
-        optimizer = gs.GSO([p], lr=0.25, budget=gs.Fixed(INF), weight_decay=0.0, eps=0.0)
+        optimizer = gs.GSO([p], lr=0.25, budget=gs.Fixed(INF), weight_decay=0.0, eps=0.0, direction="adam")
         if scale > 1:
             p.grad = torch.full((2, 4), 2.0**-30 * scale, dtype=torch.float16)
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
@@ -115,7 +115,7 @@ def test_float16_gradients_are_unscaled_in_float32():
 
 def test_an_optimizer_inside_backward_refuses_a_scaler():
     model = model_of()
-    optimizer, scaler = gs.GSO(model, lr=0.05, in_backward=True), scaler_of()
+    optimizer, scaler = gs.GSO(model, lr=0.05, in_backward=True, direction="adam"), scaler_of()
     scaler.scale(loss_of(model, 0)).backward()
     with pytest.raises(RuntimeError, match=r"expected unscaled gradients, got a step\(\) by GradScaler"):
         scaler.step(optimizer)
@@ -126,7 +126,7 @@ def test_training_under_bfloat16_autocast_comes_close_to_float32(second_moment):
     losses = []
     for enabled in (False, True):
         model = model_of()
-        optimizer = gs.GSO(model, lr=0.05, second_moment=second_moment)
+        optimizer = gs.GSO(model, lr=0.05, second_moment=second_moment, direction="adam")
         for step in range(40):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

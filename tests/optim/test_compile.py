@@ -54,7 +54,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_of_gso_is_one_graph_that_serves_all_steps_of_a_schedule(name):
     model, other = model_of(), model_of()
-    compiled, eager = (gs.GSO(m, lr=torch.tensor(0.01), **OPTIONS[name]) for m in (model, other))
+    compiled, eager = (gs.GSO(m, lr=torch.tensor(0.01), **OPTIONS[name], direction="adam") for m in (model, other))
     counter = CompileCounter()
     # First the graph: a scheduler wraps `step` in a function that torch does not trace.
     step_of_graph = torch.compile(compiled.step, backend=counter, fullgraph=True)
@@ -72,7 +72,7 @@ def test_a_step_of_gso_is_one_graph_that_serves_all_steps_of_a_schedule(name):
 
 def test_a_number_as_learning_rate_may_stay_as_it_is_without_another_graph():
     model = model_of()
-    optimizer, counter = gs.GSO(model, lr=0.01), CompileCounter()
+    optimizer, counter = gs.GSO(model, lr=0.01, direction="adam"), CompileCounter()
     update = torch.compile(optimizer.step, backend=counter, fullgraph=True)
     for step in range(5):
         backward(model, step)
@@ -83,7 +83,7 @@ def test_a_number_as_learning_rate_may_stay_as_it_is_without_another_graph():
 def test_a_parameter_that_gets_its_first_gradient_later_is_one_more_graph():
     model, other = model_of(), model_of()
     counter = CompileCounter()
-    optimizers = [gs.GSO(m, lr=torch.tensor(0.01)) for m in (model, other)]
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), direction="adam") for m in (model, other)]
     update = torch.compile(optimizers[0].step, backend=counter)
     for step in range(6):
         for m, optimizer, run in zip((model, other), optimizers, (update, optimizers[1].step), strict=True):
@@ -98,7 +98,7 @@ def test_a_parameter_that_gets_its_first_gradient_later_is_one_more_graph():
 
 def test_a_traced_step_passes_over_a_bad_bin_as_any_other_does():
     model, other = model_of(), model_of()
-    optimizers = [gs.GSO(m, lr=torch.tensor(0.01)) for m in (model, other)]
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), direction="adam") for m in (model, other)]
     update = torch.compile(optimizers[0].step, backend="eager", fullgraph=True)
     for step in range(3):
         for m, optimizer, run in zip((model, other), optimizers, (update, optimizers[1].step), strict=True):
@@ -156,7 +156,7 @@ def test_the_gradients_of_a_compiled_model_are_bounded_under_the_models_own_name
     record = splitter.step()
     assert all(float(p.grad[0].norm()) <= 1e-3 * (1 + 1e-6) for p in model.parameters() if p.dim() > 1)
     assert record.worst(1)[0].name.removeprefix("_orig_mod.").startswith(("0.", "2."))
-    optimizer = gs.GSO(compiled, lr=0.1)
+    optimizer = gs.GSO(compiled, lr=0.1, direction="adam")
     before = model[0].weight.detach().clone()
     optimizer.step()
     assert not torch.equal(before, model[0].weight)
@@ -165,7 +165,7 @@ def test_the_gradients_of_a_compiled_model_are_bounded_under_the_models_own_name
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
 def test_inductors_code_makes_the_same_steps():
     model, other = model_of(), model_of()
-    optimizers = [gs.GSO(m, lr=torch.tensor(0.01)) for m in (model, other)]
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), direction="adam") for m in (model, other)]
     update = torch.compile(optimizers[0].step, fullgraph=True)
     for step in range(4):
         for m, optimizer, run in zip((model, other), optimizers, (update, optimizers[1].step), strict=True):

@@ -47,7 +47,7 @@ def test_only_torchs_own_guard_is_taken_off(monkeypatch):
         return plain(self, set_to_none)
 
     w = torch.nn.Parameter(torch.ones(2))
-    optimizer = gs.GSO([w], lr=0.1)
+    optimizer = gs.GSO([w], lr=0.1, direction="adam")
     bare = without_compiler_guard(super(gs.GSO, optimizer).zero_grad)
     assert bare.__globals__["__name__"] == "torch.optim.optimizer"
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", patched)

@@ -25,7 +25,7 @@ def _step(model, optimizer, step):
 
 
 OPTIMIZERS = {
-    "GSO": lambda model: gs.GSO(model, lr=1e-2, backend="eager"),
+    "GSO": lambda model: gs.GSO(model, lr=1e-2, backend="eager", direction="adam"),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
     "SGD with momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
 }
@@ -104,7 +104,7 @@ def test_wrong_options(options, said):
 def test_updates_in_backward_are_refused():
     model = _model()
     with pytest.raises(ValueError, match="Leave one of the two out"):
-        gs.CyclicBlocks(gs.GSO(model, in_backward=True), model)
+        gs.CyclicBlocks(gs.GSO(model, in_backward=True, direction="adam"), model)
 
 
 def test_one_block_is_no_cycle():

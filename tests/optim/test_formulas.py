@@ -55,7 +55,7 @@ def test_a_hundred_steps_of_two_groups_ascending_under_a_schedule_with_a_tensor_
         per_bin=second_moment == "bin",
     )
     options = {} if bounded else {"budget": UNBOUNDED}
-    optimizer = gs.GSO(groups, plan=gs.xsp, second_moment=second_moment, backend=backend, **options)
+    optimizer = gs.GSO(groups, plan=gs.xsp, second_moment=second_moment, backend=backend, **options, direction="adam")
     for step in range(100):
         pace = 0.5 * (1 + math.cos(math.pi * step / 100))
         for group, kind, base in zip(optimizer.param_groups, kinds, (0.05, 0.01), strict=True):
@@ -128,7 +128,7 @@ def test_without_a_binding_limit_it_is_adamw_over_a_hundred_steps(backend, maxim
     models[1].load_state_dict(models[0].state_dict())
     constants = {"lr": 0.02, "betas": (0.85, 0.97), "eps": 1e-7, "weight_decay": 0.05, "maximize": maximize}
     optimizers = [
-        gs.GSO(models[0], budget=UNBOUNDED, backend=backend, **constants),
+        gs.GSO(models[0], budget=UNBOUNDED, backend=backend, **constants, direction="adam"),
         torch.optim.AdamW(models[1].parameters(), **constants),
     ]
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 100) for o in optimizers]
@@ -148,7 +148,7 @@ def test_without_a_binding_limit_it_is_adamw_over_a_hundred_steps(backend, maxim
 def test_complex_parameters_are_bounded_by_their_modulus_and_move_as_pairs_of_reals():
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
-    optimizer = gs.GSO([("w", w)], lr=0.1)
+    optimizer = gs.GSO([("w", w)], lr=0.1, direction="adam")
     oracle = Oracle(
         [torch.view_as_real(w.detach()).numpy().copy()],
         [np.repeat(np.arange(3), 8).reshape(3, 4, 2)],

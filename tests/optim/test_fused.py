@@ -38,7 +38,7 @@ def _parameters(dtype):
 
 def _train(dtype, backend, steps=5, **options):
     parameters = _parameters(dtype)
-    optimizer = gs.GSO(parameters, lr=1e-2, backend=backend, **options)
+    optimizer = gs.GSO(parameters, lr=1e-2, backend=backend, **options, direction="adam")
     generator = torch.Generator().manual_seed(5)
     for step in range(steps):
         for i, p in enumerate(parameters):
@@ -84,7 +84,7 @@ def test_other_dtypes(dtype, tolerance):
 def test_maximize_leaves_the_gradient_as_it_was():
     p = Parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)
-    gs.GSO([p], lr=0.1, maximize=True, weight_decay=0.0, backend="numba").step()
+    gs.GSO([p], lr=0.1, maximize=True, weight_decay=0.0, backend="numba", direction="adam").step()
     assert torch.equal(p.grad, torch.ones(2, 3))
     assert bool((p > 1).all())
 
@@ -95,14 +95,14 @@ def test_sums_outside_of_float32_are_taken_again(size):
     ours, theirs = Parameter(torch.ones(3, 40)), Parameter(torch.ones(3, 40))
     for p, backend in ((ours, "numba"), (theirs, "eager")):
         p.grad = torch.full((3, 40), size)
-        gs.GSO([p], lr=0.1, backend=backend).step()
+        gs.GSO([p], lr=0.1, backend=backend, direction="adam").step()
     _assert_same([ours], [theirs], 1e-5)
 
 
 def test_a_step_is_seen_by_autograd():
     p = Parameter(torch.ones(2, 3))
     p.grad, version = torch.ones(2, 3), p._version
-    gs.GSO([p], lr=0.1, backend="numba").step()
+    gs.GSO([p], lr=0.1, backend="numba", direction="adam").step()
     assert p._version > version
 
 
@@ -111,7 +111,7 @@ def test_strided_weights_fall_back_with_one_warning():
     memory = torch.randn(4, 10)
     p = Parameter(memory[:, :6])
     p.grad = torch.randn(4, 6)
-    optimizer = gs.GSO([p], lr=1e-2, backend="numba")
+    optimizer = gs.GSO([p], lr=1e-2, backend="numba", direction="adam")
     with pytest.warns(FallbackWarning, match="strides"):
         optimizer.step()
     optimizer.step()

@@ -24,7 +24,7 @@ def _loss(model, step):
 
 def _train(*, steps=4, **options):
     model = _model()
-    optimizer = gs.GSO(model, lr=1e-2, backend="eager", **options)
+    optimizer = gs.GSO(model, lr=1e-2, backend="eager", **options, direction="adam")
     for step in range(steps):
         optimizer.zero_grad()
         _loss(model, step).backward()
@@ -46,7 +46,7 @@ def test_same_steps_as_outside(moment, budget):
 
 def test_gradients_are_freed():
     model = _model()
-    optimizer = gs.GSO(model, in_backward=True, backend="eager")
+    optimizer = gs.GSO(model, in_backward=True, backend="eager", direction="adam")
     _loss(model, 0).backward()
     assert all(p.grad is None for p in model.parameters())
     optimizer.step()
@@ -54,7 +54,10 @@ def test_gradients_are_freed():
 
 def test_accumulated_gradients_make_one_step():
     model, whole = _model(), _model()
-    optimizer, reference = gs.GSO(model, in_backward=True, backend="eager"), gs.GSO(whole, backend="eager")
+    optimizer, reference = (
+        gs.GSO(model, in_backward=True, backend="eager", direction="adam"),
+        gs.GSO(whole, backend="eager", direction="adam"),
+    )
     with optimizer.accumulating():
         _loss(model, 0).backward()
     _loss(model, 1).backward()
@@ -67,7 +70,7 @@ def test_accumulated_gradients_make_one_step():
 
 def test_a_second_backward_without_arming_is_refused():
     model = _model()
-    optimizer = gs.GSO(model, in_backward=True, backend="eager")  # its hooks end with it
+    optimizer = gs.GSO(model, in_backward=True, backend="eager", direction="adam")  # its hooks end with it
     _loss(model, 0).backward()
     with pytest.raises(RuntimeError, match="accumulating"):
         _loss(model, 1).backward()
@@ -76,7 +79,7 @@ def test_a_second_backward_without_arming_is_refused():
 
 def test_reentrant_checkpointing_of_a_shared_weight_is_detected():
     layer = nn.Linear(4, 4)
-    optimizer = gs.GSO(layer, in_backward=True, backend="eager")  # its hooks end with it
+    optimizer = gs.GSO(layer, in_backward=True, backend="eager", direction="adam")  # its hooks end with it
     x = torch.randn(2, 4, requires_grad=True)
     y = checkpoint(layer, x, use_reentrant=True)
     y = checkpoint(layer, y, use_reentrant=True)
@@ -88,17 +91,19 @@ def test_reentrant_checkpointing_of_a_shared_weight_is_detected():
 @pytest.mark.parametrize("level", ["root", "module"])
 def test_limits_over_several_tensors_are_refused(level):
     with pytest.raises(ValueError, match=level):
-        gs.GSO(_model(), plan="tree_sp", in_backward=True, budget={level: gs.Fixed(1.0)}, backend="eager")
+        gs.GSO(
+            _model(), plan="tree_sp", in_backward=True, budget={level: gs.Fixed(1.0)}, backend="eager", direction="adam"
+        )
 
 
 def test_a_bin_over_several_tensors_is_refused():
     with pytest.raises(ValueError, match="inside one tensor"):
-        gs.GSO(_model(), plan="whole", in_backward=True, backend="eager")
+        gs.GSO(_model(), plan="whole", in_backward=True, backend="eager", direction="adam")
 
 
 def test_a_scaler_is_refused():
     model = _model()
-    optimizer, scaler = gs.GSO(model, in_backward=True, backend="eager"), torch.amp.GradScaler("cpu")
+    optimizer, scaler = gs.GSO(model, in_backward=True, backend="eager", direction="adam"), torch.amp.GradScaler("cpu")
     scaler.scale(_loss(model, 0)).backward()
     with pytest.raises(RuntimeError, match="GradScaler"):
         scaler.step(optimizer)
@@ -109,7 +114,7 @@ def test_saved_in_the_middle():
     model, optimizer = _train(steps=3, in_backward=True, budget=gs.Ema(1.5, warmup=2))
     again = _model()
     again.load_state_dict(model.state_dict())
-    resumed = gs.GSO(again, lr=1e-2, in_backward=True, budget=gs.Ema(1.5, warmup=2), backend="eager")
+    resumed = gs.GSO(again, lr=1e-2, in_backward=True, budget=gs.Ema(1.5, warmup=2), backend="eager", direction="adam")
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for step in range(3, 6):
         _loss(again, step).backward()
@@ -119,4 +124,4 @@ def test_saved_in_the_middle():
 
 def test_accumulating_is_for_in_backward_alone():
     with pytest.raises(ValueError, match="in_backward=True"):
-        gs.GSO(_model(), backend="eager").accumulating()
+        gs.GSO(_model(), backend="eager", direction="adam").accumulating()

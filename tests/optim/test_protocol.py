@@ -46,7 +46,7 @@ def assert_equal(a, b):
 
 def test_it_is_an_optimizer_with_torchs_groups_and_names():
     model = model_of()
-    optimizer = gs.GSO(model, lr=0.1)
+    optimizer = gs.GSO(model, lr=0.1, direction="adam")
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
     assert set(optimizer.defaults) >= {"lr", "betas", "eps", "weight_decay", "maximize"}
@@ -66,14 +66,17 @@ def test_it_is_an_optimizer_with_torchs_groups_and_names():
 )
 def test_parameters_in_every_form_give_the_same_run(params):
     model, other = model_of(), model_of()
-    assert_equal(train(model, gs.GSO(params(model), lr=0.1), range(4)), train(other, gs.GSO(other, lr=0.1), range(4)))
+    assert_equal(
+        train(model, gs.GSO(params(model), lr=0.1, direction="adam"), range(4)),
+        train(other, gs.GSO(other, lr=0.1, direction="adam"), range(4)),
+    )
 
 
 def test_frozen_parameters_of_a_module_are_left_out_and_none_is_passed_over():
     model = model_of()
     model[0].weight.requires_grad_(False)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = gs.GSO(model, lr=0.1)
+    optimizer = gs.GSO(model, lr=0.1, direction="adam")
     backward(model, 0)
     model[2].bias.grad = None
     optimizer.step()
@@ -85,7 +88,7 @@ def test_frozen_parameters_of_a_module_are_left_out_and_none_is_passed_over():
 def test_a_step_without_any_gradient_does_nothing():
     model = model_of()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = gs.GSO(model, lr=0.1)
+    optimizer = gs.GSO(model, lr=0.1, direction="adam")
     optimizer.step()
     assert_equal(before, model.parameters())
     assert not optimizer.state
@@ -93,7 +96,7 @@ def test_a_step_without_any_gradient_does_nothing():
 
 def test_a_closure_runs_with_gradients_and_its_loss_is_returned():
     model, other = model_of(), model_of()
-    optimizer = gs.GSO(model, lr=0.1)
+    optimizer = gs.GSO(model, lr=0.1, direction="adam")
 
     def closure():
         assert torch.is_grad_enabled()
@@ -103,7 +106,7 @@ def test_a_closure_runs_with_gradients_and_its_loss_is_returned():
     with torch.no_grad():
         loss = optimizer.step(closure)
     assert loss.detach() == backward(other, 0).detach()
-    gs.GSO(other, lr=0.1).step()
+    gs.GSO(other, lr=0.1, direction="adam").step()
     assert_equal(model.parameters(), other.parameters())
 
 
@@ -119,7 +122,7 @@ def test_a_closure_runs_with_gradients_and_its_loss_is_returned():
 def test_tau_follows_the_scheduler(make):
     """No row moves by more than 3 % x lr / largest lr so far of its length."""
     model = model_of(torch.float64)
-    optimizer = gs.GSO(model, lr=0.5, weight_decay=0.0)
+    optimizer = gs.GSO(model, lr=0.5, weight_decay=0.0, direction="adam")
     scheduler, top = make(optimizer), optimizer.param_groups[0].get("initial_lr", 0.0)
     for step in range(9):
         lr = float(optimizer.param_groups[0]["lr"])
@@ -136,7 +139,7 @@ def test_tau_follows_the_scheduler(make):
 
 def test_hooks_run_around_the_step():
     model, seen = model_of(), []
-    optimizer = gs.GSO(model, lr=0.1)
+    optimizer = gs.GSO(model, lr=0.1, direction="adam")
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     backward(model, 0)
@@ -157,7 +160,7 @@ OPTIONS = [
 @pytest.mark.parametrize("way", ["pickle", "deepcopy", "state_dict", "file"])
 def test_a_copy_goes_on_as_the_original_would(options, way):
     model = model_of()
-    optimizer = gs.GSO(model, lr=0.1, **options)
+    optimizer = gs.GSO(model, lr=0.1, **options, direction="adam")
     train(model, optimizer, range(3))
     if way in ("pickle", "deepcopy"):
         # Together, so that the copy of the optimizer holds the copy of the parameters.
@@ -166,7 +169,7 @@ def test_a_copy_goes_on_as_the_original_would(options, way):
     else:
         other = model_of(seed=1)
         other.load_state_dict(model.state_dict())
-        copied = gs.GSO(other, lr=3.0, **options)
+        copied = gs.GSO(other, lr=3.0, **options, direction="adam")
         state = copy.deepcopy(optimizer.state_dict())  # as in torch, loading shares the tensors
         if way == "file":
             file = io.BytesIO()
@@ -179,10 +182,10 @@ def test_a_copy_goes_on_as_the_original_would(options, way):
 
 def test_statistics_a_bin_stay_float32_in_a_bfloat16_model():
     model = model_of(torch.bfloat16)
-    optimizer = gs.GSO(model, lr=0.1, second_moment="bin")
+    optimizer = gs.GSO(model, lr=0.1, second_moment="bin", direction="adam")
     train(model, optimizer, range(3))
     saved = optimizer.state_dict()
-    fresh = gs.GSO(model, lr=0.1, second_moment="bin")
+    fresh = gs.GSO(model, lr=0.1, second_moment="bin", direction="adam")
     fresh.load_state_dict(saved)
     for p in model.parameters():
         rows = p.shape[0] if p.dim() > 1 else 1
@@ -196,12 +199,12 @@ def test_statistics_a_bin_stay_float32_in_a_bfloat16_model():
 
 def test_a_state_of_an_older_version_is_completed_with_defaults():
     model = model_of()
-    optimizer = gs.GSO(model, lr=0.1)
+    optimizer = gs.GSO(model, lr=0.1, direction="adam")
     train(model, optimizer, range(2))
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         del group["maximize"]
-    fresh = gs.GSO(model, lr=0.1)
+    fresh = gs.GSO(model, lr=0.1, direction="adam")
     fresh.load_state_dict(state)
     assert fresh.param_groups[0]["maximize"] is False
     train(model, fresh, range(1))
@@ -210,12 +213,12 @@ def test_a_state_of_an_older_version_is_completed_with_defaults():
 def test_a_distributed_checkpoint_fills_a_fresh_optimizer():
     """It makes the state by a step with lr = 0 and gradients of zeros, which must move nothing and teach nothing."""
     model = model_of()
-    optimizer = gs.GSO(model, lr=0.1, second_moment="bin")
+    optimizer = gs.GSO(model, lr=0.1, second_moment="bin", direction="adam")
     train(model, optimizer, range(3))
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     other = model_of(seed=1)
     other.load_state_dict(model.state_dict())
-    fresh = gs.GSO(other, lr=0.1, second_moment="bin")
+    fresh = gs.GSO(other, lr=0.1, second_moment="bin", direction="adam")
     set_optimizer_state_dict(other, fresh, saved)
     assert_equal(other.parameters(), model.parameters())
     assert_equal(train(other, fresh, range(3, 6)), train(model, optimizer, range(3, 6)))
@@ -224,7 +227,7 @@ def test_a_distributed_checkpoint_fills_a_fresh_optimizer():
 def test_a_step_with_a_rate_of_zero_and_no_gradient_moves_nothing():
     model = model_of()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = gs.GSO(model, lr=0.0, weight_decay=0.1)
+    optimizer = gs.GSO(model, lr=0.0, weight_decay=0.1, direction="adam")
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -250,6 +253,7 @@ def test_a_group_may_have_its_own_plan_and_budget():
         ],
         lr=10.0,
         weight_decay=0.0,
+        direction="adam",
     )
     head = [model[2].weight, model[2].bias]
     before = [p.detach().clone() for p in model.parameters()]
@@ -263,7 +267,12 @@ def test_a_group_may_have_its_own_plan_and_budget():
 
 def test_a_group_added_later_joins_and_the_others_keep_their_history():
     model = model_of()
-    optimizer = gs.GSO(model[0].named_parameters(prefix="0"), lr=0.1, budget=(gs.Ema(1.1, warmup=1), gs.RelativeStep()))
+    optimizer = gs.GSO(
+        model[0].named_parameters(prefix="0"),
+        lr=0.1,
+        budget=(gs.Ema(1.1, warmup=1), gs.RelativeStep()),
+        direction="adam",
+    )
     train(model, optimizer, range(3))
     history = optimizer.state_dict()["gradsplit"][0]["gradient"]
     optimizer.add_param_group({"params": list(model[2].named_parameters(prefix="2")), "lr": 0.01})
@@ -278,7 +287,7 @@ def test_a_group_added_later_joins_and_the_others_keep_their_history():
 
 def test_a_group_that_cannot_be_added_leaves_the_optimizer_as_it_was():
     model = model_of()
-    optimizer = gs.GSO(model[0].named_parameters(prefix="0"), lr=0.1)
+    optimizer = gs.GSO(model[0].named_parameters(prefix="0"), lr=0.1, direction="adam")
     with pytest.raises(ValueError, match="expected one of whole, per_tensor"):
         optimizer.add_param_group({"params": list(model[2].named_parameters(prefix="2")), "plan": "rows"})
     assert len(optimizer.param_groups) == 1
@@ -288,30 +297,54 @@ def test_a_group_that_cannot_be_added_leaves_the_optimizer_as_it_was():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda m: gs.GSO(m, lr=-1.0), ValueError, "Invalid learning rate: -1.0"),
-        (lambda m: gs.GSO(m, lr=float("nan")), ValueError, "Invalid learning rate: nan"),
-        (lambda m: gs.GSO(m, lr=torch.ones(2)), ValueError, "Tensor lr must be 1-element"),
-        (lambda m: gs.GSO(m, eps=-1.0), ValueError, "Invalid epsilon value: -1.0"),
-        (lambda m: gs.GSO(m, weight_decay=-1.0), ValueError, "Invalid weight_decay value: -1.0"),
-        (lambda m: gs.GSO(m, betas=(1.0, 0.9)), ValueError, "Invalid beta parameter at index 0: 1.0"),
-        (lambda m: gs.GSO(m, betas=(0.9, -0.1)), ValueError, "Invalid beta parameter at index 1: -0.1"),
+        (lambda m: gs.GSO(m, lr=-1.0, direction="adam"), ValueError, "Invalid learning rate: -1.0"),
+        (lambda m: gs.GSO(m, lr=float("nan"), direction="adam"), ValueError, "Invalid learning rate: nan"),
+        (lambda m: gs.GSO(m, lr=torch.ones(2), direction="adam"), ValueError, "Tensor lr must be 1-element"),
+        (lambda m: gs.GSO(m, eps=-1.0, direction="adam"), ValueError, "Invalid epsilon value: -1.0"),
+        (lambda m: gs.GSO(m, weight_decay=-1.0, direction="adam"), ValueError, "Invalid weight_decay value: -1.0"),
+        (lambda m: gs.GSO(m, betas=(1.0, 0.9), direction="adam"), ValueError, "Invalid beta parameter at index 0: 1.0"),
         (
-            lambda m: gs.GSO(m, second_moment="row"),
+            lambda m: gs.GSO(m, betas=(0.9, -0.1), direction="adam"),
+            ValueError,
+            "Invalid beta parameter at index 1: -0.1",
+        ),
+        (
+            lambda m: gs.GSO(m, second_moment="row", direction="adam"),
             ValueError,
             r"GSO\(second_moment='row'\): expected 'element' or 'bin'",
         ),
         (
-            lambda m: gs.GSO(m, second_moment="bin", plan="whole"),
+            lambda m: gs.GSO(m, second_moment="bin", plan="whole", direction="adam"),
             ValueError,
             r"GSO\(second_moment='bin'\): expected bins inside one tensor each",
         ),
-        (lambda m: gs.GSO(m, plan="rows"), ValueError, r"GSO\(plan='rows'\): expected one of whole, per_tensor, xsp"),
-        (lambda m: gs.GSO(m, budget="emma"), ValueError, r"GSO\(budget='emma'\): .* Did you mean 'ema'\?"),
-        (lambda m: gs.GSO(m, rule="best"), ValueError, r"GSO\(rule='best'\): expected one of bottom_up, nearest"),
-        (lambda m: gs.GSO(m, backend="fast"), ValueError, r"GSO\(backend='fast'\): expected 'auto' or one of"),
-        (lambda m: gs.GSO([]), ValueError, "empty parameter list"),
-        (lambda m: gs.GSO(nn.ReLU()), ValueError, "empty parameter list"),
-        (lambda m: gs.GSO(m[0].weight), TypeError, "params argument given to the optimizer should be an iterable"),
+        (
+            lambda m: gs.GSO(m, plan="rows", direction="adam"),
+            ValueError,
+            r"GSO\(plan='rows'\): expected one of whole, per_tensor, xsp",
+        ),
+        (
+            lambda m: gs.GSO(m, budget="emma", direction="adam"),
+            ValueError,
+            r"GSO\(budget='emma'\): .* Did you mean 'ema'\?",
+        ),
+        (
+            lambda m: gs.GSO(m, rule="best", direction="adam"),
+            ValueError,
+            r"GSO\(rule='best'\): expected one of bottom_up, nearest",
+        ),
+        (
+            lambda m: gs.GSO(m, backend="fast", direction="adam"),
+            ValueError,
+            r"GSO\(backend='fast'\): expected 'auto' or one of",
+        ),
+        (lambda m: gs.GSO([], direction="adam"), ValueError, "empty parameter list"),
+        (lambda m: gs.GSO(nn.ReLU(), direction="adam"), ValueError, "empty parameter list"),
+        (
+            lambda m: gs.GSO(m[0].weight, direction="adam"),
+            TypeError,
+            "params argument given to the optimizer should be an iterable",
+        ),
     ],
 )
 def test_bad_input_is_named(make, error, words):
@@ -321,7 +354,7 @@ def test_bad_input_is_named(make, error, words):
 
 def test_a_sparse_gradient_is_refused_before_anything_moves():
     embedding = nn.Embedding(5, 2, sparse=True)
-    optimizer = gs.GSO(embedding, lr=0.1)
+    optimizer = gs.GSO(embedding, lr=0.1, direction="adam")
     embedding(torch.tensor([1])).sum().backward()
     before = embedding.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"GSO does not support sparse gradients, got one of shape \(5, 2\). Make"):
@@ -333,16 +366,19 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda m: gs.GSO(m, plan="per_tensor"), "expected the state of plan [0-9a-f]{16}, got that of plan"),
         (
-            lambda m: gs.GSO(m, budget=("ema", gs.RelativeStep())),
+            lambda m: gs.GSO(m, plan="per_tensor", direction="adam"),
+            "expected the state of plan [0-9a-f]{16}, got that of plan",
+        ),
+        (
+            lambda m: gs.GSO(m, budget=("ema", gs.RelativeStep()), direction="adam"),
             r"expected the history of budgets \[\], got \['bin/ema/0'\]",
         ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(other, words):
     model = model_of()
-    optimizer, stranger = gs.GSO(model, lr=0.1), other(model_of(seed=1))
+    optimizer, stranger = gs.GSO(model, lr=0.1, direction="adam"), other(model_of(seed=1))
     train(model, optimizer, range(2))
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=words):
@@ -353,7 +389,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(other, words):
 @pytest.mark.parametrize("capturable", [False, True])
 def test_the_step_counter_counts_and_autograd_knows(capturable):
     w = torch.nn.Parameter(torch.ones(2, 3))
-    optimizer = gs.GSO([w], lr=1e-3, capturable=capturable)
+    optimizer = gs.GSO([w], lr=1e-3, capturable=capturable, direction="adam")
     for seen in (1.0, 2.0):
         w.grad = torch.ones(2, 3)
         optimizer.step()

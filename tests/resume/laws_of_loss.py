@@ -16,7 +16,7 @@ from tests.resume.runs import data, net
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), 1e-2),
-    "gso": lambda model: gs.GSO(model, 1e-2),
+    "gso": lambda model: gs.GSO(model, 1e-2, direction="adam"),
 }
 
 

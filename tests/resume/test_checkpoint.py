@@ -55,8 +55,8 @@ def _equal(one, other):
     [
         lambda m: torch.optim.AdamW(m.parameters(), 1e-2),
         lambda m: torch.optim.SGD(m.parameters(), 1e-2, momentum=0.9),
-        lambda m: gs.GSO(m, 1e-2),
-        lambda m: gs.GSO(m, 1e-2, second_moment="bin", budget=gs.Ema(1.5)),
+        lambda m: gs.GSO(m, 1e-2, direction="adam"),
+        lambda m: gs.GSO(m, 1e-2, second_moment="bin", budget=gs.Ema(1.5), direction="adam"),
     ],
     ids=["adamw", "sgd", "gso", "gso by bin"],
 )

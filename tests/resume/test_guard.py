@@ -173,7 +173,9 @@ def test_a_look_every_few_steps_finds_the_step_all_the_same():
     assert not nonfinite_names(model, optimizer)
 
 
-@pytest.mark.parametrize("optimizer_of", [lambda m: gs.GSO(m, 1e-2), lambda m: torch.optim.LBFGS(m.parameters(), 0.1)])
+@pytest.mark.parametrize(
+    "optimizer_of", [lambda m: gs.GSO(m, 1e-2, direction="adam"), lambda m: torch.optim.LBFGS(m.parameters(), 0.1)]
+)
 def test_other_optimizers_are_rolled_back_with_all_their_state(optimizer_of):
     model = nn.Linear(4, 3)
     optimizer = optimizer_of(model)

@@ -104,7 +104,7 @@ def on_two_devices():
             r"calibrate\(steps=0\): expected at least one backward pass",
         ),
         (
-            lambda m: gs.GSO([torch.zeros(3, dtype=torch.int64)]),
+            lambda m: gs.GSO([torch.zeros(3, dtype=torch.int64)], direction="adam"),
             TypeError,
             r"GSO\(…\): expected floating-point parameters, got torch.int64 at 'group0.param0'. Leave it out",
         ),

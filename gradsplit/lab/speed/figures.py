@@ -235,7 +235,7 @@ def _updates(
         adamw.step()
 
     def gso(**options: Any) -> gs.GSO:
-        return gs.GSO(named, lr=RATE, **options)
+        return gs.GSO(named, lr=RATE, **options, direction="adam")
 
     for moment, bar, arrays in (("element", 0.60, 7), ("bin", 0.45, 5)):
         optimizer = gso(second_moment=moment)
