@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,10 +15,11 @@ from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..hooks import without_compiler_guard
 from ..split import StepRecord
-from .directions import DIRECTIONS
 from .in_backward import InBackward, check_model
 from .kinds import Kind, kinds_of, owners_of
+from .options import FLAGS, check_flags, check_numbers, check_share, differentiable_backend
 from .parts import Part, make_memories, make_parts, step_part
+from .saved import COUNT, HISTORY, check_moments, load_history, mend_memories, translated
 from .share import Collective
 
 __all__ = ["GSO"]
@@ -142,7 +143,7 @@ class GSO(Optimizer):
         if second_moment not in ("element", "bin"):
             raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
         if by_share:
-            _check_share(steps, second_moment=second_moment, differentiable=differentiable)
+            check_share(steps, second_moment=second_moment, differentiable=differentiable)
         elif steps is not None or blocks is not None:
             raise ValueError(
                 "GSO(direction='adam', …): expected neither steps= nor blocks=, which belong to the share step. Use a "
@@ -431,198 +432,3 @@ class GSO(Optimizer):
             for part, saved in zip(self._parts, history, strict=True):
                 part.load(saved, call="GSO.__setstate__(…)")
             self._set_pace()
-
-
-FLAGS: dict[str, Any] = {
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
-"""torch's flags in torch's order, with their defaults; states of older versions are completed with these."""
-
-
-def check_numbers(options: Mapping[str, Any], *, by_share: bool) -> None:
-    """Check the ranges of torch's usual constants.
-
-    Raises:
-        ValueError: a constant out of its range; the words are torch's.
-    """
-    lr, eps, decay, betas = options["lr"], options["eps"], options["weight_decay"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not lr >= 0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if by_share and not isinstance(lr, Tensor) and lr > 0.5:  # a tensor is not looked at, since that may wait
-        raise ValueError(
-            f"GSO(lr={lr}): expected a share of a row's length per step, at most 0.5. The default is 0.03; use "
-            "direction='adam' for a learning rate of AdamW."
-        )
-    if not eps >= 0:
-        raise ValueError(f"Invalid epsilon value: {eps}")
-    if not decay >= 0:
-        raise ValueError(f"Invalid weight_decay value: {decay}")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise ValueError("betas must be either both floats or both Tensors")
-    if isinstance(betas[0], Tensor):
-        raise ValueError("GSO(betas=…): expected two numbers, got tensors. Use float(beta).")
-    for i, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-
-
-def check_flags(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check a group's flags against each other and against the optimizer's.
-
-    Raises:
-        RuntimeError: flags that exclude each other; the words are torch's.
-        ValueError: a flag that has no meaning here, or that would have to be the same in all groups.
-    """
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if group["fused"] and group["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if group["foreach"]:
-        raise ValueError(
-            "GSO(foreach=True): expected None or False, since each bin has a scale of its own and torch has no "
-            "multi-tensor kernel for that. Use fused=True on the CPU, or torch.compile(optimizer.step)."
-        )
-    if group["differentiable"] != defaults["differentiable"]:
-        raise ValueError(
-            f"GSO(differentiable={defaults['differentiable']}) with a group of differentiable="
-            f"{group['differentiable']}: expected one value for all groups, since one step updates them all. Make a "
-            "second GSO for the group."
-        )
-
-
-def differentiable_backend(backend: str, *, in_backward: bool) -> str:
-    """Return the backend through which autograd can see.
-
-    Raises:
-        ValueError: a mode or a backend through which it cannot.
-    """
-    if in_backward:
-        raise ValueError(
-            "GSO(differentiable=True): expected in_backward=False, since an update in backward lets go of what "
-            "autograd would need. Leave one of the two out."
-        )
-    if backend not in ("auto", "eager"):
-        raise ValueError(
-            f"GSO(differentiable=True, backend={backend!r}): expected backend 'auto' or 'eager', since autograd cannot "
-            "see through compiled kernels. Leave it out."
-        )
-    return "eager"
-
-
-HISTORY, COUNT = "gradsplit", "gradsplit_count"
-"""The keys of what no parameter holds, beside torch's "state" and "param_groups"."""
-
-
-def _check_share(steps: int | None, *, second_moment: str, differentiable: bool) -> None:
-    """Refuse what has no meaning for the share step.
-
-    Raises:
-        ValueError: a length below one step; an option of direction="adam".
-    """
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ValueError(f"GSO(steps={steps!r}): expected the number of steps of the run, >= 1, or None.")
-    if second_moment != "element":
-        raise ValueError(
-            f"GSO(second_moment={second_moment!r}): expected 'element' beside a direction that has no second moment "
-            "per bin. Use direction='adam' with it."
-        )
-    if differentiable:
-        raise ValueError(
-            "GSO(differentiable=True): expected direction='adam', the one update that autograd can see through. Add "
-            "direction='adam', or leave differentiable out."
-        )
-
-
-def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
-    """Take over what the parts returned; nothing is taken unless all of it fits.
-
-    A state without history, such as torch's AdamW leaves or a distributed checkpoint, starts it anew.
-
-    Raises:
-        ValueError: the state of other plans or budgets.
-    """
-    history = saved.get(HISTORY)
-    if history is not None and len(history) != len(parts):
-        raise ValueError(
-            f"GSO.load_state_dict(…): expected the state of {len(parts)} plans, got {len(history)}. Add the groups of "
-            "the saved run in the same order first."
-        )
-    call = "GSO.load_state_dict(…)"
-    before = [part.state() for part in parts]
-    try:
-        for part, state in zip(parts, history or (), strict=False):
-            part.load(state, call=call)
-    except Exception:
-        for part, state in zip(parts, before, strict=True):
-            part.load(state, call=call)
-        raise
-
-
-def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
-    """Refuse the moments of the other kind.
-
-    Raises:
-        ValueError: a saved parameter without the second moment that this optimizer keeps.
-    """
-    wanted, other = ("bin_sq", "element") if second_moment == "bin" else ("exp_avg_sq", "bin")
-    for i, state in saved["state"].items():
-        if state and wanted not in state:
-            raise ValueError(
-                f"GSO.load_state_dict(…): expected {wanted!r} in the state of parameter {i}, got {sorted(state)}. Make "
-                f"GSO with second_moment={other!r} as in the saved run, or start without its state."
-            )
-
-
-_SAME = {"momentum": ("exp_avg", "momentum_buffer")}
-"""Memory -> the names under which other optimizers keep the same: a running mean of gradients."""
-
-
-def translated(saved: Mapping[Any, Mapping[str, Any]], kinds: Mapping[Any, Kind]) -> dict[Any, dict[str, Any]]:
-    """Return saved states in the names of each tensor's memory.
-
-    Raises:
-        ValueError: a state that does not hold what the tensor's direction remembers; names the tensor.
-    """
-    made: dict[Any, dict[str, Any]] = {}
-    for i, kind in kinds.items():
-        state = dict(saved.get(i, {}))
-        if not state:
-            continue
-        memory = DIRECTIONS[kind.direction].memory
-        for name in memory:
-            state[name] = next((state[key] for key in (name, *_SAME.get(name, ())) if key in state), None)
-        lost = [name for name in memory if state[name] is None]
-        if lost:
-            raise ValueError(
-                f"GSO.load_state_dict(…): expected {', '.join(lost)} in the state of parameter {i}, whose direction is "
-                f"{kind.direction!r}, got {sorted(saved[i])}. Make GSO with the direction of the saved run, or start "
-                "without its state."
-            )
-        made[i] = {key: state[key] for key in ("step", *memory) if key in state}
-        made[i].setdefault("step", torch.ones(()))
-    return made
-
-
-def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Undo what torch's loading did to the memories.
-
-    It casts all but "step" to the parameter's dtype. Statistics per bin, and the memories of half-precision
-    parameters, must keep their own. Overriding torch's choice of the dtype has no effect, since it is called by its
-    class's name. Old states hold "step" as a number.
-    """
-    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-    owners = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, owner in zip(saved_ids, owners, strict=True):
-        for key, value in saved["state"].get(i, {}).items():
-            if key == "step" and not isinstance(value, Tensor):
-                optimizer.state[owner]["step"] = torch.tensor(float(value), dtype=torch.float32)
-            elif key == "bin_sq":
-                optimizer.state[owner][key] = value.to(owner.device, torch.float32, copy=True)
-            elif key != "step" and value.dtype != owner.dtype and optimizer.state[owner][key].dtype == owner.dtype:
-                optimizer.state[owner][key] = value.to(owner.device, copy=True)

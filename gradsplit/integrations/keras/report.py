@@ -11,7 +11,7 @@ from keras import ops
 
 from ...budget import Decision
 from ...plan import Plan
-from ...splitter import StepRecord
+from ...split import StepRecord
 from .state import Kept
 
 __all__ = ["Report", "SplitCallback"]

@@ -64,9 +64,8 @@ def entered(memory: Tensor, gradient: Tensor, weight: float, learns: Tensor | No
 
         m_b <- m_b + weight (g_b - m_b)         rows that do not learn stay
 
+    >>> import torch
     >>> entered(torch.zeros(2, 1), torch.ones(2, 1), 0.25, torch.tensor([[1.0], [0.0]])).tolist()
     [[0.25], [0.0]]
     """
-    if learns is None:
-        return memory.lerp_(gradient, weight)
-    return memory.lerp_(gradient, learns * weight)
+    return memory.lerp_(gradient, weight) if learns is None else memory.lerp_(gradient, learns * weight)
