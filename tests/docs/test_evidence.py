@@ -38,6 +38,8 @@ def _results(path: Path) -> list[float]:
         with path.open(encoding="utf8", newline="") as file:
             rows = list(csv.DictReader(file))
         held = {key: [row[key] for row in rows] for key in rows[0]}  # a column is a list
+    elif path.suffix == ".jsonl":
+        held = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
     else:
         held = json.loads(path.read_text(encoding="utf8"))
     found: list[float] = []
