@@ -12,7 +12,7 @@ from torch import nn
 
 from ..chain.chain import Chain
 from ..chain.joints import LossFn, bare
-from . import activations, signals, steps, weights
+from . import activations, samples, signals, steps, weights
 from .evidence import Evidence, ForkShare, gather
 from .finding import Finding
 
@@ -43,6 +43,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("explosion through time", signals.explosion_through_time, explodes=True),
     Kind("vanishing through time", signals.vanishing_through_time),
     Kind("head share", signals.head_share),
+    Kind("one sample", samples.one_sample, reads_broken=True),
     Kind("missing normalisation", weights.missing_norm, reads_broken=True),
     Kind("long step", steps.long_step, reads_broken=True),
     Kind("unstable rate", steps.unstable_rate),

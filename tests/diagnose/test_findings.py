@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsplit.diagnose
-from gradsplit.diagnose import activations, diagnose, signals, steps, weights
+from gradsplit.diagnose import activations, diagnose, samples, signals, steps, weights
 from gradsplit.diagnose.diagnosis import EXPLODING, KINDS
 from gradsplit.diagnose.evidence import weight_heats
 from gradsplit.diagnose.signals import loss_weights
@@ -264,7 +264,9 @@ def test_the_package_is_the_function() -> None:
 def test_every_kind_of_finding_has_one_row_under_its_own_name() -> None:
     names = [kind.name for kind in KINDS]
     assert len(set(names)) == len(names)
-    sources = [Path(module.__file__).read_text(encoding="utf8") for module in (activations, signals, steps, weights)]
+    sources = [
+        Path(module.__file__).read_text(encoding="utf8") for module in (activations, samples, signals, steps, weights)
+    ]
     written = {name for source in sources for name in _kinds_written_in(source)}
     assert written == set(names)  # a finding of a kind without a row could not say whether it is an explosion
 
