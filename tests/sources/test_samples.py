@@ -338,6 +338,15 @@ def test_compiled_models_are_refused_by_name():
         SampleSplitter(model)
 
 
+def test_a_split_model_that_is_compiled_later_runs_its_layers_eagerly_and_split():
+    model, x = _net(), torch.randn(5, 3)
+    x[2] = math.nan
+    with SampleSplitter(model, LOOSE) as splitter:
+        torch.compile(model, backend="eager")(x).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert {row.sample for row in splitter.named()} == {2}
+
+
 def test_data_parallel_is_refused_by_name():
     with pytest.raises(ValueError, match="DataParallel"):
         SampleSplitter(nn.DataParallel(_net()))
