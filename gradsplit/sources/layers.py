@@ -9,28 +9,23 @@ A sample that is finite sends its full signal to the layers below: every layer b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .limits import Rule, RunningLimit
+
 __all__ = [
-    "KINDS",
-    "Decided",
-    "LayerKind",
-    "Listener",
-    "all_finite",
-    "length",
-    "looks",
-    "masked",
-    "once",
-    "row_shape",
-    "spread",
-    "times",
-    "wide",
+    *("KINDS", "Decided", "Kind", "Layer", "LayerKind", "Listener", "all_finite", "length", "looks", "masked"),
+    *("once", "row_shape", "spread", "times", "wide"),
 ]
+
+
+SMALLEST = 1e-30  # of a factor, so that 1 / factor is finite in float32
 
 
 class Decided(NamedTuple):
@@ -165,8 +160,18 @@ class LayerKind:
         """The gradients of input, weight and bias from the signal; None where not needed."""
         raise TypeError(f"{type(self).__name__}: expected a kind that says what its gradients are.")
 
-    def __call__(self, listener: Listener, module: Any, a: Tensor) -> Tensor:
+    def __call__(
+        self,
+        listener: Listener,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Run the layer so that its own weight gradient is split by sample."""
+        if not module.weight.requires_grad:
+            return forward(*args, **kwargs)
+        (a,) = [*args, *kwargs.values()]
         a, config = self.prepare(module, a)
         bias = getattr(module, "bias", None)
         features = self.features(module, module.weight)
@@ -372,3 +377,98 @@ def _at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 KINDS: tuple[LayerKind, ...] = (_Linear(), _Conv(), _Embedding(), _LayerNorm(), _RMSNorm())
 """One row per kind of layer whose own sum over samples is made here; a new kind is one class and one row."""
+
+
+class Notes(Protocol):
+    """What a layer asks of the splitter that it belongs to, and tells it."""
+
+    rule: Rule
+    scaler: Any
+    batch_dim: int
+    token: bool
+
+    def see_pass(self) -> None:
+        """A backward pass is there."""
+
+    def sound(self, activation_S: Tensor, finite_S: Tensor) -> Tensor:
+        """Which samples are not masked."""
+
+    def note(self, name: str, ratio_S: Tensor) -> None:
+        """Samples stood out; nan: not finite."""
+
+    def lose(self) -> None:
+        """No sample of the pass is sound."""
+
+
+class Kind(Protocol):
+    """How a layer of one kind is run and split."""
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the module is of this kind."""
+
+    def __call__(
+        self,
+        listener: Listener,
+        module: Any,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the module, split by sample."""
+
+
+class Layer:
+    """One layer: its rule, its running scale, and what it decides."""
+
+    def __init__(self, splitter: Notes, name: str, kind: Kind) -> None:
+        self.splitter, self.name, self.kind = splitter, name, kind
+        self.batch_dim, self.token = splitter.batch_dim, splitter.token
+        self.scale: Tensor | float | None = None
+        self._limit: float | None = None
+
+    def call(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the layer, split by sample where it is trained."""
+        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in module.parameters()):
+            return forward(*args, **kwargs)
+        return self.kind(self, module, forward, args, kwargs)
+
+    def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
+        """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
+        splitter = self.splitter
+        splitter.see_pass()
+        may_look = looks(signal_S)
+        if may_look and self._ordinary(activation_S, signal_S):
+            return None
+        norm_S = wide(activation_S) * wide(signal_S)
+        if splitter.scaler is not None:
+            norm_S = norm_S / splitter.scaler.scale(norm_S.new_ones(()))
+        finite_S = norm_S.isfinite()
+        if may_look and self._limit is not None:
+            limit = torch.tensor(self._limit, dtype=norm_S.dtype)
+        else:
+            scale = torch.as_tensor(0.0 if self.scale is None else self.scale).to(norm_S)
+            self.scale, limit = splitter.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
+            if may_look and bool((norm_S <= limit).all()):
+                return None
+        ratio_S = norm_S / limit
+        sound_S = splitter.sound(activation_S, finite_S)
+        splitter.note(self.name, torch.where(finite_S, ratio_S, math.nan).float())
+        if may_look and not bool(sound_S.any()):
+            splitter.lose()
+        factor_S = torch.where(finite_S, (1 / ratio_S).clamp(min=SMALLEST, max=1.0), 1.0)
+        return Decided(factor_S, None if may_look and bool(sound_S.all()) else sound_S)
+
+    def _ordinary(self, activation_S: Tensor, signal_S: Tensor) -> bool:
+        """Move the scale by numbers, where the rule can; whether no sample is beyond the limit."""
+        rule = self.splitter.rule
+        if self.splitter.scaler is not None or not isinstance(rule, RunningLimit):
+            return False
+        with np.errstate(invalid="ignore", over="ignore"):
+            norms = activation_S.numpy().astype(np.float64) * signal_S.numpy()
+        largest = float(norms.max(initial=0.0))  # nan where one is nan
+        sound = math.isfinite(largest) and norms.min(initial=math.inf) > 0
+        used = norms if sound else norms[np.isfinite(norms) & (norms > 0)]
+        self.scale, self._limit = rule.follow_numbers(float(self.scale or 0.0), used)
+        return largest <= self._limit and math.isfinite(largest)

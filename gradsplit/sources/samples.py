@@ -1,4 +1,10 @@
-"""SampleSplitter: what one sample adds to a layer's weight gradient is masked, bounded and named."""
+"""SampleSplitter: what one sample adds to a layer's weight gradient is masked, bounded and named.
+
+In front of a statistic of the batch a bad row is put in quarantine:
+
+    row i of the activation is bad if it is not finite, or ||x_i|| > 3 running medians
+    x_i <- the nearest sound row before it, without its graph;   d_i <- 0 at the model's outputs and below the joint
+"""
 
 from __future__ import annotations
 
@@ -11,19 +17,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..hooks import not_traced
 from .ends import WHOLE, WholeKind
-from .layers import KINDS, Decided, LayerKind, looks, spread, wide
+from .layers import KINDS, Kind, Layer, length, looks, row_shape, spread, wide
 from .limits import Rule, RunningLimit, rule_of
-from .quarantine import BATCH_NORMS, Quarantine
 
 __all__ = ["SampleSplitter", "StoodOut"]
 
-_SMALLEST = 1e-30  # so that 1 / factor is finite in float32
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 class StoodOut(NamedTuple):
@@ -128,7 +133,7 @@ class SampleSplitter:
                     )
         self.quarantine, self.also, self.leave_out = quarantine, tuple(also), tuple(leave_out)
         self.unruled: list[str] = []
-        self.layers: dict[str, _Layer] = {}
+        self.layers: dict[str, Layer] = {}
         self.joints: dict[str, Quarantine] = {}
         self._notes: deque[tuple[int, str, Tensor]] = deque(maxlen=keep)
         self._patched: list[nn.Module] = []
@@ -247,8 +252,8 @@ class SampleSplitter:
         for name, module in self.model.named_modules():
             if _below(name, (*covered, *self.leave_out)):
                 continue
-            kinds: tuple[WholeKind | LayerKind, ...] = (*WHOLE, *KINDS)
-            kind = next((kind for kind in kinds if kind.fits(module)), None)
+            kinds: tuple[Kind, ...] = (*WHOLE, *KINDS)
+            kind: Kind | None = next((kind for kind in kinds if kind.fits(module)), None)
             if name in self.also:
                 kind = WholeKind()
             if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], types.MethodType):
@@ -261,7 +266,7 @@ class SampleSplitter:
                     self._list(name, module)
                 continue
             if kind is not None:
-                self.layers[name] = _Layer(self, name or "(model)", kind)
+                self.layers[name] = Layer(self, name or "(model)", kind)
                 if isinstance(kind, WholeKind):
                     covered = (*covered, name)
             else:
@@ -304,9 +309,9 @@ class SampleSplitter:
         away = self._away
         self._away = bad_S if away is None or away.shape != bad_S.shape else away | bad_S
         if looks(bad_S) and bool(bad_S.all()):
-            self._lose(self._passes)
+            self.lose(ahead=1)
 
-    def _see_pass(self) -> None:
+    def see_pass(self) -> None:
         """Count backward passes; the engine gives every pass a number of its own."""
         task = torch._C._current_graph_task_id()
         if task != self._task:
@@ -314,7 +319,7 @@ class SampleSplitter:
             self._passes += 1
             self._known.clear()
 
-    def _sound(self, activation_S: Tensor, finite_S: Tensor) -> Tensor:
+    def sound(self, activation_S: Tensor, finite_S: Tensor) -> Tensor:
         """Which samples are not masked. Under a scaler an overflowing signal of a sound sample is let through."""
         if self.scaler is None:
             return finite_S
@@ -323,8 +328,13 @@ class SampleSplitter:
         self._known[bad_S.numel()] = bad_S = bad_S if known is None else bad_S | known
         return ~bad_S
 
-    def _lose(self, step: int) -> None:
-        self._lost.add(step)
+    def note(self, name: str, ratio_S: Tensor) -> None:
+        """Called by a layer in the backward pass: samples stood out."""
+        self._notes.append((self._passes - 1, name, ratio_S))
+
+    def lose(self, ahead: int = 0) -> None:
+        """No sample of the pass is sound; one ahead where the backward pass is still to come."""
+        self._lost.add(self._passes - 1 + ahead)
         self._say(
             "SampleSplitter: no sample of the batch is finite, so that its gradient is zero. With .attach(optimizer) "
             "such a step is passed over; look at the input or at the weights if this lasts."
@@ -345,67 +355,67 @@ class SampleSplitter:
             warnings.warn(text, UserWarning, stacklevel=3)
 
 
-class _Layer:
-    """One layer: its rule, its running scale, and what it decides."""
+class Quarantine:
+    """The rows of one activation in front of a statistic of the batch.
 
-    def __init__(self, splitter: SampleSplitter, name: str, kind: LayerKind | WholeKind) -> None:
-        self.splitter, self.name, self.kind = splitter, name, kind
-        self.batch_dim, self.token = splitter.batch_dim, splitter.token
-        self.scale: Tensor | float | None = None
-        self._limit: float | None = None
+    Args:
+        name: of the module, for the notes.
+        keeper: who leaves the rows' signal out.
+        batch_dim: the dimension of the samples.
+        factor: largest ratio of a row's norm to the running median; inf: rows that are not finite alone.
+    """
 
-    def call(
-        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run the layer, split by sample where it is trained."""
-        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in module.parameters()):
-            return forward(*args, **kwargs)
-        if isinstance(self.kind, WholeKind):
-            return self.kind(self, module, forward, args, kwargs)
-        weight: Any = module.weight
-        if not weight.requires_grad:
-            return forward(*args, **kwargs)
-        (a,) = [*args, *kwargs.values()]
-        return self.kind(self, module, a)
+    def __init__(self, name: str, keeper: SampleSplitter, batch_dim: int = 0, factor: float = 3.0) -> None:
+        self.name, self.keeper, self.batch_dim = name, keeper, batch_dim
+        self.rule = RunningLimit(quantile=0.5, factor=factor)
+        self.scale: Tensor | None = None
+        self.bad_S: Tensor | None = None
 
-    def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
-        """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
-        splitter = self.splitter
-        splitter._see_pass()
-        may_look = looks(signal_S)
-        if may_look and self._ordinary(activation_S, signal_S):
-            return None
-        norm_S = wide(activation_S) * wide(signal_S)
-        if splitter.scaler is not None:
-            norm_S = norm_S / splitter.scaler.scale(norm_S.new_ones(()))
+    def __call__(self, x: Tensor) -> Tensor:
+        """The activation with ordinary rows in the place of bad ones."""
+        self.bad_S = None
+        if x.dim() < 2 or x.numel() == 0:
+            return x
+        rows = row_shape(x.shape, x.dim() - self.batch_dim - 1, self.batch_dim)
+        norm_S = wide(length(x, rows))
         finite_S = norm_S.isfinite()
-        if may_look and self._limit is not None:
-            limit = torch.tensor(self._limit, dtype=norm_S.dtype)
-        else:
-            scale = torch.as_tensor(0.0 if self.scale is None else self.scale).to(norm_S)
-            self.scale, limit = splitter.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
-            if may_look and bool((norm_S <= limit).all()):
-                return None
-        ratio_S = norm_S / limit
-        sound_S = splitter._sound(activation_S, finite_S)
-        splitter._notes.append((splitter._passes - 1, self.name, torch.where(finite_S, ratio_S, math.nan).float()))
-        if may_look and not bool(sound_S.any()):
-            splitter._lose(splitter._passes - 1)
-        factor_S = torch.where(finite_S, (1 / ratio_S).clamp(min=_SMALLEST, max=1.0), 1.0)
-        return Decided(factor_S, None if may_look and bool(sound_S.all()) else sound_S)
+        scale = norm_S.new_zeros(()) if self.scale is None else self.scale.to(norm_S)
+        self.scale, limit = self.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
+        bad_S = ~finite_S | (norm_S > limit)
+        if looks(x) and not bool(bad_S.any()):
+            return x
+        self.bad_S = bad_S
+        self.keeper.keep(self.name, torch.where(finite_S, norm_S / limit, math.nan), bad_S)
+        return self._replaced(x, bad_S)
 
-    def _ordinary(self, activation_S: Tensor, signal_S: Tensor) -> bool:
-        """Move the scale by numbers, where the rule can; whether no sample is beyond the limit."""
-        rule = self.splitter.rule
-        if self.splitter.scaler is not None or not isinstance(rule, RunningLimit):
-            return False
-        with np.errstate(invalid="ignore", over="ignore"):
-            norms = activation_S.numpy().astype(np.float64) * signal_S.numpy()
-        largest = float(norms.max(initial=0.0))  # nan where one is nan
-        sound = math.isfinite(largest) and norms.min(initial=math.inf) > 0
-        used = norms if sound else norms[np.isfinite(norms) & (norms > 0)]
-        self.scale, self._limit = rule.follow_numbers(float(self.scale or 0.0), used)
-        return largest <= self._limit and math.isfinite(largest)
+    def again(self, x: Tensor) -> Tensor:
+        """The same rows replaced as in the call before: what a recomputation of activations needs."""
+        return (
+            x if self.bad_S is None or self.bad_S.numel() != x.shape[self.batch_dim] else self._replaced(x, self.bad_S)
+        )
+
+    def around_norm(self, norm: Any, forward: Any, x: Tensor) -> Any:
+        """Run a batch normalisation whose running statistics stay as they are where no row is sound."""
+        bad_S = self.bad_S
+        if bad_S is None or norm.running_mean is None:
+            return forward(x)
+        before = norm.running_mean.clone(), norm.running_var.clone()
+        y = forward(x)
+        sound = ~bad_S.all()
+        for now, old in zip((norm.running_mean, norm.running_var), before, strict=True):
+            # Through .data: backward holds these tensors, does not read them, and would refuse a new version.
+            now.data.copy_(torch.where(sound, now, old))
+        return y
+
+    def _replaced(self, x: Tensor, bad_S: Tensor) -> Tensor:
+        rows = row_shape(x.shape, x.dim() - self.batch_dim - 1, self.batch_dim)
+        place_S = torch.arange(bad_S.numel(), device=x.device)
+        first = (~bad_S).to(torch.uint8).argmax()
+        nearest_S = torch.where(bad_S, -1, place_S).cummax(0).values
+        nearest_S = torch.where(nearest_S < 0, first, nearest_S)
+        ordinary = x.detach().index_select(self.batch_dim, nearest_S)
+        ordinary = torch.where(bad_S.all(), torch.zeros((), dtype=x.dtype, device=x.device), ordinary)
+        return torch.where(spread(bad_S, rows), ordinary, x)
 
 
 class _Forward:
@@ -414,12 +424,8 @@ class _Forward:
     def __init__(self, module: nn.Module, call: Callable[..., Any], before: _Forward | None) -> None:
         self.module, self.call, self.before = module, call, before
 
+    @not_traced  # torch.compile then runs the layer as it is, and split
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "SampleSplitter: expected a model that is not compiled, since its layers are run by the splitter. Call "
-                ".remove() before torch.compile."
-            )
         return self.call(self.module, self.before or _ordinary(self.module), args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -128,7 +128,7 @@ def test_the_masked_path_without_a_bad_sample_gives_the_same_numbers(path, monke
     model(x).square().sum().backward()
     expected = grads(model)
     if path == "no look":
-        for part in ("layers", "ends", "samples", "quarantine"):
+        for part in ("layers", "ends", "samples"):
             monkeypatch.setattr(f"gradsplit.sources.{part}.looks", lambda tensor: False)
     with SampleSplitter(model, LOOSE, leave_out=positions(model)):
         model(x).square().sum().backward()

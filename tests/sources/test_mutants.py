@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from gradsplit.sources import RULES, ends, layers, quarantine, samples, terms
+from gradsplit.sources import RULES, ends, layers, samples, terms
 from gradsplit.sources.limits import RunningLimit
 from tests.sources import test_bounding, test_masking, test_quarantine, test_terms
 
@@ -89,7 +89,7 @@ def test_an_ordinary_row_with_its_graph_is_noticed(monkeypatch):
         good = (~bad_S).to(torch.uint8).argmax()
         return torch.where(layers.spread(bad_S, rows), x[good], x)
 
-    monkeypatch.setattr(quarantine.Quarantine, "_replaced", attached)
+    monkeypatch.setattr(samples.Quarantine, "_replaced", attached)
     with pytest.raises(AssertionError):
         test_quarantine.test_the_bad_row_is_the_ordinary_row_before_it_without_loss("large")
 

@@ -86,7 +86,7 @@ def test_a_device_where_nobody_looks_gives_the_same_numbers(monkeypatch):
     found = []
     for look in (True, False):
         if not look:
-            for part in ("layers", "ends", "samples", "quarantine"):
+            for part in ("layers", "ends", "samples"):
                 monkeypatch.setattr(f"gradsplit.sources.{part}.looks", lambda tensor: False)
         model, (x, target) = Net(), _batch()
         x[3] = 1.0

@@ -338,6 +338,7 @@ def test_compiled_models_are_refused_by_name():
         SampleSplitter(model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler, of its own look
 def test_a_split_model_that_is_compiled_later_runs_its_layers_eagerly_and_split():
     model, x = _net(), torch.randn(5, 3)
     x[2] = math.nan
