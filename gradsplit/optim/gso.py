@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
+from ..collective import Collective
 from ..hooks import without_compiler_guard
 from ..split import StepRecord
 from .in_backward import InBackward, check_model
@@ -20,7 +21,6 @@ from .kinds import Kind, kinds_of, owners_of
 from .options import FLAGS, check_flags, check_numbers, check_share, differentiable_backend
 from .parts import Part, make_memories, make_parts, step_part
 from .saved import COUNT, HISTORY, check_moments, load_history, mend_memories, translated
-from .share import Collective
 
 __all__ = ["GSO"]
 

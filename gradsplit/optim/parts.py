@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..amp import Scaling
+from ..collective import Collective
 from ..distributed import is_sharded, local_of
 from ..plan import Layout, make_plan, one_device, part_of
 from ..split import Split, StepRecord
 from .directions import DIRECTIONS
 from .kinds import Kind
-from .share import Collective, ShareUpdate
+from .share import ShareUpdate
 from .updates import Update, make_update, refusal_of_fused
 
 __all__ = ["Part", "make_memories", "make_parts", "real", "seen", "step_part"]

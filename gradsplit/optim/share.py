@@ -25,48 +25,14 @@ from torch import Tensor
 
 from ..amp import Scaling
 from ..budget import Decision
+from ..collective import Collective
 from ..distributed import is_sharded, shard_of
 from ..kernels.eager import EagerKernel
 from ..split import Split
 from .directions import DIRECTIONS, Turn
 from .kinds import Kind
 
-__all__ = ["COLLECTIVE", "Collective", "ShareUpdate"]
-
-COLLECTIVE = 5.0
-"""The median ratio of norms to recent norms beyond which the batch counts as scaled as a whole."""
-
-_LET_THROUGH, _FALLS, _RISES = 1.05, 0.98, 2.0
-_ENOUGH = 16  # rows that must have been seen before a median of a part of the tensors says anything
-
-
-class Collective:
-    """Tells a batch that is scaled as a whole from single rows, by the median over rows; shared by a GSO's parts.
-
-    Args:
-        one_by_one: tensors come one after the other, during the backward pass. The median is then over those that have
-            come so far in this pass: over their own medians, each counted as often as it has rows.
-    """
-
-    def __init__(self, *, one_by_one: bool = False) -> None:
-        self.one_by_one = one_by_one
-        self._medians: list[Tensor] = []
-        self._counts: list[Tensor] = []
-
-    def median(self, ratio_B: Tensor) -> Tensor:
-        """Return the median of ratios, 0-d; nan where nothing is known. Ratios (B,) that say nothing are nan."""
-        if not self.one_by_one:
-            return torch.nanmedian(ratio_B)
-        self._medians.append(torch.nanmedian(ratio_B))
-        self._counts.append((~ratio_B.isnan()).sum())
-        medians, order = torch.stack(self._medians).sort()  # nan come last, with a count of zero
-        counts = torch.stack(self._counts)[order].cumsum(0)
-        middle = medians[torch.searchsorted(counts * 2, counts[-1]).clamp(max=len(medians) - 1)]
-        return torch.where(counts[-1] >= _ENOUGH, middle, torch.nan)
-
-    def settle(self) -> None:
-        """End a step in which the tensors came one by one."""
-        self._medians, self._counts = [], []
+__all__ = ["ShareUpdate"]
 
 
 class ShareUpdate:
@@ -170,19 +136,10 @@ class ShareUpdate:
             squares_B = torch.where(scaling.overflow(squares_B), torch.inf, squares_B)
         norm_B, finite_B = squares_B.sqrt(), squares_B.isfinite()
         seen_B = finite_B & (norm_B > 0)
-        recent_B = self.recent_B
-        known_B = seen_B & (recent_B > 0)
-        median = self.collective.median(torch.where(known_B, norm_B / recent_B, torch.nan))
-        fired = median > COLLECTIVE  # nan, where nothing is known yet, is not above
-        factor = torch.where(fired, 1 / median, 1.0)
-        passed_B = norm_B * factor
-        decision = split.gradient.decide(passed_B.square(), weight_squares_B)
-        falls = (self.seen_steps / (self.seen_steps + 2)).clamp(max=_FALLS)
-        follows_B = torch.minimum(torch.maximum(norm_B, falls * recent_B), _RISES * recent_B)
-        moved_B = torch.where(fired, _LET_THROUGH * recent_B, follows_B)
-        self.recent_B = torch.where(seen_B, torch.where(recent_B > 0, moved_B, passed_B), recent_B)
+        factor, self.recent_B = self.collective.look(norm_B, seen_B, self.recent_B, self.seen_steps)
         self.seen_steps = self.seen_steps + 1
         self.collected = factor
+        decision = split.gradient.decide((norm_B * factor).square(), weight_squares_B)
         length_B = torch.where(weight_squares_B.isfinite(), weight_squares_B, 0.0).sqrt()
         first_B = (self.most_B == 0) & seen_B
         self.most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
