@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import gradsplit as gs
 from gradsplit.sources import RunningLimit, SampleSplitter
 from tests.sources.cases import grads, made
 
@@ -373,3 +374,45 @@ def test_another_library_that_runs_a_layer_keeps_it():
     torch.testing.assert_close(model(x), expected)
     splitter.remove()
     assert "forward" in model[0].__dict__
+
+
+def test_samples_terms_and_rows_are_split_together():
+    """The bad sample is gone before the terms are weighed, and before the rows are bounded."""
+    model, x = _net(), torch.randn(6, 3)
+    good = [0, 1, 3, 4, 5]
+
+    def terms(rows):
+        y = model(rows)
+        return {"one": y[:, 0].square().sum(), "other": 1e3 * y[:, 1].square().sum()}
+
+    gs.TermSplitter(model).backward(**terms(x[good]))
+    gs.GradientSplitter(model, budget=gs.Fixed(0.5)).step()
+    expected = grads(model)
+    x[2] = math.nan
+    with SampleSplitter(model, LOOSE):
+        gs.TermSplitter(model).backward(**terms(x))
+    record = gs.GradientSplitter(model, budget=gs.Fixed(0.5)).step()
+    assert not bool((record.decision.outcome_B == gs.Outcome.ZEROED).any())
+    for key, grad in grads(model).items():
+        torch.testing.assert_close(grad, expected[key])
+
+
+def test_gso_trains_as_if_the_bad_sample_were_not_there():
+    x = torch.randn(16, 3)
+    good = [i for i in range(16) if i != 2]
+    found = []
+    for bad in (False, True):
+        model = _net()
+        optimizer = gs.GSO(model, lr=0.03)
+        splitter = SampleSplitter(model, LOOSE).attach(optimizer)
+        rows = x.clone() if bad else x[good]
+        if bad:
+            rows[2] = math.nan
+        for _ in range(10):
+            optimizer.zero_grad()
+            (model(rows) - 1).square().sum().backward()
+            optimizer.step()
+        splitter.remove()
+        found.append(list(model.parameters()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
