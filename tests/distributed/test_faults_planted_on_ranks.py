@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gradsplit as gs
 from gradsplit.distributed import ShardedKernel
-from gradsplit.optim.updates.sharded import Carried, ShardedUpdate
+from gradsplit.optim.updates.sharded import Gathered, ShardedUpdate
 from tests.distributed.models import batch, make_net, shard, weights_of
 from tests.distributed.ranks import on_ranks
 
@@ -28,7 +28,7 @@ def copies_not_counted(self: ShardedKernel, tensors: Any) -> Tensor:
     return torch.zeros_like(self._numel)
 
 
-def nothing_carried(self: Carried, row: Tensor, t: int, piece: Tensor) -> None:
+def nothing_written(self: Gathered, row: Tensor, t: int, piece: Tensor) -> None:
     return None
 
 
@@ -41,7 +41,7 @@ FAULTS: dict[str, tuple[str, Any, str, Callable[..., Any] | None]] = {
     "none, replicas": ("tp", ShardedKernel, "add_", None),
     "a rank hears nothing": ("fsdp", ShardedKernel, "add_", deaf),
     "replicas are added up": ("tp", ShardedKernel, "_held", copies_not_counted),
-    "pieces are not sent": ("fsdp", Carried, "write", nothing_carried),
+    "pieces are not sent": ("fsdp", Gathered, "write", nothing_written),
     "other ranks' moments stand still": ("fsdp", None, "learn_elsewhere", nothing_learned),
 }
 
@@ -57,7 +57,7 @@ def train(model: torch.nn.Module, fault: str, *, planted: bool) -> Any:
     if planted and owner is None:
         (part,) = optimizer._parts
         assert type(part.update) is ShardedUpdate
-        owner = type(part.update._own)
+        owner = type(part.update._in_place)
     with mock.patch.object(owner, name, wrong) if planted and wrong is not None else nullcontext():
         for step in range(STEPS):
             x, y = batch(step)

@@ -19,7 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one moment per row": {"second_moment": "bin"},
     "columns": {"plan": lambda layout: gs.xsp(layout, axis=1)},
     "limit of the sum": {"plan": "tree_sp", "budget": ROOT},
-    "too much to carry": {},
+    "too much to gather": {},
     "in backward": {"in_backward": True},
     "block after block": {},
 }
@@ -32,7 +32,7 @@ def reductions(world: int, mode: str, variant: str) -> int:
         return 0
     if variant == "block after block":
         return 4  # every step asks which block is next: copies are counted anew
-    return 2 if world > 1 and variant in ("limit of the sum", "too much to carry") else 1
+    return 2 if world > 1 and variant in ("limit of the sum", "too much to gather") else 1
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[int]:
@@ -51,15 +51,15 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
 
 
 def run(model: torch.nn.Module, variant: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[int], Any]:
-    limits = sharded_update.CARRIED, sharded_update.CARRIED_A_BIN
-    if variant == "too much to carry":
-        sharded_update.CARRIED = sharded_update.CARRIED_A_BIN = 0
+    limits = sharded_update.GATHERED, sharded_update.GATHERED_PER_BIN
+    if variant == "too much to gather":
+        sharded_update.GATHERED = sharded_update.GATHERED_PER_BIN = 0
     try:
         optimizer = gs.GSO(model, 0.05, **VARIANTS[variant], **options, direction="adam")
         if variant == "block after block":
             gs.CyclicBlocks(optimizer, model, switch_every=1, order="energy")
     finally:
-        sharded_update.CARRIED, sharded_update.CARRIED_A_BIN = limits
+        sharded_update.GATHERED, sharded_update.GATHERED_PER_BIN = limits
     made = train(model, optimizer, range(STEPS if variant == "default" else FEW))
     return weights_of(model), made, [part.update.decision.scale_B for part in optimizer._parts]
 
@@ -69,7 +69,7 @@ def work(rank: int, world: int) -> dict[str, Any]:
     for mode in MODES[world]:
         variants = ["default", "one moment per row"]
         if mode == "fsdp" or world == 2:
-            variants += ["columns", "limit of the sum", "too much to carry"]
+            variants += ["columns", "limit of the sum", "too much to gather"]
         if mode not in ("ddp", "tp"):  # plain tensors in several processes are refused
             variants += ["in backward", "block after block"]
         for variant in variants:
@@ -97,9 +97,9 @@ def test_equals_one_process(world: int) -> None:
 def updates_of(rank: int, world: int) -> tuple[str, str]:
     optimizer = gs.GSO(shard(make_net(), "fsdp", world), fused=True, direction="adam")
     (part,) = optimizer._parts
-    return type(part.update._own.update).__name__, type(part.update._whole.update).__name__
+    return type(part.update._in_place.update).__name__, type(part.update._across.update).__name__
 
 
-def test_row_shards_and_carried_tensors_are_updated_in_compiled_loops() -> None:
+def test_row_shards_and_gathered_tensors_are_updated_in_compiled_loops() -> None:
     pytest.importorskip("numba", reason="the fused update needs the package numba: pip install gradsplit[fast]")
     assert on_ranks(2, updates_of) == [("FusedUpdate", "FusedUpdate")] * 2

@@ -1,10 +1,12 @@
-"""The update of GSO over sharded parameters, by one all-reduce where every bin's limits need that bin alone.
+"""The update of GSO over sharded parameters, with one all-reduce where every bin's limits need that bin alone.
 
-A tensor whose bins lie whole on their ranks is updated where it lies, before anything is sent, by the update of one
-process. A tensor with a bin over several ranks (under FSDP2 a bias, the scale of a norm) is small: its pieces of
-gradient, weights and moments travel in the one message that also tells every rank what was decided elsewhere; every
-rank then updates the whole tensor alike and keeps its piece. Sums of squares alone would need a second message, since
-the length of an update follows from the bounded gradient.
+Most tensors have bins that each lie whole on a rank (rows, under FSDP2). Every rank updates what it holds of them in
+place, before anything is sent.
+
+A tensor with a bin across several ranks is small: under FSDP2 a bias, or the scale of a norm. Sums of squares are not
+enough for it, since the length of an update follows from the bounded gradient; a second message would be needed. So
+one message gathers its weights, gradient and moments, and tells every rank what was decided for the bins of the
+others. Every rank then makes the same update of the whole tensor and keeps its own piece.
 """
 
 from __future__ import annotations
@@ -23,15 +25,20 @@ from ...budget.lines import lines_of
 from ...distributed.shards import shard_of
 from ...plan import part_of
 from ...split import Split
+from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
 
-__all__ = ["Carried", "ShardedUpdate", "can_update"]
+__all__ = ["Gathered", "ShardedUpdate", "can_update"]
+
+_COPIES, _PRESENT = 3, 4
+"""The last rows of a message: how many ranks hold a bin, after its norm, scale and limit; how many have a gradient of
+an element, after weights, gradient and moments."""
 
 
-class Carried:
-    """Places of E elements, those of some sharded tensors one after the other, in rows of a message.
+class Gathered:
+    """Where the E elements of some sharded tensors stand in a row of a message, one tensor after the other.
 
-    Every rank writes what it holds and zeros elsewhere; the sum over ranks, divided by how many wrote an element, is
-    the whole tensor, to the bit where the number of copies is a power of two.
+    Every rank writes the pieces that it holds, and zeros elsewhere. The sum over the ranks, divided by how many ranks
+    wrote an element, is the whole tensor. It is exact where the number of copies is a power of two.
 
     Args:
         names, tensors: as the optimizer holds them.
@@ -69,42 +76,43 @@ class Carried:
         return whole[shard.row_start : shard.row_stop, left:right]
 
 
-CARRIED, CARRIED_A_BIN = 1 << 16, 2
-"""Elements that may be carried: so many, or so many a bin if that is more; so the message stays about as long."""
+GATHERED, GATHERED_PER_BIN = 1 << 16, 2
+"""The most elements that may be gathered: so many, or so many per bin if that is more. Then they do not make the
+message much longer."""
 
 _Gradients = list[Tensor | None]
 _States = list[dict[str, Any]]
 
 
 def can_update(split: Split) -> bool:
-    """Whether limits look at one bin each, and the tensors with bins over several ranks are small together."""
+    """Whether each limit looks at one bin, and the tensors with bins across ranks are small together."""
     budgets = [split.gradient_budgets, split.update_budgets]
     alone = all(lines_of(pairs) is not None for pairs in budgets)
     plain = split.bins_in_one_tensor and not any(owner.is_complex() for owner in split.owners)
-    num_carried = sum(split.plan.layout.numels[t] for t in _spread(split))
-    return alone and plain and num_carried <= max(CARRIED, CARRIED_A_BIN * split.plan.num_bins)
+    num_gathered = sum(split.plan.layout.numels[t] for t in _across_ranks(split))
+    return alone and plain and num_gathered <= max(GATHERED, GATHERED_PER_BIN * split.plan.num_bins)
 
 
-def _spread(split: Split) -> list[int]:
-    """The tensors with a bin over several ranks."""
+def _across_ranks(split: Split) -> list[int]:
+    """The tensors with a bin across several ranks."""
     plan = split.plan
     return [int(t) for t in np.unique(plan.tensor_K[split.kernel.spread_B[plan.bin_K]])]
 
 
 class ShardedUpdate:
-    """One step over the shards of a `Split`, see the module.
+    """One step over the shards of a `Split`, as the module describes it.
 
     Args:
         split: one for which `can_update` holds.
-        make: split -> update, for plain tensors.
+        make: returns the update of a split of plain tensors.
     """
 
     def __init__(self, split: Split, make: Callable[[Split], Any]) -> None:
         self.split = split
         self.decision: Decision | None = None
-        spread = _spread(split)
-        self._own = _Own(split, [t for t in range(len(split.owners)) if t not in spread], make)
-        self._whole = _Whole(split, spread, make) if spread else None
+        across = _across_ranks(split)
+        self._in_place = _InPlace(split, [t for t in range(len(split.owners)) if t not in across], make)
+        self._across = _AcrossRanks(split, across, make) if across else None
         wide = torch.float64 if any(p.dtype == torch.float64 for p in split.owners) else split.gradient.numel_B.dtype
         self._like = torch.empty(0, dtype=wide, device=split.kernel.device)
 
@@ -119,28 +127,35 @@ class ShardedUpdate:
         if scaling is not None:
             gradients = [None if gradient is None else scaling.plain(gradient) for gradient in gradients]
         split, num_bins = self.split, self.split.plan.num_bins
-        num_carried = 0 if self._whole is None else len(self._whole.carried)
-        message = self._like.new_zeros(4 * num_bins + 5 * num_carried)
-        shown, rows = message[: 4 * num_bins].view(4, num_bins), message[4 * num_bins :].view(5, num_carried)
-        self._own.step(gradients, states, groups, shown)
-        if self._whole is not None:
-            self._whole.write(gradients, states, rows)
+        num_gathered = 0 if self._across is None else len(self._across.gathered)
+        message = self._like.new_zeros(4 * num_bins + 5 * num_gathered)
+        decided, rows = message[: 4 * num_bins].view(4, num_bins), message[4 * num_bins :].view(5, num_gathered)
+        self._in_place.step(gradients, states, groups, decided)
+        if self._across is not None:
+            self._across.write(gradients, states, rows)
         split.kernel.add_(message)
-        norm_B, scale_B, limit_B = (shown[:3] / shown[3].clamp(min=1.0)).to(split.gradient.numel_B.dtype)
-        silent_B = shown[3] == 0  # no gradient anywhere, or a bin of the whole tensors
+        copies_B = decided[_COPIES]
+        norm_B, scale_B, limit_B = (decided[:_COPIES] / copies_B.clamp(min=1.0)).to(split.gradient.numel_B.dtype)
+        silent_B = copies_B == 0  # no gradient on any rank, or a bin across ranks
         scale_B, limit_B = scale_B.masked_fill(silent_B, 1.0), limit_B.masked_fill(silent_B, float("inf"))
-        if self._whole is not None:
-            bins, decision = self._whole.step(rows, gradients, states, groups)
+        if self._across is not None:
+            bins, decision = self._across.step(rows, gradients, states, groups)
             norm_B[bins] = torch.where(decision.finite_B, decision.norm_B, float("nan"))
             scale_B[bins], limit_B[bins] = decision.scale_B, decision.limit_B
         finite_B = norm_B.isfinite()
         norm_B = norm_B.masked_fill(~finite_B, 0.0)
         self.decision = Decision(split.plan, norm_B, finite_B, scale_B, (("bin", None, limit_B),))
-        self._own.learn_elsewhere(self.decision, gradients, states, groups)
+        self._in_place.learn_elsewhere(self.decision, gradients, states, groups)
 
 
-class _Own:
-    """The tensors whose bins lie whole on their ranks: updated where they lie."""
+class _InPlace:
+    """The tensors whose every bin lies whole on a rank: each rank updates what it holds of them, as one process would.
+
+    Args:
+        split: all tensors.
+        at: which of them these are.
+        make: see `ShardedUpdate`.
+    """
 
     def __init__(self, split: Split, at: list[int], make: Callable[[Split], Any]) -> None:
         self.split, self.all = split, at
@@ -152,17 +167,17 @@ class _Own:
             plan, self.bins = part_of(split.local_plan, self.at)
             self.part = split.over(self.pieces, plan, self.at)
             self.update = make(self.part)
-        # Of every tensor: where among its bins those stand that are here.
+        # Per tensor: which of its bins this rank holds.
         self.places = {t: np.flatnonzero(np.isin(split.bins_of_tensor[t], self.bins)) for t in at}
 
-    def step(self, gradients: _Gradients, states: _States, groups: list[dict[str, Any]], shown: Tensor) -> None:
-        """Update, and write (norm, scale, limit, 1) of every bin that is here into four rows."""
+    def step(self, gradients: _Gradients, states: _States, groups: list[dict[str, Any]], decided: Tensor) -> None:
+        """Update; write the norm, scale and limit of every bin that is here, and 1, into the rows of ``decided``."""
         mine = [gradients[t] for t in self.at]
         if all(gradient is None for gradient in mine):
             return
         present = np.array([gradient is not None for gradient in mine])
-        tables = self.split.parameters
-        self.pieces[:] = [tables[t] for t in self.at]
+        pieces = self.split.parameters
+        self.pieces[:] = [pieces[t] for t in self.at]
         kept = [dict(states[t]) for t in self.at]
         for t, state in zip(self.at, kept, strict=True):
             if "bin_sq" in state:
@@ -173,20 +188,20 @@ class _Own:
                 states[t]["bin_sq"][torch.from_numpy(self.places[t]).to(state["bin_sq"].device)] = state["bin_sq"]
         made: Decision = self.update.decision
         norm_B = torch.where(made.finite_B, made.norm_B, float("nan"))
-        rows = torch.stack([norm_B, made.scale_B, made.limit_B, torch.ones_like(norm_B)]).to(shown.dtype)
-        bins = torch.from_numpy(self.bins).to(shown.device)
+        rows = torch.stack([norm_B, made.scale_B, made.limit_B, torch.ones_like(norm_B)]).to(decided.dtype)
+        bins = torch.from_numpy(self.bins).to(decided.device)
         if not present.all():
             plan = self.part.plan
             has = np.zeros(plan.num_bins, dtype=bool)
             has[plan.bin_K] = present[plan.tensor_K]
-            there = torch.from_numpy(has).to(shown.device)
+            there = torch.from_numpy(has).to(decided.device)
             rows, bins = rows[:, there], bins[there]
-        shown[:, bins] = rows
+        decided[:, bins] = rows
 
     def learn_elsewhere(
         self, decision: Decision, gradients: _Gradients, states: _States, groups: list[dict[str, Any]]
     ) -> None:
-        """Enter the bins of other ranks into one second moment a bin, which every rank holds whole."""
+        """Enter the bins of other ranks into the second moments per bin, which every rank holds of all bins."""
         for t in self.all:
             if gradients[t] is None or "bin_sq" not in states[t]:
                 continue
@@ -200,8 +215,14 @@ class _Own:
             v[places] = torch.where(decision.finite_B[ids], fresh, v[places])
 
 
-class _Whole:
-    """The tensors with a bin over several ranks: carried, updated whole on every rank, each keeping its piece."""
+class _AcrossRanks:
+    """The tensors with a bin across several ranks: gathered, updated whole on every rank, each keeping its piece.
+
+    Args:
+        split: all tensors.
+        at: which of them these are.
+        make: see `ShardedUpdate`.
+    """
 
     def __init__(self, split: Split, at: list[int], make: Callable[[Split], Any]) -> None:
         self.split, self.at = split, at
@@ -209,7 +230,7 @@ class _Whole:
         like = split.gradient.numel_B
         self.bins = torch.from_numpy(bins).to(like.device)
         owners = [split.owners[t] for t in at]
-        self.carried = Carried(plan.layout.names, owners, split.kernel.add_, like)
+        self.gathered = Gathered(plan.layout.names, owners, split.kernel.add_, like)
         self.weights = [torch.empty(tuple(p.shape), dtype=p.dtype, device=like.device) for p in owners]
         self.update = make(split.over(self.weights, plan, at))
 
@@ -217,27 +238,28 @@ class _Whole:
         """Write this rank's pieces into five rows: weights, gradient, both moments, and 1 where there is a gradient."""
         weights = self.split.parameters
         for i, t in enumerate(self.at):
-            self.carried.write(rows[0], i, weights[t])
+            self.gathered.write(rows[WEIGHT], i, weights[t])
             gradient, state = gradients[t], states[t]
             if gradient is not None:
-                self.carried.write(rows[1], i, gradient)
-                self.carried.write(rows[2], i, state["exp_avg"])
+                self.gathered.write(rows[GRADIENT], i, gradient)
+                self.gathered.write(rows[FIRST_MOMENT], i, state["exp_avg"])
                 if "exp_avg_sq" in state:
-                    self.carried.write(rows[3], i, state["exp_avg_sq"])
-                self.carried.piece(self.carried.whole(rows[4], i), i).fill_(1.0)
+                    self.gathered.write(rows[SECOND_MOMENT], i, state["exp_avg_sq"])
+                self.gathered.piece(self.gathered.whole(rows[_PRESENT], i), i).fill_(1.0)
 
     def step(
         self, rows: Tensor, gradients: _Gradients, states: _States, groups: list[dict[str, Any]]
     ) -> tuple[Tensor, Decision]:
-        """Update the whole tensors and keep this rank's pieces; return the bins and what was decided of them."""
-        present = rows[4].clamp(min=1.0)
-        wholes = [rows[0] / self.carried.copies_E, rows[1] / present, rows[2] / present, rows[3] / present]
+        """Update the whole tensors and keep this rank's pieces; return their bins and the decision on these."""
+        # All ranks write their weights; those without a gradient write nothing else.
+        wholes = rows[:_PRESENT] / rows[_PRESENT].clamp(min=1.0)
+        wholes[WEIGHT] = rows[WEIGHT] / self.gathered.copies_E
         by_bin = any("bin_sq" in state for state in states)
         made: _States = []
         whole_gradients: list[Tensor | None] = []
         for i, t in enumerate(self.at):
             weight, state = self.weights[i], states[t]
-            w, g, m, v = (self.carried.whole(whole, i).to(weight.dtype) for whole in wholes)
+            w, g, m, v = (self.gathered.whole(whole, i).to(weight.dtype) for whole in wholes)
             weight.copy_(w)
             whole_gradients.append(g)
             one: dict[str, Any] = {"step": state.get("step", torch.ones(())), "exp_avg": m}
@@ -252,10 +274,10 @@ class _Whole:
         for i, t in enumerate(self.at):
             if gradients[t] is None:
                 continue
-            weights[t].copy_(self.carried.piece(self.weights[i], i))
+            weights[t].copy_(self.gathered.piece(self.weights[i], i))
             for key, value in made[i].items():
                 if key == "bin_sq":
                     states[t][key].copy_(value)
                 elif key != "step":
-                    states[t][key].copy_(self.carried.piece(value, i))
+                    states[t][key].copy_(self.gathered.piece(value, i))
         return self.bins, self.update.decision
