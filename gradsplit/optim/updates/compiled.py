@@ -1,4 +1,4 @@
-"""What the compiled updates share: when a step is theirs, and the decision that is worked out only when asked for."""
+"""What the compiled updates share: which steps they can do, their tables, and a decision made when asked for."""
 
 from __future__ import annotations
 
@@ -22,20 +22,27 @@ __all__ = ["NUM_NUMBERS", "CompiledUpdate", "ParameterMemory"]
 
 
 class ParameterMemory:
-    """The memory of one part's parameters: a parameter found addressable is not looked at again in every step."""
+    """Whether compiled loops may address the parameters of a split; what was found once is remembered.
+
+    Args:
+        split: the parameters.
+    """
 
     def __init__(self, split: Split) -> None:
         self.split, self._device = split, split.kernel.device.type
         self._addressable: list[tuple[tuple[int, ...], torch.dtype] | None] = [None] * len(split.owners)
-        self._apart = b""
+        self._apart_at = b""  # the addresses at which no two parameters shared memory
         self._warned = False
 
     def arrays(
         self, gradients: list[Tensor | None], states: list[dict[str, Any]]
     ) -> tuple[list[Tensor | None], ...] | None:
-        """Weights, gradients and moments in matching strides, or None where one of them is not addressable."""
+        """Return weights, gradients, first and second moments in equal strides; None if one is not addressable.
+
+        A gradient of other strides is copied. A parameter without a gradient, or without elements, is left out.
+        """
         weights: list[Tensor | None] = [None] * len(gradients)
-        moments, spreads = weights.copy(), weights.copy()
+        first_moments, second_moments = weights.copy(), weights.copy()
         parameters, device, addressable = self.split.parameters, self._device, self._addressable
         for t, gradient in enumerate(gradients):
             p, state = parameters[t], states[t]
@@ -54,9 +61,9 @@ class ParameterMemory:
                 return None
             if gradient.stride() != strides:
                 gradients[t] = torch.empty_like(p).copy_(gradient)
-            weights[t], moments[t] = p, m
-            spreads[t] = state["bin_sq"] if v is None else v
-        return weights, gradients, moments, spreads
+            weights[t], first_moments[t] = p, m
+            second_moments[t] = state["bin_sq"] if v is None else v
+        return weights, gradients, first_moments, second_moments
 
     def _obstacle(self, t: int, p: Tensor) -> str:
         """Say why a parameter is not addressable; empty if it is."""
@@ -75,12 +82,12 @@ class ParameterMemory:
             )
 
     def is_apart(self, weights: list[Tensor | None], bases: np.ndarray) -> bool:
-        """Whether no two parameters share memory; looked at once for the same addresses."""
-        seen = bases.tobytes()
-        if self._apart != seen:
+        """Whether no two parameters share memory; found out again only when an address has changed."""
+        addresses = bases.tobytes()
+        if self._apart_at != addresses:
             if overlap([p for p in weights if p is not None]):
                 return False
-            self._apart = seen
+            self._apart_at = addresses
         return True
 
 
@@ -106,7 +113,11 @@ NUM_NUMBERS = 8
 
 
 class CompiledUpdate(ABC):
-    """One step by a compiled program; where that cannot be, by the reference."""
+    """One step by a compiled program, or by the reference where the program cannot do it.
+
+    Args:
+        split: plain tensors, held whole by this rank.
+    """
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -119,21 +130,21 @@ class CompiledUpdate(ABC):
 
     @property
     def reference(self) -> ReferenceUpdate:
-        """The definition, for tensors that are not addressable, and for steps that are traced."""
+        """The definition, for tensors that are not addressable and for steps that are traced."""
         self._make_reference()
         assert self._reference is not None
         return self._reference
 
     @constant_while_traced
     def _make_reference(self) -> bool:
-        """Make it when it is first needed; while a step is traced this runs at once and leaves nothing in the graph."""
+        """Make it when it is first needed; while a step is traced, at once, and without a trace in the graph."""
         if self._reference is None:
             self._reference = ReferenceUpdate(self.split)
         return True
 
     @property
     def decision(self) -> Decision | None:
-        """The decision on the gradient of the last step; after one pass over memory made when asked for."""
+        """The decision on the gradient of the last step; after one pass over memory it is made when asked for."""
         if self._measured is not None:
             self._decision, self._measured = self.split.gradient.decide(*self._measured), None
         return self._decision
@@ -145,20 +156,20 @@ class CompiledUpdate(ABC):
         groups: list[dict[str, Any]],
         scaling: Scaling | None = None,
     ) -> None:
-        """See `ReferenceUpdate.step`. Steps that are traced, and scaled float16 gradients, are the reference's."""
+        """See `ReferenceUpdate.step`. The reference does the steps that are traced or have scaled float16 gradients."""
         half = scaling is not None and any(g is not None and g.dtype == torch.float16 for g in gradients)
         if not half and not torch.compiler.is_compiling():
             if scaling is not None:
                 gradients = [None if g is None else scaling.plain(g) for g in gradients]
                 scaling = None
             arrays = self._memory.arrays(gradients, states)
-            if arrays is not None and self._walk(arrays, states, groups):
+            if arrays is not None and self._update(arrays, states, groups):
                 return
         self.reference.step(gradients, states, groups, scaling)
         self._measured, self._decision = None, self.reference.decision
 
     @abstractmethod
-    def _walk(
+    def _update(
         self, arrays: tuple[list[Tensor | None], ...], states: list[dict[str, Any]], groups: list[dict[str, Any]]
     ) -> bool:
-        """Update by the compiled program and leave its decision; False, with nothing touched, where it cannot."""
+        """Update by the compiled program and leave its decision; False, with nothing changed, where it cannot."""

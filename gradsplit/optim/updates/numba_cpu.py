@@ -43,24 +43,25 @@ class FusedUpdate(CompiledUpdate):
         super().__init__(split)
         plan = split.plan
         self._tables: list[tuple[Any, list[Table], bool]] = []
-        # Kept, since what is made anew in every hook of a backward pass comes to lie between gradients that are freed,
-        # and their memory is then never whole again.
+        # Kept: an array made anew in every hook of a backward pass would lie between gradients that are freed, and
+        # leave their memory in pieces.
         self._squares = np.zeros((2, plan.num_bins))
         self._gradient_table = line_table(self._gradient_lines or (), plan.width_T)
-        self._paced: tuple[bytes, np.ndarray] | None = None  # paces of the tensors, and the limits they make
+        self._update_table = line_table(self._update_lines or (), plan.width_T)
+        self._paced_at = b""  # the paces of the tensors in the update's table
         # Where a bin's second moment stands among its tensor's; bins over several tensors have none.
         self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
         self._tensor_B[plan.bin_K] = plan.tensor_K
         self._places_B = np.zeros(plan.num_bins, dtype=np.int64)
-        self._bin_of_tensor = np.zeros(len(split.owners), dtype=np.int64)  # any of them: rates are a tensor's
+        self._bin_of_tensor = np.zeros(len(split.owners), dtype=np.int64)  # one of them: a tensor has one rate
         for t, ids in enumerate(split.bins_of_tensor):
             self._places_B[ids] = np.arange(len(ids))
             self._bin_of_tensor[t] = ids[0] if len(ids) else 0
 
-    def _walk(
+    def _update(
         self, arrays: tuple[list[Tensor | None], ...], states: list[dict[str, Any]], groups: list[dict[str, Any]]
     ) -> bool:
-        """See `CompiledUpdate`: every budget has its loops, so this always can."""
+        """See `CompiledUpdate`. Every budget has its loops, so this never fails."""
         gradients = arrays[1]
         tables, one_pass = self._tables_of(arrays[0])
         bases = np.array([[0 if t is None else t.data_ptr() for t in row] for row in arrays], dtype=np.int64)
@@ -88,7 +89,7 @@ class FusedUpdate(CompiledUpdate):
         squares, weights = self._squares
         if any_missing:  # all others are written
             self._squares.fill(0.0)
-        bounds = (self._gradient_table, self._update_table())
+        bounds = (self._gradient_table, self._paced_table())
         calls: list[Call] = []
         for dtype, table in tables:
             kind, rows = KINDS[dtype], (table.entries, table.chunks, bases, numbers)
@@ -98,14 +99,15 @@ class FusedUpdate(CompiledUpdate):
         run(calls, threads)
         self._measured, self._decision = (torch.from_numpy(squares), torch.from_numpy(weights)), None
 
-    def _update_table(self) -> np.ndarray:
+    def _paced_table(self) -> np.ndarray:
         """The limits on the update at the learning rates of now; most steps have the last step's."""
-        if not self._update_lines:
-            return line_table((), self.split.plan.width_T)
-        times_T = self.split.pace_B().numpy()[self._bin_of_tensor]
-        if self._paced is None or self._paced[0] != times_T.tobytes():
-            self._paced = (times_T.tobytes(), line_table(self._update_lines, self.split.plan.width_T, times_T))
-        return self._paced[1]
+        if self._update_lines:
+            times_T = self.split.pace_B().numpy()[self._bin_of_tensor]
+            paces = times_T.tobytes()
+            if self._paced_at != paces:
+                self._update_table = line_table(self._update_lines, self.split.plan.width_T, times_T)
+                self._paced_at = paces
+        return self._update_table
 
     def _passes(
         self,
@@ -152,7 +154,7 @@ class FusedUpdate(CompiledUpdate):
         run([_call(loops.write, d, t, bases, numbers, *caps, finite, rate) for d, t in tables], threads)
 
     def _tables_of(self, weights: list[Tensor | None]) -> tuple[list[Table], bool]:
-        """The lowered plan of each dtype, and whether one pass over whole bins will do."""
+        """The lowered plan of each dtype, and whether one pass over whole bins is enough."""
         signature = [None if p is None else (p.dtype, p.stride()) for p in weights]
         for known, tables, one_pass in self._tables:
             if known == signature:

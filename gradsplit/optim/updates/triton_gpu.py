@@ -221,11 +221,11 @@ class TritonUpdate(CompiledUpdate):
         self._tables: list[tuple[Any, list[Table] | None]] = []
         self._sent: dict[str, tuple[Any, Tensor]] = {}
         self._warned = False
-        ids = [bins[0] if len(bins) else 0 for bins in split.bins_of_tensor]  # any of them: rates are a tensor's
+        ids = [bins[0] if len(bins) else 0 for bins in split.bins_of_tensor]  # one of them: a tensor has one rate
         self._bin_of_tensor = torch.tensor(ids, device=self._device)
         self._lines, self._caps = (self._lines_here(lines) for lines in (self._gradient_lines, self._update_lines))
 
-    def _walk(
+    def _update(
         self, arrays: tuple[list[Tensor | None], ...], states: list[dict[str, Any]], groups: list[dict[str, Any]]
     ) -> bool:
         """See `CompiledUpdate`."""
