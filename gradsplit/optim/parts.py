@@ -74,7 +74,8 @@ class Part:
         """See the parameters as they lie in memory now: ``.data`` of one may have been replaced."""
         for t, (owner, tensor) in enumerate(zip(self.split.owners, self.split.tensors, strict=True)):
             if tensor is not owner and tensor.data_ptr() != owner.data_ptr():
-                self.split.tensors[t] = seen(owner, None if self.kinds is None else self.kinds[t])
+                kind = None if self.kinds is None else self.kinds[t]
+                self.split.tensors[t] = seen(self.split.plan.layout.names[t], owner, kind)
 
 
 def make_parts(
@@ -129,7 +130,10 @@ def _make_part(
     more = dict(options)
     second_moment, fused = more.pop("second_moment"), more.pop("fused")
     one_device(list(zip(names, owners, strict=True)), call=_CALL)
-    tensors = [seen(p, None if kinds is None else kinds[t]) for t, p in enumerate(owners)]
+    tensors = [
+        seen(name, p, None if kinds is None else kinds[t])
+        for t, (name, p) in enumerate(zip(names, owners, strict=True))
+    ]
     layout = Layout(tuple(names), tuple(tuple(int(size) for size in p.shape) for p in tensors))
     plan = make_plan(more.pop("plan"), layout, call=_CALL)
     split = Split(plan, tensors, more.pop("budget"), owners=owners, caps_updates=True, call=_CALL, **more)
@@ -168,16 +172,31 @@ def _one_by_one(part: Part, collective: Collective) -> list[Part]:
     return parts
 
 
-def seen(tensor: Tensor, kind: Kind | None) -> Tensor:
+def seen(name: str, tensor: Tensor, kind: Kind | None) -> Tensor:
     """Return a parameter as its split sees it, sharing memory: complex numbers as pairs of real ones, experts by rows.
 
-    >>> seen(torch.zeros(2, 3, 4), Kind("matrix", "orthogonal", rows=6, cols=4)).shape
+    Raises:
+        ValueError: the memory of a tensor cannot be seen in that form.
+
+    >>> seen("experts", torch.zeros(2, 3, 4), Kind("matrix", "orthogonal", rows=6, cols=4)).shape
     torch.Size([6, 4])
     """
     plain = real(tensor)
-    if kind is None or tensor.dim() < 3 or kind.rows == tensor.shape[0] or is_sharded(tensor):
+    if kind is None or is_sharded(tensor):
         return plain
-    return plain.view(kind.rows, kind.cols, 2) if tensor.is_complex() else plain.view(kind.rows, kind.cols)
+    if tensor.dim() == 1:
+        form: tuple[int, ...] = (plain.numel(),)  # a complex vector is one row
+    elif tensor.dim() < 3 or kind.rows == tensor.shape[0]:
+        return plain
+    else:
+        form = (kind.rows, kind.cols, 2) if tensor.is_complex() else (kind.rows, kind.cols)
+    try:
+        return plain if plain.shape == form else plain.view(form)
+    except RuntimeError:
+        raise ValueError(
+            f"GSO(…): expected memory that can be seen as {kind.rows} rows of {kind.cols}, got {name!r} of shape "
+            f"{tuple(tensor.shape)} and strides {tensor.stride()}. Make the parameter contiguous()."
+        ) from None
 
 
 def real(tensor: Tensor) -> Tensor:

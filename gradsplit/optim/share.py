@@ -116,6 +116,8 @@ class ShareUpdate:
         directions = self._directions_of(gradients, states, groups, decision.scale_B, moves_B, scaling)
         ahead_B = self._squares(directions).sqrt()
         moves_B = moves_B & (ahead_B > 0)
+        first_B = moves_B & (self.most_B == 0)
+        self.most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
         rates, num_bins = split.rates, split.plan.num_bins
         assert rates is not None
         tau_B = rates.value_B("lr", num_bins) * self._share_B * self.pace
@@ -137,12 +139,10 @@ class ShareUpdate:
         norm_B, finite_B = squares_B.sqrt(), squares_B.isfinite()
         seen_B = finite_B & (norm_B > 0)
         factor, self.recent_B = self.collective.look(norm_B, seen_B, self.recent_B, self.seen_steps)
-        self.seen_steps = self.seen_steps + 1
+        self.seen_steps = self.seen_steps + seen_B.any()  # an overflow, and gradients of zeros, teach nothing
         self.collected = factor
         decision = split.gradient.decide((norm_B * factor).square(), weight_squares_B)
         length_B = torch.where(weight_squares_B.isfinite(), weight_squares_B, 0.0).sqrt()
-        first_B = (self.most_B == 0) & seen_B
-        self.most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
         norm_B, scale_B = torch.where(finite_B, norm_B, 0.0), decision.scale_B * factor
         self.decision = Decision(split.plan, norm_B, finite_B, scale_B, decision.limits)
         return self.decision, length_B

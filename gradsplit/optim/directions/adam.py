@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ...kernels.kernel import accumulate_dtype
 from .direction import Direction, Turn, entered
 
 __all__ = ["Adam"]
@@ -31,7 +32,7 @@ class Adam(Direction):
             beta1, beta2 = group["betas"]
             m = entered(state["exp_avg"], gradient, 1 - beta1, learns)
             v = entered(state["exp_avg_sq"], gradient.square(), 1 - beta2, learns)
-            step = state["step"].to(m.device)
+            step = state["step"].to(m.device, accumulate_dtype(m.device))  # in float32, 1 - 0.99 would lose digits
             ahead = entered(m.clone(), gradient, 1 - beta1, learns).div_(1 - beta1**step)
             made.append(ahead.div_((v / (1 - beta2**step)).sqrt_().add_(group["eps"])))
         return made
