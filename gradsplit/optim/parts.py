@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,12 @@ def _make_part(
 def _update(split: Split, kinds: list[Kind] | None, collective: Collective, fused: bool | None) -> Update:
     if kinds is None:
         return make_update(split, fused=fused)
-    return ShareUpdate(split, kinds, collective)
+    compiled = split.kernel.name == "numba" and fused is not False
+    if fused and not compiled:
+        raise RuntimeError(refusal_of_fused(split))
+    made = importlib.import_module(".updates.share_numba", __package__).CompiledShare if compiled else ShareUpdate
+    update: ShareUpdate = made(split, kinds, collective)
+    return update
 
 
 def _one_by_one(part: Part, collective: Collective) -> list[Part]:

@@ -1,0 +1,208 @@
+"""The share step in compiled loops on the CPU, and Newton-Schulz in one batched product per shape.
+
+Arrays that cross the memory bus: gradient and weights for the norms; gradient, memory and direction to enter; the
+direction for its orthogonal form; direction and weights to apply.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...amp import Scaling
+from ...budget import Decision
+from ...budget.lines import line_table, lines_of
+from ...kernels.addressable import bump_versions, overlap
+from ...kernels.addresses import KINDS
+from ...kernels.threads import Call, run, threads_for
+from ...plan.lowering import lower
+from ...split import Split
+from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
+from ..kinds import Kind
+from ..share import COLLECTIVE, FALLS, Collective, ShareUpdate
+from . import share_loops as loops
+
+__all__ = ["CompiledShare"]
+
+
+class CompiledShare(ShareUpdate):
+    """One share step in compiled loops; where that cannot be, by the definition.
+
+    It cannot be for half precision, for memory that is not contiguous, under a GradScaler, for budgets that look
+    beyond a bin, and for directions from outside.
+    """
+
+    def __init__(self, split: Split, kinds: list[Kind], collective: Collective) -> None:
+        super().__init__(split, kinds, collective)
+        plan = split.plan
+        lines = lines_of(split.gradient_budgets)
+        known = all(type(DIRECTIONS[kind.direction]) in (Adam, Orthogonal) for kind in kinds)
+        self._fits = lines is not None and known
+        self._lines = line_table(lines or (), plan.width_T)
+        self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
+        self._tensor_B[plan.bin_K] = plan.tensor_K
+        self._numel_B = np.asarray(plan.numel_B, dtype=np.float64)
+        self._tables: list[tuple[torch.dtype, Any]] = []
+        self._forms: list[Any] = []
+        self._ahead: list[Tensor] = []  # the direction of each tensor, kept from step to step
+        self._stacks: list[tuple[Tensor, list[int]]] = []  # stacks of equal blocks, and their tensors
+        self._others: list[int] = []  # orthogonal tensors with blocks of other forms
+        self._addresses: tuple[bytes, bool] = (b"", True)
+
+    def step(
+        self,
+        gradients: list[Tensor | None],
+        states: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
+        scaling: Scaling | None = None,
+    ) -> None:
+        """See `ShareUpdate.step`."""
+        weights = self.split.parameters
+        if scaling is not None or torch.compiler.is_compiling() or not self._prepare(weights):
+            super().step(gradients, states, groups, scaling)
+            return
+        plain = [
+            None if g is None else g.reshape(w.shape).contiguous() for g, w in zip(gradients, weights, strict=True)
+        ]
+        fits = all(
+            g is None or (g.dtype == w.dtype and all(v.dtype == w.dtype for k, v in state.items() if k != "step"))
+            for g, w, state in zip(plain, weights, states, strict=True)
+        )
+        if not fits:
+            super().step(gradients, states, groups, scaling)
+            return
+        present = [None if g is None else w for g, w in zip(plain, weights, strict=True)]
+        squares_B, weight_squares_B = self.split.kernel.squares_many([plain, [*weights]])
+        numbers = self._numbers(states, groups)
+        out = self._decide(squares_B.numpy(), weight_squares_B.numpy(), numbers)
+        bases = self._bases(present, plain, states)
+        threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
+        calls: list[Call] = [
+            (loops.enter, (KINDS[d], t.entries, t.chunks, bases, numbers, out[2], out[4])) for d, t in self._tables
+        ]
+        run(calls, threads)
+        self._orthogonalise(bases)
+        grown = np.zeros(len(squares_B))
+        most = self.most_B.numpy()
+        calls = [
+            (loops.apply, (KINDS[d], t.entries, t.chunks, bases, numbers, out[3], out[4], most, grown))
+            for d, t in self._tables
+        ]
+        run(calls, threads)
+        self.grown_B = torch.from_numpy(grown) > 0
+        moved = [w for w in present if w is not None]
+        bump_versions([*moved, *(v for state in states for k, v in state.items() if k != "step")])
+
+    def _decide(self, squares: np.ndarray, weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        recent, most = self.recent_B.numpy(), self.most_B.numpy()
+        ratio = np.empty(len(squares))
+        loops.ratios(squares, recent, ratio)
+        median = float(self.collective.median(torch.from_numpy(ratio)))
+        fired = median > COLLECTIVE
+        factor = 1.0 / median if fired else 1.0
+        seen = float(self.seen_steps)
+        out = np.empty((5, len(squares)))
+        falls = min(FALLS, seen / (seen + 2))
+        loops.decide(
+            *(squares, weights, fired, factor, falls, recent, most),
+            *(self._tensor_B, self._numel_B, numbers, self._lines, out),
+        )
+        self.seen_steps += 1
+        self.collected = torch.tensor(factor, dtype=torch.float64)
+        norm_B, limit_B, scale_B, _, finite_B = (torch.from_numpy(row) for row in out)
+        self.decision = Decision(self.split.plan, norm_B, finite_B > 0, scale_B, (("bin", None, limit_B),))
+        return out
+
+    def _prepare(self, weights: list[Tensor]) -> bool:
+        """Lower the plan for the weights as they lie; False where the loops cannot walk them."""
+        forms = [(w.dtype, w.shape, w.is_contiguous()) for w in weights]
+        if forms == self._forms:
+            return bool(self._tables)
+        self._forms, self._tables = forms, []
+        if not self._fits or not all(w.dtype in (torch.float32, torch.float64) and w.is_contiguous() for w in weights):
+            return False
+        tables = []
+        for dtype in sorted({w.dtype for w in weights}, key=str):
+            strides = [w.stride() if w.dtype == dtype else None for w in weights]
+            table = lower(self.split.plan, strides, bands=False, cut_bins=False)
+            if table is None or not table.whole_bins:
+                return False
+            tables.append((dtype, table))
+        self._tables = tables
+        self._make_room(weights)
+        return True
+
+    def _make_room(self, weights: list[Tensor]) -> None:
+        """One buffer per tensor for its direction; equal blocks of matrices lie together in one stack."""
+        self._ahead, self._stacks, self._others = [torch.empty(0)] * len(weights), [], []
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for t, (w, kind) in enumerate(zip(weights, self.kinds, strict=True)):
+            if kind.direction == "orthogonal" and not kind.boxes and not kind.is_complex and w.numel():
+                alike.setdefault((kind.rows // kind.blocks, kind.cols, w.dtype), []).append(t)
+            else:
+                self._ahead[t] = torch.zeros_like(w)
+                if kind.direction == "orthogonal" and w.numel():
+                    self._others.append(t)
+        for (rows, cols, dtype), at in alike.items():
+            stack = torch.zeros(sum(self.kinds[t].blocks for t in at), rows, cols, dtype=dtype)
+            start = 0
+            for t in at:
+                stop = start + self.kinds[t].blocks
+                self._ahead[t] = stack[start:stop]
+                start = stop
+            self._stacks.append((stack, at))
+
+    def _orthogonalise(self, bases: np.ndarray) -> None:
+        """Make the stacks orthogonal in place, those of which a tensor has a gradient."""
+        for stack, at in self._stacks:
+            if bases[0, at].any():
+                stack.copy_(orthogonalised(stack))
+        others = [t for t in self._others if bases[0, t]]
+        if others:
+            kinds = [self.kinds[t] for t in others]
+            matrices = [self._ahead[t].view(kind.rows, -1) for t, kind in zip(others, kinds, strict=True)]
+            turns = [
+                Turn(m, {}, None, {}, k.blocks, k.boxes, k.is_complex) for m, k in zip(matrices, kinds, strict=True)
+            ]
+            Orthogonal.orthogonalise_(matrices, turns)
+
+    def _bases(
+        self, weights: list[Tensor | None], gradients: list[Tensor | None], states: list[dict[str, Any]]
+    ) -> np.ndarray:
+        """Addresses of weights, gradients, both memories and directions, (5, T); 0 for a tensor without a gradient."""
+        bases = np.zeros((5, len(weights)), dtype=np.int64)
+        for t, (w, g) in enumerate(zip(weights, gradients, strict=True)):
+            if w is None or g is None or not w.numel():
+                continue
+            first, *second = (states[t][name] for name in DIRECTIONS[self.kinds[t].direction].memory)
+            bases[:, t] = (
+                *(w.data_ptr(), g.data_ptr(), first.data_ptr()),
+                *(second[0].data_ptr() if second else first.data_ptr(), self._ahead[t].data_ptr()),
+            )
+        return bases
+
+    def _apart(self, bases: np.ndarray) -> bool:
+        """Whether no two parameters share memory; looked at once for the same addresses."""
+        key = bases[0].tobytes()
+        if self._addresses[0] != key:
+            self._addresses = (key, not overlap(self.split.parameters))
+        return self._addresses[1]
+
+    def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
+        """The constants of each tensor's step, (T, 12), see `share_loops.COLUMNS`."""
+        numbers = np.zeros((len(states), len(loops.COLUMNS)))
+        for t, (state, group, kind) in enumerate(zip(states, groups, self.kinds, strict=True)):
+            if not state:
+                continue
+            (beta1, beta2), adam = group["betas"], kind.direction == "adam"
+            tau = float(group["lr"]) * self.pace * kind.share
+            count = max(float(state["step"]), 1.0) if adam else 1.0
+            numbers[t] = (
+                *(tau, tau * group["weight_decay"], kind.least, kind.longest, adam, -1.0 if group["maximize"] else 1.0),
+                *(1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count), group["eps"]),
+            )
+        return numbers
