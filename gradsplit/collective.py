@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["COLLECTIVE", "Collective"]
+__all__ = ["COLLECTIVE", "FALLS", "LET_THROUGH", "RISES", "Collective"]
 
 COLLECTIVE = 5.0
 """The median ratio of norms to recent norms beyond which the batch counts as scaled as a whole."""
 
-_LET_THROUGH, _FALLS, _RISES = 1.05, 0.98, 2.0
+LET_THROUGH, FALLS, RISES = 1.05, 0.98, 2.0
 _ENOUGH = 16  # rows that must have been seen before a median of a part of the tensors says anything
 
 
@@ -54,9 +54,9 @@ class Collective:
         median = self.median(torch.where(known_B, norm_B / recent_B, torch.nan))
         fired = median > COLLECTIVE  # nan, where nothing is known yet, is not above
         factor = torch.where(fired, 1 / median, 1.0)
-        falls = (steps / (steps + 2)).clamp(max=_FALLS)
-        follows_B = torch.minimum(torch.maximum(norm_B, falls * recent_B), _RISES * recent_B)
-        moved_B = torch.where(fired, _LET_THROUGH * recent_B, follows_B)
+        falls = (steps / (steps + 2)).clamp(max=FALLS)
+        follows_B = torch.minimum(torch.maximum(norm_B, falls * recent_B), RISES * recent_B)
+        moved_B = torch.where(fired, LET_THROUGH * recent_B, follows_B)
         return factor, torch.where(seen_B, torch.where(recent_B > 0, moved_B, norm_B * factor), recent_B)
 
     def median(self, ratio_B: Tensor) -> Tensor:

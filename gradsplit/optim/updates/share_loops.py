@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from ...collective import LET_THROUGH, RISES
 from ...kernels.addresses import compiled, load, narrow, pointer, store
 from ...kernels.numba_loops import _limit, share
 from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
@@ -64,9 +65,9 @@ def decide(squares, weights, fired, factor, falls, recent, most, tensors, numel,
         if recent[b] == 0.0:
             recent[b] = passed
         elif fired:
-            recent[b] *= 1.05
+            recent[b] *= LET_THROUGH
         else:
-            recent[b] = min(max(norm, falls * recent[b]), 2.0 * recent[b])
+            recent[b] = min(max(norm, falls * recent[b]), RISES * recent[b])
         if most[b] == 0.0:
             most[b] = max(lengths[b], numbers[t, LONGEST])
 

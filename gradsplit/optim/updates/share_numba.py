@@ -16,6 +16,7 @@ from torch import Tensor
 from ...amp import Scaling
 from ...budget import Decision
 from ...budget.lines import line_table, lines_of
+from ...collective import COLLECTIVE, FALLS, Collective
 from ...kernels.addressable import bump_versions, overlap
 from ...kernels.addresses import KINDS
 from ...kernels.threads import Call, run, threads_for
@@ -23,7 +24,7 @@ from ...plan.lowering import lower
 from ...split import Split
 from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
 from ..kinds import Kind
-from ..share import COLLECTIVE, FALLS, Collective, ShareUpdate
+from ..share import ShareUpdate
 from . import share_loops as loops
 
 __all__ = ["CompiledShare"]
