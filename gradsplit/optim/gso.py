@@ -19,8 +19,18 @@ from ..split import StepRecord
 from .in_backward import InBackward, check_model
 from .kinds import Kind, kinds_of, owners_of
 from .options import FLAGS, check_flags, check_numbers, check_share, differentiable_backend
-from .parts import Part, make_memories, make_parts, step_part
-from .saved import COUNT, HISTORY, check_moments, load_history, mend_memories, translated
+from .parts import (
+    COUNT,
+    HISTORY,
+    Part,
+    check_moments,
+    load_history,
+    make_memories,
+    make_parts,
+    mend_memories,
+    step_part,
+    translated,
+)
 
 __all__ = ["GSO"]
 

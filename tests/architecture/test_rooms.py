@@ -19,7 +19,7 @@ from tests.architecture.sources import unit_of
 MOST_FILES = 200
 MOST_LINES = 28_900  # 27,000, and the share step of GSO
 ROOMS_SINCE = {"sources": 2_000}  # rooms that came after that bound, with bounds of their own
-MOST_SINGLE = 0.16  # the aim is 0.15; the bound follows the tree down
+MOST_SINGLE = 0.15
 FEWEST_LINES = 60  # of a module with a single importer; a shorter one belongs in its importer
 
 # A row is a module that nobody but its registry imports: a strategy, a budget, a backend, an update, a finding, a rule,
@@ -31,6 +31,7 @@ REGISTRIES = {
     "gradsplit.kernels.kernel",
     "gradsplit.ladder.rules",
     "gradsplit.lab.registry",
+    "gradsplit.optim.directions",
     "gradsplit.optim.parts",
     "gradsplit.plan.registry",
     "gradsplit.xp",

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """The share step in compiled loops on the CPU, and Newton-Schulz in one batched product per shape.
 
 Arrays that cross the memory bus: gradient and weights for the norms; gradient, memory and direction to enter; the
@@ -16,18 +17,174 @@ from torch import Tensor
 from ...amp import Scaling
 from ...budget import Decision
 from ...budget.lines import line_table, lines_of
-from ...collective import COLLECTIVE, FALLS, Collective
+from ...collective import COLLECTIVE, FALLS, LET_THROUGH, RISES, Collective
 from ...kernels.addressable import bump_versions, overlap
-from ...kernels.addresses import KINDS
+from ...kernels.addresses import KINDS, compiled, load, narrow, pointer, store
+from ...kernels.numba_loops import _limit, share
 from ...kernels.threads import Call, run, threads_for
 from ...plan.lowering import lower
 from ...split import Split
 from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
 from ..kinds import Kind
 from ..share import ShareUpdate
-from . import share_loops as loops
+from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
+from .numba_loops import _bin_square, _entry
 
-__all__ = ["CompiledShare"]
+__all__ = ["COLUMNS", "DIRECTION", "apply", "decide", "enter", "ratios", "CompiledShare"]
+
+DIRECTION = 4
+"""The row of ``bases`` with the addresses of the directions, behind those of `compiled`."""
+
+COLUMNS = (
+    *("share", "decay", "least", "longest", "is_adam", "sign"),
+    *("w1", "beta2", "w2", "unbias1", "unbias2", "eps"),
+)
+"""The columns of ``numbers``: see `gradsplit.optim.share` and `gradsplit.optim.directions.adam`."""
+
+(SHARE, DECAY, LEAST, LONGEST, IS_ADAM, SIGN, W1, BETA2, W2, UNBIAS1, UNBIAS2, EPS) = range(12)
+
+_reduced = compiled(fastmath={"reassoc", "contract"})
+_plain = compiled()
+
+
+@_plain
+def ratios(squares, recent, out):
+    """Write ||g_b|| / s_b of every bin; nan where it says nothing."""
+    for b in range(len(squares)):
+        known = math.isfinite(squares[b]) and squares[b] > 0 and recent[b] > 0
+        out[b] = math.sqrt(squares[b]) / recent[b] if known else np.nan
+
+
+@_plain
+def decide(squares, weights, fired, factor, falls, recent, most, tensors, numel, numbers, lines, out):
+    """Decide on every bin, and remember its norm.
+
+    ``out`` (5, B): norm, limit, factor on the gradient, length of the weights, and 1 where the gradient is finite.
+    """
+    norms, limits, scales, lengths, finite = out[0], out[1], out[2], out[3], out[4]
+    for b in range(len(squares)):
+        t = tensors[b]
+        weight2 = weights[b] if math.isfinite(weights[b]) else 0.0
+        lengths[b] = math.sqrt(weight2)
+        if not math.isfinite(squares[b]):
+            norms[b], limits[b], scales[b], finite[b] = 0.0, _limit(lines, t, lengths[b], numel[b]), 0.0, 0.0
+            continue
+        norm = math.sqrt(squares[b])
+        passed, limit = norm * factor, _limit(lines, t, lengths[b], numel[b])
+        norms[b], limits[b], finite[b] = norm, limit, 1.0
+        scales[b] = factor * (limit / passed if passed > limit else 1.0)
+        if norm == 0.0:
+            continue
+        if recent[b] == 0.0:
+            recent[b] = passed
+        elif fired:
+            recent[b] *= LET_THROUGH
+        else:
+            recent[b] = min(max(norm, falls * recent[b]), RISES * recent[b])
+        if most[b] == 0.0:
+            most[b] = max(lengths[b], numbers[t, LONGEST])
+
+
+@_reduced
+def _enter_row(g, m, v, d, start, length, s, constants):
+    w1, b2, w2, unbias1, unbias2, eps = constants
+    for j in range(start, start + length):
+        x, m0 = load(g, j) * s, load(m, j)
+        m1 = m0 + w1 * (x - m0)
+        store(m, j, m1)
+        ahead = m1 + w1 * (x - m1)
+        if v is not None:
+            v1 = load(v, j) * b2 + x * x * w2
+            store(v, j, v1)
+            ahead = ahead * unbias1 / (math.sqrt(v1) * unbias2 + eps)
+        store(d, j, ahead)
+
+
+@_reduced
+def _copy_row(m, d, start, length):
+    for j in range(start, start + length):
+        store(d, j, load(m, j))
+
+
+@_reduced
+def _enter(c, worker, kind, entries, chunks, bases, numbers, scales, finite):
+    for e in range(chunks[c], chunks[c + 1]):
+        first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
+        g, m = pointer(bases[GRADIENT, t], kind), pointer(bases[FIRST_MOMENT, t], kind)
+        v, d = pointer(bases[SECOND_MOMENT, t], kind), pointer(bases[DIRECTION, t], kind)
+        constants = (
+            narrow(g, numbers[t, W1]),
+            narrow(g, numbers[t, BETA2]),
+            narrow(g, numbers[t, W2]),
+            narrow(g, numbers[t, UNBIAS1]),
+            narrow(g, numbers[t, UNBIAS2]),
+            narrow(g, numbers[t, EPS]),
+        )
+        for i in range(count):
+            b, at = first + i, offset + i * step
+            s = narrow(g, scales[b] * numbers[t, SIGN])
+            for r in range(rows):
+                start = at + r * row_step
+                if finite[b] == 0.0:
+                    _copy_row(m, d, start, length)
+                elif numbers[t, IS_ADAM] > 0.0:
+                    _enter_row(g, m, v, d, start, length, s, constants)
+                else:
+                    _enter_row(g, m, None, d, start, length, s, constants)
+
+
+@_plain
+def enter(work, *arguments):
+    """Enter bounded gradients into the memories; write what lies ahead of the momentum, or Adam's direction."""
+    share(_enter, work, arguments)
+
+
+@_reduced
+def _step_row(p, d, start, length, shrink, rate):
+    part = narrow(p, 0.0)
+    for j in range(start, start + length):
+        fresh = load(p, j) * shrink - rate * load(d, j)
+        store(p, j, fresh)
+        part += fresh * fresh
+    return np.float64(part)
+
+
+@_reduced
+def _scale_row(p, start, length, factor):
+    for j in range(start, start + length):
+        store(p, j, load(p, j) * factor)
+
+
+@_reduced
+def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, most, grown):
+    for e in range(chunks[c], chunks[c + 1]):
+        first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
+        p, d = pointer(bases[WEIGHT, t], kind), pointer(bases[DIRECTION, t], kind)
+        root = math.sqrt(rows * length)
+        shrink = narrow(p, 1.0 - numbers[t, DECAY])
+        for i in range(count):
+            b, at = first + i, offset + i * step
+            ahead2 = _bin_square(d, at, rows, row_step, length)
+            if finite[b] == 0.0 or not ahead2 > 0.0:
+                continue
+            floor = root if numbers[t, IS_ADAM] > 0.0 else 1e-30
+            long = max(lengths[b], numbers[t, LEAST] * root)
+            rate = narrow(p, numbers[t, SHARE] * long / max(math.sqrt(ahead2), floor))
+            fresh2 = 0.0
+            for r in range(rows):
+                fresh2 += _step_row(p, d, at + r * row_step, length, shrink, rate)
+            if numbers[t, LONGEST] < np.inf and fresh2 > most[b] * most[b]:
+                grown[b] = 1.0
+                fresh2 = _bin_square(p, at, rows, row_step, length)
+                factor = narrow(p, most[b] / math.sqrt(fresh2))
+                for r in range(rows):
+                    _scale_row(p, at + r * row_step, length, factor)
+
+
+@_plain
+def apply(work, *arguments):
+    """Move every bin by its share, and draw back what has grown beyond its longest length."""
+    share(_apply, work, arguments)
 
 
 class CompiledShare(ShareUpdate):
@@ -83,14 +240,14 @@ class CompiledShare(ShareUpdate):
         bases = self._bases(present, plain, states)
         threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         calls: list[Call] = [
-            (loops.enter, (KINDS[d], t.entries, t.chunks, bases, numbers, out[2], out[4])) for d, t in self._tables
+            (enter, (KINDS[d], t.entries, t.chunks, bases, numbers, out[2], out[4])) for d, t in self._tables
         ]
         run(calls, threads)
         self._orthogonalise(bases)
         grown = np.zeros(len(squares_B))
         most = self.most_B.numpy()
         calls = [
-            (loops.apply, (KINDS[d], t.entries, t.chunks, bases, numbers, out[3], out[4], most, grown))
+            (apply, (KINDS[d], t.entries, t.chunks, bases, numbers, out[3], out[4], most, grown))
             for d, t in self._tables
         ]
         run(calls, threads)
@@ -101,14 +258,14 @@ class CompiledShare(ShareUpdate):
     def _decide(self, squares: np.ndarray, weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         recent, most = self.recent_B.numpy(), self.most_B.numpy()
         ratio = np.empty(len(squares))
-        loops.ratios(squares, recent, ratio)
+        ratios(squares, recent, ratio)
         median = float(self.collective.median(torch.from_numpy(ratio)))
         fired = median > COLLECTIVE
         factor = 1.0 / median if fired else 1.0
         seen = float(self.seen_steps)
         out = np.empty((5, len(squares)))
         falls = min(FALLS, seen / (seen + 2))
-        loops.decide(
+        decide(
             *(squares, weights, fired, factor, falls, recent, most),
             *(self._tensor_B, self._numel_B, numbers, self._lines, out),
         )
@@ -194,8 +351,8 @@ class CompiledShare(ShareUpdate):
         return self._addresses[1]
 
     def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
-        """The constants of each tensor's step, (T, 12), see `share_loops.COLUMNS`."""
-        numbers = np.zeros((len(states), len(loops.COLUMNS)))
+        """The constants of each tensor's step, (T, 12), see `COLUMNS`."""
+        numbers = np.zeros((len(states), len(COLUMNS)))
         for t, (state, group, kind) in enumerate(zip(states, groups, self.kinds, strict=True)):
             if not state:
                 continue
