@@ -340,7 +340,7 @@ def physics(
 
 
 def _torchjd() -> Callable[[list[Tensor], list[Tensor]], None]:
-    """The peer from PyPI (version in the results), if it is installed: conflicting gradients are projected."""
+    """The peer from PyPI, if it is installed: conflicting gradients are projected."""
     from torchjd.aggregation import UPGrad
     from torchjd.autojac import backward
 

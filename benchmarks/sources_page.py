@@ -28,7 +28,7 @@ NOTES = """## Where it loses, and what was not measured
 - Burgers: `TermSplitter` is worse than the plain sum of the terms. The cause was not looked for.
 - Helmholtz: a tuned weight is slightly better than `TermSplitter`, with nothing tuned, on the line and on the square.
 - A step costs more than it should on small models: see the last table.
-- Annealing and GradNorm are our own short programs after the papers. The peer is `torchjd` from PyPI.
+- Annealing and GradNorm are our own short programs after the papers. The peer is `torchjd` 0.18.0 from PyPI.
 - Every task has one learning rate, and the models are small. Nothing here speaks about larger ones.
 - Text, the detector, and `GSO` together with `GradientSplitter` and the sources were not measured here.
 """
