@@ -34,5 +34,5 @@ class Adam(Direction):
             v = entered(state["exp_avg_sq"], gradient.square(), 1 - beta2, learns)
             step = state["step"].to(m.device, accumulate_dtype(m.device))  # in float32, 1 - 0.99 would lose digits
             ahead = entered(m.clone(), gradient, 1 - beta1, learns).div_(1 - beta1**step)
-            made.append(ahead.div_((v / (1 - beta2**step)).sqrt_().add_(group["eps"])))
+            made.append(ahead.div_((v / (1 - beta2**step)).sqrt_().add_(max(group["eps"], 1e-30))))
         return made

@@ -56,7 +56,7 @@ def ratios(squares, recent, out):
 
 
 @_plain
-def decide(squares, weights, fired, factor, falls, recent, most, tensors, numel, numbers, lines, out):
+def decide(squares, weights, fired, factor, falls, recent, tensors, numel, lines, out):
     """Decide on every bin, and remember its norm.
 
     ``out`` (5, B): norm, limit, factor on the gradient, length of the weights, and 1 where the gradient is finite.
@@ -81,8 +81,6 @@ def decide(squares, weights, fired, factor, falls, recent, most, tensors, numel,
             recent[b] *= LET_THROUGH
         else:
             recent[b] = min(max(norm, falls * recent[b]), RISES * recent[b])
-        if most[b] == 0.0:
-            most[b] = max(lengths[b], numbers[t, LONGEST])
 
 
 @_reduced
@@ -110,6 +108,8 @@ def _copy_row(m, d, start, length):
 def _enter(c, worker, kind, entries, chunks, bases, numbers, scales, finite):
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
+        if bases[GRADIENT, t] == 0:
+            continue
         g, m = pointer(bases[GRADIENT, t], kind), pointer(bases[FIRST_MOMENT, t], kind)
         v, d = pointer(bases[SECOND_MOMENT, t], kind), pointer(bases[DIRECTION, t], kind)
         constants = (
@@ -159,6 +159,8 @@ def _scale_row(p, start, length, factor):
 def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, most, grown):
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
+        if bases[GRADIENT, t] == 0:
+            continue
         p, d = pointer(bases[WEIGHT, t], kind), pointer(bases[DIRECTION, t], kind)
         root = math.sqrt(rows * length)
         shrink = narrow(p, 1.0 - numbers[t, DECAY])
@@ -167,6 +169,8 @@ def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, mo
             ahead2 = _bin_square(d, at, rows, row_step, length)
             if finite[b] == 0.0 or not ahead2 > 0.0:
                 continue
+            if most[b] == 0.0:
+                most[b] = max(lengths[b], numbers[t, LONGEST])
             floor = root if numbers[t, IS_ADAM] > 0.0 else 1e-30
             long = max(lengths[b], numbers[t, LEAST] * root)
             rate = narrow(p, numbers[t, SHARE] * long / max(math.sqrt(ahead2), floor))
@@ -236,7 +240,7 @@ class CompiledShare(ShareUpdate):
         present = [None if g is None else w for g, w in zip(plain, weights, strict=True)]
         squares_B, weight_squares_B = self.split.kernel.squares_many([plain, [*weights]])
         numbers = self._numbers(states, groups)
-        out = self._decide(squares_B.numpy(), weight_squares_B.numpy(), numbers)
+        out = self._decide(squares_B.numpy(), weight_squares_B.numpy())
         bases = self._bases(present, plain, states)
         threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         calls: list[Call] = [
@@ -255,8 +259,8 @@ class CompiledShare(ShareUpdate):
         moved = [w for w in present if w is not None]
         bump_versions([*moved, *(v for state in states for k, v in state.items() if k != "step")])
 
-    def _decide(self, squares: np.ndarray, weights: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        recent, most = self.recent_B.numpy(), self.most_B.numpy()
+    def _decide(self, squares: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        recent = self.recent_B.numpy()
         ratio = np.empty(len(squares))
         ratios(squares, recent, ratio)
         median = float(self.collective.median(torch.from_numpy(ratio)))
@@ -266,10 +270,10 @@ class CompiledShare(ShareUpdate):
         out = np.empty((5, len(squares)))
         falls = min(FALLS, seen / (seen + 2))
         decide(
-            *(squares, weights, fired, factor, falls, recent, most),
-            *(self._tensor_B, self._numel_B, numbers, self._lines, out),
+            *(squares, weights, fired, factor, falls, recent),
+            *(self._tensor_B, self._numel_B, self._lines, out),
         )
-        self.seen_steps += 1
+        self.seen_steps += bool((out[0] > 0).any())
         self.collected = torch.tensor(factor, dtype=torch.float64)
         norm_B, limit_B, scale_B, _, finite_B = (torch.from_numpy(row) for row in out)
         self.decision = Decision(self.split.plan, norm_B, finite_B > 0, scale_B, (("bin", None, limit_B),))

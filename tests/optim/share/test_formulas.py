@@ -13,9 +13,10 @@ from tests.optim.share.oracle import Sheet, newton_schulz
 from tests.optim.share.zoo import SHEETS, assert_follows, follow, give, gradient_of, oracle_of, zoo
 
 
-def test_every_kind_of_tensor_follows_the_formulas_over_twelve_steps():
+@pytest.mark.parametrize("fused", [False, None], ids=["definition", "default"])
+def test_every_kind_of_tensor_follows_the_formulas_over_twelve_steps(fused):
     model = zoo()
-    optimizer, oracle = gs.GSO(model), oracle_of(model, SHEETS)
+    optimizer, oracle = gs.GSO(model, fused=fused), oracle_of(model, SHEETS)
     for step in range(12):
         give(model, step, size=300.0 if step == 7 else 1.0)
         if step in (2, 5):
