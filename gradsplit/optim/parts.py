@@ -417,6 +417,9 @@ def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
 _SAME = {"momentum": ("exp_avg", "momentum_buffer")}
 """Memory -> the names under which other optimizers keep the same: a running mean of gradients."""
 
+_MOMENTS = {"momentum", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "bin_sq"}
+"""What an optimizer keeps of gradients; anything else in a state belongs to a wrapper, which finds it again."""
+
 
 def translated(saved: Mapping[Any, Mapping[str, Any]], kinds: Mapping[Any, Kind]) -> dict[Any, dict[str, Any]]:
     """Return saved states in the names of each tensor's memory.
@@ -439,7 +442,7 @@ def translated(saved: Mapping[Any, Mapping[str, Any]], kinds: Mapping[Any, Kind]
                 f"{kind.direction!r}, got {sorted(saved[i])}. Make GSO with the direction of the saved run, or start "
                 "without its state."
             )
-        made[i] = {key: state[key] for key in ("step", *memory) if key in state}
+        made[i] = {key: value for key, value in state.items() if key in memory or key not in _MOMENTS}
         made[i].setdefault("step", torch.ones(()))
     return made
 

@@ -52,7 +52,7 @@ class Direction(ABC):
 
     @abstractmethod
     def turn(self, turns: list[Turn]) -> list[Tensor]:
-        """Enter bounded gradients into the memory; return one direction per tensor, (rows, cols) each."""
+        """Enter bounded gradients into the memory; return one direction per tensor, (rows, cols) each, all finite."""
 
     def refuses(self, shape: tuple[int, ...]) -> str:
         """Say what shape is expected if there is no rule for this one; empty if there is."""
