@@ -379,7 +379,8 @@ class GSO(Optimizer):
         """Go on where `state_dict` left off. Statistics per bin stay float32, whatever the parameters' dtype.
 
         The states of `torch.optim.AdamW` and `torch.optim.Muon` are taken over where they mean the same: a running mean
-        of gradients is the momentum of a matrix. History begins here then.
+        of gradients is the momentum of a matrix. History begins here then, and the groups keep their constants, since
+        a learning rate is no share.
 
         Raises:
             ValueError: the state of another plan, of other budgets, or of another direction.
@@ -407,7 +408,7 @@ class GSO(Optimizer):
         kinds = [kind for group in self._kinds for kind in group]
         if len(ids) != len(kinds):
             return saved  # torch's own words are to the point
-        return {**saved, "state": {**saved["state"], **translated(saved["state"], dict(zip(ids, kinds, strict=True)))}}
+        return dict(translated(saved, kinds, self.param_groups))
 
     def _regroup(self, history: Any) -> None:
         """Make the parts of the saved run, whether its groups were given at once or added later."""

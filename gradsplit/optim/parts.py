@@ -400,11 +400,16 @@ def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
 
 
 def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
-    """Refuse the moments of the other kind.
+    """Refuse the moments of the other kind, and those of a run by share.
 
     Raises:
-        ValueError: a saved parameter without the second moment that this optimizer keeps.
+        ValueError: a saved parameter without the second moment that this optimizer keeps; a history of shares.
     """
+    if any("share" in part for part in saved.get(HISTORY, ()) if isinstance(part, Mapping)):
+        raise ValueError(
+            "GSO.load_state_dict(…): expected the state of a run with direction='adam', got that of a run whose lr was "
+            "a share. Make GSO with the direction of the saved run, or start without its state."
+        )
     wanted, other = ("bin_sq", "element") if second_moment == "bin" else ("exp_avg_sq", "bin")
     for i, state in saved["state"].items():
         if state and wanted not in state:
@@ -421,30 +426,57 @@ _MOMENTS = {"momentum", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buf
 """What an optimizer keeps of gradients; anything else in a state belongs to a wrapper, which finds it again."""
 
 
-def translated(saved: Mapping[Any, Mapping[str, Any]], kinds: Mapping[Any, Kind]) -> dict[Any, dict[str, Any]]:
-    """Return saved states in the names of each tensor's memory.
+def translated(
+    saved: Mapping[str, Any], kinds: Sequence[Kind], groups: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Return a saved state in the names of each tensor's memory.
+
+    Where the state is that of another optimizer, its rates, betas and history mean something else: the groups then
+    keep the constants that they have here, and history begins anew.
+
+    Args:
+        saved: what ``state_dict()`` returned, of as many parameters as there are kinds.
+        kinds: one per parameter.
+        groups: the optimizer's own.
 
     Raises:
         ValueError: a state that does not hold what the tensor's direction remembers; names the tensor.
     """
+    owners = [(i, group) for group in saved["param_groups"] for i in group["params"]]
+    names = [
+        name
+        for group in groups
+        for name in group.get("param_names") or [f"parameter {j}" for j in range(len(group["params"]))]
+    ]
     made: dict[Any, dict[str, Any]] = {}
-    for i, kind in kinds.items():
-        state = dict(saved.get(i, {}))
+    foreign = any("share" not in part for part in saved.get(HISTORY, ()))
+    foreign = foreign or any("amsgrad" in group or "momentum" in group for group in saved["param_groups"])
+    for (i, group), kind, name in zip(owners, kinds, names, strict=True):
+        state = dict(saved["state"].get(i, {}))
         if not state:
             continue
         memory = DIRECTIONS[kind.direction].memory
-        for name in memory:
-            state[name] = next((state[key] for key in (name, *_SAME.get(name, ())) if key in state), None)
-        lost = [name for name in memory if state[name] is None]
-        if lost:
-            raise ValueError(
-                f"GSO.load_state_dict(…): expected {', '.join(lost)} in the state of parameter {i}, whose direction is "
-                f"{kind.direction!r}, got {sorted(saved[i])}. Make GSO with the direction of the saved run, or start "
-                "without its state."
-            )
+        for key in memory:
+            if key in state:
+                continue
+            same = [other for other in _SAME.get(key, ()) if other in state]
+            if not same or (same[0] == "momentum_buffer" and "dampening" in group):  # SGD's is a sum, not a mean
+                raise ValueError(
+                    f"GSO.load_state_dict(…): expected {key!r} in the state of {name!r}, whose direction is "
+                    f"{kind.direction!r}, got {sorted(saved['state'][i])}. Make GSO with the direction of the saved "
+                    "run, or start without its state."
+                )
+            state[key], foreign = state[same[0]], True
         made[i] = {key: value for key, value in state.items() if key in memory or key not in _MOMENTS}
         made[i].setdefault("step", torch.ones(()))
-    return made
+    told = {**saved, "state": {**saved["state"], **made}}
+    if foreign and len(groups) == len(saved["param_groups"]):
+        told["param_groups"] = [
+            {**own, "params": group["params"]} for own, group in zip(groups, saved["param_groups"], strict=True)
+        ]
+        told.pop(HISTORY, None)
+        told.pop(COUNT, None)
+    return told
 
 
 def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
