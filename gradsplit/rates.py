@@ -96,6 +96,7 @@ class Rates:
 
     def load(self, tops: Sequence[float]) -> None:
         """Take over the largest rates of a saved run, group by group, whatever this optimizer was made with."""
+        tops = tops[: len(self.optimizer.param_groups)]
         self.top[: len(tops)] = [float(top) for top in tops]
 
 
