@@ -86,7 +86,8 @@ class Grid:
 
     def lrs_of(self, method: str) -> tuple[float, ...]:
         """The learning rates that are tried with a method, ascending."""
-        return tuple(sorted({*self.lrs, *METHODS[method].own_lrs}))
+        row = METHODS[method]
+        return tuple(sorted(lr for lr in {*self.lrs, *row.own_lrs} if lr <= row.largest_lr))
 
     def cells(self) -> Iterator[Cell]:
         """The cells that choose; one seed after the other, so that a sweep cut short is even."""

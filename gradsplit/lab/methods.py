@@ -7,6 +7,7 @@ have none. Strengths are spaced so that their ends are too strong and too weak o
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Method:
         in_adams_place: the optimizer where the comparison asks for Adam or AdamW; "": those.
         warms_up: whether a linear warm-up of the learning rate is part of the method.
         own_lrs: learning rates that its authors prescribe, in addition to everybody's.
+        largest_lr: larger rates have no meaning for it and are left out.
         own_schedule: the optimizer's own; the comparison's is not applied.
         ours: whether it is gradsplit's.
     """
@@ -62,6 +64,7 @@ class Method:
     in_adams_place: str = ""
     warms_up: bool = False
     own_lrs: Strengths = ()
+    largest_lr: float = math.inf
     own_schedule: bool = False
     ours: bool = False
 
@@ -185,7 +188,11 @@ METHODS: dict[str, Method] = {
             "default", "rows, at most 3 % of their length a step; nothing tuned", _default,
             strategy="xsp", in_adams_place="gso-cap", ours=True,
         ),
-        Method("gso", "GSO as it comes: no clip, no warm-up", _none, optimizer="gso", ours=True),
+        Method(
+            "gso", "GSO as it comes: no clip, no warm-up; lr is the share of a row", _none,
+            optimizer="gso", own_lrs=(0.03,), largest_lr=0.5, ours=True,
+        ),
+        Method("gso-adam", "GSO with Adam's direction", _none, optimizer="gso-adam", ours=True),
         Method("gso-bin", "GSO with one second moment a row", _none, optimizer="gso-bin", ours=True),
         Method("gso-cap", "GSO with the cap on the update alone", _none, optimizer="gso-cap", ours=True),
         Method("adamw", "AdamW alone", _none, optimizer="adamw"),

@@ -23,7 +23,7 @@ from .task import MissingDataError, reject_unknown
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Settings", "make_optimizer", "make_schedule", "rate_factor"]
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "linear")
 FLOOR = 0.01  # of the learning rate, at the end of a cosine
 
 
@@ -34,7 +34,7 @@ class Settings:
     Attributes:
         steps: updates.
         optimizer: a name of `OPTIMIZERS`; methods that are optimizers themselves ignore it.
-        schedule: "constant" or "cosine" (to 1 % of the learning rate).
+        schedule: "constant", "cosine" (to 1 % of the learning rate), or "linear" (to zero).
         warmup: steps of warm-up *of the methods that warm up*; None: a tenth of `steps`. The others have none.
         beta2: memory of Adam's second moment.
         weight_decay: decoupled, of the Adam-like ones; SGD has none.
@@ -106,7 +106,8 @@ OPTIMIZERS: dict[str, Make] = {
     "sgdm": _sgd(0.9),
     "adam": lambda model, lr, settings: torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, settings.beta2)),
     "adamw": lambda model, lr, settings: torch.optim.AdamW(model.parameters(), lr=lr, **settings.adam),
-    "gso": lambda model, lr, settings: gs.GSO(model, lr, **settings.adam, direction="adam"),
+    "gso": lambda model, lr, settings: gs.GSO(model, lr, **settings.adam),
+    "gso-adam": lambda model, lr, settings: gs.GSO(model, lr, **settings.adam, direction="adam"),
     "gso-bin": lambda model, lr, settings: gs.GSO(model, lr, second_moment="bin", **settings.adam, direction="adam"),
     "gso-cap": lambda model, lr, settings: gs.GSO(
         model, lr, budget=gs.RelativeStep(0.03), **settings.adam, direction="adam"
@@ -133,12 +134,16 @@ def rate_factor(step: int, steps: int, schedule: str, warmup: int) -> float:
 
     >>> [round(rate_factor(step, 10, "cosine", 2), 3) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.505, 0.01]
+    >>> [rate_factor(step, 10, "linear", 2) for step in (0, 2, 6, 10)]
+    [0.5, 1.0, 0.5, 0.0]
     """
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":
         return 1.0
     share = (step - warmup) / max(steps - warmup, 1)
+    if schedule == "linear":
+        return max(0.0, 1.0 - share)
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 

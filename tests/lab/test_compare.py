@@ -93,8 +93,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch
 
 def test_every_method_gets_the_same_learning_rates_and_its_own_in_addition():
     grid = _grid(methods=tuple(METHODS), strengths=None)
-    assert all(grid.lrs_of(name) == (0.01, 0.1) for name in METHODS if name != "prodigy")
+    assert all(grid.lrs_of(name) == (0.01, 0.1) for name in METHODS if name not in ("prodigy", "gso"))
     assert grid.lrs_of("prodigy") == (0.01, 0.1, 1.0)
+    assert grid.lrs_of("gso") == (0.01, 0.03, 0.1)
+    assert _grid(methods=("gso",), lrs=(0.1, 1.0)).lrs_of("gso") == (0.03, 0.1)  # a share above .5 has no meaning
     assert {len(grid.strengths_of(name)) for name in METHODS} == {1, 7}
     assert len({*grid.cells()}) == len(list(grid.cells()))
 
