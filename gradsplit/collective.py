@@ -10,10 +10,13 @@ spike in the first steps is soon forgotten. A bin whose gradient is zero or not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["COLLECTIVE", "FALLS", "LET_THROUGH", "RISES", "Collective"]
+__all__ = ["COLLECTIVE", "FALLS", "LET_THROUGH", "RISES", "Collective", "Recent"]
 
 COLLECTIVE = 5.0
 """The median ratio of norms to recent norms beyond which the batch counts as scaled as a whole."""
@@ -73,3 +76,48 @@ class Collective:
     def settle(self) -> None:
         """End a step in which the tensors came one by one."""
         self._medians, self._counts = [], []
+
+
+class Recent:
+    """The recent norms of a plan's bins, and the factor of the collective rule; nothing here waits for the device.
+
+    Args:
+        like: (B,) a vector of the dtype and on the device in which norms are measured.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.recent_B, self.steps = torch.zeros_like(like), like.new_zeros(())
+        self._collective = Collective()
+
+    def factor(self, squares_B: Tensor) -> Tensor:
+        """Return the factor for the whole gradient, 0-d, 1 in a usual step; take the norms in.
+
+        Args:
+            squares_B: (B,) sums of squares, gradient units squared; not finite where an entry was not.
+        """
+        norm_B = squares_B.sqrt()
+        seen_B = squares_B.isfinite() & (norm_B > 0)
+        factor, self.recent_B = self._collective.look(norm_B, seen_B, self.recent_B, self.steps)
+        self.steps = self.steps + seen_B.any()
+        return factor
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the recent norms (B,) and the number of steps."""
+        return {"recent": self.recent_B, "steps": self.steps}
+
+    def read(self, state: Mapping[str, Any], *, call: str) -> tuple[Tensor, Tensor]:
+        """Return recent norms and steps from what `state` returned; nothing is taken over yet.
+
+        Raises:
+            ValueError: vectors of another number of bins, or values that no run leaves.
+        """
+        made = []
+        for key, old in self.state().items():
+            value = torch.as_tensor(state.get(key, ())) if isinstance(state, Mapping) else torch.empty(0)
+            if value.shape != old.shape or bool((~value.isfinite() | (value < 0)).any()):
+                raise ValueError(
+                    f"{call}: expected {old.numel()} numbers >= 0 at {key!r} of the collective rule, got shape "
+                    f"{tuple(value.shape)}. The state is damaged, or of another plan: load another."
+                )
+            made.append(value.to(old.device, old.dtype, copy=True))
+        return made[0], made[1]

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["Handle", "after_backward", "attach_to", "constant_while_traced", "not_traced", "without_compiler_guard"]
+__all__ = [
+    "Handle",
+    "Place",
+    "Turn",
+    "after_backward",
+    "attach_to",
+    "constant_while_traced",
+    "not_traced",
+    "without_compiler_guard",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,10 +31,109 @@ class Handle:
     def __init__(self, handles: list[Any]) -> None:
         self._handles = handles
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether `remove` has not been called yet."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Detach."""
         while self._handles:
             self._handles.pop().remove()
+
+
+class Turn:
+    """Where something is within one step of an optimizer, so that all calls of a closure count as one step.
+
+    Attributes:
+        held: what the first call of the closure in this step decided; None outside of a step and before the first.
+    """
+
+    def __init__(self) -> None:
+        self.held: Any = None
+        self._is_open = False
+        self._seen: list[tuple[Any, int]] = []
+
+    def begin(self) -> None:
+        """Note that a step of the optimizer begins."""
+        self._is_open, self.held = True, None
+
+    def take(self, decision: Any, parameters: Sequence[Tensor]) -> None:
+        """Keep a decision for the rest of the step, and note on which gradients it has acted."""
+        if torch.compiler.is_compiling():
+            return
+        if self._is_open and self.held is None:
+            self.held = decision
+        self._seen = [(weakref.ref(gradient), gradient._version) for gradient in _ends(parameters)]
+
+    def done(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these very gradients have been acted on: nobody has written to them since."""
+        now = _ends(parameters)
+        return (
+            bool(now)
+            and len(now) == len(self._seen)
+            and all(
+                ref() is gradient and version == gradient._version
+                for gradient, (ref, version) in zip(now, self._seen, strict=True)
+            )
+        )
+
+    def end(self) -> None:
+        """Note that the step is over."""
+        self._is_open, self.held, self._seen = False, None, []
+
+
+def _ends(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The first and the last gradient there is."""
+    ends: list[Tensor] = []
+    for order in (parameters, reversed(parameters)):
+        ends += next(([p.grad] for p in order if p.grad is not None), [])
+    return ends
+
+
+_TAKEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+
+
+class Place:
+    """The place of one splitter at an optimizer; `remove` leaves it.
+
+    Args:
+        optimizer: at which to stand.
+        owner: what stands there; not kept alive.
+        names, parameters: what it bounds.
+        call: the caller's name, for errors.
+
+    Raises:
+        ValueError: something else stands there for one of the parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        owner: Any,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        *,
+        call: str,
+    ) -> None:
+        places = _TAKEN.setdefault(optimizer, [])
+        places[:] = [place for place in places if place.owner() is not None]
+        mine = {id(p): name for name, p in zip(names, parameters, strict=True)}
+        for place in places:
+            both = [name for key, name in mine.items() if key in place.keys]
+            if both:
+                raise ValueError(
+                    f"{call}({type(optimizer).__name__}): expected one splitter per parameter, got a second one for "
+                    f"{both[0]!r} and {len(both) - 1} more. Call remove() on the first one's handle, or give several "
+                    "budgets to one splitter."
+                )
+        self.owner, self.keys, self._places = weakref.ref(owner), set(mine), places
+        places.append(self)
+
+    def remove(self) -> None:
+        """Leave the place."""
+        if self in self._places:
+            self._places.remove(self)
 
 
 def after_backward(act: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
-"""The optimizer's rates per bin: learning rate, pace of its schedule, and how long an update a gradient makes."""
+"""What is read from an optimizer at every step: whose parameters it holds, and its learning rates per bin."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,82 @@ from torch import Tensor
 
 from .plan import Plan
 
-__all__ = ["Rates", "follows_gradient"]
+__all__ = ["Members", "Rates", "held_by"]
+
+TOP = "gradsplit_top_lr"
+"""The key of a parameter group under which its largest learning rate stands: it is saved and restored with the rate."""
 
 
-def follows_gradient(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the update is lr times a momentum sum of gradients, as in SGD: bounding gradients bounds steps."""
-    return all("dampening" in group and "betas" not in group for group in optimizer.param_groups)
+def held_by(optimizer: Any) -> list[int]:
+    """The identities of an optimizer's parameters, in order."""
+    groups = getattr(optimizer, "param_groups", None)
+    return [id(p) for group in groups for p in group["params"]] if isinstance(groups, list) else []
+
+
+class Members:
+    """Notices when an optimizer no longer holds the parameters that it held.
+
+    Args:
+        optimizer: whose groups are watched.
+        names, parameters: what is bounded.
+        others: warn of parameters that the optimizer updates and nobody bounds.
+        call: the caller's name, for messages.
+
+    Warns:
+        UserWarning: such a parameter.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        *,
+        others: bool,
+        call: str,
+    ) -> None:
+        self.optimizer, self.call = optimizer, call
+        self._name_of = {id(p): name for name, p in zip(names, parameters, strict=True)}
+        self._held = held_by(optimizer)
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if others:
+            self._warn_of(set(self._held), "the model that was given does not hold")
+
+    def look(self) -> bool:
+        """Return whether parameters have moved between groups or groups were added, so that rates are read anew.
+
+        Raises:
+            ValueError: a parameter that is bounded is no longer the optimizer's.
+
+        Warns:
+            UserWarning: the optimizer has new parameters, which nobody bounds.
+        """
+        now, sizes = held_by(self.optimizer), [len(group["params"]) for group in self.optimizer.param_groups]
+        if now == self._held and sizes == self._sizes:
+            return False
+        new, gone = set(now) - set(self._held), (set(self._held) - set(now)) & set(self._name_of)
+        if gone:
+            first = next(name for key, name in self._name_of.items() if key in gone)
+            raise ValueError(
+                f"{self.call}(optimizer={type(self.optimizer).__name__}): expected the parameters that the optimizer "
+                f"had at first, got others in the place of {first!r} and {len(gone) - 1} more. Make a new splitter "
+                "after parameters are replaced."
+            )
+        self._held, self._sizes = now, sizes
+        self._warn_of(new, "were added after the splitter was made, which does not hold")
+        return True
+
+    def _warn_of(self, keys: set[int], why: str) -> None:
+        free = keys - set(self._name_of)
+        if free:
+            shapes = [tuple(p.shape) for g in self.optimizer.param_groups for p in g["params"] if id(p) in free]
+            warnings.warn(
+                f"{self.call}(optimizer={type(self.optimizer).__name__}): {len(free)} parameters of the optimizer "
+                f"{why} them, the first of shape {shapes[0]}: no limit holds there. Make the splitter with a model "
+                "that holds all of them, or with pairs (name, parameter) if that is meant.",
+                UserWarning,
+                stacklevel=5,
+            )
 
 
 class Rates:
@@ -27,15 +98,24 @@ class Rates:
         parameters: one a layout entry.
         optimizer: whose ``param_groups`` hold them.
         call: the caller's name, for errors.
+        in_groups: keep the largest rates in the optimizer's groups, so that its ``state_dict`` restores them with the
+            rates; for optimizers that know nothing of them.
 
     Raises:
         ValueError: a parameter the optimizer does not hold.
     """
 
     def __init__(
-        self, plan: Plan, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, *, call: str
+        self,
+        plan: Plan,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        call: str,
+        in_groups: bool = False,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self.in_groups = optimizer, in_groups
+        self._loaded: list[float] = []  # for groups that were saved without their largest rate
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         lost = [name for name, p in zip(plan.layout.names, parameters, strict=True) if id(p) not in group_of]
         if lost:
@@ -52,7 +132,9 @@ class Rates:
         self._group_B = None if (group_B == group_B[0]).all() else torch.from_numpy(group_B).to(device)
         self._only = int(group_B[0])
         self._device = device
-        self.top: list[Any] = [_positive(group["lr"]) for group in optimizer.param_groups]
+        self.top: list[Any] = [_positive(group.get("lr")) for group in optimizer.param_groups]
+        if in_groups:
+            self.top = [group.setdefault(TOP, top) for group, top in zip(optimizer.param_groups, self.top, strict=True)]
 
     def _per_bin(self, values: list[Any], num_bins: int) -> Tensor:
         numbers = [v.to(self._device, torch.float64) if isinstance(v, Tensor) else v for v in values]
@@ -73,11 +155,14 @@ class Rates:
         """
         paces: list[Any] = []
         groups = self.optimizer.param_groups
-        self.top += [_positive(group["lr"]) for group in groups[len(self.top) :]]  # groups added since
+        self.top += [_positive(group.get("lr")) for group in groups[len(self.top) :]]  # groups added since
         for i, group in enumerate(groups):
-            lr = _positive(group["lr"])
-            seen = [self.top[i], lr, *(_positive(group[key]) for key in ("initial_lr", "max_lr") if key in group)]
+            lr = _positive(group.get("lr"))
+            before = group.get(TOP, self._loaded[i] if i < len(self._loaded) else lr) if self.in_groups else self.top[i]
+            seen = [before, lr, *(_positive(group[key]) for key in ("initial_lr", "max_lr") if key in group)]
             self.top[i] = _largest(seen)
+            if self.in_groups:
+                group[TOP] = self.top[i]
             paces.append(lr / self.top[i])
         return self._per_bin(paces, num_bins)
 
@@ -88,7 +173,7 @@ class Rates:
     def gain_B(self, num_bins: int) -> Tensor:
         """Return the longest update per length of gradient, lr / (1 - momentum), (B,)."""
         groups = self.optimizer.param_groups
-        return self._per_bin([_positive(g["lr"]) / (1.0 - g.get("momentum", 0.0)) for g in groups], num_bins)
+        return self._per_bin([_positive(g.get("lr")) / (1.0 - g.get("momentum", 0.0)) for g in groups], num_bins)
 
     def state(self) -> list[float]:
         """Return the largest rate of each group so far."""
@@ -97,11 +182,16 @@ class Rates:
     def load(self, tops: Sequence[float]) -> None:
         """Take over the largest rates of a saved run, group by group, whatever this optimizer was made with."""
         tops = tops[: len(self.optimizer.param_groups)]
-        self.top[: len(tops)] = [float(top) for top in tops]
+        self.top[: len(tops)] = self._loaded = [float(top) for top in tops]
+        if self.in_groups:
+            for group, top in zip(self.optimizer.param_groups, self._loaded, strict=False):
+                group[TOP] = top
 
 
 def _positive(lr: Any) -> Any:
-    """A rate of 0 stands for one too small to matter, so that ratios of rates stay defined."""
+    """A rate of 0 stands for one too small to matter, so that ratios of rates stay defined; None, for 1."""
+    if lr is None:  # the optimizer finds its rate by itself, as Adafactor of transformers may
+        return 1.0
     return torch.clamp(lr.detach().to(torch.float64), min=1e-30) if isinstance(lr, Tensor) else max(float(lr), 1e-30)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from .amp import Scaling
 from .budget import Budget, Decision, Ledger, Outcome, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
+from .collective import Recent
 from .distributed import adder, local_of, make_kernel
 from .plan import Plan
 from .rates import Rates
@@ -187,6 +188,7 @@ class Split:
         stages: the group of the pipeline stages; None: a limit at the root bounds what these ranks hold.
         caps_updates: budgets that bound the update act on the update itself, through the ledger ``update``; else they
             become limits on the gradient, as is right in front of SGD.
+        collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`.
         owners: the tensors as the optimizer holds them, for their learning rates; None: the tensors.
         call: the caller's name, for errors.
 
@@ -195,6 +197,7 @@ class Split:
         kernel: reads and scales the bins.
         gradient: the ledger of the budgets that act on gradients.
         update: the ledger of the budgets that act on updates, or None.
+        recent: the recent norms of the collective rule, or None.
         gradient_budgets, update_budgets: their (level, budget) pairs.
         rates: the optimizer's rates per bin, or None before `read_rates`.
         local_plan: what this rank holds of the plan; the plan itself where nothing is sharded.
@@ -215,6 +218,7 @@ class Split:
         process_group: dist.ProcessGroup | None = None,
         stages: dist.ProcessGroup | None = None,
         caps_updates: bool = False,
+        collective: bool = False,
         owners: list[Tensor] | None = None,
         call: str,
     ) -> None:
@@ -231,6 +235,7 @@ class Split:
         self.like = self.kernel.squares([None] * len(tensors))
         self.gradient = self._ledger(self.gradient_budgets)
         self.update = self._ledger(of_update) if of_update else None
+        self.recent = Recent(self.like) if collective else None
         self.rates: Rates | None = None
         self._tops: list[float] = []  # the largest rates of a state that was loaded before there was an optimizer
         self._lines = lines_of(self.gradient_budgets)
@@ -272,15 +277,21 @@ class Split:
         """Whether a step needs the norms of the weights."""
         return self.gradient.reads_weights or (self.update is not None and self.update.reads_weights)
 
-    def read_rates(self, optimizer: torch.optim.Optimizer) -> None:
+    def read_rates(self, optimizer: torch.optim.Optimizer, *, in_groups: bool = False, anew: bool = False) -> None:
         """Read the learning rates of an optimizer from now on; the largest rates of a loaded state stay.
+
+        Args:
+            optimizer: whose groups hold the tensors.
+            in_groups: see `Rates`.
+            anew: its groups are no longer what they were.
 
         Raises:
             ValueError: an optimizer that does not hold one of the tensors.
         """
-        if self.rates is None or self.rates.optimizer is not optimizer:
-            self.rates = Rates(self.plan, self.owners, optimizer, call=self.call)
-            self.rates.load(self._tops)
+        if anew or self.rates is None or self.rates.optimizer is not optimizer:
+            self.rates = Rates(self.plan, self.owners, optimizer, call=self.call, in_groups=in_groups)
+            if self._tops:
+                self.rates.load(self._tops)
 
     def pace_B(self) -> Tensor:
         """Return the learning rate now / the largest so far, (B,); after `read_rates`."""
@@ -310,6 +321,7 @@ class Split:
         gradients: list[Tensor | None],
         check: Callable[[Tensor], None] | None = None,
         scaling: Scaling | None = None,
+        held: Decision | None = None,
     ) -> tuple[Tensor, Decision]:
         """Bound gradients in place; return the squares (B,) as measured, and the decision.
 
@@ -318,11 +330,19 @@ class Split:
             check: called with all squares before the first bin is scaled.
             scaling: what a GradScaler says of the gradients. Limits then hold in unscaled units. On an overflow, which
                 the scaler sees and answers, gradients and history are left as they are.
+            held: the decision made earlier in the same step of the optimizer, whose scales hold here too.
         """
+        if held is not None:
+            squares_B = self.kernel.squares(gradients)
+            finite_B = squares_B.isfinite()
+            scale_B = torch.where(finite_B, held.scale_B, 0.0)
+            norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
+            self.kernel.scale_(gradients, scale_B, ~finite_B)
+            return squares_B, Decision(self.plan, norm_B, finite_B, scale_B, held.limits)
         rates = self.rates if self.needs_rates and self.update is None else None
         pace_B = None if rates is None else rates.pace_B(self.plan.num_bins)
         gain_B = None if rates is None else rates.gain_B(self.plan.num_bins)
-        plain = check is None and scaling is None and not torch.compiler.is_compiling()
+        plain = check is None and scaling is None and self.recent is None and not torch.compiler.is_compiling()
         if plain and self._lines is not None and self.kernel.bounds_while_reading:
             done = self._bin_by_bin(gradients, pace_B, gain_B)
             if done is not None:
@@ -333,14 +353,24 @@ class Split:
             overflow = scaling.overflow(squares_B)
             # A bin that is not finite teaches nothing, so on an overflow all are shown to the ledger as such.
             shown_B = torch.where(overflow, torch.inf, squares_B)
-            decision = _spared(self.gradient.decide(shown_B, weight_squares_B, pace_B, gain_B), squares_B, overflow)
+            decision = _spared(self._decide(shown_B, weight_squares_B, pace_B, gain_B), squares_B, overflow)
             self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B & ~overflow)
             return squares_B, decision
         if check is not None:
             check(squares_B)
-        decision = self.gradient.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        decision = self._decide(squares_B, weight_squares_B, pace_B, gain_B)
         self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
         return squares_B, decision
+
+    def _decide(
+        self, squares_B: Tensor, weight_squares_B: Tensor | None, pace_B: Tensor | None, gain_B: Tensor | None
+    ) -> Decision:
+        """The budgets' decision; where the batch is scaled as a whole, on the gradient after that has been undone."""
+        if self.recent is None:
+            return self.gradient.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        factor = self.recent.factor(squares_B)
+        made = self.gradient.decide(squares_B * factor.square(), weight_squares_B, pace_B, gain_B)
+        return Decision(made.plan, made.norm_B / factor, made.finite_B, made.scale_B * factor, made.limits)
 
     def _bin_by_bin(
         self, gradients: list[Tensor | None], pace_B: Tensor | None, gain_B: Tensor | None

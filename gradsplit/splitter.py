@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from .amp import Scaling
 from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, RelativeStep, StagedLedger
+from .collective import COLLECTIVE
 from .distributed import local_of, whole_of
-from .hooks import Handle, attach_to, not_traced
+from .hooks import Handle, Place, Turn, attach_to, not_traced
 from .kernels import Kernel
+from .optimizers import calls_closure_often, follows_gradient, optimizer_of, refuse_misfit, usual_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
-from .rates import follows_gradient
+from .rates import Members
 from .split import Split, StepRecord, check_state
-from .update_cap import UpdateCap
+from .update_cap import STEPS, UpdateCap
 
 __all__ = ["gradients_of", "Thawed", "GradientSplitter", "calibrate"]
 
@@ -95,6 +98,34 @@ class Thawed:
             )
 
 
+def described(splitter: GradientSplitter) -> str:
+    """See `GradientSplitter.describe`."""
+    split, optimizer = splitter._split, splitter.optimizer
+    name = "an optimizer" if optimizer is None else type(optimizer).__name__
+    said = []
+    for place, pairs in (("In front of", split.gradient_budgets), ("Behind", split.update_budgets)):
+        for level, budget in pairs:
+            if budget.constant() == math.inf:
+                said.append(f"{place} {name}, nothing finite is bounded.")
+            else:
+                nodes = f"{len(split.plan.level_nodes(level))} {level}{'s' if level != 'root' else ''}"
+                said.append(f"{place} {name}, each of {nodes} keeps within {budget!r}.")
+    if split.recent is not None:
+        said.append(
+            f"Where the median bin is more than {COLLECTIVE:g} times its recent norm, the whole gradient is divided by "
+            "that ratio."
+        )
+    if splitter._cap is not None:
+        said.append(f"This bounds the step after {name} has made it, whatever its rule.")
+    elif optimizer is not None and follows_gradient(optimizer):
+        said.append(f"The step of {name} follows the gradient, so this bounds the step itself.")
+    elif optimizer is not None and calls_closure_often(optimizer):
+        said.append(f"{name} compares the gradients of a step, so the first call of the closure decides for all.")
+    elif optimizer is not None:
+        said.append(f"{name} rescales gradients, so this keeps faults out of its memory and does not bound the step.")
+    return " ".join([*said, "A bin that is not finite becomes zero."])
+
+
 class GradientSplitter:
     """Bound each bin of a model's gradient by a budget of its own, in place, between ``backward()`` and ``step()``.
 
@@ -106,14 +137,19 @@ class GradientSplitter:
         model: a module, or pairs (name, parameter); trainable parameters are taken, in order.
         plan: a Plan, a strategy's name ("xsp", "lbf", "tree_sp", "per_tensor", "whole") or a function layout -> plan.
         budget: a budget, its name, a tuple of them, or a mapping from levels ("root", "module", "tensor", "bin") to
-            these; the default ``RelativeStep(0.03, length=1.0)`` (behind other optimizers, with ``cap_updates``,
-            ``RelativeStep(0.03)``) needs the optimizer's learning rate and nothing tuned.
-        optimizer: whose learning rates `RelativeStep` reads; `attach` sets it too.
+            these. The default fits the optimizer, and `describe` says which it is: in front of SGD
+            ``RelativeStep(0.03, length=1.0)``; in front of others ``Relative(0.2)`` with the collective rule; in front
+            of LBFGS nothing but zeros for what is not finite; behind any, with ``cap_updates``, ``RelativeStep(0.03)``.
+        optimizer: in front of which, or behind which, this stands; `attach` sets it too. A wrapper of an optimizer (of
+            accelerate, Lightning, schedule-free) stands for what is inside.
         backend: "auto", or a row of `gradsplit.kernels.BACKENDS`.
         rule: "bottom_up" or "nearest", see `project`.
         on_nonfinite: "zero" sets a non-finite bin to zero; "raise" raises instead, which waits for the device.
         cap_updates: let `RelativeStep` cap the update itself behind any optimizer, at the price of one copy of the
-            weights; needs `attach`.
+            weights; where ``optimizer`` is given, it attaches itself.
+        step: with ``cap_updates``: "cap" lets a bin move by at most its limit, "share" by exactly its limit.
+        collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`; None:
+            where the default budget in front of an optimizer other than SGD is used.
         process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel); None:
             all. One all-reduce a step, none where nothing is sharded.
         stages: a group with one rank of every pipeline stage, this one among them; a limit at "root" then bounds the
@@ -121,9 +157,12 @@ class GradientSplitter:
         sinks: functions called with every StepRecord.
 
     Raises:
-        ValueError: no trainable parameters, several devices, an unknown name, a plan of another model, RelativeStep
-        in front
-            of an optimizer whose step it cannot bound.
+        ValueError: no trainable parameters, several devices, an unknown name, a plan of another model, RelativeStep in
+            front of an optimizer whose step it cannot bound, a cap behind one that does not bear it.
+        TypeError: something that is no optimizer.
+
+    Warns:
+        UserWarning: the optimizer updates parameters that the model does not hold.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> splitter = GradientSplitter(model, plan="xsp", budget={"bin": "fixed"})       # rows, each at most 1 long
@@ -147,12 +186,19 @@ class GradientSplitter:
         rule: str = "bottom_up",
         on_nonfinite: str = "zero",
         cap_updates: bool = False,
+        step: str = "cap",
+        collective: bool | None = None,
         process_group: Any = None,
         stages: Any = None,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
         if on_nonfinite not in ("zero", "raise"):
             raise ValueError(f"GradientSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'raise'.")
+        if step not in STEPS or (step != "cap" and not cap_updates):
+            raise ValueError(
+                f"GradientSplitter(step={step!r}, cap_updates={cap_updates!r}): expected 'cap', or 'share' with "
+                "cap_updates=True, since a step has a length only after the optimizer has made it."
+            )
         pairs = named_trainable(model)
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         self.device = one_device(pairs, call="GradientSplitter")
@@ -160,13 +206,20 @@ class GradientSplitter:
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
         self.process_group, self.stages, self.sinks = process_group, stages, list(sinks)
         self.step_count = 0
-        self._strategy, self._after_updates = plan, cap_updates
+        self._strategy, self._after_updates, self._step = plan, cap_updates, step
+        self._chooses, self._collective = budget is None, collective
         usual = RelativeStep() if cap_updates else DEFAULT_OF_SPLITTER
-        self._budget = usual if budget is None else budget
+        self._budget, self._is_collective = (usual if budget is None else budget), bool(collective)
+        self._all_named = isinstance(model, nn.Module)
         self.optimizer: torch.optim.Optimizer | None = None
+        self._members: Members | None = None
+        self._turn = Turn()
+        self._handle: Handle | None = None
         self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
         if optimizer is not None:
-            self._read_rates_of(optimizer)
+            self._stand_by(optimizer)
+            if cap_updates or calls_closure_often(optimizer_of(optimizer, call="GradientSplitter")):
+                self._handle = self.attach(optimizer)
 
     def _adopt(self, plan: Plan) -> None:
         """Start on a plan, with budgets without history; the largest learning rates stay."""
@@ -180,13 +233,14 @@ class GradientSplitter:
             process_group=self.process_group,
             stages=self.stages,
             caps_updates=self._after_updates,
+            collective=self._is_collective,
             call="GradientSplitter",
         )
-        self._cap = None if self._split.update is None else UpdateCap(self._split)
+        self._cap = None if self._split.update is None else UpdateCap(self._split, self._step)
         if before is not None:
             self._split.load_tops(before.tops())
             if before.rates is not None:
-                self._read_rates_of(before.rates.optimizer)
+                self._split.read_rates(before.rates.optimizer, in_groups=self._split.needs_rates)
 
     @property
     def plan(self) -> Plan:
@@ -203,26 +257,62 @@ class GradientSplitter:
         """The budgets of gradients, with their history."""
         return self._split.gradient
 
-    def _read_rates_of(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._split.needs_rates and self._cap is None and not follows_gradient(optimizer):
-            raise ValueError(
-                f"GradientSplitter(optimizer={type(optimizer).__name__}): RelativeStep bounds the step, but a limit on "
-                "the gradient here says nothing about it. Use gradsplit.GSO instead of the optimizer, or "
-                "cap_updates=True (one copy of the weights), or another budget, for example Relative(0.2)."
+    def _stand_by(self, optimizer: Any) -> torch.optim.Optimizer:
+        """Take an optimizer as the one whose step follows, with the default that fits it."""
+        optimizer = optimizer_of(optimizer, call="GradientSplitter")
+        if self._chooses:
+            budget, collective = usual_bounds(optimizer, caps=self._after_updates)
+            collective = collective if self._collective is None else self._collective
+            if (budget, collective) != (self._budget, self._is_collective):
+                self._budget, self._is_collective = budget, collective
+                self._adopt(self.plan)
+        in_front = [budget for _, budget in self._split.gradient_budgets]
+        refuse_misfit(optimizer, in_front, caps=self._cap is not None)
+        self._split.read_rates(optimizer, in_groups=self._split.needs_rates)
+        if optimizer is not self.optimizer:
+            self._members = Members(
+                optimizer, self.layout.names, self.parameters, others=self._all_named, call="GradientSplitter"
             )
-        self._split.read_rates(optimizer)
         self.optimizer = optimizer
+        return optimizer
+
+    def describe(self) -> str:
+        """Say in a few sentences what is bounded, and why.
+
+        >>> model = nn.Linear(2, 2)
+        >>> print(GradientSplitter(model, optimizer=torch.optim.SGD(model.parameters(), 0.1)).describe())
+        In front of SGD, each of 3 bins keeps within RelativeStep(tau=0.03, floor=0.01, length=1.0). \
+        The step of SGD follows the gradient, so this bounds the step itself. A bin that is not finite becomes zero.
+        """
+        return described(self)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
-        """Run `step` before every step of an optimizer, inside its closure if any; ``handle.remove()`` detaches."""
-        self._read_rates_of(optimizer)
-        return attach_to(optimizer, start=self._remember, before=self.step, after=self._after_update)
+        """Run `step` before every step of an optimizer, inside its closure if any; ``handle.remove()`` detaches.
 
-    def _remember(self) -> None:
+        With a closure that is called several times in a step, the first call decides and the others follow.
+
+        Raises:
+            ValueError: another splitter of the same parameters is attached to the optimizer.
+        """
+        optimizer = self._stand_by(optimizer)
+        if self._handle is not None and self._handle.is_attached:
+            return self._handle
+        place = Place(optimizer, self, self.layout.names, self.parameters, call="GradientSplitter.attach")
+        hooks = attach_to(optimizer, start=self._start, before=self._before_update, after=self._after_update)
+        self._handle = Handle([hooks, place])
+        return self._handle
+
+    def _start(self) -> None:
+        self._turn.begin()
         if self._cap is not None:
-            self._cap.remember()
+            self._cap.remember(anew=True)
+
+    def _before_update(self) -> None:
+        if not self._turn.done(self.parameters):
+            self.step()
 
     def _after_update(self) -> None:
+        self._turn.end()
         if self._cap is not None:
             self._cap.apply()
 
@@ -249,15 +339,21 @@ class GradientSplitter:
             )
         if self._cap is not None and self.step_count and not self._cap.remembers:
             raise ValueError(
-                "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it. Call "
-                "attach(optimizer) once instead of step()."
+                "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it, and no "
+                "step of it was seen. Call attach(optimizer) once instead of step()."
             )
         self._thawed.look(call="GradientSplitter.step()")
+        if self._members is not None and not torch.compiler.is_compiling() and self._members.look():
+            self._split.read_rates(self._members.optimizer, in_groups=self._split.needs_rates, anew=True)
         gradients = gradients_of(self.layout.names, self.parameters)
         scaling = Scaling.of(self.optimizer, scaler)
         check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
-        squares_B, decision = self._split.bound_(gradients, check, scaling)
-        return _record(self, squares_B, decision)
+        held = self._turn.held
+        squares_B, decision = self._split.bound_(gradients, check, scaling, held)
+        if self._cap is not None:
+            self._cap.note(squares_B)
+        self._turn.take(decision, self.parameters)
+        return StepRecord(self.step_count - 1, squares_B, decision) if held else _record(self, squares_B, decision)
 
     def _raise_if_not_finite(self, squares_B: Tensor) -> None:
         if not bool(squares_B.isfinite().all()):
@@ -291,6 +387,7 @@ class GradientSplitter:
             "step_count": self.step_count,
             "history": self.ledger.state_dict(),
             "top_lr": self._split.tops() if self._split.rates is not None else [],
+            **({} if self._split.recent is None else {"collective": self._split.recent.state()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -310,10 +407,14 @@ class GradientSplitter:
                     f"{call}: expected the state of plan {self.plan.fingerprint}, got that of plan "
                     f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
                 )
+            recent = self._split.recent
+            norms = None if recent is None or "collective" not in state else recent.read(state["collective"], call=call)
             self.ledger.load_state_dict(state["history"], call=call)
         except Exception:
             vars(self).update(before)
             raise
+        if recent is not None and norms is not None:
+            recent.recent_B, recent.steps = norms
         self.step_count = state["step_count"]
         self._split.load_tops(tops)
 

@@ -7,7 +7,7 @@ from .fixed import Fixed
 from .ledger import Ledger, StagedLedger, make_ledger, warn_of_idle_limits
 from .percentile import Percentile
 from .projection import RULES, project
-from .registry import BUDGETS, DEFAULT_OF_GSO, DEFAULT_OF_SPLITTER, budgets_by_level, register
+from .registry import BUDGETS, DEFAULT_IN_FRONT, DEFAULT_OF_GSO, DEFAULT_OF_SPLITTER, budgets_by_level, register
 from .relative import Relative
 from .relative_step import RelativeStep
 from .running_median import RunningMedian
@@ -16,6 +16,7 @@ from .zscore import ZScore
 
 __all__ = [
     "BUDGETS",
+    "DEFAULT_IN_FRONT",
     "DEFAULT_OF_GSO",
     "DEFAULT_OF_SPLITTER",
     "LARGE",

@@ -17,7 +17,7 @@ from .relative_step import RelativeStep
 from .running_median import RunningMedian
 from .zscore import ZScore
 
-__all__ = ["BUDGETS", "DEFAULT_OF_GSO", "DEFAULT_OF_SPLITTER", "budgets_by_level", "register"]
+__all__ = ["BUDGETS", "DEFAULT_IN_FRONT", "DEFAULT_OF_GSO", "DEFAULT_OF_SPLITTER", "budgets_by_level", "register"]
 
 BUDGETS: dict[str, type[Budget]] = {
     row.name: row for row in (RelativeStep, Fixed, Relative, Ema, ZScore, Percentile, RunningMedian)
@@ -74,6 +74,11 @@ The second bounds the update."""
 
 DEFAULT_OF_SPLITTER = RelativeStep(0.03, length=1.0)
 """In front of SGD. Under Adam-like updates, which fill every limit, a length of 1 is too much for short rows."""
+
+
+DEFAULT_IN_FRONT = Relative(0.2)
+"""In front of optimizers that rescale gradients by themselves, together with the collective rule. It keeps a fault in
+its row and out of the optimizer's memory; it does not bound the step."""
 
 
 def budgets_by_level(budget: Any, plan: Plan, *, call: str) -> list[tuple[str, Budget]]:

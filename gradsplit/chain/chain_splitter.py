@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..budget.base import Budget
 from ..budget.running_median import RunningMedian
 from ..hooks import attach_to, not_traced
-from ..rates import follows_gradient
+from ..optimizers import follows_gradient
 from .forks import ForkMemory, ForkWatch
 from .graph import CallTrace, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in

@@ -33,7 +33,7 @@ def split_gradients(
         model: as ``prepare`` returned it.
         optimizer: as ``prepare`` returned it.
         plan: see `gradsplit.GradientSplitter`.
-        budget: likewise; the default bounds steps and so wants an SGD, or ``cap_updates=True``.
+        budget: likewise; the default fits the optimizer.
         options: its other arguments.
 
     Raises:

@@ -21,7 +21,7 @@ class GradientSplitting(Callback):
 
     Args:
         plan: see `gradsplit.GradientSplitter`.
-        budget: likewise; the default bounds steps and so wants an SGD, or ``cap_updates=True``.
+        budget: likewise; the default fits the optimizer.
         options: its other arguments.
 
     Attributes:

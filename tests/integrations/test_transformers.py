@@ -190,6 +190,6 @@ def test_a_restored_callback_is_refused_since_it_has_lost_its_plan(tmp_path):
         trainer.train()
 
 
-def test_the_default_budget_in_front_of_adamw_says_what_to_use(tmp_path):
-    with pytest.raises(ValueError, match=r"gradsplit\.GSO instead of the optimizer, or cap_updates=True"):
-        trainer_of(tmp_path, Net(), GradientSplitting(), optimizer=None).train()
+def test_relative_step_in_front_of_adamw_says_what_to_use(tmp_path):
+    with pytest.raises(ValueError, match=r"cap_updates=True .*or gradsplit\.GSO instead of the optimizer"):
+        trainer_of(tmp_path, Net(), GradientSplitting(budget="relative_step"), optimizer=None).train()

@@ -70,6 +70,18 @@ def on_two_devices():
             ValueError,
             r"GradientSplitter\(on_nonfinite='skip'\): expected 'zero' or 'raise'",
         ),
+        (
+            lambda m: gs.GradientSplitter(m, step="share"),
+            ValueError,
+            r"GradientSplitter\(step='share', cap_updates=False\): expected 'cap', or 'share' with cap_updates=True",
+        ),
+        (
+            lambda m: gs.GradientSplitter(
+                m, "per_tensor", {"tensor": gs.RelativeStep()}, cap_updates=True, step="share"
+            ),
+            ValueError,
+            r"GradientSplitter\(step='share'\): expected a bound on the step of every bin, got one at level 'tensor'",
+        ),
         (lambda m: gs.GradientSplitter(nn.ReLU()), ValueError, "expected parameters, got none from the ReLU"),
         (lambda m: gs.GradientSplitter(m.requires_grad_(False)), ValueError, "got 4 frozen ones from the Sequential"),
         (lambda m: gs.GradientSplitter(m.parameters()), TypeError, "Pass model.named_parameters"),
@@ -79,12 +91,12 @@ def on_two_devices():
             "all parameters on one device, got '0.weight' on cpu and '1.weight' on meta. Make one splitter per device",
         ),
         (
-            lambda m: gs.GradientSplitter(m, optimizer=torch.optim.Adam(m.parameters())),
+            lambda m: gs.GradientSplitter(m, budget="relative_step", optimizer=torch.optim.Adam(m.parameters())),
             ValueError,
-            r"GradientSplitter\(optimizer=Adam\): RelativeStep bounds the step.* Use gradsplit.GSO .*cap_updates=True",
+            r"GradientSplitter\(optimizer=Adam\): RelativeStep bounds the step.*Leave budget= out.*cap_updates=True",
         ),
         (
-            lambda m: gs.GradientSplitter(m).attach(torch.optim.AdamW(m.parameters())),
+            lambda m: gs.GradientSplitter(m, budget=gs.RelativeStep()).attach(torch.optim.AdamW(m.parameters())),
             ValueError,
             r"GradientSplitter\(optimizer=AdamW\): RelativeStep bounds the step",
         ),
@@ -181,6 +193,7 @@ def test_a_gradient_of_stored_entries_instead_of_rows_is_named():
 def test_a_cap_on_updates_that_nobody_attached_is_refused():
     model = model_of()
     splitter = gs.GradientSplitter(model, cap_updates=True, optimizer=torch.optim.Adam(model.parameters()))
+    splitter.attach(splitter.optimizer).remove()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     splitter.step()

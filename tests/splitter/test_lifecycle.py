@@ -131,20 +131,19 @@ def closure_of(model, optimizer, step, calls):
     return closure
 
 
-def test_inside_a_closure_every_gradient_is_bounded():
-    """LBFGS calls the closure many times; each time the gradient that it sees is within the limits."""
-    model, calls, norms = model_of(), [], []
+def test_inside_a_closure_the_first_call_decides_and_the_others_follow():
+    """LBFGS calls the closure many times and compares the gradients; one record per step, one scale per bin."""
+    model, calls, records = model_of(), [], []
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
-    splitter = gs.GradientSplitter(
-        model, "per_tensor", gs.Fixed(0.01), sinks=[lambda record: norms.append(record.norm_after_B().max())]
-    )
+    splitter = gs.GradientSplitter(model, "per_tensor", gs.Fixed(0.01), sinks=[records.append])
     splitter.attach(optimizer)
     returned = optimizer.step(closure_of(model, optimizer, 0, calls))
-    assert len(calls) == len(norms) > 1
+    assert len(calls) > len(records) == splitter.step_count == 1
     assert float(returned.detach()) == calls[0]
-    assert max(norms) <= 0.01 * (1 + 1e-6)
+    assert records[0].norm_after_B().max() <= 0.01 * (1 + 1e-6)
+    assert (records[0].decision.scale_B < 1).any()
     optimizer.step(closure=closure_of(model, optimizer, 1, calls))
-    assert len(calls) == len(norms)
+    assert len(records) == 2
 
 
 def test_with_a_closure_and_without_a_first_order_step_is_the_same():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
+from gradsplit import update_cap
 
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.3),
@@ -96,3 +97,98 @@ def test_with_a_closure_the_whole_step_is_bounded_and_not_its_last_trial():
     moved = (rows(model[0].weight) - before).norm(dim=1)
     assert (moved <= 0.03 * before.norm(dim=1) * (1 + 1e-9)).all()
     assert (moved > 0).any()
+
+
+def test_given_an_optimizer_it_attaches_itself_and_counts_every_step_once():
+    for by_hand in (True, False):
+        model = model_of()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1.0)
+        splitter = gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            before = rows(model[0].weight).clone()
+            if by_hand:
+                splitter.step()
+            optimizer.step()
+            moved = (rows(model[0].weight) - before).norm(dim=1)
+            assert (moved <= 0.03 * before.norm(dim=1) * (1 + 1e-9)).all()
+        assert splitter.step_count == 3
+
+
+@pytest.mark.parametrize("rate", [1e-5, 10.0])
+def test_with_a_share_every_row_moves_by_its_limit_in_the_optimizers_direction(rate):
+    finals = {}
+    for step in ("share", None):
+        model = model_of()
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        if step is not None:
+            gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True, step=step)
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+        model[0].weight.grad[2] = 0.0
+        before = [rows(p).clone() for p in model.parameters()]
+        optimizer.step()
+        finals[step] = [rows(p) - old for p, old in zip(model.parameters(), before, strict=True)]
+    for shared, plain, old in zip(finals["share"], finals[None], before, strict=True):
+        length = torch.maximum(old.norm(dim=1), torch.full_like(old[:, 0], 0.01 * old.shape[1] ** 0.5))
+        moves = plain.norm(dim=1) > 0
+        expected = torch.where(moves, 0.03 * length, 0.0)
+        torch.testing.assert_close(shared.norm(dim=1), expected, rtol=1e-9, atol=1e-15)
+        directions = (shared * plain).sum(1)[moves]
+        torch.testing.assert_close(directions, (expected * plain.norm(dim=1))[moves], rtol=1e-9, atol=1e-15)
+
+
+def test_rows_without_a_gradient_are_not_driven_by_decay_alone():
+    model = model_of()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True, step="share")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[0].weight.grad[2] = 0.0
+    before = rows(model[0].weight).clone()
+    optimizer.step()
+    torch.testing.assert_close(rows(model[0].weight)[2], before[2] * (1 - 1e-4))
+
+
+@pytest.mark.parametrize("plan", ["xsp", "per_tensor", "columns", "whole", "cells"])
+@pytest.mark.parametrize("step", ["cap", "share"])
+def test_block_by_block_is_the_same(plan, step, monkeypatch):
+    finals = []
+    for block in (1 << 20, 7):
+        monkeypatch.setattr(update_cap, "BLOCK", block)
+        model = model_of()
+        layout = gs.layout_of(model)
+        energy = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+        made = {"columns": gs.xsp(layout, axis=1), "cells": gs.lbf(layout, energy, max_bins=20)}
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+        chosen = made.get(plan, plan)
+        gs.GradientSplitter(model, chosen, optimizer=optimizer, cap_updates=True, step=step)
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+        optimizer.step()
+        finals.append([p.detach().clone() for p in model.parameters()])
+    for whole, blocks in zip(*finals, strict=True):
+        torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-15)
+
+
+def test_a_cap_holds_one_copy_of_the_weights_and_little_beside(monkeypatch):
+    """Counts the bytes that are allocated while the cap acts, by the allocator's own record."""
+    monkeypatch.setattr(update_cap, "BLOCK", 1 << 13)
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 256, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+    splitter = gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cap = splitter._cap
+    with torch.profiler.profile(profile_memory=True) as seen:
+        cap.remember(anew=True)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)
+        cap.apply()
+    now = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert weights <= peak <= 1.1 * weights + 8 * 8 * splitter.plan.num_bins

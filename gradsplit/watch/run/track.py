@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...budget import DEFAULT_OF_SPLITTER, Relative, RelativeStep
+from ...optimizers import follows_gradient
 from ...plan import Layout, Plan
-from ...rates import follows_gradient
 from ...splitter import GradientSplitter
 from ..record import Outline, Recorder, Stream, recording_plan, summed_up
 from .names import named_parameters_of
@@ -205,9 +205,8 @@ class Track:
         if not budget:
             budget = {"bin": (Relative(0.2), RelativeStep()) if caps else (DEFAULT_OF_SPLITTER,)}
         bounds_update = any(one.bounds_update for several in budget.values() for one in several)
-        splitter = GradientSplitter(
-            pairs, settings.plan, budget, optimizer=optimizer, cap_updates=caps and bounds_update
-        )
+        splitter = GradientSplitter(pairs, settings.plan, budget, cap_updates=caps and bounds_update)
+        splitter._stand_by(optimizer)  # and not attached: steps are read where they are recorded
         return splitter, "; ".join(f"{level}: {', '.join(map(repr, several))}" for level, several in budget.items())
 
     def covers(self, keys: set[int]) -> bool:
