@@ -22,6 +22,7 @@ _OPTIMIZER_GROUPS = {
         "resume",
         "split",
         "splitter",
+        "optimizers",
         "update_cap",
         "watch",
     ),
