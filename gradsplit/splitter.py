@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +97,59 @@ class Thawed:
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def check_options(on_nonfinite: str, step: str, cap_updates: bool) -> None:
+    """Refuse words that are none of the choices.
+
+    Raises:
+        ValueError: another word, or a share of a step that is not looked at.
+    """
+    if on_nonfinite not in ("zero", "raise"):
+        raise ValueError(f"GradientSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'raise'.")
+    if step not in STEPS or (step != "cap" and not cap_updates):
+        raise ValueError(
+            f"GradientSplitter(step={step!r}, cap_updates={cap_updates!r}): expected 'cap', or 'share' with "
+            "cap_updates=True, since a step has a length only after the optimizer has made it."
+        )
+
+
+def stand_by(splitter: GradientSplitter, optimizer: Any) -> torch.optim.Optimizer:
+    """Let a splitter stand at an optimizer, or at the one inside a wrapper, and return that."""
+    optimizer = optimizer_of(optimizer, call="GradientSplitter")
+    if splitter._chooses:
+        budget, collective = usual_bounds(optimizer, caps=splitter._after_updates)
+        collective = collective if splitter._collective is None else splitter._collective
+        if (budget, collective) != (splitter._budget, splitter._is_collective):
+            splitter._budget, splitter._is_collective = budget, collective
+            splitter._adopt(splitter.plan)
+    in_front = [budget for _, budget in splitter._split.gradient_budgets]
+    refuse_misfit(optimizer, in_front, caps=splitter._cap is not None)
+    splitter._split.read_rates(optimizer, in_groups=splitter._split.needs_rates)
+    if optimizer is not splitter.optimizer:
+        splitter._members = Members(
+            optimizer, splitter.layout.names, splitter.parameters, others=splitter._all_named, call="GradientSplitter"
+        )
+    splitter.optimizer = optimizer
+    return optimizer
+
+
+def refuse_too_early(splitter: GradientSplitter) -> None:
+    """Refuse a step that lacks what its bounds need.
+
+    Raises:
+        ValueError: no learning rate for RelativeStep; a cap on the update that stands at no optimizer.
+    """
+    if splitter._split.needs_rates and splitter._split.rates is None:
+        raise ValueError(
+            "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
+            "attach(optimizer), or a budget of gradients, for example budget=gradsplit.Relative(0.02)."
+        )
+    if splitter._cap is not None and splitter.step_count and not splitter._cap.remembers:
+        raise ValueError(
+            "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it, and no "
+            "step of it was seen. Call attach(optimizer) once instead of step()."
+        )
 
 
 def described(splitter: GradientSplitter) -> str:
@@ -192,13 +246,7 @@ class GradientSplitter:
         stages: Any = None,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
-        if on_nonfinite not in ("zero", "raise"):
-            raise ValueError(f"GradientSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'raise'.")
-        if step not in STEPS or (step != "cap" and not cap_updates):
-            raise ValueError(
-                f"GradientSplitter(step={step!r}, cap_updates={cap_updates!r}): expected 'cap', or 'share' with "
-                "cap_updates=True, since a step has a length only after the optimizer has made it."
-            )
+        check_options(on_nonfinite, step, cap_updates)
         pairs = named_trainable(model)
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         self.device = one_device(pairs, call="GradientSplitter")
@@ -259,22 +307,7 @@ class GradientSplitter:
 
     def _stand_by(self, optimizer: Any) -> torch.optim.Optimizer:
         """Take an optimizer as the one whose step follows, with the default that fits it."""
-        optimizer = optimizer_of(optimizer, call="GradientSplitter")
-        if self._chooses:
-            budget, collective = usual_bounds(optimizer, caps=self._after_updates)
-            collective = collective if self._collective is None else self._collective
-            if (budget, collective) != (self._budget, self._is_collective):
-                self._budget, self._is_collective = budget, collective
-                self._adopt(self.plan)
-        in_front = [budget for _, budget in self._split.gradient_budgets]
-        refuse_misfit(optimizer, in_front, caps=self._cap is not None)
-        self._split.read_rates(optimizer, in_groups=self._split.needs_rates)
-        if optimizer is not self.optimizer:
-            self._members = Members(
-                optimizer, self.layout.names, self.parameters, others=self._all_named, call="GradientSplitter"
-            )
-        self.optimizer = optimizer
-        return optimizer
+        return stand_by(self, optimizer)
 
     def describe(self) -> str:
         """Say in a few sentences what is bounded, and why.
@@ -332,36 +365,19 @@ class GradientSplitter:
         Warns:
             UserWarning: no parameter has a gradient; one that was frozen when the splitter was made has one.
         """
-        if self._split.needs_rates and self._split.rates is None:
-            raise ValueError(
-                "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
-                "attach(optimizer), or a budget of gradients, for example budget=gradsplit.Relative(0.02)."
-            )
-        if self._cap is not None and self.step_count and not self._cap.remembers:
-            raise ValueError(
-                "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it, and no "
-                "step of it was seen. Call attach(optimizer) once instead of step()."
-            )
+        refuse_too_early(self)
         self._thawed.look(call="GradientSplitter.step()")
         if self._members is not None and not torch.compiler.is_compiling() and self._members.look():
             self._split.read_rates(self._members.optimizer, in_groups=self._split.needs_rates, anew=True)
         gradients = gradients_of(self.layout.names, self.parameters)
         scaling = Scaling.of(self.optimizer, scaler)
-        check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
+        check = partial(_raise_if_not_finite, self) if self.on_nonfinite == "raise" else None
         held = self._turn.held
         squares_B, decision = self._split.bound_(gradients, check, scaling, held)
         if self._cap is not None:
             self._cap.note(squares_B)
         self._turn.take(decision, self.parameters)
         return StepRecord(self.step_count - 1, squares_B, decision) if held else _record(self, squares_B, decision)
-
-    def _raise_if_not_finite(self, squares_B: Tensor) -> None:
-        if not bool(squares_B.isfinite().all()):
-            bad = [self.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
-            raise FloatingPointError(
-                f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
-                f"{self.step_count}. Use on_nonfinite='zero' to go on without them."
-            )
 
     @torch.no_grad()
     def calibrate(self, closure: Callable[[], Any], steps: int = 8) -> Plan:
@@ -396,27 +412,41 @@ class GradientSplitter:
         Raises:
             ValueError: the state of another plan or of other budgets; nothing is taken over then.
         """
-        call = "GradientSplitter.load_state_dict(…)"
-        tops = check_state(state, ("fingerprint", "step_count", "history", "top_lr"), call=call)
-        before = dict(vars(self))
-        try:
-            if state.get("plan") is not None and self._strategy == "lbf":
-                self._adopt(make_plan(Plan.from_dict(state["plan"]), self.layout, call=call))
-            if state["fingerprint"] != self.plan.fingerprint:
-                raise ValueError(
-                    f"{call}: expected the state of plan {self.plan.fingerprint}, got that of plan "
-                    f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
-                )
-            recent = self._split.recent
-            norms = None if recent is None or "collective" not in state else recent.read(state["collective"], call=call)
-            self.ledger.load_state_dict(state["history"], call=call)
-        except Exception:
-            vars(self).update(before)
-            raise
-        if recent is not None and norms is not None:
-            recent.recent_B, recent.steps = norms
-        self.step_count = state["step_count"]
-        self._split.load_tops(tops)
+        load(self, state)
+
+
+def load(splitter: GradientSplitter, state: Mapping[str, Any]) -> None:
+    """See `GradientSplitter.load_state_dict`."""
+    call = "GradientSplitter.load_state_dict(…)"
+    tops = check_state(state, ("fingerprint", "step_count", "history", "top_lr"), call=call)
+    before = dict(vars(splitter))
+    try:
+        if state.get("plan") is not None and splitter._strategy == "lbf":
+            splitter._adopt(make_plan(Plan.from_dict(state["plan"]), splitter.layout, call=call))
+        if state["fingerprint"] != splitter.plan.fingerprint:
+            raise ValueError(
+                f"{call}: expected the state of plan {splitter.plan.fingerprint}, got that of plan "
+                f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
+            )
+        recent = splitter._split.recent
+        norms = None if recent is None or "collective" not in state else recent.read(state["collective"], call=call)
+        splitter.ledger.load_state_dict(state["history"], call=call)
+    except Exception:
+        vars(splitter).update(before)
+        raise
+    if recent is not None and norms is not None:
+        recent.recent_B, recent.steps = norms
+    splitter.step_count = state["step_count"]
+    splitter._split.load_tops(tops)
+
+
+def _raise_if_not_finite(splitter: GradientSplitter, squares_B: Tensor) -> None:
+    if not bool(squares_B.isfinite().all()):
+        bad = [splitter.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
+        raise FloatingPointError(
+            f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
+            f"{splitter.step_count}. Use on_nonfinite='zero' to go on without them."
+        )
 
 
 @not_traced  # a step count inside a graph would have the graph compiled anew at every step
