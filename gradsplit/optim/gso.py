@@ -17,7 +17,7 @@ from ..collective import Collective
 from ..hooks import without_compiler_guard
 from ..split import StepRecord
 from .in_backward import InBackward, check_model
-from .kinds import Kind, kinds_of, owners_of
+from .kinds import Kind, check_names, kinds_of, owners_of
 from .options import FLAGS, check_flags, check_numbers, check_share, differentiable_backend
 from .parts import (
     COUNT,
@@ -154,6 +154,7 @@ class GSO(Optimizer):
             raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
         if by_share:
             check_share(steps, second_moment=second_moment, differentiable=differentiable)
+            check_names(direction, blocks, [])
         elif steps is not None or blocks is not None:
             raise ValueError(
                 "GSO(direction='adam', …): expected neither steps= nor blocks=, which belong to the share step. Use a "
@@ -200,6 +201,8 @@ class GSO(Optimizer):
         check_numbers(defaults, by_share=by_share)
         check_flags(defaults, defaults)
         super().__init__(params, defaults)
+        if by_share:
+            check_names(direction, blocks, [name for group in self.param_groups for name in _names_of(group)])
         self._shared_groups = len(self.param_groups)
         self._build()
         if in_backward:
@@ -239,7 +242,9 @@ class GSO(Optimizer):
     def _kinds_of(self, group: dict[str, Any], direction: Any) -> list[Kind]:
         if not self.by_share:
             return []
-        names = group.get("param_names") or [f"param{j}" for j in range(len(group["params"]))]
+        names = _names_of(group)
+        if direction is not self._direction:
+            check_names(direction, None, names)
         return kinds_of(list(zip(names, group["params"], strict=True)), self._owners, direction, self._blocks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -287,6 +292,7 @@ class GSO(Optimizer):
                 loss = closure()
         scaling = Scaling.of_step(self)
         self._check_schedule()
+        self._check_share()
         if self._in_backward is not None:
             self._in_backward.finish()
             self._collective.settle()
@@ -330,6 +336,12 @@ class GSO(Optimizer):
                 stacklevel=3,
             )
 
+    def _check_share(self) -> None:
+        """Refuse a share that a scheduler has driven too high; a tensor is not looked at, since that may wait."""
+        for group in self.param_groups if self.by_share else ():
+            if not isinstance(group["lr"], Tensor):
+                check_numbers(group, by_share=True)
+
     def _init_group(self) -> None:
         """Make the moments of every parameter that has its first gradient.
 
@@ -343,6 +355,7 @@ class GSO(Optimizer):
 
     def _step_of(self, owner: Tensor) -> None:
         """Update the one parameter whose gradient is complete, from inside backward."""
+        self._check_share()
         (part,) = [part for part in self._parts if part.split.owners[0] is owner]
         make_memories(self, part, self._options["second_moment"])
         self._step_part(part)
@@ -443,3 +456,8 @@ class GSO(Optimizer):
             for part, saved in zip(self._parts, history, strict=True):
                 part.load(saved, call="GSO.__setstate__(…)")
             self._set_pace()
+
+
+def _names_of(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters; their places where they have none."""
+    return group.get("param_names") or [f"param{j}" for j in range(len(group["params"]))]

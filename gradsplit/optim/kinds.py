@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..plan import Plan
 from .directions import DIRECTIONS
 
-__all__ = ["Kind", "kinds_of", "owners_of"]
+__all__ = ["Kind", "check_names", "kinds_of", "owners_of"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -113,8 +113,8 @@ def kinds_of(
             blocks of rows, for example ``{"*.qkv.weight": 3}``.
 
     Raises:
-        ValueError: an unknown direction, one without a rule for a tensor, a pattern that matches nothing, blocks that
-            do not divide the rows or that lie in several tensors.
+        ValueError: an unknown direction, one without a rule for a tensor, blocks that do not divide the rows or that
+            lie in several tensors.
 
     >>> kinds_of([("w", nn.Linear(2, 6).weight)], {}, "auto", {"w": 3})[0].blocks
     3
@@ -136,10 +136,6 @@ def kinds_of(
                 "Use direction='auto', or name another direction for this tensor."
             )
         kinds[i] = replace(kinds[i], direction=chosen)
-    if isinstance(direction, Mapping):
-        _every_pattern_matches("direction", direction, pairs)
-    if isinstance(blocks, Mapping):
-        _every_pattern_matches("blocks", blocks, pairs)
     return [_cut(kind, name, blocks) for kind, (name, _) in zip(kinds, pairs, strict=True)]
 
 
@@ -152,13 +148,41 @@ def _chosen(direction: Any, name: str, parameter: Tensor) -> str | None:
     return next((value for pattern, value in direction.items() if fnmatchcase(name, pattern)), None)
 
 
-def _every_pattern_matches(argument: str, patterns: Mapping[str, Any], pairs: list[tuple[str, Tensor]]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name, _ in pairs):
-            raise ValueError(
-                f"GSO({argument}={{{pattern!r}: …}}): expected a pattern that matches a parameter, got one that "
-                f"matches none of {len(pairs)}, for example not {pairs[0][0]!r}. Patterns are those of fnmatch."
-            )
+def check_names(direction: Any, blocks: Any, names: list[str]) -> None:
+    """Refuse directions and blocks of no kind, and those that name none of the parameters.
+
+    Args:
+        direction: as given by the user.
+        blocks: as given by the user.
+        names: of all parameters that they are for; empty: only the types are looked at.
+
+    Raises:
+        ValueError: a type that says nothing, a pattern that matches no name, a plan of other tensors.
+    """
+    if not (isinstance(direction, (str, Mapping)) or callable(direction)):
+        raise ValueError(
+            f"GSO(direction={direction!r}): expected 'auto', a direction's name, a mapping or a function, got "
+            f"{type(direction).__name__}. Directions are {', '.join(DIRECTIONS)}."
+        )
+    if not (blocks is None or isinstance(blocks, (Plan, Mapping))):
+        raise ValueError(
+            f"GSO(blocks={blocks!r}): expected a plan, or a mapping from name patterns to numbers of blocks, got "
+            f"{type(blocks).__name__}. Write for example {{'*.qkv.weight': 3}}."
+        )
+    if not names:
+        return
+    if isinstance(blocks, Plan) and not set(names) & set(blocks.layout.names):
+        raise ValueError(
+            f"GSO(blocks={blocks!r}): expected a plan of this model, got one without any of its {len(names)} tensors, "
+            f"for example without {names[0]!r}. Make the plan from this model, and pass the module or named parameters."
+        )
+    for argument, patterns in (("direction", direction), ("blocks", blocks)):
+        for pattern in patterns if isinstance(patterns, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"GSO({argument}={{{pattern!r}: …}}): expected a pattern that matches a parameter, got one that "
+                    f"matches none of {len(names)}, for example not {names[0]!r}. Patterns are those of fnmatch."
+                )
 
 
 def _cut(kind: Kind, name: str, blocks: Plan | Mapping[str, int] | None) -> Kind:
@@ -169,7 +193,7 @@ def _cut(kind: Kind, name: str, blocks: Plan | Mapping[str, int] | None) -> Kind
         num = next((value for pattern, value in blocks.items() if fnmatchcase(name, pattern)), None)
         if num is None:
             return kind
-        if not isinstance(num, int) or num < 1 or kind.rows % num:
+        if not isinstance(num, int) or isinstance(num, bool) or num < 1 or kind.rows % num:
             raise ValueError(
                 f"GSO(blocks={{…: {num!r}}}): expected a number that divides the {kind.rows} rows of {name!r}. Cut it "
                 "into another number of equal blocks."

@@ -1,0 +1,210 @@
+"""Bad input of GSO by share: each is named with the place and the remedy, and nothing is half-applied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gradsplit as gs
+from gradsplit.optim.directions import Direction, register
+from tests.optim.amp_runs import assert_same, snapshot
+from tests.optim.share.test_protocol import loss_of, net_of, train
+
+
+def blocks_of_a_stranger(model):
+    return gs.xsp(gs.layout_of(nn.ModuleDict({"head": nn.Linear(5, 9)})), parts=3)
+
+
+CASES = {
+    "a share above one half": (
+        lambda m: gs.GSO(m, lr=0.6),
+        r"GSO\(lr=0.6\): expected a share of a row's length per step, at most 0.5. The default is 0.03; use direction=",
+    ),
+    "a negative share": (lambda m: gs.GSO(m, lr=-0.1), "Invalid learning rate: -0.1"),
+    "no number": (lambda m: gs.GSO(m, lr=float("nan")), "Invalid learning rate: nan"),
+    "a share above one half in a group": (
+        lambda m: gs.GSO([{"params": [m.head.weight], "lr": 3.0}]),
+        r"GSO\(lr=3.0\): expected a share",
+    ),
+    "no steps": (
+        lambda m: gs.GSO(m, steps=0),
+        r"GSO\(steps=0\): expected the number of steps of the run, >= 1, or None",
+    ),
+    "steps below zero": (lambda m: gs.GSO(m, steps=-3), r"GSO\(steps=-3\): expected the number of steps"),
+    "steps that are none": (lambda m: gs.GSO(m, steps=True), r"GSO\(steps=True\): expected the number of steps"),
+    "half a step": (lambda m: gs.GSO(m, steps=2.5), r"GSO\(steps=2.5\): expected the number of steps"),
+    "an unknown direction": (
+        lambda m: gs.GSO(m, direction="muon"),
+        r"GSO\(direction='muon'\): expected one of auto, orthogonal, adam for 'words.weight'. Register a direction",
+    ),
+    "an unknown direction in a mapping": (
+        lambda m: gs.GSO(m, direction={"head.*": "lion"}),
+        r"GSO\(direction='lion'\): expected one of auto, orthogonal, adam for 'head.weight'",
+    ),
+    "a direction that is none": (
+        lambda m: gs.GSO(m, direction=lambda name, p: 3),
+        r"GSO\(direction=3\): expected one of auto, orthogonal, adam for 'words.weight'",
+    ),
+    "a direction of no kind": (
+        lambda m: gs.GSO(m, direction=3),
+        r"GSO\(direction=3\): expected 'auto', a direction's name, a mapping or a function",
+    ),
+    "a direction without a rule": (
+        lambda m: gs.GSO(m, direction="orthogonal"),
+        r"GSO\(direction='orthogonal'\): expected a tensor with two dimensions or more, got 'conv.bias' of shape",
+    ),
+    "a pattern that matches nothing": (
+        lambda m: gs.GSO(m, direction={"heads.*": "adam"}),
+        r"GSO\(direction=\{'heads.\*': …\}\): expected a pattern that matches a parameter, .* not 'words.weight'",
+    ),
+    "blocks that match nothing": (
+        lambda m: gs.GSO(m, blocks={"qkv": 3}),
+        r"GSO\(blocks=\{'qkv': …\}\): expected a pattern that matches a parameter",
+    ),
+    "blocks that do not divide": (
+        lambda m: gs.GSO(m, blocks={"head.weight": 4}),
+        r"GSO\(blocks=.*4.*\): expected a number that divides the 9 rows of 'head.weight'",
+    ),
+    "no block": (lambda m: gs.GSO(m, blocks={"head.weight": 0}), r"expected a number that divides the 9 rows"),
+    "blocks that are no number": (lambda m: gs.GSO(m, blocks={"head.weight": True}), "expected a number that divides"),
+    "blocks of no kind": (
+        lambda m: gs.GSO(m, blocks=3),
+        r"GSO\(blocks=3\): expected a plan, or a mapping from name patterns to numbers",
+    ),
+    "blocks over several tensors": (
+        lambda m: gs.GSO(m, blocks=gs.whole(gs.layout_of(m))),
+        r"GSO\(blocks=.*\): expected bins inside one tensor each, got a bin of 'words.weight' and another tensor",
+    ),
+    "blocks of another model": (
+        lambda m: gs.GSO(m, blocks=blocks_of_a_stranger(m)),
+        r"expected a plan of this model, got \(9, 5\) for 'head.weight', which is seen as 9 x 6 here",
+    ),
+    "blocks of no model": (
+        lambda m: gs.GSO(m, blocks=gs.xsp(gs.layout_of(nn.Linear(2, 2)))),
+        r"GSO\(blocks=.*\): expected a plan of this model, got one without any of its 7 tensors",
+    ),
+    "bins over several tensors": (
+        lambda m: gs.GSO(m, plan="whole"),
+        r"GSO\(plan=…\): expected bins inside one tensor each.*Use a plan by rows or tensors, or direction='adam'",
+    ),
+    "a budget of updates": (
+        lambda m: gs.GSO(m, budget=gs.RelativeStep(0.03)),
+        r"GSO\(budget=…\): expected budgets of gradients, got RelativeStep.* every row moves by its share",
+    ),
+    "one second moment per row": (
+        lambda m: gs.GSO(m, second_moment="bin"),
+        r"GSO\(second_moment='bin'\): expected 'element'.*Use direction='adam'",
+    ),
+    "a differentiable step": (
+        lambda m: gs.GSO(m, differentiable=True),
+        r"GSO\(differentiable=True\): expected direction='adam'",
+    ),
+    "steps of the optimizer before": (
+        lambda m: gs.GSO(m, direction="adam", steps=10),
+        r"GSO\(direction='adam', …\): expected neither steps= nor blocks=",
+    ),
+    "blocks of the optimizer before": (
+        lambda m: gs.GSO(m, direction="adam", blocks={"head.weight": 3}),
+        r"GSO\(direction='adam', …\): expected neither steps= nor blocks=",
+    ),
+    "betas": (lambda m: gs.GSO(m, betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_named(name):
+    make, words = CASES[name]
+    with pytest.raises(ValueError, match=words) as caught:
+        make(net_of())
+    assert "\n" not in str(caught.value)
+
+
+GROUPS = {
+    "a share above one half": ({"lr": 0.7}, r"GSO\(lr=0.7\): expected a share"),
+    "an unknown direction": ({"direction": "muon"}, r"GSO\(direction='muon'\): expected one of auto"),
+    "a direction without a rule": ({"direction": "orthogonal"}, "expected a tensor with two dimensions or more"),
+    "a pattern that matches nothing": ({"direction": {"x": "adam"}}, "expected a pattern that matches a parameter"),
+    "bins over several tensors": ({"plan": "whole"}, "expected bins inside one tensor each"),
+    "a budget of updates": ({"budget": gs.RelativeStep()}, "expected budgets of gradients"),
+    "no kind of direction": ({"direction": 3}, "expected 'auto', a direction's name"),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_that_cannot_be_added_leaves_everything_as_it_was(name):
+    options, words = GROUPS[name]
+    model = net_of()
+    optimizer = gs.GSO([*model.words.parameters(), *model.conv.parameters(), *model.norm.parameters()])
+    train(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": list(model.head.parameters()), **options})
+    assert_same(before, snapshot(model, optimizer))
+    assert len(optimizer._kinds) == len(optimizer._overrides) == len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    train(model, optimizer, [2])
+
+
+def test_a_share_that_a_scheduler_drives_beyond_one_half_is_refused_before_anything_moves():
+    model = net_of()
+    optimizer = gs.GSO(model)
+    optimizer.param_groups[0]["lr"] = 0.8
+    before = snapshot(model, optimizer)[0]
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match=r"GSO\(lr=0.8\): expected a share"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert_same(before, snapshot(model, optimizer)[0])
+    assert not optimizer.state
+    inside = gs.GSO(model, in_backward=True)
+    inside.param_groups[0]["lr"] = 0.8
+    with pytest.raises(ValueError, match=r"GSO\(lr=0.8\): expected a share"):
+        loss_of(model, 0).backward()
+    assert_same(before, snapshot(model, optimizer)[0])
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = gs.GSO(embedding)
+    embedding(torch.tensor([1])).sum().backward()
+    before = embedding.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"GSO does not support sparse gradients, got one of shape \(5, 2\)"):
+        optimizer.step()
+    assert torch.equal(before, embedding.weight.detach())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,), (2, 0, 3)])
+def test_a_tensor_with_an_empty_side_is_passed_over(shape):
+    model = net_of()
+    model.none = nn.Parameter(torch.empty(shape))
+    optimizer = gs.GSO(model)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        model.none.grad = torch.empty(shape)
+        optimizer.step()
+    other = net_of()
+    assert_same(list(model.parameters())[1:], train(other, gs.GSO(other), range(2)))
+
+
+def test_patterns_and_plans_may_name_tensors_of_any_group():
+    model = net_of()
+    groups = [{"params": list(part.named_parameters(prefix))} for prefix, part in model.named_children()]
+    plan = gs.xsp(gs.layout_of(model), parts=3)
+    for blocks in ({"head.weight": 3}, plan):
+        optimizer = gs.GSO(groups, direction={"head.bias": "adam", "words.*": "adam"}, blocks=blocks)
+        assert optimizer._kinds[0][0].direction == "adam"
+        assert max(optimizer._kinds[-1][0].blocks, len(optimizer._kinds[-1][0].boxes)) == 3
+
+
+def test_nothing_can_be_registered_twice_or_as_auto():
+    class Auto(Direction):
+        name, memory = "auto", ()
+
+        def turn(self, turns):
+            return []
+
+    with pytest.raises(ValueError, match=r"register\(Auto\(\)\): expected a new name, got 'auto'"):
+        register(Auto())
