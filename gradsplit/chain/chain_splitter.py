@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..budget.base import Budget
 from ..budget.running_median import RunningMedian
-from ..hooks import attach_to, not_traced
+from ..hooks import attach_to
 from ..optimizers import follows_gradient
 from .forks import ForkMemory, ForkWatch
-from .graph import CallTrace, tracing
+from .graph import Accumulation, CallTrace, ModelHook, batched, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in
 from .module_limits import ModuleLimits, modules_with_parameters
 from .signal_limits import JointMemory, SignalGuard
@@ -119,6 +119,9 @@ class ChainSplitter:
     that do not follow the gradient's size. In front of them "auto" leaves out the fork rule and the limits of modules.
     There these would only set the shares of the heads, which costs where nothing explodes.
 
+    The hooks act in backward passes that accumulate into parameters, and in no other. So `torch.autograd.grad`, also
+    inside a loss, gives the true gradient. A copy of an attached model (deep, pickled, averaged, saved) is free.
+
     The statistics stay on the signals' device. They describe this process's part of the batch, so under
     DistributedDataParallel and FSDP2 each rank bounds its own signals. Every backward pass is one observation, and so
     is every accumulated micro-batch.
@@ -140,6 +143,7 @@ class ChainSplitter:
 
     Raises:
         ValueError: an unknown option, or a name that the model does not have; the error offers the nearest names.
+        RuntimeError: an attached model runs inside `torch.func.vmap`, where no signal can be bounded.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
     >>> with ChainSplitter(model, at="layers") as chain:
@@ -191,6 +195,18 @@ class ChainSplitter:
         self._trace: CallTrace | None = None
         self._tracing: Any = None
         self._unbounded, self._warned, self._bounds = 0, False, False
+        self._accumulation = Accumulation()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: the options and the statistics; it is not attached."""
+        passing: dict[str, Any] = {
+            "_handles": [],
+            "_trace": None,
+            "_tracing": None,
+            "_limits": None,
+            "module_norms": None,
+        }
+        return {**self.__dict__, **passing}
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> ChainSplitter:
         """Set the hooks; with an optimizer, also bound the parameters by module before each of its steps.
@@ -213,12 +229,12 @@ class ChainSplitter:
             self.watch.automatic = optimizer is None or follows_gradient(optimizer)
         modules = dict(self.model.named_modules())
         for name in dict.fromkeys([*self.names, *self.watch.declared]):
-            self._handles.append(modules[name].register_forward_hook(not_traced(self._output_hook(name))))
+            self._handles.append(modules[name].register_forward_hook(ModelHook(self._output_hook(name))))
         if self.watch.active:
             self._tracing = tracing(self.model)
             self._trace = self._tracing.__enter__()
-        self._handles.append(self.model.register_forward_pre_hook(not_traced(self._start)))
-        self._handles.append(self.model.register_forward_hook(not_traced(self._finish)))
+        self._handles.append(self.model.register_forward_pre_hook(ModelHook(self._start), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(ModelHook(self._finish)))
         if optimizer is not None:
             self._bounds = True
             self._handles.append(attach_to(optimizer, before=self.bound_parameters))
@@ -267,7 +283,9 @@ class ChainSplitter:
 
         def alive() -> bool:
             splitter = me()
-            return splitter is not None and splitter._generation == generation
+            if splitter is None or splitter._generation != generation:
+                return False
+            return splitter._accumulation.running()
 
         return alive
 
@@ -275,15 +293,25 @@ class ChainSplitter:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if torch.is_grad_enabled():
                 given = {id(tensor) for _, tensor in tensors_in(args)}
-                made = [(p, t) for p, t in tensors_in(output) if carries_signal(t) and id(t) not in given]
+                made = [(p, t) for p, t in tensors_in(output) if self._meets(name, t) and id(t) not in given]
                 self.guard.meet(name, made, self._alive(), bound=name in self.names)
 
         return hook
 
-    def _start(self, module: nn.Module, args: Any) -> None:
+    def _meets(self, name: str, tensor: Tensor) -> bool:
+        if batched(tensor):
+            raise RuntimeError(
+                f"ChainSplitter.attach(): expected a forward pass outside of torch.func.vmap, got one inside at "
+                f"{name!r}, where no signal can be bounded. Call .remove() before it, or leave vmap out and bound each "
+                "sample with per_sample=True."
+            )
+        return carries_signal(tensor)
+
+    def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
             return
         self.guard.new_pass()
+        self._accumulation.note_inputs(tensor for _, tensor in tensors_in((args, kwargs)))
         if self._trace is not None:
             self._trace.calls.clear()
 

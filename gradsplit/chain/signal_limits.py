@@ -129,6 +129,10 @@ class SignalGuard:
         self._forked: set[str] = set()
         self._backward = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: what was learnt, and nothing of the pass that runs, since a graph cannot be copied."""
+        return {**self.__dict__, "made_by": {}, "_calls": {}, "_backward": False}
+
     def new_pass(self) -> None:
         """A forward pass starts, so calls are counted from one again."""
         self._calls.clear()
@@ -164,7 +168,7 @@ class SignalGuard:
 
     def _watch(self, name: str, joint: str, tensor: Tensor, alive: Callable[[], bool]) -> None:
         def on_signal(signal: Tensor) -> Tensor | None:
-            self._backward = True
+            self._backward = True  # also where the hook may not act: more calls then belong to another pass
             if not alive() or name in self._forked or (name in self.repeated and not self.steps):
                 return None
             return self._bound(joint, signal)
