@@ -4,6 +4,9 @@ On a line of its own before the table stands `<!-- evidence: path -->`. If the p
 numbers. Else it is a JSON or CSV file of raw results: each number of the table that has a decimal point must be a
 number in it, or the median or mean of one of its lists, at the digits shown; and the section says on what hardware,
 when, and over how many seeds or runs.
+
+A paragraph or list in the README whose numbers were measured stands right after `<!-- figures: path -->`, and is held to
+the file in the same way.
 """
 
 from __future__ import annotations
@@ -95,6 +98,16 @@ def test_every_measured_table_is_held_by_a_file(page):
         assert not unproved, f"{relative(page)}: {mark} does not hold {unproved} of the table {first}"
         for what, words in (("hardware", "core|核"), ("date", r"20\d\d-\d\d"), ("number of runs", "seed|run|种子|次")):
             assert re.search(words, section), f"{relative(page)}: the section of the table {first} names no {what}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_every_measured_figure_of_the_readme_is_held_by_a_file(page):
+    prose = (ROOT / page).read_text(encoding="utf8")
+    marked = re.findall(r"^<!-- figures: (\S+) -->\n((?:.+\n)+)", prose, re.MULTILINE)
+    assert len(marked) == prose.count("<!-- figures:") > 0
+    for path, text in marked:
+        unproved = _unproved(text, _results(ROOT / path))
+        assert not unproved, f"{page}: {path} does not hold {unproved}"
 
 
 def test_a_number_that_was_not_measured_is_caught(tmp_path):

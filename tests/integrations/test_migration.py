@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from pytorch_optimizer import AdamMini
+from pytorch_optimizer import AdamMini, Lamb
 from pytorch_optimizer.optimizer.agc import agc
 from torch import nn
 
@@ -19,7 +19,7 @@ from tests.architecture.sources import ROOT
 from tests.integrations import peer_rules as rules
 
 STEPS = 60
-NAMES = {"torch": torch, "agc": agc, "AdamMini": AdamMini, "gs": gs}
+NAMES = {"torch": torch, "agc": agc, "AdamMini": AdamMini, "Lamb": Lamb, "gs": gs}
 
 BOUNDS = {
     "adaptive_clip_grad(model.parameters(), clip_factor=0.01, eps=1e-3)": lambda: rules.agc_of_rows(0.01, 1e-3),
@@ -197,6 +197,43 @@ def test_weights_are_equal_after_120_steps_of_both_optimizers(theirs, ours, resu
     for s, p, q in zip(start, one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-6 if dtype == torch.float64 else 1e-4, atol=1e-7)
         assert not torch.equal(s, p)
+
+
+def made_of(line, model):
+    """The optimizer that a line makes, with the packages it needs."""
+    names = {**NAMES, "model": model}
+    for package, found in (("prodigyopt", "Prodigy"), ("schedulefree", "AdamWScheduleFree ScheduleFreeWrapper")):
+        for name in found.split():
+            if name in line:
+                names[name] = getattr(pytest.importorskip(package, reason=f"the row needs {package}"), name)
+    exec(line if line.startswith("optimizer =") else f"optimizer = {line}", names)
+    return names["optimizer"]
+
+
+def losses_of(optimizer, model):
+    """The loss of a regression before and after 200 steps, in the optimizer's mode of evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 32, generator=generator)
+    y = torch.randn(64, 3, generator=generator)
+    loss = nn.functional.mse_loss
+    before = loss(model(x), y).item()
+    getattr(optimizer, "train", lambda: None)()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+    getattr(optimizer, "eval", lambda: None)()
+    return before, loss(model(x), y).item()
+
+
+MOVING = sorted({line for row in rows("From an optimizer to GSO") for line in row[:2]})
+
+
+@pytest.mark.parametrize("line", MOVING, ids=lambda text: text[:48])
+def test_both_sides_of_a_move_to_gso_train(line):
+    model = model_without_biases().float()
+    before, after = losses_of(made_of(line, model), model)
+    assert after < (0.7 if "gs.GSO" in line else 1.0) * before
 
 
 def layers_of_tree(seed):
