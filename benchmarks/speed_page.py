@@ -43,8 +43,8 @@ def _section(results: dict[str, Any], raw: Path, page: Path) -> str:
         f"{about['versions']['torch']}, numba {about['versions'].get('numba', 'absent')}{settings}. n: turns a pair. "
         f"{met} of {len(held)} bars are met. Raw results: {link}.",
         "",
-        "Floor: the ratio if our side moved its bytes as fast as torch's own sum, or as its multiplication in place, in the "
-        "same run. A figure below it had help from caches.",
+        "Floor: the ratio if our side moved its bytes as fast as torch's own sum, or as its multiplication in place, "
+        "in the same run. A figure below it had help from caches.",
         "",
         f"<!-- evidence: {raw.resolve().relative_to(page.resolve().parents[1])} -->",
         "",

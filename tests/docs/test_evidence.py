@@ -5,8 +5,8 @@ numbers. Else it is a JSON or CSV file of raw results: each number of the table 
 number in it, or the median or mean of one of its lists, at the digits shown; and the section says on what hardware,
 when, and over how many seeds or runs.
 
-A paragraph or list in the README whose numbers were measured stands right after `<!-- figures: path -->`, and is held to
-the file in the same way.
+A paragraph or list in the README whose numbers were measured stands right after `<!-- figures: path -->`, and is held
+to the file in the same way.
 """
 
 from __future__ import annotations
