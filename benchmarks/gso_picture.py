@@ -135,7 +135,8 @@ def draw(beside: dict[str, Any], theme: str) -> str:
     body = steps.axes("training loss, best rate of each, 3 fresh seeds", "step", marks, ys, colour)
     decades = {math.log10(rate): f"{rate:g}" for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
     body += rates.axes("validation loss over its own rate, seed 0", "rate (GSO: share)", decades, ys, colour)
-    for i, (label, method, best, options) in enumerate(DRAWN):
+    for i in reversed(range(len(DRAWN))):  # ours is drawn last, on top
+        label, method, best, options = DRAWN[i]
         line = colour["lines"][i]
         losses = cell_of(beside, method, best, options)["fresh"]["losses"]
         medians = [statistics.median(values) for values in zip(*losses, strict=True)]
