@@ -106,6 +106,10 @@ class Budget:
         """Return the history before the first step, for nodes shaped like ``like``."""
         return ()
 
+    def restored(self, xp: ModuleType, saved: State) -> State:
+        """Return the history that a saved one stands for, which an older version may have kept in fewer arrays."""
+        return saved
+
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:
         """Return the largest norm each node may keep, shape (n,); inf = unbounded."""
         raise TypeError(f"{type(self).__name__}: expected a budget that defines limits(xp, reading, state).")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ..xp import Array
 from .base import Budget, Reading, State
+from .warm_up import FIRST, MOST, first_ones
 
 __all__ = ["Ema"]
 
@@ -18,11 +19,12 @@ class Ema(Budget):
 
         limit_b = ratio * e_b                                   e_b <- beta e_b + (1 - beta) kept_b
 
-    During the first ``warmup`` observations nothing is bounded and e_b is their plain mean. From AdaGC (arXiv
-    2502.11034) and OLMo's per-parameter rule. Deviations: the warm-up takes the mean, not the minimum; and there is a
-    **recovery rule**. Per step e grows by at most (ratio - 1)(1 - beta), so a limit that has collapsed would take
-    hundreds of steps to double. Once a node has been bounded more than ``patience`` times in a row, its e grows by the
-    factor ``growth`` per step until the norm fits.
+    During the first ``warmup`` observations nothing is bounded. e_b is then their mean, made so that a spike cannot
+    move it: it begins as the median of three, and a later observation enters as at most twice e_b. A warm-up of one or
+    two observations takes their plain mean. From AdaGC (arXiv 2502.11034) and OLMo's per-parameter rule. Deviations:
+    the warm-up takes that mean, not the minimum; and there is a **recovery rule**. Per step e grows by at most
+    (ratio - 1)(1 - beta), so a limit that has collapsed would take hundreds of steps to double. Once a node has been
+    bounded more than ``patience`` times in a row, its e grows by the factor ``growth`` per step until the norm fits.
 
     In trials it helped against the *transient* spike. It learns a persistent explosion as normal (use `Relative`,
     `RelativeStep` or `Fixed`). On text with AdamW rows ended at 2.308, no control at 2.347.
@@ -59,7 +61,8 @@ class Ema(Budget):
         self._check("growth", self.growth >= 1, "a factor >= 1, for example 1.1")
 
     def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
-        return (like * 0.0, like * 0.0, like * 0.0)  # mean, observations, bounded in a row
+        # The mean, observations, and how often in a row it was bounded; at first the larger of two observations.
+        return (like * 0.0, like * 0.0, like * 0.0)
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         mean, seen, _ = state
@@ -69,14 +72,20 @@ class Ema(Budget):
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
         mean, seen, bounded = state
         observed = kept > 0
-        # The plain mean while warming up, the exponential one afterwards: the larger of the two weights.
+        # The mean while warming up, the exponential one afterwards: the larger of the two weights.
         settled = seen >= self.warmup
         steady = xp.full(mean.shape[0], 1 - self.beta, mean)
         weight = xp.where(settled, steady, xp.maximum(steady, 1.0 / (seen + 1.0)))
         over = settled & (reading.norm > self.ratio * mean)
         run = xp.where(over, bounded + 1.0, bounded * 0.0)
-        fresh = mean + weight * (kept - mean)
+        robust = self.warmup >= FIRST
+        taken = xp.where(settled, kept, xp.minimum(kept, MOST * mean)) if robust else kept
+        fresh = mean + weight * (taken - mean)
         fresh = xp.where(run > self.patience, xp.maximum(fresh, self.growth * mean), fresh)
+        if robust:
+            centre, high = first_ones(xp, kept, mean, bounded, seen)
+            fresh = xp.where(seen < FIRST, centre, fresh)
+            run = xp.where(seen < FIRST - 1, high, run)
         return (
             xp.where(observed, fresh, mean),
             xp.where(observed, seen + 1.0, seen),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,10 +98,11 @@ class Ledger:
                 "run, or start their history anew by leaving the state out."
             )
         fresh: dict[str, State] = {}
+        budgets = {key: term.budget for key, term in zip(self._keys, self.terms, strict=True)}
         for key, old in wanted.items():
             xp = namespace(old[0])
             try:
-                new = tuple(xp.asarray(array, old[0]) for array in state[key])
+                new = budgets[key].restored(xp, tuple(xp.asarray(array, old[0]) for array in state[key]))
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise ValueError(
                     f"{call}: expected {len(old)} vectors of numbers at {key!r}, got {type(state[key]).__name__} "
@@ -117,6 +118,13 @@ class Ledger:
                 )
             fresh[key] = tuple(array + like * 0.0 for array, like in zip(new, old, strict=True))
         self.history = tuple(fresh.get(key, ()) for key in self._keys)
+
+
+def _placed(budget: Budget, saved: Sequence[Any], held: State) -> State:
+    """A saved history beside the one that is held."""
+    xp = namespace(held[0])
+    arrays = budget.restored(xp, tuple(xp.asarray(new, held[0]) for new in saved))
+    return tuple(xp.asarray(new, old) for new, old in zip(arrays, held, strict=True))
 
 
 def _is_history(array: Array) -> bool:
@@ -246,9 +254,7 @@ class StagedLedger:
             )
         self.below.load_state_dict({key: value for key, value in state.items() if key not in wanted}, call=call)
         self._roots = [
-            (budget, tuple(namespace(old).asarray(new, old) for new, old in zip(state[key], held, strict=True)))
-            if held
-            else (budget, held)
+            (budget, _placed(budget, state[key], held)) if held else (budget, held)
             for (budget, held), key in zip(self._roots, self._keys(), strict=True)
         ]
 

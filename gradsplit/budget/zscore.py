@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from ..xp import Array
 from .base import Budget, Reading, State
+from .warm_up import FIRST, MOST, first_ones
 
 __all__ = ["ZScore"]
 
@@ -20,8 +21,9 @@ class ZScore(Budget):
         mu <- beta mu + (1 - beta) kept;    var <- beta var + (1 - beta) (kept - mu)^2      (the new mu)
 
     This is ZClip (arXiv 2504.02507, option "adaptive_scaling", without its fixed limit). Deviations: one statistic per
-    node, not one for the model; a non-finite norm never enters; sigma is at least 1e-6 of the mean. As in ZClip, spikes
-    during the warm-up enter as they are, and the warm-up has the plain mean and variance.
+    node, not one for the model; a non-finite norm never enters; sigma is at least 1e-6 of the mean. In ZClip spikes of
+    the warm-up enter as they are. Here mu begins as the median of three, with the variance 2/3 (mu - lowest)^2, and a
+    later observation of the warm-up enters as at most 2 mu. A warm-up of two observations takes them as they are.
 
     It is for the *transient* spike (temporal order, 50 steps: 10 of 12 solved, 6 without it). It learns a persistent
     explosion as normal.
@@ -53,7 +55,8 @@ class ZScore(Budget):
         self._check("warmup", self.warmup >= 2, "at least two observations, for a variance")
 
     def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
-        return (like * 0.0, like * 0.0, like * 0.0)  # mean, variance, observations
+        # The mean, the variance (at first the larger of two observations), and observations.
+        return (like * 0.0, like * 0.0, like * 0.0)
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         mean, variance, seen = state
@@ -68,11 +71,19 @@ class ZScore(Budget):
         observed = kept > 0
         warming = seen < self.warmup
         weight = xp.where(warming, 1.0 / (seen + 1.0), xp.full(mean.shape[0], 1 - self.beta, mean))
-        fresh = mean + weight * (kept - mean)
+        robust = self.warmup >= FIRST
+        taken = xp.where(warming, xp.minimum(kept, MOST * mean), kept) if robust else kept
+        fresh = mean + weight * (taken - mean)
         # Welford's product while warming up gives the population variance; afterwards the new mean, as in ZClip.
-        square = xp.where(warming, (kept - mean) * (kept - fresh), (kept - fresh) ** 2)
+        square = xp.where(warming, (taken - mean) * (taken - fresh), (taken - fresh) ** 2)
+        spread = variance + weight * (square - variance)
+        if robust:
+            centre, high = first_ones(xp, kept, mean, variance, seen)
+            below = (centre - xp.minimum(mean, kept)) ** 2 * (2.0 / 3.0)
+            fresh = xp.where(seen < FIRST, centre, fresh)
+            spread = xp.where(seen < FIRST - 1, high, xp.where(seen < FIRST, below, spread))
         return (
             xp.where(observed, fresh, mean),
-            xp.where(observed, variance + weight * (square - variance), variance),
+            xp.where(observed, spread, variance),
             xp.where(observed, seen + 1.0, seen),
         )
