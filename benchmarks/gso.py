@@ -74,6 +74,13 @@ def _gso(
     return made
 
 
+def _shipped(task: tasks.Task, lr: float, steps: int, **options: Any) -> Prepared:
+    """`gradsplit.GSO` as it comes; the schedule is the driver's, so that every method has the same."""
+    from gradsplit import GSO
+
+    return Prepared([GSO(task.model, lr, **options)], lambda: None, warmup=False)
+
+
 def _outputs(task: tasks.Task) -> set[int]:
     found = task.model(task.batch(0)[0])
     parts = found if isinstance(found, tuple) else (found,)
@@ -145,6 +152,7 @@ def _sgdm(task: tasks.Task, lr: float, steps: int, clip: float = CLIP) -> Prepar
 
 
 METHODS: dict[str, Callable[..., Prepared]] = {
+    "gso": _shipped,
     "reference": _gso,
     "adamw": _adamw,
     "muon": _muon,
@@ -300,6 +308,34 @@ def summaries(jobs: list[Job]) -> Iterator[str]:
         )
 
 
+def summary() -> str:
+    """All settings of all groups as tables in Markdown."""
+    finished = done()
+    lines = [
+        "# GSO: all runs",
+        "",
+        "Made by `python benchmarks/gso.py --summary` from `runs.jsonl`: the median over seeds,",
+    ]
+    lines += ["with its range; the number of seeds; runs that were lost; steps at which the collective rule fired.", ""]
+    for name, jobs in GROUPS.items():
+        cells: dict[str, list[dict[str, Any]]] = {}
+        for job in jobs:
+            if job.key in finished and job.steps > 100:
+                cells.setdefault(job.cell, []).append(finished[job.key])
+        if not cells:
+            continue
+        lines += [f"## {name}", "", "| setting | score | seeds | lost | fired |", "|---|---|---|---|---|"]
+        for cell, rows in cells.items():
+            scores = sorted(row["score"] for row in rows)
+            score = f"{statistics.median(scores):.4f}"
+            score += f" [{scores[0]:.4f} to {scores[-1]:.4f}]" if len(scores) > 1 else ""
+            fired = ", ".join(str(row["fired"]) for row in rows if row["fired"] is not None)
+            seeds = ", ".join(str(row["seed"]) for row in rows)
+            lines.append(f"| {cell} | {score} | {seeds} | {sum(row['diverged'] for row in rows)} | {fired} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run, list or show groups of runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -307,6 +343,7 @@ def main() -> None:
     parser.add_argument("--show", default="", help="names of groups whose medians are printed")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--summary", action="store_true", help="write summary.md beside the runs")
     asked = parser.parse_args()
     if asked.list:
         finished = done()
@@ -315,6 +352,8 @@ def main() -> None:
     for name in filter(None, asked.show.split(",")):
         print(f"== {name}")
         print("\n".join(summaries(GROUPS[name])))
+    if asked.summary:
+        (RESULTS / "summary.md").write_text(summary(), encoding="utf8")
     if asked.groups:
         execute([job for name in asked.groups.split(",") for job in GROUPS[name]], asked.jobs)
 

@@ -127,6 +127,15 @@ def _collective_elsewhere() -> list[Job]:
     return jobs
 
 
+def _scaled_detector() -> list[Job]:
+    jobs = []
+    for seed in (1, 10, 11, 12):
+        for options in ({}, {"median": "tensors"}):
+            jobs += cells(*DETECTOR, (seed,), method_options=options, fault={"kind": "batch", "rate": 0.05})
+        jobs += cells(*DETECTOR, (seed,), method_options={})
+    return jobs
+
+
 def _growth() -> list[Job]:
     jobs = []
     infinity = float("inf")
@@ -159,9 +168,13 @@ def _newton_schulz() -> list[Job]:
     jobs += cells(*GPT, (0, 1), method_options={"tight": True})
     for options in ({"coefficients": "polar4"}, {"coefficients": "polar3"}, {"dtype": "bfloat16"}):
         jobs += cells(*GPT, (0,), method_options=options)
-    for coefficients in ("muon4", "muon3", "polar4"):
+    jobs += cells(*GPT, (1, 2), method_options={"coefficients": "polar3"})
+    jobs += cells(*GPT, (1,), method_options={"coefficients": "polar4"})
+    jobs += cells(*GPT, (2,))
+    for coefficients in ("polar3", "muon4"):
         jobs += cells(*LSTM, (0, 1), method_options={"coefficients": coefficients})
         jobs += cells(*DETECTOR, (0, 1), method_options={"coefficients": coefficients})
+    jobs += cells(*HOT, (0,), method_options={"coefficients": "polar3"})
     return jobs
 
 
@@ -191,40 +204,115 @@ def _vectors() -> list[Job]:
 
 
 def _main() -> list[Job]:
-    jobs = cells(*MAIN, "reference", SHARE, FRESH[:3], method_options=OURS)
-    for lr in (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1):
+    jobs = cells(*MAIN, "reference", SHARE, (*FRESH[:3], 0), method_options=OURS)
+    for lr in (1e-2, 3e-2, 3e-3, 2e-2, 1e-1, 1e-3):
         jobs += cells(*MAIN, "adamw", lr, (0,))
-    for lr in (0.01, 0.03, 0.1):
-        for adam in (3e-3, 1e-2, 3e-2):
+    for lr in (0.03, 0.02, 0.01):
+        for adam in (1e-2, 3e-2, 3e-3):
             jobs += cells(*MAIN, "muon", lr, (0,), method_options={"adam": adam})
+    jobs += cells(*MAIN, "muon", 0.1, (0,), method_options={"adam": 1e-2})
     return jobs
 
 
 def _others() -> list[Job]:
     jobs = []
-    for lr in (3e-3, 1e-2, 3e-2):
+    for lr in (1e-2, 3e-3, 3e-2):
         jobs += cells(*MAIN, "schedulefree", lr, (0,))
         jobs += cells(*MAIN, "soap", lr, (0,))
         jobs += cells(*MAIN, "lamb", lr, (0,))
-    for lr in (0.3, 1.0, 3.0):
+    for lr in (1.0, 0.3, 3.0):
         jobs += cells(*MAIN, "prodigy", lr, (0,))
     return jobs
 
 
 def _elsewhere() -> list[Job]:
-    jobs = []
-    for setting in (DETECTOR, HOT):
-        jobs += cells(*setting, FRESH, method_options=OURS)
+    jobs = cells(*DETECTOR, FRESH, method_options=OURS)
     jobs += cells(*LSTM, FRESH[:3], method_options=OURS)
     jobs += cells(*DETECTOR, FRESH[:3], options={"healthy": True}, method_options=OURS)
     jobs += cells("plain-stack", 350, "reference", SHARE, FRESH[:3], method_options=OURS)
     for task, steps in (("lstm", 500), ("detection", 500), ("plain-stack", 350)):
         for lr in (1e-3, 3e-3, 1e-2, 3e-2):
             jobs += cells(task, steps, "adamw", lr, (0,))
+    for lr in (1e-3, 3e-3, 1e-2):
+        jobs += cells(*DETECTOR[:2], "adamw", lr, (0,), options={"healthy": True})
     for lr in (0.01, 0.03, 0.1):
         jobs += cells("lstm", 500, "muon", lr, (0,), method_options={"adam": 1e-2})
-    for lr in (1e-3, 3e-3, 1e-2, 3e-2):
+    return jobs
+
+
+def _hot() -> list[Job]:
+    jobs = cells(*HOT, FRESH, method_options=OURS)
+    for lr in (1e-2, 3e-3, 3e-2, 1e-3):
         jobs += cells("residual-stack", 900, "adamw", lr, (0,))
+    return jobs
+
+
+def _shipped() -> list[Job]:
+    """`gradsplit.GSO` where the reference has been measured on the same seeds; then the tables of what ships."""
+    jobs = []
+    for task, steps, _, lr in (DETECTOR, LSTM, GPT, HOT):
+        jobs += cells(task, steps, "gso", lr, (0,))
+    jobs += cells(*MAIN, "gso", SHARE, FRESH[:3])
+    return jobs
+
+
+def _edges() -> list[Job]:
+    """Rates beyond the grid where its last one was the best."""
+    jobs = []
+    for lr in (6e-2, 1e-1):
+        jobs += cells("lstm", 500, "adamw", lr, (0,))
+    for lr in (3e-2, 1e-1):
+        jobs += cells(*DETECTOR[:2], "adamw", lr, (0,), options={"healthy": True})
+    return jobs
+
+
+def _low_rank() -> list[Job]:
+    jobs = []
+    for floor in (0.1, 0.03, 0.3, 0.0):
+        jobs += cells("lora", 400, "reference", SHARE, (0,), method_options={"floor": floor})
+    for lr in (3e-3, 1e-2, 3e-2):
+        jobs += cells("lora", 400, "adamw", lr, (0,))
+    for floor in (0.1, 0.03, 0.3):
+        jobs += cells(*GPT, (0,), options={"zero": True}, method_options={"floor": floor})
+    for lr in (3e-3, 1e-2):
+        jobs += cells("gpt", 500, "adamw", lr, (0,), options={"zero": True})
+    return jobs
+
+
+def _soap() -> list[Job]:
+    """The strongest of the others, on the seeds of the main table, and twice its best rate."""
+    jobs = cells(*MAIN, "soap", 2e-2, (0,)) + cells(*MAIN, "soap", 1e-2, FRESH[:3])
+    return jobs + cells("lstm", 500, "soap", 1e-2, (0,)) + cells("detection", 500, "soap", 1e-2, (0,))
+
+
+def _second_text() -> list[Job]:
+    text = {"text": "second"}
+    jobs = cells(*MAIN, "reference", SHARE, (0, 10), options=text, method_options=OURS)
+    jobs += cells(*MAIN, "muon", 0.03, (0, 10), options=text, method_options={"adam": 1e-2})
+    for lr in (1e-2, 3e-3, 2e-2):
+        jobs += cells(*MAIN, "adamw", lr, (0,), options=text)
+    jobs += cells(*MAIN, "adamw", 1e-2, (10,), options=text)
+    return jobs
+
+
+def _low_rank_more() -> list[Job]:
+    jobs = cells("lora", 400, "reference", 0.06, (0,)) + cells("lora", 400, "adamw", 1e-1, (0,))
+    jobs += cells("lora", 400, "reference", SHARE, (10, 11)) + cells("lora", 400, "adamw", 3e-2, (10, 11))
+    return jobs
+
+
+def _fresh() -> list[Job]:
+    jobs = []
+    for seed in FRESH[:3]:
+        jobs += cells(*MAIN, "muon", 0.03, (seed,), method_options={"adam": 1e-2})
+        jobs += cells(*MAIN, "adamw", 1e-2, (seed,))
+        jobs += cells("lstm", 500, "adamw", 3e-2, (seed,))
+        jobs += cells("detection", 500, "adamw", 3e-3, (seed,))
+        jobs += cells("detection", 500, "adamw", 1e-2, (seed,), options={"healthy": True})
+        jobs += cells("plain-stack", 350, "adamw", 1e-2, (seed,))
+        jobs += cells(*MIXER, "reference", 0.01, (seed,), method_options=OURS)
+        jobs += cells(*MIXER, "reference", SHARE, (seed,), method_options=OURS)
+        jobs += cells(*MIXER, "adamw", 3e-3, (seed,))
     return jobs
 
 
@@ -232,6 +320,7 @@ GROUPS: dict[str, list[Job]] = {
     "timing": _timing(),
     "collective": _collective(),
     "collective-elsewhere": _collective_elsewhere(),
+    "scaled-detector": _scaled_detector(),
     "growth": _growth(),
     "stacks": _stacks(),
     "newton-schulz": _newton_schulz(),
@@ -241,4 +330,12 @@ GROUPS: dict[str, list[Job]] = {
     "main": _main(),
     "others": _others(),
     "elsewhere": _elsewhere(),
+    "hot": _hot(),
+    "shipped": _shipped(),
+    "edges": _edges(),
+    "low-rank": _low_rank(),
+    "low-rank-more": _low_rank_more(),
+    "soap": _soap(),
+    "second-text": _second_text(),
+    "fresh": _fresh(),
 }
