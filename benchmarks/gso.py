@@ -309,7 +309,7 @@ def summaries(jobs: list[Job]) -> Iterator[str]:
 
 
 def summary() -> str:
-    """All settings of all groups as tables in Markdown."""
+    """All settings of all groups as tables."""
     finished = done()
     lines = [
         "# GSO: all runs",
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--show", default="", help="names of groups whose medians are printed")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--summary", action="store_true", help="write summary.md beside the runs")
+    parser.add_argument("--summary", action="store_true", help="write summary.txt beside the runs")
     asked = parser.parse_args()
     if asked.list:
         finished = done()
@@ -353,7 +353,7 @@ def main() -> None:
         print(f"== {name}")
         print("\n".join(summaries(GROUPS[name])))
     if asked.summary:
-        (RESULTS / "summary.md").write_text(summary(), encoding="utf8")
+        (RESULTS / "summary.txt").write_text(summary(), encoding="utf8")
     if asked.groups:
         execute([job for name in asked.groups.split(",") for job in GROUPS[name]], asked.jobs)
 
