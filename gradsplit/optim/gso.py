@@ -31,6 +31,7 @@ from .parts import (
     step_part,
     translated,
 )
+from .share import ShareUpdate
 
 __all__ = ["GSO"]
 
@@ -260,7 +261,7 @@ class GSO(Optimizer):
                 self._parts += self._made_part([i], {**self._options, **self._overrides[i]})
 
     def _made_part(self, groups: list[int], options: Mapping[str, Any]) -> list[Part]:
-        return make_parts(
+        made = make_parts(
             self,
             groups,
             options,
@@ -268,6 +269,9 @@ class GSO(Optimizer):
             self._collective,
             one_tensor_each=self._one_tensor_a_part,
         )
+        for part in made:
+            part.set_schedule(self._steps, self._count)
+        return made
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once.
@@ -292,7 +296,6 @@ class GSO(Optimizer):
                 loss = closure()
         scaling = Scaling.of_step(self)
         self._check_schedule()
-        self._check_share()
         if self._in_backward is not None:
             self._in_backward.finish()
             self._collective.settle()
@@ -301,7 +304,8 @@ class GSO(Optimizer):
             for part in self._parts:
                 self._step_part(part, scaling)
         self._count += 1
-        self._set_pace()
+        for part in self._parts:
+            part.advance()
         for sink in self.sinks:
             for record in self.records:
                 sink(record)
@@ -313,13 +317,10 @@ class GSO(Optimizer):
         made = (part.record(self._count - 1) for part in self._parts)
         return [record for record in made if record is not None]
 
-    def _set_pace(self) -> None:
-        """Set the share of the next step, where its length is known."""
-        if self._steps is not None:
-            for part in self._parts:
-                part.set_pace(max(0.0, 1.0 - self._count / self._steps))
-
     def _check_schedule(self) -> None:
+        for group in self.param_groups if self.by_share else ():
+            if not isinstance(group["lr"], Tensor):  # to look at a tensor may be to wait
+                check_numbers(group, by_share=True)
         if self._steps is None:
             return
         if any("initial_lr" in group for group in self.param_groups):
@@ -336,12 +337,6 @@ class GSO(Optimizer):
                 stacklevel=3,
             )
 
-    def _check_share(self) -> None:
-        """Refuse a share that a scheduler has driven too high; a tensor is not looked at, since that may wait."""
-        for group in self.param_groups if self.by_share else ():
-            if not isinstance(group["lr"], Tensor):
-                check_numbers(group, by_share=True)
-
     def _init_group(self) -> None:
         """Make the moments of every parameter that has its first gradient.
 
@@ -355,7 +350,7 @@ class GSO(Optimizer):
 
     def _step_of(self, owner: Tensor) -> None:
         """Update the one parameter whose gradient is complete, from inside backward."""
-        self._check_share()
+        self._check_schedule()
         (part,) = [part for part in self._parts if part.split.owners[0] is owner]
         make_memories(self, part, self._options["second_moment"])
         self._step_part(part)
@@ -384,7 +379,9 @@ class GSO(Optimizer):
     def _history(self) -> dict[str, Any]:
         saved: dict[str, Any] = {HISTORY: [part.state() for part in self._parts]}
         if self.by_share:
-            saved[COUNT] = self._count
+            # torch's compiler forgets what a traced step writes to an optimizer, but no tensor of a part.
+            taken = [int(part.update.taken) for part in self._parts if isinstance(part.update, ShareUpdate)]
+            saved[COUNT] = max(taken, default=0) if self._steps else self._count
         return saved
 
     @torch.no_grad()
@@ -409,7 +406,8 @@ class GSO(Optimizer):
             load_history(self._parts, before)
             raise
         self._count = int(state_dict.get(COUNT, 0))
-        self._set_pace()
+        for part in self._parts:
+            part.set_schedule(self._steps, self._count)
         mend_memories(self, state_dict)
 
     def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:
@@ -434,7 +432,7 @@ class GSO(Optimizer):
             self._parts = [part for parts in made for part in parts]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in _KEPT}
+        own = {key: self.__dict__[key] for key in _KEPT} | {"_count": self._history().get(COUNT, self._count)}
         if callable(self._direction):  # a function may not be picklable; what it chose is kept with the kinds
             own["_direction"] = "auto"
         own |= {"_owners": {}, "sinks": []}
@@ -455,7 +453,6 @@ class GSO(Optimizer):
             self._in_backward = InBackward(self) if self._one_tensor_a_part else None
             for part, saved in zip(self._parts, history, strict=True):
                 part.load(saved, call="GSO.__setstate__(…)")
-            self._set_pace()
 
 
 def _names_of(group: Mapping[str, Any]) -> list[str]:

@@ -169,15 +169,13 @@ def check_names(direction: Any, blocks: Any, names: list[str]) -> None:
             f"GSO(blocks={blocks!r}): expected a plan, or a mapping from name patterns to numbers of blocks, got "
             f"{type(blocks).__name__}. Write for example {{'*.qkv.weight': 3}}."
         )
-    if not names:
-        return
-    if isinstance(blocks, Plan) and not set(names) & set(blocks.layout.names):
+    if names and isinstance(blocks, Plan) and not set(names) & set(blocks.layout.names):
         raise ValueError(
             f"GSO(blocks={blocks!r}): expected a plan of this model, got one without any of its {len(names)} tensors, "
             f"for example without {names[0]!r}. Make the plan from this model, and pass the module or named parameters."
         )
     for argument, patterns in (("direction", direction), ("blocks", blocks)):
-        for pattern in patterns if isinstance(patterns, Mapping) else ():
+        for pattern in patterns if names and isinstance(patterns, Mapping) else ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"GSO({argument}={{{pattern!r}: …}}): expected a pattern that matches a parameter, got one that "

@@ -72,10 +72,16 @@ class Part:
         if isinstance(self.update, ShareUpdate) and "share" in state:
             self.update.load(state["share"], call=call)
 
-    def set_pace(self, pace: float) -> None:
-        """Set the share of the next step, as a factor on the learning rate."""
+    def set_schedule(self, steps: int | None, taken: int) -> None:
+        """Let the share fall to zero over a number of steps, of which some have been taken."""
         if isinstance(self.update, ShareUpdate):
-            self.update.pace = pace
+            self.update.run_length = steps
+            self.update.taken = torch.full_like(self.update.taken, taken)
+
+    def advance(self) -> None:
+        """End a step of the built-in schedule."""
+        if isinstance(self.update, ShareUpdate) and self.update.run_length is not None:
+            self.update.taken = self.update.taken + 1
 
     def record(self, step: int) -> StepRecord | None:
         """Return the record of the last step, numbered ``step``; None before the first."""

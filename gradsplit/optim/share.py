@@ -47,7 +47,7 @@ class ShareUpdate:
 
     def __init__(self, split: Split, kinds: list[Kind], collective: Collective) -> None:
         self.split, self.kinds, self.collective = split, kinds, collective
-        self.pace: float = 1.0  # of the built-in schedule
+        self.run_length: int | None = None  # of the built-in schedule, in steps
         self.decision: Decision | None = None
         self.grown_B: Tensor | None = None
         self.collected: Tensor | None = None
@@ -64,11 +64,17 @@ class ShareUpdate:
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
         self._floor_B = torch.where(keeps_B > 0, root_B, 1e-30)
         self.recent_B, self.most_B = torch.zeros_like(like), torch.zeros_like(like)
-        self.seen_steps = like.new_zeros(())
+        # A tensor, since a traced step knows a number only as it was when it was traced.
+        self.seen_steps, self.taken = like.new_zeros(()), like.new_zeros(())
         self._has_limits = any(math.isfinite(kind.longest) for kind in kinds)
         self._directions: dict[str, list[int]] = {}
         for t, kind in enumerate(kinds):
             self._directions.setdefault(kind.direction, []).append(t)
+
+    @property
+    def pace(self) -> float | Tensor:
+        """The share of this step as a fraction of what ``lr`` says."""
+        return 1.0 if self.run_length is None else (1 - self.taken / self.run_length).clamp(min=0)
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms and the longest lengths, (B,) each, and the number of steps."""

@@ -356,12 +356,12 @@ class CompiledShare(ShareUpdate):
 
     def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
         """The constants of each tensor's step, (T, 12), see `COLUMNS`."""
-        numbers = np.zeros((len(states), len(COLUMNS)))
+        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.pace)
         for t, (state, group, kind) in enumerate(zip(states, groups, self.kinds, strict=True)):
             if not state:
                 continue
             (beta1, beta2), adam = group["betas"], kind.direction == "adam"
-            tau = float(group["lr"]) * self.pace * kind.share
+            tau = float(group["lr"]) * pace * kind.share
             count = max(float(state["step"]), 1.0) if adam else 1.0
             numbers[t] = (
                 *(tau, tau * group["weight_decay"], kind.least, kind.longest, adam, -1.0 if group["maximize"] else 1.0),

@@ -88,6 +88,7 @@ def test_the_built_in_schedule_goes_on_in_a_traced_step():
             backward(m, step)
             run()
     assert_close(model, other)
+    assert optimizers[0].state_dict()["gradsplit_count"] == optimizers[1].state_dict()["gradsplit_count"] == 6
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
