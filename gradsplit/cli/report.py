@@ -8,18 +8,19 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["FAILURES", "run"]
+__all__ = ["newest", "run"]
 
-FAILURES = {
-    "explosion": "a norm left its own history, or was not finite",
-    "nonfinite": "a gradient was not finite",
-    "exception": "the script ended with an exception",
-}
-"""What ``--fail-on`` knows, and when it ends the command with code 1."""
+
+def newest() -> Path:
+    """Return the run file in this folder that was written last, under the names of `gradsplit run`."""
+    found = [path for path in Path().glob("run*.db") if ".rank" not in path.name and path.is_file()]
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=Path("run.db"))
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="A run file; it may still be written to.")] = Path("run.db"),
+    file: Annotated[
+        Path | None, typer.Argument(help="A run file; it may still be written to. Without: the newest here.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Where the page goes; by default beside the run file.")] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Write the page.")] = True,
     jsonl: Annotated[Path | None, typer.Option(help="Also write every step as a line of JSON.")] = None,
@@ -32,12 +33,13 @@ def run(
     Example: gradsplit report run.db --fail-on explosion
     """
     from ..watch.record import RunFile, RunFileError
-    from ..watch.report.account import account_of
+    from ..watch.report.account import FAILURES, account_of, fails_on
     from ..watch.report.text import report_text
 
     for word in fail_on or []:
         if word not in FAILURES:
             raise ValueError(f"gradsplit report --fail-on {word}: expected one of {', '.join(FAILURES)}.")
+    file = newest() if file is None else file
     try:
         with RunFile(file) as opened:
             account = account_of(opened)
@@ -50,25 +52,12 @@ def run(
         from ..watch.report.run_page import write_run_page
 
         typer.echo(f"\nPage: {write_run_page(account, html or file.with_suffix('.html'))}")
-    failed = [word for word in fail_on or [] if _failed(word, account)]
+    failed = [word for word in fail_on or [] if fails_on(word, account)]
     if failed:
         typer.echo(
             f"gradsplit report: failed on {', '.join(f'{word} ({FAILURES[word]})' for word in failed)}", err=True
         )
         raise typer.Exit(1)
-
-
-def _failed(word: str, account: object) -> bool:
-    import numpy as np
-
-    from ..watch.report.account import Account
-
-    assert isinstance(account, Account)
-    if word == "explosion":
-        return account.first is not None
-    if word == "nonfinite":
-        return any(not np.isfinite(stream.norm_WT).all() for stream in account.streams)
-    return "exception" in account.meta
 
 
 def _write_lines(opened: object, place: Path) -> None:

@@ -37,6 +37,16 @@ def run(
     to: Annotated[
         list[str] | None, typer.Option(help="Also tensorboard:FOLDER, jsonl:FILE, wandb:PROJECT, mlflow:EXPERIMENT.")
     ] = None,
+    depth: Annotated[
+        int, typer.Option(help="With --to: levels of modules, each a curve; 0: every module and tensor.")
+    ] = 1,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="explosion, nonfinite or exception: the script's process ends with code 3 if so, or if nothing was "
+            "attached; may be repeated."
+        ),
+    ] = None,
     max_nodes: Annotated[int, typer.Option(help="Nodes recorded at every step.")] = 1000,
     max_megabytes: Annotated[float, typer.Option(help="Size above which old steps are thinned.")] = 400.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing at the end.")] = False,
@@ -59,6 +69,14 @@ def run(
     for word in to or []:
         if word.partition(":")[0] not in SINKS or not word.partition(":")[2]:
             raise ValueError(f"gradsplit run --to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}.")
+    for word in fail_on or []:
+        if word not in ("explosion", "nonfinite", "exception"):
+            raise ValueError(
+                f"gradsplit run --fail-on {word}: expected one of explosion, nonfinite, exception. Write for example "
+                "--fail-on explosion."
+            )
+    if depth < 0:
+        raise ValueError(f"gradsplit run --depth {depth}: expected 0 (every module and tensor), 1, 2 and so on.")
     if max_megabytes < 1 or max_nodes < 2:
         raise ValueError("gradsplit run: expected --max-megabytes >= 1 and --max-nodes >= 2.")
     launch(
@@ -72,6 +90,8 @@ def run(
             max_nodes=max_nodes,
             max_megabytes=max_megabytes,
             to=tuple(to or ()),
+            depth=depth,
+            fail_on=tuple(fail_on or ()),
             quiet=quiet,
         ),
     )

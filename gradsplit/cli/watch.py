@@ -21,9 +21,11 @@ _WIDTH = 40
 
 
 def run(
-    file: Annotated[Path, typer.Argument(help="The run file.")] = Path("run.db"),
+    file: Annotated[Path | None, typer.Argument(help="The run file. Without: the newest here.")] = None,
     seconds: Annotated[float, typer.Option(help="Between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    module: Annotated[str, typer.Option(help="Only what lies below this module, for example h.1.attn.")] = "",
+    depth: Annotated[int, typer.Option(help="Levels of modules and tensors; 0: all of them.")] = 1,
 ) -> None:
     """Show norms of the top modules, the loss, the last events and the rate while the training goes on.
 
@@ -33,11 +35,16 @@ def run(
     from rich.live import Live
 
     from ..watch.record import RunFile, RunFileError
+    from .report import newest
+
+    file = newest() if file is None else file
+    if depth < 0:
+        raise ValueError(f"gradsplit watch --depth {depth}: expected 0 (all of them), 1, 2 and so on.")
 
     def look() -> tuple[RenderableType, bool]:
         try:
             with RunFile(file) as opened:
-                return view(opened), "ended" in opened.meta
+                return view(opened, module=module, depth=depth), "ended" in opened.meta
         except RunFileError as error:
             if once or not file.exists():
                 raise ValueError(str(error)) from error
@@ -54,8 +61,17 @@ def run(
             live.update(picture)
 
 
-def view(opened: RunFile) -> RenderableType:
-    """Return the picture of a run as it is now."""
+def view(opened: RunFile, *, module: str = "", depth: int = 1) -> RenderableType:
+    """Return the picture of a run as it is now.
+
+    Args:
+        opened: the run file.
+        module: show only what lies below it; empty: everything.
+        depth: levels of modules and tensors; 0: all of them.
+
+    Raises:
+        ValueError: no optimizer's parameters lie below such a module.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -69,14 +85,19 @@ def view(opened: RunFile) -> RenderableType:
         for heading, justify in (("module", "left"), ("norm", "right"), ("usual", "right"), ("course", "left")):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         outline = stream.outline
-        nodes = outline.children(0)
-        while len(nodes) == 1 and outline.children(nodes[0]):
-            nodes = outline.children(nodes[0])
-        for node in [0, *nodes[:20]]:
+        if module and module not in outline.names_N:
+            continue
+        top = outline.names_N.index(module) if module else 0
+        for node in [top, *_below(outline, top, depth)[: None if module or depth != 1 else 20]]:
             table.add_row(*(Text(printable(cell)) for cell in _line(outline.names_N[node], series.node_peak(node))))
         if (series.loss_R == series.loss_R).any():
             table.add_row(*(Text(cell) for cell in _line("loss", series.loss_R, logarithmic=False)))
         parts.append(table)
+    if module and not parts:
+        raise ValueError(
+            f"gradsplit watch --module {module}: expected a recorded module or tensor, got another name. Leave it out, "
+            "or add --depth 0, to see the names."
+        )
     names = {stream.index: stream.outline.leaf_names for stream in opened.streams}
     events = [
         f"step {event.step}: {event.kind} {names[event.stream][event.leaf] if event.leaf is not None else 'step'}"
@@ -84,6 +105,20 @@ def view(opened: RunFile) -> RenderableType:
     ]
     parts.append(Text(printable("\n".join(["", "last events:", *(events or ["none"])]))))
     return Group(*parts)
+
+
+def _below(outline: Any, top: int, depth: int) -> list[int]:
+    """Nodes below a node, down to a depth; a chain of only children counts as one level."""
+    nodes = outline.children(top)
+    while len(nodes) == 1 and outline.children(nodes[0]):
+        nodes = outline.children(nodes[0])
+    found: list[int] = []
+    level = 0
+    while nodes and (not depth or level < depth):
+        found += nodes
+        nodes = [below for node in nodes for below in outline.children(node)]
+        level += 1
+    return sorted(found)
 
 
 def _title(opened: RunFile, series: Series) -> str:

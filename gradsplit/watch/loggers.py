@@ -26,22 +26,39 @@ __all__ = [
 _MAX_MODULES = 30
 
 
-def top_nodes(stream: Stream) -> list[int]:
-    """Return the nodes worth a curve each: children of the root; the level below where the root has only one child."""
+def top_nodes(stream: Stream, depth: int = 1) -> list[int]:
+    """Return the nodes worth a curve each: modules and tensors down to a depth below the first fork.
+
+    Args:
+        stream: whose nodes.
+        depth: 1: the children of the root (of the level below where the root has only one child); 2: their children
+            too, and so on; 0: every module and tensor.
+    """
     outline, nodes = stream.outline, stream.outline.children(0)
     while len(nodes) == 1 and outline.children(nodes[0]):
         nodes = outline.children(nodes[0])
-    return nodes[:_MAX_MODULES]
+    if depth == 1:
+        return nodes[:_MAX_MODULES]
+    found: list[int] = []
+    level = 1
+    while nodes:
+        found += nodes
+        level += 1
+        if depth and level > depth:
+            break
+        nodes = [below for node in nodes for below in outline.children(node) if outline.levels_N[below] != "leaf"]
+    return sorted(found)
 
 
-def scalars_of(rows: Rows) -> Iterator[tuple[int, float, dict[str, float]]]:
+def scalars_of(rows: Rows, depth: int = 1) -> Iterator[tuple[int, float, dict[str, float]]]:
     """Yield (step, time, {name: value}); non-finite norms are counted under ``nonfinite`` and otherwise left out.
 
     Names: ``norm/all``, ``norm/<module>``, ``loss``, ``lr``, ``own_scale``, ``nonfinite``; under control ``kept/all``
-    (norm after / before), ``scaled``, ``zeroed`` (bins). A second optimizer's begin with ``1/``, and so on.
+    (norm after / before), ``scaled``, ``zeroed`` (bins). A second optimizer's begin with ``1/``, and so on. ``depth``:
+    see `top_nodes`.
     """
     outline, stream = rows.stream.outline, rows.stream
-    nodes = top_nodes(stream)
+    nodes = top_nodes(stream, depth)
     norms, total = rows.node_norms(nodes), rows.total_S
     prefix = f"{stream.index}/" if stream.index else ""
     after = None
@@ -65,15 +82,17 @@ class JsonLinesSink:
 
     Args:
         place: the file; opened to append, so that nothing is lost.
+        depth: levels of modules, see `top_nodes`.
     """
 
-    def __init__(self, place: str | os.PathLike[str]) -> None:
+    def __init__(self, place: str | os.PathLike[str], *, depth: int = 1) -> None:
+        self._depth = depth
         self._file: TextIO = open(place, "a", encoding="utf8")  # noqa: SIM115 - closed by close()
 
     def write(self, batch: Sequence[Rows]) -> None:
         """Take the rows of one flush."""
         for rows in batch:
-            for step, when, values in scalars_of(rows):
+            for step, when, values in scalars_of(rows, self._depth):
                 line = {"step": step, "time": round(when, 3), "optimizer": rows.stream.index, **values}
                 self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -88,12 +107,14 @@ class TensorBoardSink:
 
     Args:
         place: a folder for event files, or a ``SummaryWriter`` of yours, which stays open.
+        depth: levels of modules, see `top_nodes`.
 
     Raises:
         ImportError: the package tensorboard is missing.
     """
 
-    def __init__(self, place: Any) -> None:
+    def __init__(self, place: Any, *, depth: int = 1) -> None:
+        self._depth = depth
         self._owns = not hasattr(place, "add_scalar")
         if self._owns:
             try:
@@ -108,7 +129,7 @@ class TensorBoardSink:
     def write(self, batch: Sequence[Rows]) -> None:
         """Take the rows of one flush."""
         for rows in batch:
-            for step, when, values in scalars_of(rows):
+            for step, when, values in scalars_of(rows, self._depth):
                 for name, value in values.items():
                     self._writer.add_scalar(f"gradsplit/{name}", value, step, walltime=when)
         self._writer.flush()
@@ -127,12 +148,14 @@ class WandbSink:
 
     Args:
         place: a project, or a run of yours, which stays open.
+        depth: levels of modules, see `top_nodes`.
 
     Raises:
         ImportError: the package wandb is missing.
     """
 
-    def __init__(self, place: Any) -> None:
+    def __init__(self, place: Any, *, depth: int = 1) -> None:
+        self._depth = depth
         self._owns = not hasattr(place, "log")
         if self._owns:
             try:
@@ -149,7 +172,7 @@ class WandbSink:
     def write(self, batch: Sequence[Rows]) -> None:
         """Take the rows of one flush."""
         for rows in batch:
-            for step, _, values in scalars_of(rows):
+            for step, _, values in scalars_of(rows, self._depth):
                 self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
 
     def close(self, **meta: Any) -> None:
@@ -167,12 +190,14 @@ class MlflowSink:
     Args:
         place: an experiment's name, or a client with ``log_metrics(metrics, step=…)`` such as the module mlflow
             inside a run of yours.
+        depth: levels of modules, see `top_nodes`.
 
     Raises:
         ImportError: the package mlflow is missing.
     """
 
-    def __init__(self, place: Any) -> None:
+    def __init__(self, place: Any, *, depth: int = 1) -> None:
+        self._depth = depth
         self._owns = False
         if not hasattr(place, "log_metrics"):
             try:
@@ -191,7 +216,7 @@ class MlflowSink:
     def write(self, batch: Sequence[Rows]) -> None:
         """Take the rows of one flush."""
         for rows in batch:
-            for step, _, values in scalars_of(rows):
+            for step, _, values in scalars_of(rows, self._depth):
                 metrics = {f"gradsplit/{_NOT_ALLOWED.sub('_', name)}": value for name, value in values.items()}
                 self._client.log_metrics(metrics, step=step)
 
@@ -201,7 +226,7 @@ class MlflowSink:
             self._client.end_run()
 
 
-SINKS: dict[str, tuple[Callable[[str], RowSink], str]] = {
+SINKS: dict[str, tuple[Callable[..., RowSink], str]] = {
     "tensorboard": (TensorBoardSink, "scalars for TensorBoard, in a folder"),
     "jsonl": (JsonLinesSink, "one JSON object per step, in a file"),
     "wandb": (WandbSink, "a run of Weights & Biases, in a project"),
@@ -210,8 +235,8 @@ SINKS: dict[str, tuple[Callable[[str], RowSink], str]] = {
 """Name -> (class, what it makes)."""
 
 
-def sink_from_words(word: str) -> RowSink:
-    """Return the sink of ``NAME:PLACE``.
+def sink_from_words(word: str, *, depth: int = 1) -> RowSink:
+    """Return the sink of ``NAME:PLACE``; ``depth`` as in `top_nodes`.
 
     Raises:
         ValueError: an unknown name, or no place.
@@ -225,4 +250,4 @@ def sink_from_words(word: str) -> RowSink:
     if name not in SINKS or not place:
         hint = name if name in SINKS else next(iter(SINKS))
         raise ValueError(f"--to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}. Write --to {hint}:PLACE.")
-    return SINKS[name][0](place)
+    return SINKS[name][0](place, depth=depth)

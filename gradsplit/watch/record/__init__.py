@@ -5,7 +5,7 @@ from ...split import BinReport, StepRecord
 from .outline import Outline, recording_plan
 from .reader import Event, RunFile, Series
 from .rows import Rows, Stream
-from .run_file import RunFileError
+from .run_file import RunFileError, tell
 from .sinks import Recorder, RowSink, summed_up
 from .writer import RunWriter
 
@@ -25,4 +25,5 @@ __all__ = [
     "Stream",
     "recording_plan",
     "summed_up",
+    "tell",
 ]

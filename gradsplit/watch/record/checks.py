@@ -26,6 +26,13 @@ def check_meta(meta: Mapping[str, Any]) -> None:
     """Program, times and texts about the run are of their kinds; other keys are anybody's."""
     if "argv" in meta and not isinstance(meta["argv"], list):
         raise ValueError(f"expected a list of words in meta 'argv', got {meta['argv']!r:.80}")
+    remarks = meta.get("remarks", [])
+    if not isinstance(remarks, list) or not all(isinstance(one, dict) for one in remarks):
+        raise ValueError(f"expected a list of objects in meta 'remarks', got {remarks!r:.80}")
+    for one in remarks:
+        texts = all(isinstance(one.get(key, ""), str) for key in ("kind", "where", "operation", "text"))
+        if not texts or not all(_is(one.get(key, 0), int) for key in ("step", "stream")):
+            raise ValueError(f"expected texts and whole numbers in a remark of meta 'remarks', got {one!r:.80}")
     for key in ("started", "ended"):
         if key in meta and not (_is(meta[key], float) and 0 <= meta[key] < 1e11):
             raise ValueError(f"expected seconds since the epoch in meta {key!r}, got {meta[key]!r:.80}")
@@ -35,6 +42,11 @@ def check_about(about: Any) -> None:
     """What a stream is about is a mapping, its counts are counts and its words of the budget are words."""
     if not isinstance(about, dict):
         raise ValueError(f"expected a mapping about the stream, got {about!r:.80}")
+    names, order = about.get("names", []), about.get("forward_order", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"expected a list of names in 'names' of the stream, got {names!r:.80}")
+    if order and (not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, range(len(names))))):
+        raise ValueError(f"expected every tensor once in 'forward_order' of the stream, got {order!r:.80}")
     for key in ("num_parameters", "num_bins"):
         if key in about and not _is(about[key], int):
             raise ValueError(f"expected a count in {key!r} of the stream, got {about[key]!r:.80}")

@@ -6,6 +6,7 @@ is one row.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sqlite3
@@ -102,7 +103,11 @@ class Series:
 
     def node_peak(self, node: int) -> np.ndarray:
         """Return (W,) float64 norms of a node of the outline, from the largest of its leaves."""
-        return np.sqrt((self.peak(self.stream.outline.leaves_of_N[node]).astype(np.float64) ** 2).sum(axis=1))
+        with np.errstate(all="ignore"):
+            norm_W: np.ndarray = np.sqrt(
+                (self.peak(self.stream.outline.leaves_of_N[node]).astype(np.float64) ** 2).sum(axis=1)
+            )
+        return norm_W
 
 
 class RunFile:
@@ -206,6 +211,49 @@ class RunFile:
             for thinning in found:
                 check_thinning(thinning)
         return found
+
+    def lengths(self, stream: Stream) -> tuple[np.ndarray, np.ndarray]:
+        """Return (K,) steps and (K, T) lengths of the weights before those steps; empty in files without them."""
+        num_tensors = len(stream.about.get("names") or ())
+        there = self._query("SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'weight'")
+        if not there[0][0] or not num_tensors:
+            return np.zeros(0, dtype=np.int64), np.zeros((0, num_tensors), dtype=np.float32)
+        rows = self._query("SELECT step, length FROM weight WHERE stream = ? ORDER BY id", (stream.index,))
+        with self._whole():
+            lengths = [unpack_exact(length, "f4") for _, length in rows]
+            if any(len(length_T) != num_tensors for length_T in lengths):
+                raise ValueError(f"expected one length per tensor of {num_tensors} in the table 'weight'")
+            step_K = np.array([int(step) for step, _ in rows], dtype=np.int64)
+            return step_K, np.array(lengths, dtype=np.float32).reshape(len(rows), num_tensors)
+
+    def norms(self, name: str = "all", *, stream: int = 0) -> np.ndarray:
+        """Return the norms of a module, a tensor or a block of rows at every row, as floats.
+
+        Norm of a node = square root of the sum of its leaves' squares, in gradient units, before the script's own clip.
+        Where old rows were thinned there is one number per window, its largest.
+
+        Args:
+            name: a dotted name, ``"h.1.attn"`` or ``"h.1.attn.weight"``; "all" for the whole gradient.
+            stream: the optimizer's number, in the order of first steps.
+
+        Raises:
+            KeyError: no such name; the text tells the nearest ones.
+        """
+        chosen = {one.index: one for one in self.streams}
+        if stream not in chosen:
+            raise KeyError(f"norms(stream={stream}): expected one of {sorted(chosen)}, the recorded optimizers.")
+        names = list(chosen[stream].outline.names_N)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
+            raise KeyError(
+                f"norms({name!r}): expected a recorded module or tensor of {chosen[stream].optimizer} {stream}, got "
+                f"another name. The nearest are {', '.join(near) or names[:5]}."
+            )
+        return self.series(chosen[stream]).node_peak(names.index(name))
+
+    def steps(self, *, stream: int = 0) -> np.ndarray:
+        """Return the step of each number that `norms` returns."""
+        return self.series(next(one for one in self.streams if one.index == stream)).step_W
 
     def num_rows(self, stream: int) -> int:
         """Return how many rows of a stream are in the file."""

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import sqlite3
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["APPLICATION_ID", "SCHEMA", "VERSION", "RunFileError", "create", "finish", "open_to_read"]
+__all__ = ["APPLICATION_ID", "SCHEMA", "VERSION", "RunFileError", "create", "finish", "open_to_read", "tell"]
 
 APPLICATION_ID = 0x47535246
 """The letters GSRF in SQLite's header: what `file` and this package know a run file by."""
@@ -65,6 +67,13 @@ CREATE TABLE event (
     count INTEGER NOT NULL           -- bins or leaves concerned
 );
 
+CREATE TABLE weight (
+    id INTEGER PRIMARY KEY,
+    stream INTEGER NOT NULL REFERENCES stream (id),
+    step INTEGER NOT NULL,           -- read before the update of this step
+    length BLOB NOT NULL             -- float32 a tensor, in the order of the layout
+);
+
 CREATE TABLE thinning (
     id INTEGER PRIMARY KEY,
     time REAL NOT NULL,
@@ -81,6 +90,16 @@ CREATE TABLE thinning (
 
 class RunFileError(RuntimeError):
     """A run file cannot be made, opened or read; the text says why and what to do."""
+
+
+def tell(text: str) -> None:
+    """Warn; where warnings are errors, or standard error is gone, the training is not disturbed all the same."""
+    try:
+        warnings.warn(f"gradsplit: {text}", RuntimeWarning, stacklevel=3)
+    except Exception:
+        with contextlib.suppress(Exception):
+            if sys.stderr is not None:
+                print(f"gradsplit: {text}", file=sys.stderr)
 
 
 def create(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> sqlite3.Connection:

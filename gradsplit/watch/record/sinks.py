@@ -6,8 +6,7 @@ import atexit
 import os
 import threading
 import time
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from ...resume.actions import GuardAction
 from ...split import StepRecord
 from .outline import Outline
 from .rows import Rows, Stream
+from .run_file import tell
 
 __all__ = ["RowBuffer", "Recorder", "RowSink", "summed_up"]
 
@@ -134,7 +134,8 @@ def _numbers(values: tuple[float | Tensor, ...]) -> np.ndarray:
 class RowSink(Protocol):
     """Takes rows on the host, a flush at a time: a run file, TensorBoard, Weights & Biases, MLflow, JSON lines.
 
-    A sink that also has ``note(action)`` is told what a guard did.
+    A sink that also has ``note(action)`` is told what a guard did; one with ``add_lengths(…)`` gets the lengths of the
+    weights, and one with ``remark(values)`` gets what was seen beside the rows.
     """
 
     def write(self, batch: Sequence[Rows]) -> None:
@@ -161,6 +162,7 @@ class Recorder:
         self.seconds, self.max_nodes = seconds, max_nodes
         self._buffers: dict[int, RowBuffer] = {}
         self._full: list[Rows] = []
+        self._lengths: list[tuple[int, int, Tensor]] = []
         self._fill = threading.Lock()  # guards the buffers; held by the training thread for one row at most
         self._flush = threading.Lock()  # guards the sinks
         self._stop = threading.Event()
@@ -203,6 +205,20 @@ class Recorder:
             self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
         self.add(0, record.step, **summed_up(record, self._leaf_of_bin_B, self._buffers[0].stream.outline.num_leaves))
 
+    def add_lengths(self, stream: int, step: int, length_T: Tensor) -> None:
+        """Add the lengths of all tensors before an update, in the order of the layout; copied at the next flush."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._fill:
+            self._lengths.append((stream, step, length_T))
+
+    def remark(self, values: Mapping[str, Any]) -> None:
+        """Hand something that was seen beside the rows to the sinks that keep it."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._flush:
+            self._to_sinks(lambda sink: sink.remark(values) if hasattr(sink, "remark") else None)
+
     def note(self, action: GuardAction) -> None:
         """Hand what a guard did to the sinks that keep it, at once and behind the rows before it."""
         if self._closed or os.getpid() != self._pid:
@@ -219,8 +235,12 @@ class Recorder:
             with self._fill:
                 batch, self._full = self._full, []
                 batch += [rows for buffer in self._buffers.values() if (rows := buffer.take()) is not None]
+                lengths, self._lengths = self._lengths, []
             if batch:
                 self._to_sinks(lambda sink: sink.write(batch))
+            if lengths:
+                read = [(stream, step, length_T.cpu().numpy()) for stream, step, length_T in lengths]
+                self._to_sinks(lambda sink: sink.add_lengths(read) if hasattr(sink, "add_lengths") else None)
 
     def close(self, **meta: Any) -> None:
         """Flush and end every sink; later rows are ignored."""
@@ -240,7 +260,7 @@ class Recorder:
             try:
                 self.flush()
             except Exception as error:
-                warnings.warn(f"gradsplit: a flush of the recording failed ({error!r}).", RuntimeWarning, stacklevel=1)
+                tell(f"a flush of the recording failed ({error!r}).")
 
     def _to_sinks(self, act: Any) -> None:
         for sink in list(self.sinks):
@@ -248,11 +268,7 @@ class Recorder:
                 act(sink)
             except Exception as error:
                 self.sinks.remove(sink)
-                warnings.warn(
-                    f"gradsplit: {type(sink).__name__} failed and gets no more rows, the training goes on ({error!r}).",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+                tell(f"{type(sink).__name__} failed and gets no more rows, the training goes on ({error!r}).")
 
 
 def summed_up(record: StepRecord, leaf_of_bin_B: Tensor, num_leaves: int) -> dict[str, Tensor]:

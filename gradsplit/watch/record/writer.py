@@ -6,7 +6,6 @@ import json
 import os
 import sqlite3
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from ...resume.actions import GuardAction
 from .codec import Thinning, pack_counts, pack_exact, pack_wide
 from .rows import Rows
-from .run_file import create, finish
+from .run_file import create, finish, tell
 
 __all__ = ["ROW_COLUMNS", "RunWriter"]
 
@@ -58,6 +57,7 @@ class RunWriter:
         self._pid = os.getpid()
         self._rows: dict[int, int] = {}
         self._actions: list[dict[str, Any]] = []
+        self._remarks: list[dict[str, Any]] = []
         self._thinning = Thinning(max_bytes=int(max_megabytes * 1e6))
 
     def write(self, batch: Sequence[Rows]) -> None:
@@ -83,6 +83,22 @@ class RunWriter:
                 (action.step, action.time, action.kind, action.num_undone),
             )
 
+    def add_lengths(self, lengths: Sequence[tuple[int, int, np.ndarray]]) -> None:
+        """Keep lengths of weights: (stream, step, (T,) lengths before the update of that step)."""
+        with self._transaction() as connection:
+            if connection is not None:
+                connection.executemany(
+                    "INSERT INTO weight VALUES (NULL, ?, ?, ?)",
+                    [(stream, step, pack_exact(length_T, "f4")) for stream, step, length_T in lengths],
+                )
+
+    def remark(self, values: Mapping[str, Any]) -> None:
+        """Keep something that was seen beside the rows, plain data, in the table ``meta``."""
+        self._remarks.append(dict(values))
+        with self._transaction() as connection:
+            if connection is not None:
+                _set_meta(connection, {"remarks": self._remarks})
+
     def close(self, **meta: Any) -> None:
         """Write the end of the run and fold everything into one file."""
         if self._connection is None or os.getpid() != self._pid:
@@ -102,11 +118,9 @@ class RunWriter:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-        warnings.warn(
-            f"gradsplit: recording to {self.path} stopped, the training goes on ({error}). Free some space, or "
-            "record elsewhere with --record; what was written until now can be read.",
-            RuntimeWarning,
-            stacklevel=2,
+        tell(
+            f"recording to {self.path} stopped, the training goes on ({error}). Free some space, or record elsewhere "
+            "with --record; what was written until now can be read."
         )
 
     def _add(self, connection: sqlite3.Connection, rows: Rows) -> None:

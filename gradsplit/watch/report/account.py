@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 
 from ...resume.actions import GuardAction
-from ..record import RunFile, Series, Stream
+from ..record import RunFile, RunFileError, Series, Stream
+from .rules import ALONE, FACTOR, HISTORY, RISEN, SCORE, Scores, Seen, Weights, counted, scores_of, seen_in
 
 __all__ = [
+    "FAILURES",
+    "fails_on",
     "NodeUse",
     "uses_of",
     "ALONE",
@@ -75,123 +78,8 @@ def uses_of(series: Series) -> tuple[NodeUse, ...]:
     return tuple(made)
 
 
-HISTORY = 64
-LEAST = 8
-FLOOR = 0.25
-ALONE = 12.0
-ALONE_SPREADS = 3.0
-NEIGHBOURS = 2  # on either side
-SCORE = 7.0
-FACTOR = 10.0
-RISEN = 4.0
-_REFRESHED_EACH = 512  # rows; later the history is looked at anew every 1/2000 of the run
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the statistic says about every tensor at every window.
-
-    Attributes:
-        score_WT: excess over spread; inf where not finite; 0 without a history.
-        usual_WT: the history's median norm; nan without a history.
-        left_WT: whether the norm has left its history.
-    """
-
-    score_WT: np.ndarray
-    usual_WT: np.ndarray
-    left_WT: np.ndarray
-
-
-def scores_of(norm_WT: np.ndarray, peak_WT: np.ndarray | None = None) -> Scores:
-    """Return the statistic for norms (W, T), tensors in the model's order.
-
-    Args:
-        norm_WT: norms of the windows' first rows: the history.
-        peak_WT: what is judged where windows hold several rows; None: the norms themselves.
-
-    >>> norms = np.ones((20, 3)); norms[15, 1] = 50.0
-    >>> np.argwhere(scores_of(norms).left_WT).tolist()
-    [[15, 1]]
-    """
-    judged_WT = norm_WT if peak_WT is None else peak_WT
-    excess_WT, spread_WT, usual_WT, _ = _against_history(norm_WT, judged_WT)
-    with np.errstate(invalid="ignore"):
-        alone_WT = excess_WT - np.maximum(0.0, _largest_beside(excess_WT))
-        needed = ALONE_SPREADS if norm_WT.shape[1] > 1 else SCORE  # a tensor without neighbours is always alone
-        left = (alone_WT > np.log(ALONE)) & (alone_WT >= needed * spread_WT)
-        left |= _with_everything(norm_WT, judged_WT)[:, None] & (excess_WT > np.log(RISEN))
-        score = excess_WT / spread_WT
-    finite = np.isfinite(judged_WT)
-    score = np.where(finite, np.nan_to_num(score, nan=0.0, neginf=0.0), np.inf)
-    return Scores(score, usual_WT, left | ~finite)
-
-
-def _with_everything(norm_WT: np.ndarray, judged_WT: np.ndarray) -> np.ndarray:
-    """(W,) whether the norm of the whole gradient has left its own history."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total_W1 = np.sqrt((norm_WT.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
-        judged_W1 = np.sqrt((judged_WT.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
-        excess, spread, _, above_top = _against_history(total_W1, judged_W1)
-        left: np.ndarray = ((excess >= SCORE * spread) & (above_top > np.log(FACTOR)))[:, 0]
-    return left
-
-
-def _largest_beside(excess_WT: np.ndarray) -> np.ndarray:
-    """(W, T) the largest excess among a tensor's neighbours; nan and -inf are none."""
-    clean = np.where(np.isfinite(excess_WT), excess_WT, -np.inf)
-    beside = np.full_like(clean, -np.inf)
-    for shift in range(1, NEIGHBOURS + 1):
-        beside[:, shift:] = np.maximum(beside[:, shift:], clean[:, :-shift])
-        beside[:, :-shift] = np.maximum(beside[:, :-shift], clean[:, shift:])
-    return beside
-
-
-def _against_history(
-    norm_WT: np.ndarray, judged_WT: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return excess, spread, the history's median norm, and ln of what is judged over the history's largest."""
-    num_windows = len(norm_WT)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_WT, judged = np.log(norm_WT.astype(np.float64)), np.log(judged_WT.astype(np.float64))
-    valid_WT = np.isfinite(log_WT)
-    middle, spread, top = (np.full(norm_WT.shape, np.nan) for _ in range(3))
-    stride, at = max(1, num_windows // 2000), LEAST
-    while at < num_windows:
-        stop = min(num_windows, at + (1 if at < _REFRESHED_EACH else stride))
-        middle[at:stop], spread[at:stop], top[at:stop] = _summary(log_WT[max(0, at - HISTORY) : at], valid_WT, at)
-        at = stop
-    with np.errstate(invalid="ignore"):
-        return judged - middle, np.maximum(spread, FLOOR), np.exp(middle), judged - top
-
-
-def _summary(log_HT: np.ndarray, valid_WT: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return median, 1.4826 times the median absolute deviation, and maximum; nan with too short a history."""
-    valid_HT = valid_WT[max(0, at - HISTORY) : at]
-    count_T = valid_HT.sum(axis=0)
-    middle_T = _median(np.where(valid_HT, log_HT, np.inf), count_T)
-    with np.errstate(invalid="ignore"):
-        deviation_HT = np.where(valid_HT, np.abs(log_HT - middle_T), np.inf)
-    spread_T = 1.4826 * _median(deviation_HT, count_T)
-    enough_T = count_T >= LEAST
-    top_T = np.where(valid_HT, log_HT, -np.inf).max(axis=0)
-    nan_T = np.full(count_T.shape, np.nan)
-    return (
-        np.where(enough_T, middle_T, nan_T),
-        np.where(enough_T, spread_T, nan_T),
-        np.where(enough_T, top_T, nan_T),
-    )
-
-
-def _median(values_HT: np.ndarray, count_T: np.ndarray) -> np.ndarray:
-    """Return each column's (lower) median over its first ``count`` values in order."""
-    ordered = np.sort(values_HT, axis=0)
-    place_T = np.maximum(count_T - 1, 0) // 2
-    middle: np.ndarray = ordered[place_T, np.arange(values_HT.shape[1])]
-    return middle
-
-
 AFTERMATH = 10  # windows after a departure in which its neighbours are looked at
-SPREAD = 0.8  # share of tensors not finite at once from which no single one can be blamed
+ALIKE = 4.0  # rises within this factor of the largest are the same event
 
 
 @dataclass(frozen=True)
@@ -220,8 +108,12 @@ class Departure:
         lasting: windows among the next ten in which the tensor was still, or again, out of its history.
         neighbours: other tensors, most affected first.
         num_neighbours: how many left their history within the next ten windows.
-        loss_before: median loss of the ten rows before; nan if no loss was seen.
-        loss_after: largest loss of the ten rows after; inf if one was not finite.
+        loss_before: the last finite loss before; nan if no loss was seen.
+        loss_after: largest loss of this row and the ten after; inf if one was not finite.
+        kind: by which rule: "history", a rule without one ("norm", "loss_rose", "settled", "growth", "weights",
+            "loss_lost"), or what was seen of lost values ("backward", "forward", "input", "loss", "crash").
+        reason: what was seen, for all rules but the history.
+        rate_times: learning rate here over the median of the rows before; 1 where it did not rise.
     """
 
     stream: int
@@ -240,6 +132,9 @@ class Departure:
     num_tensors: int
     loss_before: float
     loss_after: float
+    kind: str = "history"
+    reason: str = ""
+    rate_times: float = 1.0
 
     @property
     def times(self) -> float:
@@ -315,17 +210,67 @@ class Account:
         return sum(account.series.num_rows for account in self.streams)
 
 
+FAILURES = {
+    "explosion": "a norm, a loss or a weight exploded, or was not finite",
+    "nonfinite": "a gradient was not finite",
+    "exception": "the script ended with an exception",
+}
+"""What ``--fail-on`` knows, and when it fails."""
+
+
+def fails_on(word: str, account: Account) -> bool:
+    """Whether a run shows what ``--fail-on WORD`` asks for.
+
+    Raises:
+        KeyError: another word than those of `FAILURES`.
+    """
+    if word == "explosion":
+        return account.first is not None
+    if word == "nonfinite":
+        return any(not np.isfinite(stream.norm_WT).all() for stream in account.streams)
+    if word == "exception":
+        return "exception" in account.meta
+    raise KeyError(word)
+
+
 def account_of(file: RunFile) -> Account:
     """Read a run file and return its account.
 
     Raises:
         RunFileError: nothing recorded yet, or a broken file.
     """
-    streams = tuple(_stream_account(file.series(stream)) for stream in file.streams)
+    with np.errstate(all="ignore"):
+        streams = tuple(
+            _stream_account(file.series(stream), _weights_of(file, stream), _remarks_of(file, stream))
+            for stream in file.streams
+            if file.num_rows(stream.index)
+        )
+    if not streams:
+        raise RunFileError(f"run file {file.path}: expected at least one recorded step, got none yet.")
     return Account(str(file.path), file.meta, streams, tuple(file.thinnings()), tuple(file.actions()))
 
 
-def _stream_account(series: Series) -> StreamAccount:
+def _weights_of(file: RunFile, stream: Stream) -> Weights:
+    """The lengths of a stream's weights, tensors in the order of its outline."""
+    step_K, length_KT = file.lengths(stream)
+    names = list(stream.about.get("names") or ())
+    tensors = list(dict.fromkeys(stream.outline.tensors_L))
+    if not len(step_K) or set(tensors) != set(names):
+        return Weights(np.zeros(0, dtype=np.int64), np.zeros((0, len(tensors))), np.ones(len(tensors)))
+    place = {name: t for t, name in enumerate(tensors)}
+    numel_T = np.zeros(len(tensors))
+    np.add.at(numel_T, [place[name] for name in stream.outline.tensors_L], stream.outline.numel_L)
+    order = np.argsort(step_K, kind="stable")
+    columns = [names.index(name) for name in tensors]
+    return Weights(step_K[order], length_KT[order][:, columns], numel_T)
+
+
+def _remarks_of(file: RunFile, stream: Stream) -> list[dict[str, Any]]:
+    """What was seen beside the rows of this stream; a crash belongs to the first."""
+    return [one for one in file.meta.get("remarks", []) if int(one.get("stream", 0)) == stream.index]
+
+
+def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, Any]]) -> StreamAccount:
     outline = series.stream.outline
     tensors = tuple(dict.fromkeys(outline.tensors_L))
     place = {tensor: t for t, tensor in enumerate(tensors)}
@@ -334,6 +279,8 @@ def _stream_account(series: Series) -> StreamAccount:
     norm_WT = _tensor_norms(series.norm, leaves_T)
     peak_WT = _tensor_norms(series.peak, leaves_T) if series.thinned else norm_WT
     scores = scores_of(norm_WT, peak_WT if series.thinned else None)
+    ordinary_W = ~np.logical_or.reduceat(counted(series), series.start_W)
+    scores.left_WT[ordinary_W] = False  # skipped by a gradient scaler, as such scalers do
     own = series.own_scale_R
     acted = ~(own >= 1 - 1e-6)
     finite_own = own[acted & np.isfinite(own)]
@@ -349,7 +296,7 @@ def _stream_account(series: Series) -> StreamAccount:
         leaves_T,
         peak_WT,
         scores,
-        _first(series, tensors, leaves_T, peak_WT, scores),
+        _first(series, tensors, leaves_T, peak_WT, scores, weights, remarks),
         tuple(series.step_W[scores.left_WT.any(axis=1)].tolist()),
         uses_of(series),
         float(acted.mean()),
@@ -374,16 +321,136 @@ def _tensor_norms(read: Any, leaves_T: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def _first(
-    series: Series, tensors: tuple[str, ...], leaves_T: tuple[np.ndarray, ...], norm_WT: np.ndarray, scores: Scores
+    series: Series,
+    tensors: tuple[str, ...],
+    leaves_T: tuple[np.ndarray, ...],
+    norm_WT: np.ndarray,
+    scores: Scores,
+    weights: Weights,
+    remarks: list[dict[str, Any]],
 ) -> Departure | None:
-    rows = np.flatnonzero(scores.left_WT.any(axis=1))
-    if not len(rows):
-        return None
-    w = int(rows[0])
+    """The earliest thing that any rule has found; what several found within two windows is one event."""
+    seen = seen_in(series, weights)
+    left = np.flatnonzero(scores.left_WT.any(axis=1))
+    of_row = [int(np.searchsorted(series.start_W, one.row, side="right")) - 1 for one in seen]
+    w = min([*map(int, left[:1]), *of_row], default=-1)
+    crash = next((one for one in remarks if one.get("kind") == "crash"), None)
+    if w < 0:
+        last_lost = len(weights.step_K) and not np.isfinite(weights.length_KT[-1]).all()
+        if crash is None or not (last_lost or series.num_rows == 0):
+            return None
+        w, seen, of_row = len(series.start_W) - 1, [Seen(series.num_rows - 1, "crash", "its weights were lost")], [-1]
+        of_row = [w]
+    near = {one.kind: one for one, at in zip(seen, of_row, strict=True) if at <= w + 2}
+    jump = near.get("weights")
+    if jump is not None and len(left) and left[0] <= of_row[seen.index(jump)]:
+        w = max(w, int(left[0]))  # the reading of the weights is thin; the gradient says when
+    place_T = _places(series.stream, tensors)
     bad_T = ~np.isfinite(norm_WT[w])
-    everything = bool(len(tensors) > 1 and bad_T.mean() >= SPREAD)
-    ranked = np.where(scores.left_WT[w], scores.score_WT[w], -np.inf)
-    t = int(np.argmax(np.where(bad_T, np.inf, ranked)))
+    kind, reason, everything = "history", "", False
+    with np.errstate(divide="ignore", invalid="ignore"):
+        usual_T = np.where(np.isnan(scores.usual_WT[w]), norm_WT[0], scores.usual_WT[w])
+        times_T = norm_WT[w] / usual_T
+    if jump is not None and jump.tensor is not None and not bad_T.all():
+        t, kind, reason = jump.tensor, "weights", jump.reason
+    elif bad_T.any():
+        t, kind, reason, everything = _origin_of_lost(series, tensors, norm_WT, w, place_T, remarks)
+    else:
+        chosen = next(iter(near.values()), None)
+        if not scores.left_WT[w].any() and chosen is not None:
+            kind, reason = chosen.kind, chosen.reason
+        t = _origin_of_risen(times_T, scores.left_WT[w], place_T)
+    return _departure(series, tensors, leaves_T, norm_WT, scores, w, t, kind, reason, everything=everything)
+
+
+def _places(stream: Stream, tensors: tuple[str, ...]) -> np.ndarray:
+    """(T,) the place of each tensor in the forward pass; the model's own order where that was not recorded."""
+    names, order = stream.about.get("names") or [], stream.about.get("forward_order") or []
+    known = {names[i]: place for place, i in enumerate(order)} if len(order) == len(names) else {}
+    return np.array([known.get(name, t) for t, name in enumerate(tensors)])
+
+
+def _origin_of_risen(times_T: np.ndarray, left_T: np.ndarray, place_T: np.ndarray) -> int:
+    """Of the tensors that rose about as much as the one that rose most, the last of the forward pass.
+
+    A gradient that grows on its way down is large in everything below the place where it grew.
+    """
+    among = left_T if left_T.any() else np.ones(len(times_T), dtype=bool)
+    rise = np.where(among & np.isfinite(times_T), times_T, -np.inf)
+    if not np.isfinite(rise).any():
+        return int(np.flatnonzero(among)[0])
+    most = float(rise.max())
+    alike = np.flatnonzero(rise >= max(most / ALIKE, min(most, RISEN)))
+    return int(alike[np.argmax(place_T[alike])])
+
+
+def _origin_of_lost(
+    series: Series,
+    tensors: tuple[str, ...],
+    norm_WT: np.ndarray,
+    w: int,
+    place_T: np.ndarray,
+    remarks: list[dict[str, Any]],
+) -> tuple[int, str, str, bool]:
+    """Tensor, kind, reason, and whether no tensor can be named, of values that are not finite.
+
+    A value that is lost in backward flows from the loss down: the last tensor that lost it, in the order of the forward
+    pass, is nearest its birth. Where the loss itself was lost, the graph of the loss was looked at then.
+    """
+    bad_T = ~np.isfinite(norm_WT[w])
+    steps = series.step_R[series.start_W[w]], series.step_R[min(series.num_rows, _end(series, w)) - 1]
+    remark = next((one for one in remarks if steps[0] <= int(one.get("step", -1)) <= steps[1]), None)
+    if remark is not None and remark.get("kind") in _LOST_WORDS:
+        where = str(remark.get("where", ""))
+        t = tensors.index(where) if where in tensors else int(np.flatnonzero(bad_T)[0])
+        kind = str(remark["kind"])
+        operation = f" (in {remark['operation']})" if remark.get("operation") else ""
+        return t, kind, _LOST_WORDS[kind] + operation, where not in tensors
+    bad = np.flatnonzero(bad_T)
+    last = int(bad[np.argmax(place_T[bad])])
+    module = tensors[last].rpartition(".")[0]
+    of_module = [t for t in bad.tolist() if tensors[t].rpartition(".")[0] == module]
+    loss = series.loss_R[series.start_W[w]]
+    whole = bool((bad_T | (norm_WT[w] == 0)).all() and len(tensors) > 1)
+    if whole and np.isfinite(loss):
+        return (
+            of_module[0],
+            "backward",
+            "the loss was finite, so that the backward pass lost it above every tensor",
+            True,
+        )
+    if whole:
+        return of_module[0], "loss", "", True
+    if len(bad) == 1:
+        return last, "backward", "", False
+    return of_module[0], "backward", "the tensors after it in the forward pass stayed finite", False
+
+
+_LOST_WORDS = {
+    "forward": "the forward pass made the first value that was not finite here, or right behind it",
+    "input": "the batch itself had values that were not finite",
+    "weights": "its weights were not finite already",
+    "loss": "the values below the loss were finite: the loss itself made the first that was not",
+}
+
+
+def _end(series: Series, w: int) -> int:
+    return int(series.start_W[w + 1]) if w + 1 < len(series.start_W) else series.num_rows
+
+
+def _departure(
+    series: Series,
+    tensors: tuple[str, ...],
+    leaves_T: tuple[np.ndarray, ...],
+    norm_WT: np.ndarray,
+    scores: Scores,
+    w: int,
+    t: int,
+    kind: str,
+    reason: str,
+    *,
+    everything: bool,
+) -> Departure:
     with np.errstate(divide="ignore", invalid="ignore"):
         times_WT = norm_WT[w : w + 1 + AFTERMATH] / scores.usual_WT[w]
     times_T = np.where(np.isfinite(times_WT).all(axis=0), times_WT.max(axis=0), np.inf)
@@ -394,10 +461,16 @@ def _first(
     neighbours = tuple(
         Neighbour(tensors[u], float(times_T[u]), int(series.step_W[w + int(np.argmax(left_WT[:, u]))])) for u in others
     )
-    row = int(series.start_W[w])
-    end = int(series.start_W[w + 1]) if w + 1 < len(series.start_W) else series.num_rows
-    before, behind = series.loss_R[max(0, row - 10) : row], series.loss_R[row : end + 10]
-    seen = behind[~np.isnan(behind)] if np.isfinite(before).any() else behind[:0]
+    row, end = int(series.start_W[w]), _end(series, w)
+    before, behind = series.loss_R[:row], series.loss_R[row : end + 10]
+    before = before[np.isfinite(before)]
+    seen = behind[~np.isnan(behind)] if len(before) or np.isfinite(behind).any() else behind[:0]
+    rates = series.lr_R[max(0, row - HISTORY) : max(0, row - AFTERMATH)]
+    rates = rates[np.isfinite(rates) & (rates > 0)]
+    newest = series.lr_R[max(0, row - AFTERMATH) : row + 1]
+    rate_times = (
+        float(newest[np.isfinite(newest)].max() / np.median(rates)) if len(rates) and np.isfinite(newest).any() else 1.0
+    )
     return Departure(
         stream=series.stream.index,
         tensor="all" if everything else tensors[t],
@@ -413,8 +486,11 @@ def _first(
         neighbours=neighbours,
         num_neighbours=len(others),
         num_tensors=len(tensors),
-        loss_before=float(np.nanmedian(before)) if np.isfinite(before).any() else float("nan"),
+        loss_before=float(before[-1]) if len(before) else float("nan"),
         loss_after=float("inf") if np.isnan(behind).any() and len(seen) else float(seen.max(initial=-np.inf)),
+        kind=kind,
+        reason=reason,
+        rate_times=max(1.0, rate_times),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...budget.registry import BUDGETS
 from ...resume.actions import GuardAction
-from .account import Account, StreamAccount
+from .account import Account, Departure, StreamAccount
 
 __all__ = ["Advice", "advice_of", "ACTION_HEADINGS", "action_rows", "action_sentence"]
 
@@ -34,19 +34,22 @@ def advice_of(account: Account) -> list[Advice]:
     found: list[Advice] = []
     controlled = [s for s in account.streams if s.stream.controlled]
     first = account.first
-    if first is not None and not controlled:
-        found.append(
-            Advice(
-                f"{first.tensor} left its history at step {first.step} and nothing kept it there. Bound every row by "
-                "a budget of its own; the others then go on as they were.",
-                _command(account, "--control"),
-            )
-        )
-    elif first is not None:
+    if first is not None:
         (stream,) = [s for s in account.streams if s.stream.index == first.stream]
         held = next((use for use in stream.uses if use.name == first.tensor), None)
-        after = "" if held is None else f", at most {number(held.largest_after)} of it was let through"
-        found.append(Advice(f"{first.tensor} left its history at step {first.step} and was bounded{after}.", ""))
+        if controlled and first.kind == "history" and held is not None and math.isfinite(first.norm):
+            reason = f"{first.tensor} left its history at step {first.step} and was bounded"
+            if math.isfinite(held.largest_after):
+                reason += f": at most {number(held.largest_after)} of it was let through"
+            found.append(Advice(f"{reason}.", ""))
+        elif controlled and first.kind in ("history", "backward") and held is not None:
+            found.append(Advice(f"{first.tensor} was not finite at step {first.step}; its bins were zeroed there.", ""))
+        else:
+            found += _after(account, first, stream)
+    elif "exception" in account.meta:
+        found.append(
+            Advice("The script ended with an exception, and the recording shows no explosion before it: see there.", "")
+        )
     for stream in account.streams:
         found += _own_bound(account, stream)
     for stream in controlled:
@@ -56,14 +59,60 @@ def advice_of(account: Account) -> list[Advice]:
     return found
 
 
+def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Advice]:
+    """What to try after an explosion that nothing held, by how it began."""
+    rate = next(
+        (float(lr) for lr in stream.series.lr_R[: 1 + stream.series.start_W[first.window]][::-1] if lr > 0), 0.0
+    )
+    named = f" (now {rate:.3g})" if rate else ""
+    guard = Advice(
+        "Let the guard go back and lower the rate when the run diverges; nothing in the script changes.",
+        _command(account, "--guard"),
+    )
+    if first.kind in ("forward", "input", "loss", "backward", "loss_lost", "crash"):
+        look = {
+            "forward": "Look at the operation that is named: a logarithm or root of what can be 0, or a division.",
+            "input": "Look for that batch in the data, or leave rows that are not finite out.",
+            "crash": f"Lower the learning rate{named}: the weights were lost before the forward pass failed.",
+        }.get(
+            first.kind, "Look at the last operations before the loss: a root or a norm at 0, a logarithm, a division."
+        )
+        return [
+            Advice(f"{look} gradsplit diagnose says which module makes the first lost value.", ""),
+            guard,
+        ]
+    lower = (
+        f"Lower the learning rate{named}, to a tenth at first, or raise it over the first hundred steps. GSO "
+        "(gradsplit.GSO) takes a rate that no layer can turn into an explosion; gradsplit diagnose says what is wrong "
+        "with the model itself."
+    )
+    control = Advice(
+        f"{'Everything' if first.tensor == 'all' else first.tensor} left its history at step {first.step} and nothing "
+        "kept it there. Bound every row by a budget of its own; the others then go on as they were.",
+        _command(account, "--control"),
+    )
+    if first.kind == "weights":
+        told = "Look for what writes to these weights beside the optimizer (a copy, an initialisation, an average)."
+        return [Advice(told, ""), guard]
+    lowered = Advice(
+        f"{lower} The guard goes back and lowers the rate by itself when the run diverges.",
+        _command(account, "--guard"),
+    )
+    if first.kind == "history" and first.rate_times < 2:
+        return [control, lowered]
+    return [lowered, control]
+
+
 def _own_bound(account: Account, stream: StreamAccount) -> list[Advice]:
-    if stream.own_scaled < OFTEN or stream.stream.controlled:
+    """A clip that acts all the time is the step size of SGD. Under Adam it is not: there the factor cancels."""
+    if stream.own_scaled < OFTEN or stream.stream.controlled or not stream.stream.optimizer.startswith("SGD"):
         return []
     return [
         Advice(
             f"The script's own clip_grad_norm_ scaled every gradient of {stream.stream.optimizer} on "
             f"{stream.own_scaled:.0%} of the steps, at the median by {stream.own_median:.3g}: it sets the step size "
-            "there and couples all tensors to the largest. Take it out or raise it, and bound each row instead.",
+            "there and couples all tensors to the largest. Take that line out of the script first; the command then "
+            "bounds each row instead.",
             _command(account, "--control"),
         )
     ]

@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
 from .html import Section, html_table, page, text
+from .rules import GROWN, LOSS_TIMES, NORM_TIMES, WEIGHT_TIMES
 from .text import USE_HEADINGS, findings, headline, use_rows
 
 __all__ = ["run_page", "write_run_page", "curves", "heat_map", "pooled"]
@@ -151,6 +152,11 @@ def _evidence(account: Account) -> dict[str, Any]:
         f"over the {HISTORY} rows before, excess = ln norm − median and spread = max(1.4826 MAD, 0.25); a tensor "
         f"leaves its history alone (excess over its neighbours' above ln {ALONE:g} and 3 spreads) or with the whole "
         f"gradient (score {SCORE:g} and {FACTOR:g} times its largest)"
+    )
+    evidence["without a history"] = (
+        f"the norm beyond {NORM_TIMES:g} times the first step's with a loss beyond three times its start, the loss "
+        f"beyond {LOSS_TIMES:g} times its start with the norm, growth of {GROWN - 1:.0%} per step for fifty steps, or "
+        f"a tensor's weights beyond {WEIGHT_TIMES:g} times their length between two readings, alone"
     )
     evidence["page made with"] = f"Python {platform.python_version()} on {platform.system()}"
     return evidence

@@ -27,20 +27,115 @@ def headline(account: Account) -> str:
     first = account.first
     if first is None:
         return f"No norm left its own history in {account.num_rows} recorded steps."
+    step = f"At step {_step(first)}"
+    why = f": {first.reason}" if first.reason else ""
+    if first.kind == "crash":
+        return f"The script crashed in the forward pass after step {first.step}, and weights were not finite then."
+    if first.kind == "input":
+        return f"{step} the batch itself had values that were not finite."
+    if first.kind == "forward":
+        return f"It began at step {_step(first)} in {_module(first.tensor)}: {first.reason}."
+    if first.kind == "weights":
+        return f"It began at step {_step(first)} in {first.tensor}: {first.reason}."
     if first.tensor == "all":
+        if first.kind == "backward":
+            return f"{step} every gradient was lost in the backward pass{why}."
         return (
-            f"At step {_step(first)} everything was lost at once: no tensor's gradient was finite, so the loss itself, "
-            "or what lies above every tensor, was not."
+            f"{step} everything was lost at once: no tensor's gradient was finite, so the loss itself, or what lies "
+            f"above every tensor, was not{why}."
         )
     where = first.tensor
     if first.rows:
         where = f"{first.rows[0][0]}" + (f" and {len(first.rows) - 1} more blocks" if len(first.rows) > 1 else "")
     if not math.isfinite(first.norm):
-        return f"It began at step {_step(first)} in {where}: the gradient was not finite."
+        return f"It began at step {_step(first)} in {where}: the gradient was not finite{why and f';{why[1:]}'}."
+    if first.kind == "growth":
+        return f"From step {_step(first)} on {first.reason}; {where} grew most."
+    if first.kind != "history":
+        return f"{step} {first.reason}; {where} rose most."
     return (
         f"It began at step {_step(first)} in {where}: norm {number(first.norm)}, {number(first.times)} times its usual "
-        f"{number(first.usual)} (score {first.score:.1f})."
+        f"{number(first.usual)}."
     )
+
+
+def _module(tensor: str) -> str:
+    """The module that owns a tensor."""
+    return tensor.rpartition(".")[0] or tensor
+
+
+RATE_ROSE = 5.0  # of the learning rate from which it is told
+
+GLOSSARY: dict[str, str] = {
+    "No norm left its own history": (
+        "No tensor's gradient was far above its last 64 steps, and no rule without a history found anything."
+    ),
+    "It began at step … in …: norm …, … times its usual …": (
+        "This tensor's gradient left its history first. The usual norm is the median of its last 64 steps. Where "
+        "several rose at one step, the last of the forward pass among those that rose most is named."
+    ),
+    "… the gradient was not finite": (
+        "A value was inf or nan. It flows from the loss down, so the last lost tensor of the forward pass is named."
+    ),
+    "… its weights jumped": (
+        "Between two readings this tensor's weights grew thirtyfold and alone. Something but the optimizer "
+        "wrote to them, "
+        "or its rate for them is far too high."
+    ),
+    "… the forward pass made the first value that was not finite here": (
+        "The loss was not finite. Of all tensors that backward would need, this module's result was the first lost one."
+    ),
+    "At step … the batch itself had values that were not finite": (
+        "The first operation was given inf or nan. Look for that batch in the data; the guard can step over it."
+    ),
+    "At step … everything was lost at once": "The loss was not finite, so no single tensor can be blamed.",
+    "At step … every gradient was lost in the backward pass": (
+        "The loss was finite and no gradient was: look at the last operations before the loss (a square root or a norm "
+        "at 0, a logarithm, a division)."
+    ),
+    "At step … the norm of the whole gradient was … times that of the first step": (
+        "More than 30 times the first step's norm, large beside the weights, and the loss was no better than at the "
+        "start: an explosion, however early. The learning rate is the usual cause."
+    ),
+    "At step … the loss was … times that of the first step": (
+        "More than 10 times the first loss, with a norm beyond 10 times the first one."
+    ),
+    "At step … the loss ended at … times its best": (
+        "The loss settled above twice its start and its best, after the norm had risen tenfold: the run did "
+        "not recover."
+    ),
+    "At step … the loss was not finite": "The loss was inf or nan.",
+    "From step … on the norm of the whole gradient grew by … per step": (
+        "A few per cent per step for fifty steps, while the loss did not fall: a slow explosion. No single "
+        "step began it."
+    ),
+    "The script crashed in the forward pass": (
+        "An exception arose in a module, and weights were inf or nan by then. The update before it is the cause."
+    ),
+    "The learning rate had risen to … times its usual": "A schedule, or the script, raised the rate just before.",
+    "Within ten steps … other tensors left their history, too": "What the event did to the rest of the model.",
+    "None of the … other tensors left its history": "The event stayed where it began.",
+    "It was a single step": "One step later the norm was usual again: most often one bad batch.",
+    "It was out in … of the next ten, too": "The tensor did not come back at once.",
+    "Loss: … in the step before": "The loss right before the event, and the largest one right after it.",
+    "… some tensor was out of its history at … steps": "How often, over the whole run. Only the first is explained.",
+    "… the script's own clip_grad_norm_ scaled all gradients": (
+        "How often the script's own clip acted, and by which factor. Norms in this report are from before it."
+    ),
+    "… steps were not made, since a gradient scaler found inf or nan": (
+        "Ordinary with float16: the scaler lowers its scale. It is a fault only where it never ends."
+    ),
+    "… of all bins were scaled on the average step": (
+        "How often the budgets acted under control, and which share of the gradient they kept."
+    ),
+    "To bound the file, … old rows were thinned": (
+        "Old steps share windows now; the largest norm of each window is kept."
+    ),
+    "The script ended with …": "The exception that ended the script, as Python printed it.",
+    "The recording has no end": "The script is still running, or it was killed.",
+    "The guard rolled back": "The guard went back to a snapshot and lowered the learning rate (docs/guard.md).",
+}
+"""Sentence of the report -> what it means. A test says that every sentence is here, and the guide shows the same."""
 
 
 def findings(account: Account) -> list[str]:
@@ -62,6 +157,9 @@ def findings(account: Account) -> list[str]:
         )
     if "exception" in account.meta:
         said.append(f"The script ended with {account.meta['exception']}.")
+        crash = next((one for one in account.meta.get("remarks", []) if one.get("kind") == "crash"), None)
+        if crash is not None:
+            said.append(f"The exception arose in the module {crash.get('where')}, after step {crash.get('step')}.")
     elif "ended" not in account.meta:
         said.append("The recording has no end: the script is still running, or it was killed.")
     return said
@@ -69,9 +167,13 @@ def findings(account: Account) -> list[str]:
 
 def _aftermath(first: Departure) -> list[str]:
     said = []
-    if first.neighbours:
+    if first.rate_times >= RATE_ROSE:
+        said.append(
+            f"The learning rate had risen to {number(first.rate_times)} times its usual within ten steps before."
+        )
+    if first.neighbours and math.isfinite(first.norm):
         worst = ", ".join(
-            f"{n.tensor} ({'not finite' if not math.isfinite(n.times) else f'{number(n.times)} times its usual norm'}, "
+            f"{n.tensor} ({'lost' if not math.isfinite(n.times) else f'{number(n.times)} times its usual norm'}, "
             f"step {n.left_at})"
             for n in first.neighbours[:3]
         )
@@ -79,15 +181,14 @@ def _aftermath(first: Departure) -> list[str]:
             f"Within ten steps {first.num_neighbours} of the {first.num_tensors - 1} other tensors left their history, "
             f"too: {worst}."
         )
-    elif first.num_tensors > 1 and first.tensor != "all":
+    elif first.num_tensors > 1 and first.kind == "history" and math.isfinite(first.norm):
         said.append(f"None of the {first.num_tensors - 1} other tensors left its history within ten steps.")
-    if first.tensor != "all":
+    if first.tensor != "all" and first.kind == "history" and math.isfinite(first.norm):
         again = "It was a single step." if not first.lasting else f"It was out in {first.lasting} of the next ten, too."
         said.append(again)
     if math.isfinite(first.loss_before) and not math.isnan(first.loss_after):
-        said.append(
-            f"Loss: {number(first.loss_before)} before, at most {number(first.loss_after)} in the ten steps after."
-        )
+        after = f"{number(first.loss_after)} at most" if math.isfinite(first.loss_after) else "not finite"
+        said.append(f"Loss: {number(first.loss_before)} in the step before, {after} in this step and the ten after.")
     return said
 
 
@@ -175,4 +276,4 @@ def _step(first: Departure) -> str:
     return str(first.step) if first.step == first.last_step else f"{first.step} to {first.last_step}"
 
 
-__all__ += ["USE_HEADINGS"]
+__all__ += ["GLOSSARY", "USE_HEADINGS"]

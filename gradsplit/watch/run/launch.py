@@ -77,6 +77,10 @@ def launch(words: Sequence[str], settings: Settings) -> NoReturn:
     settings = dataclasses.replace(
         settings, record=str(free_name(place).resolve()), pid=os.getpid(), about={**about(words), **settings.about}
     )
+    # The script may change its folder before it trains.
+    at_home = [word.partition(":") for word in settings.to]
+    to = (f"{n}:{Path(p).resolve()}" if n in ("jsonl", "tensorboard") else f"{n}:{p}" for n, _, p in at_home)
+    settings = dataclasses.replace(settings, to=tuple(to))
     environment = {**os.environ, **settings.to_environment()}
     paths = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)

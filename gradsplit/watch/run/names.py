@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["named_parameters_of", "parameters_of", "roots_of", "TensorsOf"]
+__all__ = ["named_parameters_of", "names_of_leaves", "parameters_of", "roots_of", "TensorsOf"]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -24,7 +25,8 @@ def named_parameters_of(optimizer: torch.optim.Optimizer) -> list[tuple[str, tor
     """Return pairs (name, parameter), names unique.
 
     The names are those the optimizer was given (``param_names``); else those by which living modules own the
-    parameters, without the names of wrappers (DistributedDataParallel, torch.compile); else ``group0.param3``.
+    parameters, without the names of wrappers (DistributedDataParallel, torch.compile); else ``group0.param3``. Where
+    other modules have optimizers of their own, the owner comes first: ``Generator.main.0.weight``.
     """
     given: list[str | None] = []
     for entry in optimizer.param_groups:
@@ -32,8 +34,11 @@ def named_parameters_of(optimizer: torch.optim.Optimizer) -> list[tuple[str, tor
     parameters = parameters_of(optimizer)
     owned = {} if all(given) else _owned_names({id(p) for p in parameters})
     places = [f"group{i}.param{j}" for i, e in enumerate(optimizer.param_groups) for j in range(len(e["params"]))]
+    owner = "" if all(given) else _owner_among_several(optimizer)
     names = [
-        _without_wrappers(name or owned.get(id(parameter)) or place)
+        _without_wrappers(name)
+        if name
+        else (owner + _without_wrappers(owned[id(parameter)]) if id(parameter) in owned else place)
         for name, parameter, place in zip(given, parameters, places, strict=True)
     ]
     twice = {name for name, count in Counter(names).items() if count > 1}
@@ -41,6 +46,11 @@ def named_parameters_of(optimizer: torch.optim.Optimizer) -> list[tuple[str, tor
         (f"{place}.{name}" if name in twice else name, parameter)
         for name, place, parameter in zip(names, places, parameters, strict=True)
     ]
+
+
+def names_of_leaves(leaves: list[Tensor]) -> dict[int, str]:
+    """Return ``{id(leaf): dotted name}`` of those leaves that living modules own."""
+    return {key: _without_wrappers(name) for key, name in _owned_names({id(leaf) for leaf in leaves}).items()}
 
 
 def roots_of(wanted: set[int]) -> list[nn.Module]:
@@ -59,6 +69,37 @@ def _covers(wanted: set[int]) -> list[tuple[Any, dict[int, str]]]:
         if names:
             covers.append((root, names))
     return covers
+
+
+def _owner_among_several(optimizer: torch.optim.Optimizer) -> str:
+    """Return what tells this optimizer's network from those of others, with a dot; empty if none is needed."""
+    mine = {id(parameter) for parameter in parameters_of(optimizer)}
+    roots = roots_of(mine)
+    if len(roots) != 1:
+        return ""
+    others: dict[int, nn.Module] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.optim.Optimizer) and thing is not optimizer:
+            theirs = {id(parameter) for parameter in parameters_of(thing)}
+            if theirs and not theirs & mine:
+                others |= {id(root): root for root in roots_of(theirs)}
+    others.pop(id(roots[0]), None)
+    if not others:
+        return ""
+    label = _label(roots[0])
+    if label in {_label(other) for other in others.values()}:  # both are an nn.Sequential: the script's own names
+        told = vars(sys.modules.get("__main__", sys)).items()
+        label = next((name for name, value in list(told) if value is roots[0] and name[0] != "_"), label)
+    return f"{label}."
+
+
+def _label(root: nn.Module) -> str:
+    """The class of a module inside its wrappers."""
+    while (inner := next((m for n, m in root.named_children() if n in _WRAPPERS), None)) is not None:
+        if any(True for _ in root.parameters(recurse=False)) or len(list(root.children())) != 1:
+            break
+        root = inner
+    return type(root).__name__
 
 
 def _owned_names(wanted: set[int]) -> dict[int, str]:

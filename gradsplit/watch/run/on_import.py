@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
 
+from .ending import Ending, say
 from .settings import Settings
 
 __all__ = ["when_imported", "begin"]
@@ -22,36 +22,60 @@ __all__ = ["when_imported", "begin"]
 class _Once(importlib.abc.MetaPathFinder):
     """Finds a module as Python would without it, and calls back when the module has been executed.
 
-    The module keeps its own loader. Only the loader's ``exec_module`` is covered, for this one call. So ``__loader__``,
-    ``__spec__``, the sources in tracebacks and the resources are the same as without us.
+    Many packages only ask whether torch is there (``importlib.util.find_spec``). So this finder stays until the module
+    has been executed, however often it is asked. The module keeps its own loader: only the loader's ``exec_module`` is
+    covered, until its first call. So ``__loader__``, ``__spec__``, the sources in tracebacks and the resources are the
+    same as without us.
     """
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self._name, self._then = name, then
+        self._name, self._then, self._done = name, then, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self._name or self._done:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = self._found_by_others(fullname, path, target)
         loader = None if spec is None else spec.loader
-        if loader is None:
+        if loader is None or not hasattr(loader, "exec_module"):
             return spec
         execute, cover = loader.exec_module, cast(Any, loader)
 
         def exec_module(module: ModuleType) -> None:
-            del cover.exec_module  # uncovers the loader's own method
+            if vars(cover).get("exec_module") is exec_module:
+                del cover.exec_module  # uncovers the loader's own method
             execute(module)
-            self._then()
+            self._arrived()
 
-        cover.exec_module = exec_module
+        try:
+            cover.exec_module = exec_module
+        except AttributeError:  # a loader without a place for it: what is left is to say so at the end
+            return spec
         return spec
+
+    def _found_by_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                found: importlib.machinery.ModuleSpec = spec
+                return found
+        return None
+
+    def _arrived(self) -> None:
+        if self._done:
+            return
+        self._done = True
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        self._then()
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Call ``then`` once the module has been imported; call it now if it has been already."""
+    """Call ``then`` once the module has been executed; call it now if that has happened already."""
     if name in sys.modules:
         then()
     else:
@@ -62,13 +86,17 @@ def begin() -> None:
     """Read the settings of this run, if any, and attach as soon as torch has been imported."""
     settings = Settings.from_environment()
     if settings is not None:
-        when_imported("torch", lambda: _attach(settings))
+        ending = Ending(settings)
+        ending.install()
+        when_imported("torch", lambda: _attach(settings, ending))
 
 
-def _attach(settings: Settings) -> None:
+def _attach(settings: Settings, ending: Ending) -> None:
     try:
         from .session import Session
 
-        Session(settings).install()
+        session = Session(settings)
+        session.install()
+        ending.session = session
     except Exception as error:  # the script comes first
-        print(f"gradsplit: not attached, the script runs without ({error!r})", file=sys.stderr)
+        say(f"not attached, the script runs without ({error!r})")

@@ -1,7 +1,12 @@
 """What is patched in torch while a script is watched, so that its losses and its own bound are seen.
 
 - ``Tensor.backward`` and ``GradScaler.scale``, for the losses: see `Losses`.
+- ``GradScaler.step``, for the steps that it does not make: see `watch_scaler`.
 - ``torch.nn.utils.clip_grad_norm_``, for the bound that the script sets itself: see `watch_own_bound`.
+
+What backward is called on has a graph. It tells the order of the forward pass, and where a loss was lost that is not
+finite (`leaves_in_order`, `lost_in_forward`). torch numbers the operations of a forward pass in their order, and keeps
+the tensors that backward will need. No hook is needed for that.
 
 Each of them still does what it did. Nothing else in torch is replaced: a session attaches to optimizers by torch's own
 hooks.
@@ -11,14 +16,14 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-__all__ = ["watch_own_bound", "Losses"]
+__all__ = ["watch_own_bound", "watch_scaler", "Losses", "Lost", "leaves_in_order", "lost_in_forward"]
 
 Before = Callable[[list[Tensor]], None]
 After = Callable[[list[Tensor], Tensor], None]
@@ -48,16 +53,38 @@ def watch_own_bound(before: Before, after: After) -> None:
     torch.nn.utils.clip_grad_norm_ = watched
 
 
+def watch_scaler(before: Callable[[Any], int], after: Callable[[Any, int], None]) -> None:
+    """Call ``mark = before(optimizer)`` and ``after(optimizer, mark)`` around each ``GradScaler.step``."""
+    step = torch.amp.GradScaler.step
+
+    @functools.wraps(step)
+    def seen_step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        mark = before(optimizer)
+        made = step(scaler, optimizer, *args, **kwargs)
+        after(optimizer, mark)
+        return made
+
+    setattr(torch.amp.GradScaler, "step", seen_step)  # noqa: B010 - a method of another class
+
+
 class Losses:
     """The sum of all scalars that backward was called on since the last step: the one whose gradient the step uses.
 
     A loss multiplied by a gradient scaler is seen as it was before. Tensors stay on their device.
+
+    Attributes:
+        before: called with what backward is called on, and its value without a scaler's factor (None: no scalar).
+        after: called when a backward pass is done.
     """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._last: Tensor | float = float("nan")
         self._unscaled: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._newest: Tensor | None = None
+        self._earlier: Tensor | None = None
+        self.before: list[Callable[[Tensor, Tensor | None], None]] = []
+        self.after: list[Callable[[], None]] = []
 
     def take(self) -> Tensor | float:
         """Return the sum and start anew; a second optimizer that steps on the same backward gets it again."""
@@ -65,18 +92,29 @@ class Losses:
             self._last, self._sum = self._sum, None
         return self._last
 
-    def note(self, loss: Tensor) -> None:
-        """Add a scalar that backward is called on."""
+    def take_before(self) -> Tensor | float:
+        """Return the sum without the scalar that was noted last, which is kept for the next step."""
+        if self._newest is None:
+            return self.take()
+        newest, earlier = self._newest, self._earlier
+        self._newest, self._earlier, self._sum = None, None, newest
+        self._last = earlier if earlier is not None else float("nan")
+        return self._last
+
+    def note(self, loss: Tensor) -> Tensor | None:
+        """Add a scalar that backward is called on, and return its value without a scaler's factor; None: no scalar."""
         if loss.numel() != 1 or not (loss.is_floating_point() or loss.is_complex()):
-            return
+            return None
         if self._unscaled is not None and self._unscaled[0]() is loss:
             value = self._unscaled[1]
         else:
             value = loss.detach().reshape(()).clone()
         if type(value) is not Tensor:  # a DTensor's sum would be a collective
             value = value.to_local() if hasattr(value, "to_local") else value.as_subclass(Tensor)
+        self._earlier, self._newest = self._sum, value
         same = self._sum is not None and self._sum.device == value.device
         self._sum = self._sum + value if same and self._sum is not None else value
+        return value
 
     def note_scaled(self, outputs: Any, scaled: Any) -> None:
         """Remember what a gradient scaler multiplied."""
@@ -89,9 +127,15 @@ class Losses:
 
         @functools.wraps(backward)
         def seen_backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling():
-                self.note(tensor)
-            return backward(tensor, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return backward(tensor, *args, **kwargs)
+            value = self.note(tensor)
+            for act in self.before:
+                act(tensor, value)
+            made = backward(tensor, *args, **kwargs)
+            for tell in self.after:
+                tell()
+            return made
 
         @functools.wraps(scale)
         def seen_scale(scaler: Any, outputs: Any) -> Any:
@@ -101,3 +145,116 @@ class Losses:
 
         for owner, name, seen in ((Tensor, "backward", seen_backward), (torch.amp.GradScaler, "scale", seen_scale)):
             setattr(owner, name, seen)
+
+
+_MOST = 200_000  # operations looked at: a larger graph is left alone
+
+
+class Lost(dict[str, Any]):
+    """Where a forward pass lost its finite values, as plain data: kind, where and operation.
+
+    kind: "weights" (they were not finite already), "input" (the batch), "forward" (an operation after the parameter
+    ``where``), or "loss" (above every parameter, as far as can be seen).
+    """
+
+
+def _operations(loss: Tensor) -> Iterator[Any]:
+    """The nodes of a graph, each once; nothing where there are too many."""
+    start = loss.grad_fn
+    seen, waiting = ({start} if start is not None else set()), [start] if start is not None else []
+    while waiting and len(seen) <= _MOST:
+        node = waiting.pop()
+        yield node
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+
+
+def _uses(loss: Tensor) -> list[tuple[int, Tensor]]:
+    """Pairs (number of the first operation that reads it, leaf), in the order of the forward pass."""
+    first: dict[int, tuple[int, Tensor]] = {}
+    for node in _operations(loss):
+        number = int(node._sequence_nr())
+        for below, _ in node.next_functions:
+            leaf = getattr(below, "variable", None)
+            if isinstance(leaf, Tensor):
+                known = first.get(id(leaf))
+                if known is None or number < known[0]:
+                    first[id(leaf)] = (number, leaf)
+    return sorted(first.values(), key=lambda pair: pair[0])
+
+
+def leaves_in_order(loss: Tensor) -> list[Tensor]:
+    """Return the tensors that backward will give gradients to, in the order in which the forward pass read them.
+
+    >>> w, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    >>> [leaf is w for leaf in leaves_in_order(((w * 2) + b).sum())]
+    [True, False]
+    """
+    return [leaf for _, leaf in _uses(loss)]
+
+
+def lost_in_forward(loss: Tensor, names: Mapping[int, str]) -> Lost:
+    """Return where a forward pass lost its finite values, by what its graph has kept.
+
+    Args:
+        loss: a scalar that is not finite, before backward has been called on it.
+        names: id(parameter) -> name.
+    """
+    uses = _uses(loss)
+    shown = [(number, names.get(id(leaf), ""), leaf) for number, leaf in uses]
+    for _, name, leaf in shown:
+        if name and not _finite(leaf):
+            return Lost(kind="weights", where=name, operation="")
+    bad: tuple[int, Any, bool] | None = None
+    for node in _operations(loss):
+        number = int(node._sequence_nr())
+        if (bad is None or number < bad[0]) and number < 1 << 62:
+            kept = _kept(node)
+            if any(not _finite(tensor) for tensor in kept.values()):
+                takes = any(not _finite(t) for name, t in kept.items() if "result" not in name and "output" not in name)
+                bad = (number, node, takes)
+    if bad is None:
+        return Lost(kind="loss", where="", operation=loss.grad_fn.name() if loss.grad_fn is not None else "")
+    number, node, takes = bad
+    operation = node.name().rstrip("0123456789").removesuffix("Backward")
+    # An operation that was given a bad value comes after what made it; one that made it stands where it is.
+    own = {names.get(leaf, "").rpartition(".")[0] for leaf in _read_by(node)} if takes else set()
+    above = [name for place, name, _ in shown if name and place <= number and name.rpartition(".")[0] not in own]
+    if above:
+        return Lost(kind="forward", where=above[-1], operation=operation)
+    return Lost(kind="input", where=next((name for _, name, _ in shown if name), ""), operation=operation)
+
+
+def _read_by(node: Any) -> set[int]:
+    """The leaves, by id, that an operation reads itself or through a view."""
+    found: set[int] = set()
+    for below, _ in node.next_functions:
+        for one, _ in ((below, 0), *(below.next_functions if below is not None else ())):
+            if isinstance(getattr(one, "variable", None), Tensor):
+                found.add(id(one.variable))
+    return found
+
+
+def _kept(node: Any) -> dict[str, Tensor]:
+    """The tensors that an operation keeps for backward; those behind hooks (checkpointing) are left alone."""
+    found: dict[str, Tensor] = {}
+    for name in dir(node):
+        if not name.startswith("_raw_saved_"):
+            continue
+        saved = getattr(node, name, None)
+        for one in saved if isinstance(saved, (list, tuple)) else [saved]:
+            try:
+                if one is not None and getattr(one, "unpack_hook", 0) is None and isinstance(one.data, Tensor):
+                    found[name.removeprefix("_raw_saved_")] = one.data
+            except RuntimeError:  # an empty place
+                continue
+    return found
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout != torch.strided or tensor.is_meta:
+        return True
+    with torch.no_grad():
+        return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor.detach()).all())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
+import functools
+import gc
 import os
 import sys
-import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,22 @@ import torch
 from torch import Tensor
 
 from ...hooks import after_backward, not_traced
+from ...plan import Layout
 from ...resume import DivergenceError, Guard
 from ...resume.actions import GuardAction
-from ..record import Recorder, RunFileError, RunWriter
+from ..record import Recorder, RunFileError, RunWriter, recording_plan, tell
+from .ending import say
 from .launch import free_name
-from .names import TensorsOf
-from .patched import Losses, watch_own_bound
+from .names import TensorsOf, names_of_leaves, parameters_of, roots_of
+from .patched import Losses, leaves_in_order, lost_in_forward, watch_own_bound, watch_scaler
 from .settings import Settings
-from .track import Track, signature
+from .track import BlockReader, Track, signature
 
-__all__ = ["Guards", "Session"]
+__all__ = ["ByHand", "Guards", "HandUpdates", "Session"]
+
+_LOOKS = 8  # backward passes from which the order of the forward pass is read
+_REMARKS = 20  # forward passes that were lost, and looked at
+_SURE = 3  # passes whose gradients were cleared unused by the optimizer that has them: it does not step, or not so
 
 
 class Guards:
@@ -74,11 +83,9 @@ class Guards:
         if not isinstance(loss, Tensor):
             if not self._blind:
                 self._blind = True
-                warnings.warn(
-                    "gradsplit: no loss was seen, so that --guard has nothing to go by; it sees those that "
-                    "loss.backward() is called on. Use gradsplit.Guard in the script.",
-                    RuntimeWarning,
-                    stacklevel=2,
+                tell(
+                    "no loss was seen, so that --guard has nothing to go by; it sees those that loss.backward() is "
+                    "called on. Use gradsplit.Guard in the script."
                 )
             return
         try:
@@ -88,11 +95,7 @@ class Guards:
         except Exception as error:
             guard.remove()
             del self._guards[optimizer]
-            warnings.warn(
-                f"gradsplit: guarding stopped, the training goes on ({error!r}). Please report it with the script.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            tell(f"guarding stopped, the training goes on ({error!r}). Please report it with the script.")
 
     def _note(self, action: GuardAction) -> None:
         self.num_actions += 1
@@ -113,24 +116,91 @@ class Session:
         self._place: Path | None = None
         self._num_streams, self._pid, self._broken = 0, os.getpid(), False
         self._guards: Guards | None = None
-        self.num_rows = 0
+        self.num_rows, self.failed = 0, ""
+        self._order: dict[int, int] = {}  # id(parameter) -> place in the forward pass
+        self._alive: list[Tensor] = []  # so that no id is given twice while the order is gathered
+        self._looks = 0
+        self._lost: dict[str, Any] | None = None
+        self._num_remarks = 0
+        self._by_hand = HandUpdates(self)
 
     def install(self) -> None:
         """Register the hooks, for good."""
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-        if os.getpid() == self.settings.pid:
-            atexit.register(self.farewell)
         self.losses.install()
+        self.losses.before += [self._before_backward]
+        self.losses.after += [lambda: self._guarded(self._by_hand.after_backward)]
         watch_own_bound(self.before_own_bound, self.after_own_bound)
+        watch_scaler(self.before_scaler, self.after_scaler)
         register_optimizer_step_pre_hook(not_traced(self.pre))
         if self.settings.control or self.settings.guard:
             register_optimizer_step_post_hook(not_traced(self.post))
+
+    @property
+    def place(self) -> Path | None:
+        """The run file of this process; None before the first step."""
+        return self._place
+
+    @property
+    def num_actions(self) -> int:
+        """What the guards did."""
+        return 0 if self._guards is None else self._guards.num_actions
+
+    def _before_backward(self, loss: Tensor, value: Tensor | None) -> None:
+        if self._looks < _LOOKS:
+            self._looks += 1
+            self._watchfully(lambda: self._learn_order(loss))
+        if value is not None and value.device.type == "cpu" and not bool(torch.isfinite(value)):
+            self._watchfully(lambda: self._examine(loss))
+        self._guarded(lambda: self._by_hand.before_backward(loss))
+
+    def _learn_order(self, loss: Tensor) -> None:
+        for leaf in leaves_in_order(loss):
+            if id(leaf) not in self._order:
+                self._order[id(leaf)] = len(self._order)
+                self._alive.append(leaf)
+
+    def _examine(self, loss: Tensor) -> None:
+        """Look where the forward pass of this loss was lost; the step that uses it says so."""
+        if self._lost is None and self._num_remarks < _REMARKS:
+            names: dict[int, str] = {}
+            for track in list(self._tracks.values()):
+                names |= {id(p): name for p, name in zip(track.parameters, track.names, strict=True)}
+            if not names:  # the first step: its optimizer is not known yet
+                names = names_of_leaves(leaves_in_order(loss))
+            self._lost = lost_in_forward(loss, names)
+
+    def _watchfully(self, act: Callable[[], Any]) -> None:
+        """Do what only adds to the evidence: where it fails, the evidence is smaller, and nothing else happens."""
+        with contextlib.suppress(Exception), torch.no_grad():
+            act()
+
+    def before_scaler(self, optimizer: Any) -> int:
+        """Return how many steps an optimizer has made before a gradient scaler decides on the next."""
+        track = self._track_of(optimizer)
+        return -1 if track is None else track.step
+
+    def after_scaler(self, optimizer: Any, mark: int) -> None:
+        """Record the step that a gradient scaler did not make, under the script's own number and with its own loss."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        track = self._track_of(optimizer)
+        if (-1 if track is None else track.step) != mark or not isinstance(optimizer, torch.optim.Optimizer):
+            return
+        self._begin(optimizer)
+        track = self._track_of(optimizer)
+        if track is not None:
+            self._guarded(lambda: self._commit(track, optimizer, not_made=True))
+
+    def _track_of(self, optimizer: Any) -> Track | None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        return self._tracks.get(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
 
     def pre(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at the gradients of a step when they are complete."""
         if _inside_another_step(optimizer):
             return None
+        self._by_hand.stop()
         self._begin(optimizer)
         return after_backward(lambda: self._process(optimizer), args, kwargs)
 
@@ -176,16 +246,39 @@ class Session:
             self._guarded(lambda: self._commit(track, optimizer))
 
     @torch.no_grad()
-    def _commit(self, track: Track, optimizer: torch.optim.Optimizer) -> None:
-        track.commit(optimizer, self.losses.take(), 1.0 if self._guards is None else self._guards.factor(optimizer))
+    def _commit(self, track: Track, optimizer: torch.optim.Optimizer, *, not_made: bool = False) -> None:
+        factor = 1.0 if self._guards is None else self._guards.factor(optimizer)
+        track.commit(optimizer, self.losses.take(), factor, not_made=not_made)
+        self._count(track)
+
+    def _count(self, track: Track) -> None:
         self.num_rows += 1
+        if self._lost is not None and self._recorder is not None:
+            lost, self._lost = self._lost, None
+            self._num_remarks += 1
+            self._recorder.remark({**lost, "step": track.step, "stream": track.index})
+
+    def hand_row(self, track: Track, squares_L: Tensor, loss: Tensor | float) -> None:
+        """Record a step of a script that updates its weights by hand."""
+        track.add_measured(squares_L, loss)
+        self._count(track)
+
+    def hand_track(self, holder: Any) -> Track:
+        """Begin the recording of weights that no optimizer has."""
+        if self.settings.control or self.settings.guard:
+            say("the script updates its weights by hand: it is only measured, --control and --guard need an optimizer")
+        plain = dataclasses.replace(self.settings, control=False, guard=False)
+        self._recorder = self._recorder or self._record()
+        track = Track(holder, self._num_streams, plain, self._recorder, self._order)
+        self._num_streams += 1
+        return track
 
     def _start(self, optimizer: torch.optim.Optimizer) -> None:
         if self._broken or not any(p.numel() for e in optimizer.param_groups for p in e["params"]):
             return
         if self._recorder is None:
             self._recorder = self._record()
-        track = Track(optimizer, self._num_streams, self.settings, self._recorder)
+        track = Track(optimizer, self._num_streams, self.settings, self._recorder, self._order)
         self._num_streams += 1
         self._tracks[optimizer] = track
         if self.settings.guard:
@@ -209,12 +302,14 @@ class Session:
         try:
             sinks.append(RunWriter(self._place, about, max_megabytes=self.settings.max_megabytes))
         except RunFileError as error:
-            warnings.warn(
-                f"gradsplit: nothing is recorded, the training goes on ({error})", RuntimeWarning, stacklevel=1
-            )
+            self.failed = str(error)
+            tell(f"nothing is recorded, the training goes on ({error})")
         if rank == 0:
-            sinks += [sink_from_words(word) for word in self.settings.to]
-        return _ScriptRecorder(sinks, seconds=self.settings.seconds)
+            sinks += [sink_from_words(word, depth=self.settings.depth) for word in self.settings.to]
+        recorder = _ScriptRecorder(sinks, seconds=self.settings.seconds)
+        atexit.unregister(recorder.close)  # the last lengths of the weights come first
+        atexit.register(self.close)
+        return recorder
 
     def _guarded(self, act: Any) -> None:
         """Run something of ours; in watch mode its failure must not be the script's."""
@@ -226,30 +321,127 @@ class Session:
         try:
             act()
         except Exception as error:
-            self._broken = True
-            warnings.warn(
-                f"gradsplit: watching stopped, the training goes on ({error!r}). Please report it with the script.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._broken, self.failed = True, f"watching stopped ({error!r})"
+            tell(f"watching stopped, the training goes on ({error!r}). Please report it with the script.")
+
+    def flush(self) -> None:
+        """Write what was recorded until now."""
+        if self._recorder is not None:
+            self._recorder.flush()
 
     def close(self) -> None:
-        """End the recording, if one was begun."""
-        if self._recorder is not None:
-            self._recorder.close()
+        """End the recording, if one was begun in this process."""
+        self._watchfully(self._by_hand.close)
+        if self._recorder is None or self._recorder._closed or os.getpid() != self._pid:
+            return
+        for track in [*self._tracks.values(), *self._by_hand.tracks]:
+            self._watchfully(functools.partial(track.read_weights, track.step + 1))
+        self._watchfully(self._note_crash)
+        self._recorder.close()
 
-    def farewell(self) -> None:
-        """Say on stderr where the recording is, in the process that the user started."""
-        if self.settings.quiet or os.getpid() != self.settings.pid:
+    def _note_crash(self) -> None:
+        """Keep in which module an exception arose, if it arose in one."""
+        trace, where = getattr(sys, "last_traceback", None), None
+        roots = {id(child): name for name, child in self._modules()}
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            where = roots.get(id(owner), where) if isinstance(owner, torch.nn.Module) else where
+            trace = trace.tb_next
+        if where is not None and self._recorder is not None:
+            self._recorder.remark({"kind": "crash", "where": where or "the model", "step": self._last_step()})
+
+    def _modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        for track in [*self._tracks.values(), *self._by_hand.tracks]:
+            for root in roots_of(track.keys):
+                yield from root.named_modules()
+
+    def _last_step(self) -> int:
+        return max((track.step for track in [*self._tracks.values(), *self._by_hand.tracks]), default=-1)
+
+
+class ByHand:
+    """Stands for the optimizer that a script has not: leaves that it updates by hand."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": leaves}]
+        self.defaults: dict[str, Any] = {}
+
+
+class HandUpdates:
+    """Backward passes of a script without an optimizer, a row for each whose gradients were cleared after it.
+
+    A gradient that is still there at the next backward pass is being accumulated; one that is gone has been used. The
+    first step of an optimizer ends this for good.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._holder: ByHand | None = None
+        self._reader: BlockReader | None = None
+        self._waiting: list[tuple[Tensor, Tensor | float]] = []  # used, but not yet known to be updates
+        self._last: Tensor | None = None
+        self._used, self._off = False, False
+        self.tracks: list[Track] = []
+
+    def stop(self) -> None:
+        """An optimizer has stepped."""
+        if not self._off:
+            self._off, self._holder, self._reader, self._last = True, None, None, None
+            self._waiting = []
+
+    @torch.no_grad()
+    def before_backward(self, loss: Tensor) -> None:
+        """Look whether the gradients of the pass before were used."""
+        if self._off:
             return
-        place = self._place or Path(self.settings.record)  # a launcher trains nothing itself
-        if not place.exists():
-            print("gradsplit: no step of a torch.optim.Optimizer was seen; nothing was recorded", file=sys.stderr)
+        if self._holder is None:
+            leaves = [leaf for leaf in leaves_in_order(loss) if leaf.is_leaf and leaf.numel()]
+            if leaves:
+                self._holder = ByHand(leaves)
+                layout = Layout(tuple(map(str, range(len(leaves)))), tuple(tuple(leaf.shape) for leaf in leaves))
+                plan = recording_plan(layout, max_nodes=self._session.settings.max_nodes)
+                self._reader = BlockReader(plan, leaves[0].device)
+        elif self._last is not None and float(self._squares().sum()) == 0 != float(self._last.sum()):
+            self._use()
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Measure."""
+        if not self._off and self._holder is not None:
+            self._last = self._squares()
+
+    def close(self) -> None:
+        """Take the last pass for an update, where those before it were."""
+        if not self._off and self.tracks and self._last is not None and not self._used:
+            self._use(last=True)
+            self._used = True
+
+    def _squares(self) -> Tensor:
+        assert self._holder is not None and self._reader is not None
+        return self._reader.squares([leaf.grad for leaf in self._holder.param_groups[0]["params"]])
+
+    def _use(self, *, last: bool = False) -> None:
+        assert self._last is not None
+        session = self._session
+        # Before the next backward pass the sum of losses has the new one already.
+        self._waiting.append((self._last, session.losses.take() if last else session.losses.take_before()))
+        self._last = None
+        if not self.tracks and len(self._waiting) < (1 if self._free() else _SURE):
             return
-        if self._guards is not None and self._guards.num_actions:
-            print(f"gradsplit: the guard acted {self._guards.num_actions} times; the report says why", file=sys.stderr)
-        shown = os.path.relpath(place)
-        print(f"gradsplit: recorded; next: gradsplit report {place if '..' in shown else shown}", file=sys.stderr)
+        if not self.tracks:
+            self.tracks.append(session.hand_track(self._holder))
+        waiting, self._waiting = self._waiting, []
+        for squares_L, loss in waiting:
+            session.hand_row(self.tracks[0], squares_L, loss)
+
+    def _free(self) -> bool:
+        """Whether no living optimizer has any of these leaves."""
+        assert self._holder is not None
+        mine = {id(leaf) for leaf in self._holder.param_groups[0]["params"]}
+        return not any(
+            issubclass(type(thing), torch.optim.Optimizer) and any(id(p) in mine for p in parameters_of(thing))
+            for thing in gc.get_objects()
+        )
 
 
 class _ScriptRecorder(Recorder):

@@ -30,6 +30,8 @@ class Settings:
         max_nodes: nodes of the recording.
         max_megabytes: size above which old rows are thinned.
         to: further sinks, "tensorboard:FOLDER", "jsonl:FILE", "wandb:PROJECT", "mlflow:EXPERIMENT".
+        depth: levels of modules for the further sinks; 0: every module and tensor.
+        fail_on: "explosion", "nonfinite", "exception": the process ends with a code other than 0 if so.
         quiet: say nothing on stderr at the end.
         seconds: between flushes.
         pid: of the process that becomes the script.
@@ -44,6 +46,8 @@ class Settings:
     max_nodes: int = 1000
     max_megabytes: float = 400.0
     to: tuple[str, ...] = ()
+    depth: int = 1
+    fail_on: tuple[str, ...] = ()
     quiet: bool = False
     seconds: float = 1.0
     pid: int = 0
@@ -65,7 +69,7 @@ class Settings:
             return None
         try:
             values = json.loads(text)
-            made = cls(**{**values, "budget": tuple(values["budget"]), "to": tuple(values["to"])})
+            made = cls(**{**values, **{name: tuple(values[name]) for name in ("budget", "to", "fail_on")}})
             sound = all(_alike(getattr(made, one.name), getattr(cls(), one.name)) for one in dataclasses.fields(cls))
         except (ValueError, TypeError, KeyError):
             sound = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...optimizers import follows_gradient
 from ...plan import Layout, Plan
 from ...splitter import GradientSplitter
 from ..record import Outline, Recorder, Stream, recording_plan, summed_up
+from .ending import say
 from .names import named_parameters_of
 from .settings import Settings, budget_from_words
 
@@ -151,6 +153,11 @@ class _Reading:
     own_scale: Tensor | None = None
 
 
+_FIRST_LENGTHS = 16  # steps between two readings of the weights, at first; later 1/64 of the run
+_MOST_AT_ONCE = 200  # readings of the weights beside the regular ones, where the gradient jumped
+_JUMP = 64.0  # of the gradient's square from one step to the next
+
+
 class Track:
     """One optimizer under watch or control.
 
@@ -159,17 +166,30 @@ class Track:
         stream: its number in the recording.
         settings: what was asked for.
         recorder: what takes the rows.
+        order: id(parameter) -> place in the forward pass, as far as it is known.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, stream: int, settings: Settings, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        stream: int,
+        settings: Settings,
+        recorder: Recorder,
+        order: Mapping[int, int] | None = None,
+    ) -> None:
         pairs = [(n, p) for n, p in named_parameters_of(optimizer) if p.numel() and _is_number(p)]
         self.parameters = [parameter for _, parameter in pairs]
+        self.names = [name for name, _ in pairs]
         self.signature = signature(optimizer)
         self.keys = {id(parameter) for parameter in self.parameters}
         self.step, self.recorder, self.index = -1, recorder, stream
         self.last_loss: Tensor | float = float("nan")
         self._pending: _Reading | None = None
         self._missed_scale: Tensor | None = None
+        self._remembered, self._next_lengths, self._at_once = False, 0, 0
+        self._last_square = float("nan")
+        self._small = sum(p.numel() for p in self.parameters) <= 100_000 and self.parameters[0].device.type == "cpu"
+        self._whole = not any(hasattr(parameter, "device_mesh") for parameter in self.parameters)
         self.splitter: GradientSplitter | None = None
         device = self.parameters[0].device
         layout = Layout(tuple(n for n, _ in pairs), tuple(tuple(int(k) for k in p.shape) for p in self.parameters))
@@ -192,6 +212,9 @@ class Track:
             "plan": plan.fingerprint,
             "defaults": {key: _plain(value) for key, value in optimizer.defaults.items()},
         }
+        places = [(order or {}).get(id(parameter), -1) for parameter in self.parameters]
+        if all(place >= 0 for place in places):
+            about["forward_order"] = np.argsort(places, kind="stable").tolist()
         self.num_leaves = outline.num_leaves
         recorder.open(Stream(stream, type(optimizer).__name__, outline, settings.control, about), device)
 
@@ -202,6 +225,14 @@ class Track:
         """Without a budget: RelativeStep, and where it must cap the update itself, Relative before the moments too."""
         caps = not follows_gradient(optimizer)
         budget: Any = budget_from_words(settings.budget)
+        searches = isinstance(optimizer, torch.optim.LBFGS)
+        if searches and (budget or any(group.get("line_search_fn") for group in optimizer.param_groups)):
+            say(
+                "--control in front of LBFGS: its line search and its curvature need the true gradient. Take the line "
+                "search out and leave --budget out; then only the update is bounded."
+            )
+        if not budget and searches:
+            budget = {"bin": (RelativeStep(),)}  # the closure's gradients stay as they are, the move is bounded
         if not budget:
             budget = {"bin": (Relative(0.2), RelativeStep()) if caps else (DEFAULT_OF_SPLITTER,)}
         bounds_update = any(one.bounds_update for several in budget.values() for one in several)
@@ -216,6 +247,7 @@ class Track:
     def begin_step(self) -> None:
         """Count one step of the optimizer; a closure may read the gradients several times within it."""
         self.step += 1
+        self._remembered = False
 
     def read(self) -> None:
         """Measure the gradients as they are now, and bound them in place under control; `commit` records it."""
@@ -228,23 +260,42 @@ class Track:
         else:
             self._pending = _Reading(self._pending.numbers, self._state(), factor)
 
-    def commit(self, optimizer: torch.optim.Optimizer, loss: Tensor | float, rate_factor: float = 1.0) -> None:
-        """Record one row for gradients that are ready; measure them now unless that has been done."""
+    def commit(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Tensor | float,
+        rate_factor: float = 1.0,
+        *,
+        not_made: bool = False,
+    ) -> None:
+        """Record one row for gradients that are ready; measure them now unless that has been done.
+
+        Args:
+            optimizer: whose step it is.
+            loss: of the step.
+            rate_factor: by which a guard multiplies the rates.
+            not_made: a gradient scaler lets no step follow.
+        """
         self.last_loss = loss
+        if not_made and self.splitter is not None:
+            self._pending = self._missed_scale = None
+            return  # no update is made, so that nothing is bounded and no history moves
         if all(parameter.grad is None for parameter in self.parameters):
             return
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        skipped: Tensor | float = 0.0 if found_inf is None else found_inf
+        skipped: Tensor | float = (1.0 if not_made else 0.0) if found_inf is None else found_inf
         if grad_scale is not None and self.splitter is not None:
             if bool(skipped):
                 return  # no update is made, so that nothing is bounded and no history moves
             self._unscale(optimizer, grad_scale)
             grad_scale = None
         reading, self._pending = self._pending, None
-        if reading is None or reading.state != self._state():
-            reading = _Reading(self._measured(), (), self._missed_scale)
-            if self._missed_scale is not None:
-                factor = torch.where(torch.isfinite(self._missed_scale), self._missed_scale, 1.0)
+        if reading is None or reading.state != self._state() or self._looks_again(reading):
+            # What the optimizer reads is measured; what the script's own clip did is a column of its own.
+            own = self._missed_scale if reading is None else reading.own_scale
+            reading = _Reading(self._measured(), (), own)
+            if own is not None:
+                factor = torch.where(torch.isfinite(own) & (own > 0), own, 1.0)
                 reading.numbers["squares_L"] = reading.numbers["squares_L"] / factor.square()
         self._missed_scale = None
         if grad_scale is not None:
@@ -259,8 +310,43 @@ class Track:
             own_scale=1.0 if reading.own_scale is None else reading.own_scale,
             skipped=skipped,
         )
-        if self.splitter is not None and self.splitter._cap is not None:
+        if self.splitter is not None and self.splitter._cap is not None and not self._remembered:
+            self._remembered = True  # a closure may be called again after the weights have moved within this step
             self.splitter._cap.remember()
+        self._watch_weights(reading.numbers["squares_L"])
+
+    def _looks_again(self, reading: _Reading) -> bool:
+        """Whether small gradients on a CPU are measured again at the step: writes through ``.data`` leave no trace."""
+        if not self._small or self.splitter is not None:
+            return False
+        return reading.own_scale is None or bool(torch.isfinite(reading.own_scale))
+
+    def add_measured(self, squares_L: Tensor, loss: Tensor | float) -> None:
+        """Record a row whose gradients were measured before: a step of a script that updates its weights by hand."""
+        self.begin_step()
+        self.recorder.add(self.index, self.step, squares_L, loss=loss)
+        self._watch_weights(squares_L)
+
+    def _watch_weights(self, squares_L: Tensor) -> None:
+        """Read the lengths of the weights thinly: seldom, and where the gradient has just jumped."""
+        jumped = False
+        if squares_L.device.type == "cpu":  # elsewhere a look at the number would wait for the device
+            square = float(squares_L.sum())
+            jumped = not square <= _JUMP * self._last_square if self._last_square == self._last_square else False
+            jumped = (jumped or not math.isfinite(square)) and self._at_once < _MOST_AT_ONCE
+            self._last_square = square if math.isfinite(square) else self._last_square
+        if self.step >= self._next_lengths or jumped:
+            self._at_once += self.step < self._next_lengths
+            self._next_lengths = self.step + max(_FIRST_LENGTHS, self.step // 64)
+            self.read_weights()
+
+    @torch.no_grad()
+    def read_weights(self, step: int | None = None) -> None:
+        """Record the length of every tensor as it is now; of sharded tensors no process has the whole."""
+        if not self._whole or any(parameter.is_meta for parameter in self.parameters):
+            return
+        lengths = [parameter.detach() for parameter in self.parameters]
+        self.recorder.add_lengths(self.index, self.step if step is None else step, _lengths(lengths))
 
     def _measured(self) -> dict[str, Tensor]:
         if self.splitter is None:
@@ -285,7 +371,15 @@ class Track:
     def _state(self) -> tuple[tuple[int, int], ...]:
         """What differs once anybody has written to the gradients since."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return tuple((id(gradient), gradient._version) for gradient in (*gradients[:2], *gradients[-2:]))
+        return tuple((id(gradient), gradient._version) for gradient in gradients)
+
+
+def _lengths(tensors: list[Tensor]) -> Tensor:
+    """(T,) L2 lengths, in one dtype on one device."""
+    half = (torch.float16, torch.bfloat16)
+    wide = [t.to(torch.float32) if t.dtype in half else torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    device = wide[0].device
+    return torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(wide)])
 
 
 def _is_number(parameter: Tensor) -> bool:

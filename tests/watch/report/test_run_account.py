@@ -74,7 +74,12 @@ def test_everything_lost_at_once_blames_no_tensor(tmp_path):
     norm[60:] = np.nan
     account = _account(write_run(tmp_path / "run.db", norm))
     assert (account.first.tensor, account.first.step) == ("all", 60)
-    assert headline(account).startswith("At step 60 everything was lost at once")
+    assert headline(account).startswith("At step 60 every gradient was lost in the backward pass: the loss was finite")
+    stream, loss = Stream(0, "AdamW", outline()), np.where(np.arange(ROWS) < 60, 2.0, np.nan)
+    writer = RunWriter(tmp_path / "lost.db", {"argv": ["train.py"], "mode": "watch"})
+    writer.write([rows_of(stream, norm, loss_S=loss)])
+    writer.close()
+    assert headline(_account(tmp_path / "lost.db")).startswith("At step 60 everything was lost at once")
 
 
 def test_a_thinned_departure_is_still_found(tmp_path):
