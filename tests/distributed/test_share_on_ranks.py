@@ -1,0 +1,86 @@
+"""GSO by share on two ranks: the weights of one process, and a stated number of collectives per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+import gradsplit as gs
+from tests.distributed.models import batch, make_net, shard, weights_of
+from tests.distributed.ranks import counted, on_ranks
+
+STEPS = 5
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "a linear decay": {"steps": STEPS},
+    "blocks": {"blocks": {"*wide.weight": 37, "*conv.weight": 11}},
+    "all Adam": {"direction": {"*": "adam"}},
+    "columns": {"plan": lambda layout: gs.xsp(layout, axis=1)},
+}
+SHARDED_MATRICES = {"ddp": 0, "fsdp": 6, "tp": 2}
+
+
+def collectives(mode: str, variant: str) -> tuple[int, int]:
+    """All-reduces and all-gathers per step: none for replicas.
+
+    Of shards three sums, since some rows lie on several ranks (norms, lengths of directions, lengths afterwards), and
+    one all-gather for each sharded matrix whose direction is orthogonal.
+    """
+    if mode == "ddp":
+        return 0, 0
+    return 3, 0 if variant == "all Adam" else SHARDED_MATRICES[mode]
+
+
+def train(model: nn.Module, optimizer: gs.GSO) -> list[tuple[int, int]]:
+    """Train, with one batch that is scaled as a whole; return all-reduces and other collectives of each step."""
+    made, (part,) = [], optimizer._parts
+    for step in range(STEPS):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y) * (1e6 if step == 3 else 1.0)
+        loss.backward()
+        calls: list[str] = []
+        with counted(calls), CommDebugMode() as gathers:
+            optimizer.step()
+        assert set(calls) <= {"all_reduce"}
+        made.append((len(calls), gathers.get_total_counts() - len(calls)))
+        assert (float(part.update.collected) < 1) == (step == 3), "the collective rule fires at the scaled batch alone"
+    return made
+
+
+def run(model: nn.Module, variant: str, **options: Any) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    optimizer = gs.GSO(model, **VARIANTS[variant], **options)
+    made = train(model, optimizer)
+    (part,) = optimizer._parts
+    return weights_of(model), made, (part.update.recent_B, part.update.most_B, part.update.collected)
+
+
+def work(rank: int, world: int) -> dict[Any, Any]:
+    return {
+        (mode, variant): run(shard(make_net(), mode, world), variant)
+        for mode in ("ddp", "fsdp", "tp")
+        for variant in VARIANTS
+    }
+
+
+def test_two_ranks_make_the_steps_of_one_process() -> None:
+    alone = {variant: run(make_net(), variant) for variant in VARIANTS}
+    answers = on_ranks(2, work)
+    for answer in answers:
+        for (mode, variant), (weights, made, history) in answer.items():
+            true_weights, _, true_history = alone[variant]
+            assert made == [collectives(mode, variant)] * STEPS, (mode, variant)
+            for mine, first, true in zip(history, answers[0][mode, variant][2], true_history, strict=True):
+                assert torch.equal(mine, first), (mode, variant)  # the same bits on every rank
+                torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-9)
+            for name, weight in true_weights.items():
+                torch.testing.assert_close(
+                    weights[name],
+                    weight,
+                    rtol=0,
+                    atol=1e-9,
+                    msg=lambda m, key=(mode, variant), n=name: f"{key} {n}: {m}",
+                )
