@@ -76,7 +76,7 @@ def main() -> None:
             data_collator=lambda items: items[0],
             train_dataset=Batches(task, chosen.steps),
             callbacks=[GradientSplitting()] if chosen.sgd else [],
-            optimizer_cls_and_kwargs=sgd if chosen.sgd else (gs.GSO, {"params": task.model, "lr": 1e-2}),
+            optimizer_cls_and_kwargs=sgd if chosen.sgd else (gs.GSO, {"params": task.model, "lr": 0.03}),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..amp import Scaling
 from ..collective import Collective
 from ..distributed import is_sharded, local_of
-from ..plan import Layout, make_plan, one_device, part_of
+from ..plan import Layout, Plan, make_plan, one_device, part_of
 from ..split import Split, StepRecord
 from .directions import DIRECTIONS
 from .kinds import Kind
@@ -135,6 +135,11 @@ def make_parts(
     if not any(owner.numel() for owner in owners):
         return []
     held = None if kinds is None else list(kinds)
+    plan = options["plan"]
+    if isinstance(plan, Plan):  # one of what was trainable when it was made, as `layout_of` gives it
+        kept = [t for t, p in enumerate(owners) if p.requires_grad or names[t] in plan.layout.names]
+        names, positions = [names[t] for t in kept], [positions[t] for t in kept]
+        owners, held = [owners[t] for t in kept], None if held is None else [held[t] for t in kept]
     part = _make_part(optimizer, names, owners, positions, options, held, collective)
     return _one_by_one(part, collective) if one_tensor_each else [part]
 

@@ -25,6 +25,10 @@ BROUGHT_BY_THE_USER = {"timm", "triton", "wandb", "mlflow", "jax", "tensorflow"}
 MEASURED_BESIDE_US = {"adam-mini", "atheris", "heavyball", "smartclip", "timm", "torchjd", "zclip"}
 
 
+# Folders of `benchmarks/` that are imported by their own names.
+OUR_BENCHMARKS = {canonicalize_name(path.name) for path in (ROOT / "benchmarks").iterdir() if path.is_dir()}
+
+
 def _requirements(*extras: str) -> dict[str, Requirement]:
     tables = project()["project"]
     texts = list(tables["dependencies"])
@@ -53,7 +57,7 @@ def test_every_import_is_declared(path):
     names = {canonicalize_name(DISTRIBUTION.get(top, top)) for top in _third_party(path)}
     missing = names - set(declared) - DATA_ONLY - BROUGHT_BY_THE_USER - {"tomli"}
     if relative(path).startswith("benchmarks/"):
-        missing -= MEASURED_BESIDE_US
+        missing -= MEASURED_BESIDE_US | OUR_BENCHMARKS
     assert not missing, f"{relative(path)} imports {sorted(missing)}; add it to an extra in pyproject.toml"
 
 

@@ -352,7 +352,7 @@ def test_project_runs_inside_a_compiled_function_by_both_rules():
         ours = jax.jit(lambda n, lim, rule=rule: gs.project(plan, n, lim, rule=rule))(norm_B, limit_N)
         theirs = gs.project(plan, norm_B.astype(np.float64), limit_N.astype(np.float64), rule=rule)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="expected limits >= 0, got -1"):
+    with pytest.raises(ValueError, match="expected limits >= 0, where inf means unbounded, got -1"):
         gs.project(plan, jnp.asarray(norm_B), jnp.asarray(limit_N).at[3].set(-1.0))
 
 

@@ -164,19 +164,17 @@ def test_what_is_trainable_when_the_splitter_is_made_is_bounded_from_the_step_it
     assert (norms > 0).all()
 
 
-def test_parameters_thawed_later_join_gso_as_a_group_and_leave_the_others_where_they_were():
-    """A part of its own: the adapters' first step after it is that of a run in which nothing was added."""
+def test_parameters_thawed_later_are_updated_and_leave_the_others_where_they_were():
+    """The adapters' next step is that of a run in which nothing was thawed."""
     runs = []
-    for adds in (False, True):
+    for thaws in (False, True):
         model = with_adapters()
         optimizer = gs.GSO(model, lr=0.01, budget=(gs.Percentile(0.1, eta=0.5), gs.RelativeStep()), direction="adam")
         for _ in range(3):
             LLAMA.backward(model)
             optimizer.step()
-        if adds:
+        if thaws:
             freeze(model, "lm_head", frozen=False)
-            thawed = [(name, p) for name, p in model.named_parameters() if "lm_head" in name]
-            optimizer.add_param_group({"params": thawed})
         LLAMA.backward(model)
         optimizer.step()
         runs.append(dict(model.named_parameters()))

@@ -76,7 +76,7 @@ def test_lightning_without_the_callback(capsys, monkeypatch):
 
 
 def test_transformers_with_gso(capsys, monkeypatch):
-    expected = plain("gpt", lambda model: (gs.GSO(model, lr=1e-2, direction="adam"), None), schedule=cosine)
+    expected = plain("gpt", lambda model: (gs.GSO(model, lr=0.03), None), schedule=cosine)
     assert printed_by("transformers_gpt", capsys, monkeypatch) == expected
 
 
