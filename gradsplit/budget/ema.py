@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..xp import Array
 from .base import Budget, Reading, State
-from .warm_up import FIRST, MOST, first_ones
+from .warm_up import BEYOND, FIRST, MOST, first_ones
 
 __all__ = ["Ema"]
 
@@ -19,9 +19,10 @@ class Ema(Budget):
 
         limit_b = ratio * e_b                                   e_b <- beta e_b + (1 - beta) kept_b
 
-    During the first ``warmup`` observations nothing is bounded. e_b is then their mean, made so that a spike cannot
-    move it: it begins as the median of three, and a later observation enters as at most twice e_b. A warm-up of one or
-    two observations takes their plain mean. From AdaGC (arXiv 2502.11034) and OLMo's per-parameter rule. Deviations:
+    During the first ``warmup`` observations the limit is 10 e_b, and inf for the first three. e_b is then their mean,
+    made so that a spike cannot move it: it begins as the median of three, and a later observation enters as at most
+    twice e_b. A warm-up of up to three observations bounds nothing, and one of up to two takes their plain mean.
+    From AdaGC (arXiv 2502.11034) and OLMo's per-parameter rule. Deviations:
     the warm-up takes that mean, not the minimum; and there is a **recovery rule**. Per step e grows by at most
     (ratio - 1)(1 - beta), so a limit that has collapsed would take hundreds of steps to double. Once a node has been
     bounded more than ``patience`` times in a row, its e grows by the factor ``growth`` per step until the norm fits.
@@ -32,7 +33,7 @@ class Ema(Budget):
     Args:
         ratio: norm / running mean that is let through, > 1.
         beta: memory of the running mean, in (0, 1).
-        warmup: observations before anything is bounded, >= 1.
+        warmup: observations before the rule holds, >= 1.
         patience: bounded observations in a row before the limit recovers, >= 1.
         growth: factor per step of the recovery, >= 1.
 
@@ -67,6 +68,8 @@ class Ema(Budget):
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
         mean, seen, _ = state
         unbounded = xp.full(mean.shape[0], float("inf"), mean)
+        if self.warmup > FIRST:
+            unbounded = xp.where(seen >= FIRST, max(BEYOND, self.ratio) * mean, unbounded)
         return xp.where(seen >= self.warmup, self.ratio * mean, unbounded)
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102

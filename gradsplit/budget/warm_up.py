@@ -1,7 +1,8 @@
 """The first observations of a history, so that no single spike among them moves a limit.
 
 Three observations give their median; it counts as their mean. Every later one of the warm-up enters as at most twice
-the mean so far. A spike of any size then has at most the weight of one ordinary observation.
+the mean so far. A spike of any size then has at most the weight of one ordinary observation. From the fourth on, ten
+times the mean is the limit, since a spike that is let through would stay in an optimizer's memory for long.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from types import ModuleType
 
 from ..xp import Array
 
-__all__ = ["FIRST", "MOST", "first_ones"]
+__all__ = ["BEYOND", "FIRST", "MOST", "first_ones"]
 
 FIRST = 3
 """Observations of which the median is taken."""
 
 MOST = 2.0
 """What a later observation of the warm-up may be, in units of the mean so far."""
+
+
+BEYOND = 10.0
+"""What is let through during the warm-up from the fourth observation on, in units of the mean so far."""
 
 
 def first_ones(xp: ModuleType, norm: Array, low: Array, high: Array, seen: Array) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..xp import Array
 from .base import Budget, Reading, State
-from .warm_up import FIRST, MOST, first_ones
+from .warm_up import BEYOND, FIRST, MOST, first_ones
 
 __all__ = ["ZScore"]
 
@@ -22,8 +22,9 @@ class ZScore(Budget):
 
     This is ZClip (arXiv 2504.02507, option "adaptive_scaling", without its fixed limit). Deviations: one statistic per
     node, not one for the model; a non-finite norm never enters; sigma is at least 1e-6 of the mean. In ZClip spikes of
-    the warm-up enter as they are. Here mu begins as the median of three, with the variance 2/3 (mu - lowest)^2, and a
-    later observation of the warm-up enters as at most 2 mu. A warm-up of two observations takes them as they are.
+    the warm-up enter as they are. Here mu begins as the median of three, with the variance 2/3 (mu - lowest)^2. A
+    later observation of the warm-up enters as at most 2 mu, and is let through up to 10 mu. A warm-up of two
+    observations takes them as they are.
 
     It is for the *transient* spike (temporal order, 50 steps: 10 of 12 solved, 6 without it). It learns a persistent
     explosion as normal.
@@ -31,7 +32,7 @@ class ZScore(Budget):
     Args:
         z: standard deviations let through, > 0.
         beta: memory of mean and variance, in (0, 1).
-        warmup: observations before anything is bounded, >= 2.
+        warmup: observations before the rule holds, >= 2.
 
     Raises:
         ValueError: a constant out of its range.
@@ -64,7 +65,10 @@ class ZScore(Budget):
         score = (reading.norm - mean) / xp.where(sigma > 0, sigma, xp.full(mean.shape[0], 1.0, mean))
         over = (seen >= self.warmup) & (score > self.z)
         drawn = mean + self.z**2 / xp.where(over, score, xp.full(mean.shape[0], 1.0, mean)) * sigma
-        return xp.where(over, drawn, xp.full(mean.shape[0], float("inf"), mean))
+        unbounded = xp.full(mean.shape[0], float("inf"), mean)
+        if self.warmup > FIRST:
+            unbounded = xp.where((seen >= FIRST) & (seen < self.warmup), BEYOND * mean, unbounded)
+        return xp.where(over, drawn, unbounded)
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
         mean, variance, seen = state
