@@ -19,7 +19,7 @@ class Ema(Budget):
 
         limit_b = ratio * e_b                                   e_b <- beta e_b + (1 - beta) kept_b
 
-    During the first ``warmup`` observations the limit is 10 e_b, and inf for the first three. e_b is then their mean,
+    During the first ``warmup`` observations the limit is 5 e_b, and inf for the first three. e_b is then their mean,
     made so that a spike cannot move it: it begins as the median of three, and a later observation enters as at most
     twice e_b. A warm-up of up to three observations bounds nothing, and one of up to two takes their plain mean.
     From AdaGC (arXiv 2502.11034) and OLMo's per-parameter rule. Deviations:

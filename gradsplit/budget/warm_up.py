@@ -1,7 +1,7 @@
 """The first observations of a history, so that no single spike among them moves a limit.
 
 Three observations give their median; it counts as their mean. Every later one of the warm-up enters as at most twice
-the mean so far. A spike of any size then has at most the weight of one ordinary observation. From the fourth on, ten
+the mean so far. A spike of any size then has at most the weight of one ordinary observation. From the fourth on, five
 times the mean is the limit, since a spike that is let through would stay in an optimizer's memory for long.
 """
 
@@ -20,7 +20,7 @@ MOST = 2.0
 """What a later observation of the warm-up may be, in units of the mean so far."""
 
 
-BEYOND = 10.0
+BEYOND = 5.0
 """What is let through during the warm-up from the fourth observation on, in units of the mean so far."""
 
 

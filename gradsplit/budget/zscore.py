@@ -23,7 +23,7 @@ class ZScore(Budget):
     This is ZClip (arXiv 2504.02507, option "adaptive_scaling", without its fixed limit). Deviations: one statistic per
     node, not one for the model; a non-finite norm never enters; sigma is at least 1e-6 of the mean. In ZClip spikes of
     the warm-up enter as they are. Here mu begins as the median of three, with the variance 2/3 (mu - lowest)^2. A
-    later observation of the warm-up enters as at most 2 mu, and is let through up to 10 mu. A warm-up of two
+    later observation of the warm-up enters as at most 2 mu, and is let through up to 5 mu. A warm-up of two
     observations takes them as they are.
 
     It is for the *transient* spike (temporal order, 50 steps: 10 of 12 solved, 6 without it). It learns a persistent

@@ -39,7 +39,7 @@ def warm(history, mean):
 def ema(norms, *, ratio, beta, warmup, patience, growth):
     mean, seen, bounded, limits, history = 0.0, 0, 0, [], []
     for norm in norms:
-        limit = ratio * mean if seen >= warmup else 10 * mean if seen >= 3 else math.inf
+        limit = ratio * mean if seen >= warmup else 5 * mean if seen >= 3 else math.inf
         limits.append(limit)
         kept = min(norm, limit)
         if norm == 0:
@@ -60,7 +60,7 @@ def ema(norms, *, ratio, beta, warmup, patience, growth):
 def zscore(norms, *, z, beta, warmup):
     history, mean, var, limits = [], 0.0, 0.0, []
     for norm in norms:
-        limit = 10 * mean if 3 <= len(history) < warmup else math.inf
+        limit = 5 * mean if 3 <= len(history) < warmup else math.inf
         if len(history) >= warmup:
             sigma = max(math.sqrt(var), 1e-6 * mean)
             score = (norm - mean) / sigma
