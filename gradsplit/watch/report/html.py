@@ -1,4 +1,4 @@
-"""The shell of every page: one HTML file that needs no network, with its style and plotly's script inside.
+"""The shell of every page: one HTML file that needs no network, its style inside, plotly's script where it is needed.
 
 page(title, lead, [Section("heading", "one sentence", [html, figure])], evidence)
 """
@@ -42,6 +42,8 @@ def page(title: str, lead: str, sections: Iterable[Section], evidence: Mapping[s
         evidence: where the numbers come from: name -> value, shown at the end.
     """
     numbered = list(enumerate(sections, 1))
+    drawn = any(not isinstance(part, str) or "plotly" in part for _, s in numbered for part in s.parts)
+    plotly = f"<script>{get_plotlyjs()}</script>" if drawn else ""
     contents = "".join(f'<a href="#s{n}">{html.escape(s.heading)}</a>' for n, s in numbered)
     body = "".join(
         f'<section id="s{n}"><h2>{html.escape(s.heading)}</h2>{text(s.lead) if s.lead else ""}'
@@ -53,7 +55,7 @@ def page(title: str, lead: str, sections: Iterable[Section], evidence: Mapping[s
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style>'
-        f"<script>{get_plotlyjs()}</script></head><body><main><h1>{html.escape(title)}</h1>{text(lead)}"
+        f"{plotly}</head><body><main><h1>{html.escape(title)}</h1>{text(lead)}"
         f"<nav>{contents}</nav>{body}<section><h2>Where the numbers come from</h2>{proof}</section>"
         "</main></body></html>\n"
     )

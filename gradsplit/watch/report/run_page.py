@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
 from .html import Section, html_table, page, text
 from .rules import GROWN, LOSS_TIMES, NORM_TIMES, WEIGHT_TIMES
-from .text import USE_HEADINGS, findings, headline, use_rows
+from .svg import HEAT_CSS, Line, courses, heat
+from .text import GLOSSARY, USE_HEADINGS, findings, headline, use_rows
 
 __all__ = ["run_page", "write_run_page", "curves", "heat_map", "pooled"]
 
 _TOLD = ("argv", "folder", "mode", "gradsplit", "torch", "python", "platform", "git_commit", "rank", "world_size")
 
 COLUMNS = 600
-POINTS = 2000
-MARKS = 2000
 CLOSE = 60  # windows on either side of the departure
 CURVES = 6
 # After Okabe and Ito: distinct for most colour-blind readers.
@@ -43,9 +41,15 @@ def write_run_page(account: Account, path: str | Path) -> Path:
 
 def run_page(account: Account) -> str:
     """Return the page as text."""
-    program = " ".join(str(word) for word in account.meta.get("argv", [])) or Path(account.path).name
+    words = [str(word) for word in account.meta.get("argv", [])]
+    scripts = [word for word in words if word.endswith(".py")]
+    script = (scripts or words[-1:] or [account.path])[0]
     sections = [
-        Section("What happened", headline(account), [_sentences(findings(account))]),
+        Section(
+            "What happened",
+            headline(account),
+            [_sentences(findings(account)), '<p><a href="#glossary">What these sentences mean</a></p>'],
+        ),
         Section("What to change", "", [_advice(account)]),
     ]
     if account.actions:
@@ -55,7 +59,8 @@ def run_page(account: Account) -> str:
         sections.append(Section("The guard", lead, [html_table(ACTION_HEADINGS, action_rows(account.actions))]))
     for stream in account.streams:
         sections += _stream_sections(stream, several=len(account.streams) > 1)
-    return page(f"gradsplit: {program}", _lead(account), sections, _evidence(account))
+    sections.append(Section("What the sentences mean", "", [_glossary()]))
+    return page(f"gradsplit: {Path(script).name}", _lead(account), sections, _evidence(account))
 
 
 def _lead(account: Account) -> str:
@@ -70,8 +75,8 @@ def _stream_sections(stream: StreamAccount, *, several: bool) -> list[Section]:
     axis = "Norms as measured, before the script's own scaling and ours. The dashed line is the first departure."
     heat = (
         "Each recorded leaf down, steps across, at most "
-        f"{COLUMNS} columns; a column shows the largest norm of its steps. Crosses: not finite. Drag to zoom, "
-        "double-click to zoom out."
+        f"{COLUMNS} columns; a column shows the largest norm of its steps. Black: not finite. Move over the picture to "
+        "read a name and a step."
     )
     parts: list[Any] = [heat_map(stream)]
     if stream.first is not None and len(stream.series.start_W) > COLUMNS:
@@ -93,6 +98,13 @@ def _advice(account: Account) -> str:
         text(advice.reason) + (f"<pre class=command>{html.escape(advice.command)}</pre>" if advice.command else "")
         for advice in advice_of(account)
     )
+
+
+def _glossary() -> str:
+    rows = (
+        f"<dt>{html.escape(sentence)}</dt><dd>{html.escape(meaning)}</dd>" for sentence, meaning in GLOSSARY.items()
+    )
+    return f"<style>{HEAT_CSS}</style><dl id=glossary>{''.join(rows)}</dl>"
 
 
 def _tree(stream: StreamAccount) -> str:
@@ -182,75 +194,39 @@ def pooled(values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(np.isneginf(best), np.nan, best), starts
 
 
-def curves(account: StreamAccount) -> go.Figure:
-    """Norms of the whole gradient and of the top modules on a logarithmic axis, the loss on the right."""
+def curves(account: StreamAccount) -> str:
+    """Norms of the whole gradient and of the top modules on a logarithmic axis, and the loss on an axis of its own."""
     series, outline = account.series, account.stream.outline
-    figure = go.Figure()
-    total, at = pooled(series.total_R.astype(np.float64), POINTS)
-    steps = series.step_R[at]
-    figure.add_scatter(x=steps, y=total, name="whole gradient", line={"color": "#1c1c1c", "width": 2})
+    lines = [Line("whole gradient", "#1c1c1c", series.step_R, series.total_R.astype(np.float64))]
     nodes = outline.children(0)
     while len(nodes) == 1 and outline.children(nodes[0]):
         nodes = outline.children(nodes[0])
     ranked = sorted(nodes, key=lambda node: -account.uses[node].median if account.uses[node].median > 0 else 0.0)
     for node, colour in zip(ranked[:CURVES], COLOURS, strict=False):
-        values, starts = pooled(series.node_peak(node), POINTS)
-        figure.add_scatter(
-            x=series.step_W[starts],
-            y=values,
-            name=html.escape(outline.names_N[node]),
-            line={"color": colour, "width": 1},
-        )
-    loss, at = pooled(series.loss_R.astype(np.float64), POINTS)
+        lines.append(Line(outline.names_N[node], colour, series.step_W, series.node_peak(node)))
+    marked = None if account.first is None else float(account.first.step)
+    made = courses("norm as measured, gradient units", lines, marked=marked, logarithmic=True)
+    loss = series.loss_R.astype(np.float64)
     if np.isfinite(loss).any():
-        figure.add_scatter(
-            x=series.step_R[at], y=loss, name="loss (right)", yaxis="y2", line={"color": "#D55E00", "dash": "dot"}
-        )
-    if account.first is not None:
-        figure.add_vline(x=account.first.step, line={"color": "#B2182B", "dash": "dash", "width": 1})
-    figure.update_layout(
-        xaxis={"title": "step"},
-        yaxis={"title": "norm as measured", "type": "log", "exponentformat": "power"},
-        yaxis2={"title": "loss", "overlaying": "y", "side": "right", "showgrid": False},
-        legend={"orientation": "h", "y": 1.14},
-        hovermode="x unified",
-    )
-    return figure
+        made += courses("loss", [Line("loss", "#D55E00", series.step_R, loss)], marked=marked)
+    return made
 
 
-def heat_map(account: StreamAccount, *, close: bool = False) -> go.Figure:
+def heat_map(account: StreamAccount, *, close: bool = False) -> str:
     """Every recorded leaf (down) at every step (across): its norm over its own median, as a power of ten.
 
     Args:
         account: of one optimizer.
         close: only the windows around the departure, each on its own.
     """
-    series, outline = account.series, account.stream.outline
     window = slice(None)
     if close and account.first is not None:
         window = slice(max(0, account.first.window - CLOSE), account.first.window + CLOSE)
-    step_W = series.step_W[window]
     z_CL, at = _relative(account, window)
-    figure = go.Figure(
-        go.Heatmap(
-            x=np.asarray(step_W[at]) if _rising(step_W[at]) else at,
-            y=[html.escape(name) for name in outline.leaf_names],
-            z=np.ascontiguousarray(z_CL.T, dtype=np.float32),
-            zmin=-3,
-            zmax=3,
-            colorscale=[[0, "#2166ac"], [0.5, "#f7f7f7"], [0.75, "#f4a582"], [1, "#67001f"]],
-            colorbar={"title": "norm / own median", "tickvals": [-3, -2, -1, 0, 1, 2, 3],
-                      "ticktext": ["1/1000", "1/100", "1/10", "1", "10", "100", "1000"]},
-            hovertemplate="%{y}<br>step %{x}<br>10<sup>%{z:.2f}</sup> times its median<extra></extra>",
-        )
-    )  # fmt: skip
-    _mark_lost(figure, account, window, at, step_W)
-    figure.update_layout(
-        xaxis={"title": "step"},
-        yaxis={"autorange": "reversed", "automargin": True, "tickfont": {"size": 10}},
-        height=int(min(900, max(320, 12 * outline.num_leaves + 160))),
-    )
-    return figure
+    bad_WL = (account.series.peak_bits_WL[window] & 0x7F80) == 0x7F80  # all exponent bits of a bfloat16: inf or nan
+    lost_CL = np.maximum.reduceat(bad_WL, at, axis=0)
+    identity = f"heat{account.stream.index}{'close' if close else ''}"
+    return heat(z_CL, lost_CL, account.series.step_W[window][at], account.stream.outline.leaf_names, identity)
 
 
 def _relative(account: StreamAccount, window: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -263,27 +239,3 @@ def _relative(account: StreamAccount, window: slice) -> tuple[np.ndarray, np.nda
             column = np.log10(best / usual[node])
         columns.append(np.where(np.isfinite(column), column, np.nan))
     return np.stack(columns, axis=1), at
-
-
-def _mark_lost(figure: go.Figure, account: StreamAccount, window: slice, at: np.ndarray, step_W: np.ndarray) -> None:
-    """Crosses where a norm was not finite."""
-    names = account.stream.outline.leaf_names
-    bad_WL = (account.series.peak_bits_WL[window] & 0x7F80) == 0x7F80  # all exponent bits of a bfloat16: inf or nan
-    rows, leaves = np.nonzero(np.maximum.reduceat(bad_WL, at, axis=0))
-    if not len(rows):
-        return
-    x = step_W[at] if _rising(step_W[at]) else at
-    figure.add_scatter(
-        x=x[rows[:MARKS]],
-        y=[html.escape(names[leaf]) for leaf in leaves[:MARKS]],
-        mode="markers",
-        marker={"symbol": "x", "color": "#1c1c1c", "size": 6},
-        name="not finite",
-        hovertemplate="%{y}<br>step %{x}<br>not finite<extra></extra>",
-        showlegend=False,
-    )
-
-
-def _rising(values: np.ndarray) -> bool:
-    """Whether steps can be an axis: a closure called several times a step repeats them."""
-    return bool((np.diff(values) > 0).all())

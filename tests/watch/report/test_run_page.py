@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from gradsplit.watch.record import RunFile, RunWriter, Stream
 from gradsplit.watch.report.account import account_of
 from gradsplit.watch.report.run_page import pooled, write_run_page
+from gradsplit.watch.report.svg import Line, courses
 from tests.watch.record.recorded import noise, outline, rows_of
 from tests.watch.report.browser import Browser, chromium
 
@@ -54,6 +56,23 @@ def test_pooling_keeps_the_largest():
     assert starts[0] == 0
 
 
+def test_the_page_is_small_and_says_what_its_sentences_mean(tmp_path):
+    text = _page(tmp_path, rows=3000).read_text(encoding="utf8")
+    assert len(text) < 1_000_000
+    assert 'href="#glossary"' in text and "<dl id=glossary>" in text
+    assert "max-width:640px" in text
+    assert f"<title>gradsplit: {html.escape(EVIL)}.py</title>" in text, "the script's name, not the whole command"
+
+
+def test_what_is_lost_is_marked_to_the_end_and_a_loss_over_decades_is_logarithmic():
+    x, y = np.arange(9000.0), np.geomspace(1.0, 1e9, 9000)
+    y[4000:] = np.nan
+    drawn = courses("loss", [Line("loss", "#000", x, y)])
+    (first, last) = re.findall(r'class="lost" x1="([\d.]+)" x2="([\d.]+)"', drawn)[0]
+    assert float(last) > 1080 and float(first) < 560, "one bar from the first lost step to the last"
+    assert ">100<" in drawn and ">1000<" in drawn.replace("1e+03", "1000"), "powers of ten"
+
+
 @pytest.mark.slow
 def test_in_a_browser(tmp_path):
     program = chromium()
@@ -62,7 +81,7 @@ def test_in_a_browser(tmp_path):
     page = _page(tmp_path)
     with Browser(program) as browser:
         browser.open(page)
-        browser.until("document.querySelectorAll('.js-plotly-plot .plot-container').length >= 2")
+        browser.until("document.querySelectorAll('.course svg polyline').length >= 4")
         assert browser.run("document.title").startswith("gradsplit: <img"), "the name is text"
         _check_hover(browser)
         _check_tree(browser)
@@ -73,15 +92,12 @@ def test_in_a_browser(tmp_path):
 
 def _check_hover(browser):
     x, y, width, height = browser.run(
-        "(() => { const map = [...document.querySelectorAll('.js-plotly-plot')].find(p => p.data[0].type == 'heatmap');"
-        " map.scrollIntoView({block: 'center'}); const box = map.querySelector('.nsewdrag').getBoundingClientRect();"
-        " return [box.x, box.y, box.width, box.height]; })()"
+        "(() => { const map = document.querySelector('.heat svg'); map.scrollIntoView({block: 'center'});"
+        " const box = map.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })()"
     )
     for shift in (0.4, 0.41):
         browser.move_to(x + width * shift, y + height * 0.5)
-    browser.until("document.querySelector('.hoverlayer .hovertext')")
-    told = browser.run("[...document.querySelectorAll('.hoverlayer')].map(layer => layer.textContent).join('')")
-    assert "times its median" in told
+    browser.until("/, step \\d+: /.test(document.querySelector('.heat .told').textContent)")
 
 
 def _check_tree(browser):
