@@ -104,7 +104,7 @@ def _glossary() -> str:
     rows = (
         f"<dt>{html.escape(sentence)}</dt><dd>{html.escape(meaning)}</dd>" for sentence, meaning in GLOSSARY.items()
     )
-    return f"<style>{HEAT_CSS}</style><dl id=glossary>{''.join(rows)}</dl>"
+    return f"<style>{HEAT_CSS}</style><ul id=glossary class=words>{''.join(rows)}</ul>"
 
 
 def _tree(stream: StreamAccount) -> str:

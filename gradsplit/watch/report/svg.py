@@ -70,7 +70,10 @@ def courses(title: str, lines: Sequence[Line], *, marked: float | None = None, l
         low, high = low / 1.3, high * 1.3
     elif high - low < 1e-12 * max(1.0, abs(high)):
         low, high = low - 0.5, high + 0.5
-    keys = "".join(f'<span><i style="background:{line.colour}"></i>{html.escape(line.name)}</span>' for line in lines)
+    keys = "".join(
+        f'<span><span class="key" style="background:{line.colour}"></span>{html.escape(line.name)}</span>'
+        for line in lines
+    )
     pictures = "".join(
         f'<div class="{kind}">{_picture(lines, width, 260, low, high, marked, logarithmic=logarithmic)}</div>'
         for kind, width in (("broad", 1100), ("narrow", 380))
@@ -155,15 +158,14 @@ def heat(z_CL: np.ndarray, lost_CL: np.ndarray, step_C: np.ndarray, names: Seque
     level = np.where(lost_CL, _LOST, level).T.astype(np.uint8)
     picture = base64.b64encode(_png(level, _palette())).decode()
     height = int(min(700, max(160, 10 * len(names))))
-    facts = json.dumps({"names": list(names), "steps": step_C.tolist()}).replace("<", "\\u003c")
+    facts = json.dumps({"names": list(names), "steps": step_C.tolist()})
     return (
-        f'<div class="heat" id="{identity}"><svg role="img" viewBox="0 0 {len(step_C)} {len(names)}" '
-        f'preserveAspectRatio="none" style="height:{height}px"><image width="{len(step_C)}" height="{len(names)}" '
-        f'preserveAspectRatio="none" href="data:image/png;base64,{picture}"/></svg>'
+        f'<div class="heat" id="{identity}" data-facts="{html.escape(facts)}"><div class="map" style="height:{height}px;'
+        f'background-image:url(data:image/png;base64,{picture})"></div>'
         f'<p class="ends"><span>step {int(step_C[0])}</span>'
         f"<span>step {int(step_C[-1])}</span></p>"
         '<p class="told">blue 1/1000, white 1, red 1000 times its own median; black: not finite; grey: none.</p>'
-        f'<script type="application/json">{facts}</script><script>({_HOVER})("{identity}")</script></div>'
+        f'<script>/** what is under the pointer */({_HOVER})("{identity}")</script></div>'
     )
 
 
@@ -195,10 +197,10 @@ def _png(index: np.ndarray, palette: bytes) -> bytes:
 
 
 _HOVER = """id => {
- const box = document.getElementById(id), image = box.querySelector('svg'), told = box.querySelector('.told');
+ const box = document.getElementById(id), image = box.querySelector('.map'), told = box.querySelector('.told');
  const sheet = new Image();
- sheet.src = box.querySelector('image').getAttribute('href');
- const facts = JSON.parse(box.querySelector('script').textContent);
+ sheet.src = image.style.backgroundImage.slice(5, -2);
+ const facts = JSON.parse(box.dataset.facts);
  let pen = null;
  image.addEventListener('mousemove', event => {
   const frame = image.getBoundingClientRect(), wide = facts.steps.length, tall = facts.names.length;
@@ -220,11 +222,11 @@ HEAT_CSS = """
 .course svg{width:100%;height:auto;display:block}.course text{font:12px system-ui,sans-serif;fill:#555}
 .course .axis{margin:.6em 0 0;font-weight:600;font-size:.9rem}.course .narrow{display:none}
 .keys{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.85rem;overflow-wrap:anywhere}
-.keys i{display:inline-block;width:14px;height:4px;margin-right:6px;vertical-align:middle}
-.heat svg{width:100%;display:block}.heat image{image-rendering:pixelated}
+.keys .key{display:inline-block;width:14px;height:4px;margin-right:6px;vertical-align:middle}
+.heat .map{width:100%;background-size:100% 100%;image-rendering:pixelated}
 .heat .ends{display:flex;justify-content:space-between;font-size:.85rem;color:#555;margin:.2em 0;max-width:none}
 .heat .told{font-size:.9rem;min-height:1.5em;overflow-wrap:anywhere}
-dt{font-weight:600}dd{margin:0 0 .6em 0}
+.words span{font-weight:600}
 @media(max-width:640px){main{padding:12px 8px 32px}section{padding:12px 10px}h1{font-size:1.3rem}
 .course .broad{display:none}.course .narrow{display:block}.tree details,.tree .leaf{margin-left:8px}}
 h1,p,li,pre{overflow-wrap:anywhere}

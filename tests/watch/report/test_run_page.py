@@ -59,7 +59,7 @@ def test_pooling_keeps_the_largest():
 def test_the_page_is_small_and_says_what_its_sentences_mean(tmp_path):
     text = _page(tmp_path, rows=3000).read_text(encoding="utf8")
     assert len(text) < 1_000_000
-    assert 'href="#glossary"' in text and "<dl id=glossary>" in text
+    assert 'href="#glossary"' in text and "<ul id=glossary class=words>" in text
     assert "max-width:640px" in text
     assert f"<title>gradsplit: {html.escape(EVIL)}.py</title>" in text, "the script's name, not the whole command"
 
@@ -92,7 +92,7 @@ def test_in_a_browser(tmp_path):
 
 def _check_hover(browser):
     x, y, width, height = browser.run(
-        "(() => { const map = document.querySelector('.heat svg'); map.scrollIntoView({block: 'center'});"
+        "(() => { const map = document.querySelector('.heat .map'); map.scrollIntoView({block: 'center'});"
         " const box = map.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })()"
     )
     for shift in (0.4, 0.41):
