@@ -101,9 +101,7 @@ def _advice(account: Account) -> str:
 
 
 def _glossary() -> str:
-    rows = (
-        f"<dt>{html.escape(sentence)}</dt><dd>{html.escape(meaning)}</dd>" for sentence, meaning in GLOSSARY.items()
-    )
+    rows = (f"<li><span>{html.escape(said)}</span>: {html.escape(meaning)}</li>" for said, meaning in GLOSSARY.items())
     return f"<style>{HEAT_CSS}</style><ul id=glossary class=words>{''.join(rows)}</ul>"
 
 

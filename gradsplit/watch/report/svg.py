@@ -160,7 +160,8 @@ def heat(z_CL: np.ndarray, lost_CL: np.ndarray, step_C: np.ndarray, names: Seque
     height = int(min(700, max(160, 10 * len(names))))
     facts = json.dumps({"names": list(names), "steps": step_C.tolist()})
     return (
-        f'<div class="heat" id="{identity}" data-facts="{html.escape(facts)}"><div class="map" style="height:{height}px;'
+        f'<div class="heat" id="{identity}" data-facts="{html.escape(facts)}">'
+        f'<div class="map" style="height:{height}px;'
         f'background-image:url(data:image/png;base64,{picture})"></div>'
         f'<p class="ends"><span>step {int(step_C[0])}</span>'
         f"<span>step {int(step_C[-1])}</span></p>"
