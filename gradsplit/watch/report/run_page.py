@@ -16,9 +16,8 @@ import numpy as np
 
 from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
-from .html import Section, html_table, page, text
+from .html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
 from .rules import GROWN, LOSS_TIMES, NORM_TIMES, WEIGHT_TIMES
-from .svg import HEAT_CSS, Line, courses, heat
 from .text import GLOSSARY, USE_HEADINGS, findings, headline, use_rows
 
 __all__ = ["run_page", "write_run_page", "curves", "heat_map", "pooled"]

@@ -10,8 +10,8 @@ import pytest
 
 from gradsplit.watch.record import RunFile, RunWriter, Stream
 from gradsplit.watch.report.account import account_of
+from gradsplit.watch.report.html import Line, courses
 from gradsplit.watch.report.run_page import pooled, write_run_page
-from gradsplit.watch.report.svg import Line, courses
 from tests.watch.record.recorded import noise, outline, rows_of
 from tests.watch.report.browser import Browser, chromium
 
