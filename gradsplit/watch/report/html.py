@@ -2,8 +2,8 @@
 
 page(title, lead, [Section("heading", "one sentence", [html, figure])], evidence)
 
-`courses` and `heat` are pictures drawn by hand, as SVG and as one small PNG: nothing is loaded, little is stored. A course
-is drawn twice, wide and narrow, and the page shows the one that fits. What is not finite is a bar along the top.
+`courses` and `heat` are pictures drawn by hand, as SVG and as one small PNG: nothing is loaded, little is stored. A
+course is drawn twice, wide and narrow, and the page shows the one that fits. What is not finite is a bar along the top.
 """
 
 from __future__ import annotations
