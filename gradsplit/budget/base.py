@@ -95,6 +95,11 @@ class Budget:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
+            if "Tracer" in type(value).__name__:  # of jax, under optax.inject_hyperparams
+                raise TypeError(
+                    f"{type(self).__name__}({one.name}=…): expected a number, got one that is traced by jit. A "
+                    "budget's constants are part of the compiled step, so inject the learning rate instead."
+                )
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number and not hasattr(value, "__array__") and one.type in ("float", "int"):
                 raise TypeError(

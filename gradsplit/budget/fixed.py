@@ -42,6 +42,7 @@ class Fixed(Budget):
     limit: Any = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             values = np.asarray(self.limit, dtype=np.float64)
         except (TypeError, ValueError):

@@ -57,12 +57,10 @@ class ModelHook:
 class Accumulation:
     """Whether the backward pass that runs accumulates into parameters; hooks ask this before they act.
 
-    `loss.backward()` does, and so does `loss.backward(inputs=parameters)`. `torch.autograd.grad` does not, and neither
-    does a pass to the inputs alone. A signal there is a value that the loss may be made of, so no bound may change it.
-
-    The answer is read off the leaves below the node that runs: True if any parameter among them gets its gradient. If
-    no leaf is a parameter, as in `torch.func.functional_call`, any leaf counts that the model was not called with. A
-    reentrant checkpoint hides its leaves, but it runs in no other pass than a full one.
+    `torch.autograd.grad` does not, and neither does a pass to the inputs alone: there a signal is a value that the loss
+    may be made of. The answer is read off the leaves below the node that runs. If none of them is a parameter, as in
+    `torch.func.functional_call`, any leaf counts that the model was not called with. A reentrant checkpoint hides its
+    leaves, but it runs in full passes only.
     """
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["DTYPES", "FallbackWarning", "bump_versions", "obstacle", "overlap", "warn_of_fallback"]
+__all__ = ["DTYPES", "FallbackWarning", "bump_versions", "obstacle", "overlap", "remedy_of", "warn_of_fallback"]
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 """The dtypes that compiled programs read and write by address."""
@@ -45,6 +45,15 @@ def obstacle(tensor: Tensor, device: str = "cpu") -> str:
     if not there:
         return f"it lives on {tensor.device}"
     return "its memory holds the negative or conjugate of its values"
+
+
+def remedy_of(reason: str) -> str:
+    """What to do about a reason why a tensor is not addressed, as a sentence."""
+    if "strides" in reason:
+        return "Make the parameter contiguous, or use backend='eager'."
+    if reason.startswith("its dtype is") and "," in reason:
+        return "Give the parameter, its gradient and its moments one dtype, or use backend='eager'."
+    return "Use backend='eager'."
 
 
 def warn_of_fallback(what: str, name: str, reason: str, remedy: str) -> None:

@@ -17,7 +17,7 @@ from ..hooks import constant_while_traced
 from ..plan import Plan
 from ..plan.lowering import BAND_LENGTH, Lowered, is_addressable, lower
 from . import numba_loops as loops
-from .addressable import bump_versions, obstacle, overlap, warn_of_fallback
+from .addressable import bump_versions, obstacle, overlap, remedy_of, warn_of_fallback
 from .addresses import KINDS
 from .kernel import BACKENDS, Kernel
 from .threads import Call, run, threads_for
@@ -331,8 +331,7 @@ class NumbaKernel(Kernel):
             else f"its strides {tensor.stride()} have no contiguous rows that the plan could cut"
         )
         self._warned = True
-        remedy = "Make it contiguous, or use backend='eager'."
-        warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy)
+        warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy_of(reason))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_tables": [], "_measured": None, "_eager": None}

@@ -15,6 +15,7 @@ from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import without_compiler_guard
+from ..plan import refuse_lazy
 from ..split import StepRecord
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
@@ -241,9 +242,11 @@ class GSO(Optimizer):
             raise
 
     def _kinds_of(self, group: dict[str, Any], direction: Any) -> list[Kind]:
+        names = _names_of(group)
+        for name, parameter in zip(names, group["params"], strict=True):
+            refuse_lazy(name, parameter, call="GSO(…)")
         if not self.by_share:
             return []
-        names = _names_of(group)
         if direction is not self._direction:
             check_names(direction, None, names)
         return kinds_of(list(zip(names, group["params"], strict=True)), self._owners, direction, self._blocks)

@@ -410,6 +410,13 @@ def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
         raise
 
 
+_OTHER_DIRECTION = "Make GSO with the direction of the saved run, or start without its state."
+_FOREIGN = (
+    "That is the state of another optimizer, such as SGD, and no mean that GSO could go on with. Start GSO without it: "
+    "load the model's weights alone."
+)
+
+
 def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
     """Refuse the moments of the other kind, and those of a run by share.
 
@@ -424,10 +431,10 @@ def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
     wanted, other = ("bin_sq", "element") if second_moment == "bin" else ("exp_avg_sq", "bin")
     for i, state in saved["state"].items():
         if state and wanted not in state:
-            raise ValueError(
-                f"GSO.load_state_dict(…): expected {wanted!r} in the state of parameter {i}, got {sorted(state)}. Make "
-                f"GSO with second_moment={other!r} as in the saved run, or start without its state."
-            )
+            ours = f"Make GSO with second_moment={other!r} as in the saved run, or start without its state."
+            advice = ours if {"exp_avg_sq", "bin_sq"} & set(state) else _FOREIGN
+            got = f"in the state of parameter {i}, got {sorted(state)}"
+            raise ValueError(f"GSO.load_state_dict(…): expected {wanted!r} {got}. {advice}")
 
 
 _SAME = {"momentum": ("exp_avg", "momentum_buffer")}
@@ -474,8 +481,8 @@ def translated(
             if not same or (same[0] == "momentum_buffer" and "dampening" in group):  # SGD's is a sum, not a mean
                 raise ValueError(
                     f"GSO.load_state_dict(…): expected {key!r} in the state of {name!r}, whose direction is "
-                    f"{kind.direction!r}, got {sorted(saved['state'][i])}. Make GSO with the direction of the saved "
-                    "run, or start without its state."
+                    f"{kind.direction!r}, got {sorted(saved['state'][i])}. "
+                    + (_OTHER_DIRECTION if set(state) & {"momentum", "exp_avg", "exp_avg_sq", "bin_sq"} else _FOREIGN)
                 )
             state[key], foreign = state[same[0]], True
         made[i] = {key: value for key, value in state.items() if key in memory or key not in _MOMENTS}

@@ -1,7 +1,7 @@
 """What is controlled together: layout, boxes, tree, and the strategies that cut."""
 
 from .boxes import Boxes
-from .layout import Layout, layout_of, named_trainable, one_device
+from .layout import Layout, layout_of, named_trainable, one_device, refuse_lazy
 from .lbf import lbf, log_likelihood
 from .pattern import Pattern, pattern_of
 from .plan import Bin, Box, Node, Plan, part_of
@@ -28,6 +28,7 @@ __all__ = [
     "make_plan",
     "named_trainable",
     "one_device",
+    "refuse_lazy",
     "part_of",
     "pattern_of",
     "per_tensor",

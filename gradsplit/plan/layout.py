@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-__all__ = ["Layout", "layout_of", "named_trainable", "one_device"]
+__all__ = ["Layout", "layout_of", "named_trainable", "one_device", "refuse_lazy"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def named_trainable(model_or_named_parameters: Any) -> list[tuple[str, Any]]:
 
     Raises:
         TypeError: bare tensors without names.
-        ValueError: nothing trainable, a name used twice.
+        ValueError: nothing trainable, a name used twice, a lazy parameter.
     """
     source = model_or_named_parameters
     if hasattr(source, "named_parameters"):
@@ -135,6 +135,7 @@ def named_trainable(model_or_named_parameters: Any) -> list[tuple[str, Any]]:
     seen: set[int] = set()
     trainable = []
     for name, parameter in pairs:
+        refuse_lazy(name, parameter, call="layout_of(…)")
         if getattr(parameter, "requires_grad", True) and id(parameter) not in seen:
             seen.add(id(parameter))
             trainable.append((name, parameter))
@@ -144,6 +145,15 @@ def named_trainable(model_or_named_parameters: Any) -> list[tuple[str, Any]]:
             "Set requires_grad=True on what you train before you split."
         )
     return trainable
+
+
+def refuse_lazy(name: str, parameter: Any, *, call: str) -> None:
+    """Refuse a parameter of a ``torch.nn.Lazy…`` module, which has no shape before the first batch."""
+    if hasattr(type(parameter), "cls_to_become"):
+        raise ValueError(
+            f"{call}: expected parameters with shapes, got a lazy one at {name!r}. Run one batch through the model "
+            "first."
+        )
 
 
 def layout_of(model: Any) -> Layout:

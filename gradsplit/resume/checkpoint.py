@@ -13,15 +13,7 @@ from .formats import FORMATS
 from .generators import generators_state, load_generators_state
 from .plain import CheckpointError, as_before, copied, plain
 
-__all__ = [
-    "replaced",
-    "load_checkpoint",
-    "load_tree",
-    "read_tree",
-    "save_checkpoint",
-    "save_tree",
-    "tree_of",
-]
+__all__ = ["load_checkpoint", "load_tree", "read_tree", "replaced", "save_checkpoint", "save_tree", "tree_of"]
 
 
 @contextlib.contextmanager

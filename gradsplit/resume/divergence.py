@@ -99,15 +99,17 @@ def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str
 
 LEAST = 16  # losses before which nothing is judged
 FLOOR = 0.05  # of the median: a few per cent more do not put a loss out that hardly varied before
+SMALL = 0.02  # of the loss at the start: so little is no step back, however close to 0 the losses are by now
 
 
 class LossHistory:
     """The last losses that were in order, and how far a new one is above them.
 
-        score = (loss - median) / max(1.4826 MAD, 0.05 |median|)
+        score = (loss - median) / max(1.4826 MAD, 0.05 |median|, 0.02 start)
 
     A loss is *out* if it is not finite, or if its score is above ``score``. A few spikes hardly move the median and the
-    median absolute deviation (MAD). The caller adds only losses that are not out.
+    median absolute deviation (MAD). The caller adds only losses that are not out. ``start`` is the run's own scale, the
+    median size of its first 16 losses, zeros left out: hinge losses, usually 0, have no other. Without it none is out.
 
     Args:
         length: losses kept.
@@ -123,6 +125,7 @@ class LossHistory:
     def __init__(self, length: int, score: float) -> None:
         self.length, self.score = length, score
         self._losses: deque[float] = deque(maxlen=length)  # lists: numpy's calls cost more than 128 numbers do
+        self._first: list[float] = []
         self._summary: tuple[float, float] | None = None
 
     def __len__(self) -> int:
@@ -131,6 +134,8 @@ class LossHistory:
     def add(self, loss: float) -> None:
         """Take in a loss that is in order."""
         self._losses.append(loss)
+        if len(self._first) < LEAST:
+            self._first.append(loss)
         self._summary = None
 
     def is_out(self, loss: float) -> bool:
@@ -140,7 +145,7 @@ class LossHistory:
         if len(self) < LEAST:
             return False
         median, spread = self._numbers()
-        return loss - median > self.score * spread
+        return spread > 0 and loss - median > self.score * spread
 
     @property
     def median(self) -> float:
@@ -156,16 +161,19 @@ class LossHistory:
         if self._summary is None:
             median = _median(self._losses)
             deviation = _median([abs(loss - median) for loss in self._losses])
-            self._summary = (median, max(1.4826 * deviation, FLOOR * abs(median)))
+            start = _median([abs(loss) for loss in self._first if loss] or [0.0])
+            self._summary = (median, max(1.4826 * deviation, FLOOR * abs(median), SMALL * start))
         return self._summary
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses, oldest first, as plain data."""
-        return {"losses": list(self._losses)}
+        return {"losses": list(self._losses), "first": list(self._first)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take losses over; the last ones, if this history is shorter."""
-        self._losses = deque((float(loss) for loss in state["losses"]), maxlen=self.length)
+        losses = [float(loss) for loss in state["losses"]]
+        self._losses = deque(losses, maxlen=self.length)
+        self._first = [float(loss) for loss in state.get("first", losses[:LEAST])]  # files of before have none
         self._summary = None
 
 

@@ -24,6 +24,7 @@ from .plain import CheckpointError
 __all__ = ["FORMATS", "Format", "read_safetensors", "read_torch", "write_safetensors", "write_torch"]
 
 _NAME = b"gradsplit sha256:"
+_UNKNOWN = (torch.complex128, torch.complex32)  # to safetensors
 # The last field of a zip file is the length of its comment, two bytes; the comment follows.
 _END = (len(_NAME) + 64).to_bytes(2, "little") + _NAME
 _AT_ONCE = 1 << 20
@@ -194,6 +195,12 @@ def _encoded(tree: Any, place: str, named: dict[str, Tensor]) -> Any:
         name = place
         while name in named:  # {1: …, "1": …}
             name += "'"
+        unknown = tree.layout if tree.layout != torch.strided else tree.dtype
+        if unknown is not tree.dtype or tree.is_quantized or unknown in _UNKNOWN:
+            raise TypeError(
+                f"save_checkpoint(format='safetensors'): expected dense tensors of a dtype that safetensors knows, got "
+                f"{unknown} at {place.removeprefix('parts.')!r}. Use format='torch', which holds it as it is."
+            )
         named[name] = tree.detach().cpu().contiguous().clone()
         return {"tensor": name}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..split import StepRecord
 from .actions import GuardAction
@@ -18,16 +18,7 @@ from .batches import Batches, Loaders
 from .divergence import Agreement, Divergence, LossHistory, nonfinite_names
 from .snapshots import DiskSnapshots, LoweredRate, MemorySnapshots, Snapshot, restore
 
-__all__ = [
-    "DivergenceError",
-    "check_constants",
-    "check_counts",
-    "check_parts",
-    "stop_message",
-    "worst_of",
-    "PendingLosses",
-    "Guard",
-]
+__all__ = ["DivergenceError", "Guard", "PendingLosses"]
 
 
 class DivergenceError(RuntimeError):
@@ -122,9 +113,15 @@ class PendingLosses:
             record: of the splitter, if there is one.
             copy: keep a copy of the loss, because it is read at a later step.
         """
-        if isinstance(loss, Tensor):
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
             loss = loss.detach().reshape(())
             loss = loss.clone() if copy else loss
+        elif isinstance(loss, Tensor) or not hasattr(loss, "__float__") or getattr(loss, "size", 1) != 1:
+            what = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"Guard.step(loss={what}): expected the number that backward was called on. Pass loss.mean(), or a "
+                "float."
+            )
         zeroed: Tensor | float = 0.0
         if record is not None:
             zeroed = (~record.decision.finite_B).to(torch.float32).mean()
@@ -161,8 +158,8 @@ class Guard:
     Call `step` last in every iteration. A step is *bad* in three cases:
 
     - its loss is not finite;
-    - its loss is out of its history: more than ``score`` x max(1.4826 MAD, 0.05 |median|) above the median of the last
-      ``history`` losses that were not out;
+    - its loss is out of its history: more than ``score`` x max(1.4826 MAD, 0.05 |median|, 0.02 x the loss at the start)
+      above the median of the last ``history`` losses that were not out;
     - more than half of the splitter's bins were ZEROED.
 
     The run has *diverged* if ``patience`` consecutive steps were bad. It has diverged at once if a loss is not finite
@@ -174,7 +171,7 @@ class Guard:
     snapshot. It never keeps a snapshot that is not finite.
 
     Args:
-        model: its parameters and buffers are guarded.
+        model: its parameters and all buffers are guarded; an action's reason names what could not be set back.
         optimizer: a ``torch.optim.Optimizer``.
         splitter: a GradientSplitter, or anything with ``state_dict()``.
         scheduler: a learning-rate scheduler; it is set back, and never meets the lowered rates.
@@ -298,6 +295,7 @@ class Guard:
 
         Raises:
             DivergenceError: the run has diverged and no rollback, or no snapshot, is left.
+            ValueError: a loss that is not one real number; nothing has happened then.
         """
         self._pending.add(loss, self._record, copy=self.check_every > 1)
         self.step_count += 1
@@ -318,8 +316,8 @@ class Guard:
         self._record = record
 
     def _first_snapshot(self) -> None:
-        """Take the first snapshot right before the first update: the script may change the model until then."""
-        if self.snapshots.newest is None:
+        """Take the first snapshot right before the first update: until then the script may change the model."""
+        if self.snapshots.newest is None and not any(map(nn.parameter.is_lazy, self.model.parameters())):
             self._take_snapshot()
 
     def _take_snapshot(self) -> None:
@@ -358,7 +356,10 @@ class Guard:
         worst = worst_of(self._record, self.model, self.optimizer)
         left_out = self._loaders.since(snapshot.places, 0 if stops else self.skip)
         undone = self.num_updates - snapshot.num_updates
-        restore(self.snapshots.tree(snapshot), self._states)
+        lost = restore(self.snapshots.tree(snapshot), self._states)
+        if lost:
+            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            reason += f"; not set back, since the snapshot has no such buffers: {shown}"
         self.num_updates, self._since, self._used = snapshot.num_updates, self.step_count, snapshot
         self._divergence.bad = 0
         if not stops:

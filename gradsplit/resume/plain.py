@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 __all__ = ["CheckpointError", "as_before", "copied", "plain", "tensors_in"]
 
@@ -44,6 +45,12 @@ def plain(tree: Any, place: str) -> Any:
             raise TypeError(
                 f"{place}: expected whole tensors, got one that is sharded over processes. Save it with "
                 "torch.distributed.checkpoint, or full_tensor() first."
+            )
+        if tree.is_meta or tree.is_nested or is_lazy(tree):
+            kind = "on the meta device" if tree.is_meta else "nested" if tree.is_nested else "without a shape yet"
+            raise TypeError(
+                f"{place}: expected tensors with a shape and values, got one {kind}. Run a lazy module once before you "
+                "save it, and save what a nested tensor is made of."
             )
         return tree.detach()
     if tree is None or isinstance(tree, bool):

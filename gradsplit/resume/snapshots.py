@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import load_tree, read_tree, save_tree, tree_of
 from .generators import generators_state
@@ -62,10 +62,12 @@ class MemorySnapshots:
         if len(self._taken) == self.keep:
             self._discard(0)
         # States are not checked for plain data: nothing leaves the process, and sharded tensors are welcome.
+        states = {name: part.state_dict() for name, part in parts.items()}
         tree = {
-            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "parts": states,
             "objects": list(parts),
             "generators": generators_state(),
+            "buffers": _buffers_beside(states, parts),
         }
         snapshot.tree = copied(tree, self._free.pop() if self._free else None, wait=False)
         self._taken.append(snapshot)
@@ -118,7 +120,9 @@ class DiskSnapshots:
     def take(self, snapshot: Snapshot, parts: Mapping[str, Any]) -> None:
         """Copy the states of the parts, and leave the writing to the thread."""
         self.wait()
-        self._buffer = copied(tree_of(parts), self._buffer, wait=False)
+        tree = tree_of(parts)
+        tree["buffers"] = _buffers_beside(tree["parts"], parts)
+        self._buffer = copied(tree, self._buffer, wait=False)
         snapshot.path = self.folder / f"step-{snapshot.step:08d}.ckpt"
         self._taken.append(snapshot)
         self._writing = self._thread.submit(self._write, snapshot, self._buffer)
@@ -178,7 +182,63 @@ def _wait_for_copies() -> None:
         torch.cuda.synchronize()
 
 
-def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+def _buffers_beside(states: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, dict[str, Tensor | None]]:
+    """By part, the buffers that its state does not hold: not persistent, or None."""
+    return {
+        name: {place: own[key] for place, own, key, _ in _buffers(part) if place not in states[name]}
+        for name, part in parts.items()
+        if isinstance(part, nn.Module)
+    }
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, dict[str, Tensor | None], str, bool]]:
+    """The name of every buffer, its module's dict and key, and whether it is persistent."""
+    return [
+        (f"{path}.{key}" if path else key, module._buffers, key, key not in module._non_persistent_buffers_set)
+        for path, module in model.named_modules()
+        for key in module._buffers
+    ]
+
+
+def _set_back(model: nn.Module, state: dict[str, Any], beside: Mapping[str, Tensor | None]) -> list[str]:
+    """Set back the buffers that a state does not hold, and give the others the shapes that they had.
+
+    Args:
+        model: whose buffers.
+        state: of the model; a buffer that has come since is put into it as it is.
+        beside: from `_buffers_beside`.
+
+    Returns:
+        The names of those that could not be set back.
+    """
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    lost = set(beside)
+    for place, own, key, persistent in _buffers(model):
+        now = own[key]
+        lost.discard(place)
+        if place in beside:
+            saved = beside[place]
+            try:
+                if saved is None or now is None or (now.shape, now.dtype) != (saved.shape, saved.dtype):
+                    raise RuntimeError  # as torch does for a buffer that cannot be written to
+                now.copy_(saved)
+            except RuntimeError:
+                own[key] = None if saved is None else saved.to(device if now is None else now.device, copy=True)
+        elif place in state:
+            if now is None or now.shape != state[place].shape:
+                own[key] = torch.empty_like(state[place], device=device if now is None else now.device)
+        elif now is not None:
+            lost.add(place)
+            if persistent:
+                state[place] = now
+    for path, module in model.named_modules():
+        for key, tensor in vars(module).items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and bool(tensor.detach().isnan().any()):
+                lost.add(f"{path}.{key}" if path else key)
+    return sorted(lost)
+
+
+def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> list[str]:
     """Set model, optimizer, splitter, scheduler and others back, and the gradients to 0.
 
     The splitter goes on counting its steps, because their numbers name rows of a recording. Without a scheduler the
@@ -187,12 +247,20 @@ def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> None:
     Args:
         tree: of a snapshot.
         states: the objects by name.
+
+    Returns:
+        The names of what could not be set back: buffers that have come or gone since the snapshot, and tensors with
+        NaN that modules hold without having registered them.
     """
     optimizer, splitter = states["optimizer"], states.get("splitter")
     count = getattr(splitter, "step_count", None)
     rates = [entry.get("lr") for entry in optimizer.param_groups]
     rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-    load_tree(tree, states, call="Guard", generators=False, undo=False)
+    lost, parts = [], dict(tree["parts"])
+    for name, beside in tree["buffers"].items():
+        parts[name] = dict(parts[name])
+        lost += _set_back(states[name], parts[name], beside)
+    load_tree({**tree, "parts": parts}, states, call="Guard", generators=False, undo=False)
     if splitter is not None and count is not None:
         splitter.step_count = count
     if "scheduler" not in states:
@@ -200,6 +268,7 @@ def restore(tree: Mapping[str, Any], states: Mapping[str, Any]) -> None:
             if rate is not None:
                 entry["lr"] = rate
     optimizer.zero_grad(set_to_none=False)  # code that reads gradients after a step still finds them
+    return lost
 
 
 class LoweredRate:

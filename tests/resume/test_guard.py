@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
-from gradsplit.resume.divergence import nonfinite_names
+from gradsplit.resume.divergence import LossHistory, nonfinite_names
 from tests.resume.runs import data, net, same, sgd, train, weights
 
 
@@ -237,3 +237,55 @@ def test_bad_arguments_are_named(options, says):
     model = net()
     with pytest.raises(ValueError, match=says):
         gs.Guard(model, sgd(model), **options)
+
+
+def judged(losses: list[float]) -> list[int]:
+    """The steps after which a guard with these losses, and sound weights, went back."""
+    model = nn.Linear(2, 1)
+    optimizer = sgd(model)
+    guard = gs.Guard(model, optimizer, max_rollbacks=100)
+    for loss in losses:
+        optimizer.step()
+        guard.step(loss)
+    return [action.step for action in guard.actions]
+
+
+START = [1.0 / (k + 1) for k in range(40)]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [0.0] * 200 + [1e-6] * 200,
+        [0.0] * 200 + [0.03, 0.0, 0.1, 0.05] * 50,
+        [1e-9 * (k % 3) for k in range(200)] + [1e-3] * 200,
+        [1e-7] * 200 + [2e-5, 1e-4] * 40,
+        [-1e-9] * 200 + [1e-6] * 100,
+    ],
+)
+@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e5])
+def test_a_run_whose_usual_loss_is_zero_is_not_stopped(tail: list[float], unit: float):
+    assert judged([unit * loss for loss in START + tail]) == []
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e5])
+def test_a_run_whose_usual_loss_is_zero_is_stopped_when_it_is_back_at_its_start(unit: float):
+    losses = [unit * loss for loss in START + [0.0] * 200 + [1.0] * 10]
+    assert judged(losses) == [len(losses) - 1]
+
+
+def test_losses_of_zero_alone_give_no_scale_to_judge_by():
+    assert judged([0.0] * 100 + [1e-6] * 200) == []
+    assert judged([0.0] * 100 + [math.nan] * 10)
+
+
+def test_the_scale_of_a_run_is_saved_with_it():
+    history = LossHistory(128, 10.0)
+    for loss in START + [0.0] * 200:
+        history.add(loss)
+    again = LossHistory(128, 10.0)
+    again.load_state_dict(history.state_dict())
+    assert again.spread == history.spread > 0
+    old = LossHistory(128, 10.0)
+    old.load_state_dict({"losses": START})  # a file from before the scale was saved
+    assert old.spread > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from jax import Array
 from jax import numpy as jnp
@@ -74,7 +75,8 @@ def split_gradients(
     'kernel[0:1]'
     """
     call = "split_gradients"
-    if not 0 <= momentum < 1:
+    given: Any = momentum  # traced under optax.inject_hyperparams
+    if not isinstance(given, jax.core.Tracer) and not 0 <= given < 1:
         raise ValueError(f"{call}(momentum={momentum!r}): expected a number in [0, 1).")
 
     def make(made: Plan, oriented: Any) -> Splitting:

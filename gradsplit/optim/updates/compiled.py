@@ -13,7 +13,7 @@ from ...amp import Scaling
 from ...budget import Decision
 from ...budget.lines import lines_of
 from ...hooks import constant_while_traced
-from ...kernels.addressable import DTYPES, obstacle, overlap, warn_of_fallback
+from ...kernels.addressable import DTYPES, obstacle, overlap, remedy_of, warn_of_fallback
 from ...plan.lowering import is_addressable
 from ...split import Split
 from .reference import ReferenceUpdate
@@ -77,9 +77,7 @@ class ParameterMemory:
         if not self._warned:
             self._warned = True
             name = self.split.plan.layout.names[t]
-            warn_of_fallback(
-                "GSO's fused update", name, reason, "Make the parameter contiguous, or use backend='eager'."
-            )
+            warn_of_fallback("GSO's fused update", name, reason, remedy_of(reason))
 
     def is_apart(self, weights: list[Tensor | None], bases: np.ndarray) -> bool:
         """Whether no two parameters share memory; found out again only when an address has changed."""
