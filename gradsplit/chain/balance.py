@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from .joints import LossFn, bare
 
@@ -62,8 +64,8 @@ def balance_(
         One entry per layer, in the order of the forward pass.
 
     Raises:
-        ValueError: a target or share out of its range; or a layer whose output is zero or not finite although all
-            layers before it are balanced.
+        ValueError: a target or share out of its range; a weight that is computed (weight norm, pruning), lazy, or
+            without values; or a layer whose output is zero or not finite although all before it are balanced.
 
     >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
     >>> _ = model[0].weight.data.fill_(100.0), model[1].weight.data.fill_(0.1)
@@ -80,6 +82,7 @@ def balance_(
     if on is not None and not 0.5 <= on < 1:
         raise ValueError(f"balance_(on={on!r}): expected a share of at least 0.5 and below 1, or None.")
     model = bare(model)
+    _check_weights(model)
     before = _levels(model, loss_fn, batch)
     factors: dict[str, float] = {}
     handles = []
@@ -109,6 +112,36 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, WEIGHTED):
             yield name, module
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Refuse layers whose weight cannot be multiplied, all of them at once, before anything is changed."""
+    wrong = []
+    for name, module in _weighted(model):
+        for part in ("weight", "bias"):
+            held: Any = module._parameters.get(part)
+            # Its value is not asked for: to read it would run a power iteration, which changes buffers.
+            computed = is_parametrized(module, part) or hasattr(type(module), part)
+            if held is None and (computed or vars(module).get(part) is not None):
+                rule = next((f" ({kind})" for kind in _rules_of(module, part)), "")
+                wrong.append(f"{part} of {name or '(root)'} is computed from other tensors{rule}")
+            elif held is not None and (is_lazy(held) or held.is_meta):
+                why = "is lazy, so run the model once" if is_lazy(held) else "is on the meta device"
+                wrong.append(f"{part} of {name or '(root)'} {why}")
+    if wrong:
+        raise ValueError(
+            f"balance_(model): expected layers with weights of their own, got {len(wrong)} without: {'; '.join(wrong)}"
+            ". Call balance_ first and reparametrise afterwards."
+        )
+
+
+def _rules_of(module: nn.Module, part: str) -> Iterator[str]:
+    """What computes a parameter: parametrisations, and the older hooks that run before a forward pass."""
+    if is_parametrized(module, part):
+        yield from (type(rule).__name__.strip("_") for rule in module.parametrizations[part])  # type: ignore[index]
+    for hook in module._forward_pre_hooks.values():
+        if part in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None)):
+            yield type(hook).__name__
 
 
 def _rescale(name: str, module: nn.Module, output: Tensor, target: float, on: float | None) -> tuple[float, Tensor]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from gradsplit.chain import balance_, gradient_chain
 
@@ -64,3 +65,60 @@ def test_bad_input_is_explained() -> None:
     with pytest.raises(ValueError, match="finite size above 0 at '0'"):
         balance_(model, loss, x)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def _doubled(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+def _doubled_bias(layer):
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    return layer
+
+
+COMPUTED = {
+    "WeightNorm": nn.utils.parametrizations.weight_norm,
+    "SpectralNorm": nn.utils.parametrizations.spectral_norm,
+    "Orthogonal": nn.utils.parametrizations.orthogonal,
+    "SpectralNorm, by a hook": nn.utils.spectral_norm,
+    "L1Unstructured": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "Doubled": _doubled,
+    "Doubled bias": _doubled_bias,
+}
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_weights_that_are_computed_are_refused_by_name_and_nothing_is_changed(kind, orthogonal):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), COMPUTED[kind](nn.Linear(4, 4)), nn.Linear(4, 1))
+    x = torch.randn(8, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    part, rule = ("bias", "Doubled") if "bias" in kind else ("weight", kind.partition(",")[0])
+    with pytest.raises(ValueError, match=rf"{part} of 2 is computed from other tensors \({rule}\)\. Call balance_"):
+        balance_(model, lambda m, b: m(b).sum(), x, orthogonal=orthogonal)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_older_weight_norm_is_refused_too():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(nn.Conv1d(2, 2, 1))
+    with pytest.raises(ValueError, match=r"weight of \(root\) is computed from other tensors \(WeightNorm\)"):
+        balance_(layer, lambda m, b: m(b).sum(), torch.ones(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [
+        (lambda: nn.LazyLinear(2), "weight of 0 is lazy, so run the model once"),
+        (lambda: nn.Linear(2, 2, device="meta"), "weight of 0 is on the meta device"),
+    ],
+)
+def test_weights_without_values_are_refused_by_name(layer, said):
+    with pytest.raises(ValueError, match=said):
+        balance_(nn.Sequential(layer()), lambda m, b: m(b).sum(), torch.ones(1, 2))
