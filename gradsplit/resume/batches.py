@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from .generators import generators_state, load_generators_state
+from .generators import generators_state, generators_within, load_generators_state, load_state_of, state_of
 
 __all__ = ["Batches", "Loaders"]
 
@@ -27,8 +25,9 @@ class Batches:
         epoch: complete epochs.
         position: batches handed out or skipped in this epoch.
 
-    Deviation: a ``torch.Generator`` given to a DataLoader or its sampler is kept and restored as well; workers with
-    random states of their own (other than those that torch seeds) are not.
+    Every generator that the loader holds is kept and restored as well, at any depth: torch's, numpy's or Python's, in a
+    sampler, in a batch sampler, in a dataset. What cannot be kept is refused when the state is asked for: a generator
+    without a state, one in a dataset whose workers stay alive over epochs, and a sampler that holds an iterator.
 
     >>> batches = Batches([10, 20, 30])
     >>> handed_out = iter(batches)
@@ -47,6 +46,7 @@ class Batches:
         self._to_skip = 0
         self._began: dict[str, Any] | None = None  # the generators when this epoch began
         self._resumes = False
+        self._found: list[tuple[str, Any]] | None = None  # the loader's generators when this epoch began
         self._before_epoch: Callable[[], Any] | None = None
 
     def __len__(self) -> int:
@@ -55,17 +55,19 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         if self._before_epoch is not None:
             self._before_epoch()
+        self._found = generators_within(self.loader)
         if self._resumes and self._began is not None:
-            now = generators_state()
+            now, own = generators_state(), [state_of(one) for _, one in self._generators()]
             load_generators_state(self._began["process"])
             self._load_own(self._began["loader"])
             iterator = iter(self.loader)
             for _ in range(self.position):
                 next(iterator, None)
-            load_generators_state(now)  # the loader's own are by now where they were
+            load_generators_state(now)
+            self._load_own(own)  # the training may draw from them too
         else:
             self.position = 0
-            self._began = {"process": generators_state(), "loader": self._own_states()}
+            self._began = {"process": generators_state(), "loader": [state_of(one) for _, one in self._generators()]}
             iterator = iter(self.loader)
         self._resumes = False
         for batch in iterator:
@@ -74,33 +76,55 @@ class Batches:
                 self._to_skip -= 1
                 continue
             yield batch
-        self.epoch, self.position, self._began = self.epoch + 1, 0, None
+        self.epoch, self.position, self._began, self._found = self.epoch + 1, 0, None, None
 
     def skip(self, num: int) -> None:
         """Leave out the next ``num`` batches."""
         self._to_skip += num
 
-    def _generators(self) -> list[torch.Generator]:
-        """The loader's own generators, each once."""
-        sampler = getattr(self.loader, "sampler", None)
-        found = [getattr(self.loader, "generator", None), getattr(sampler, "generator", None)]
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    def _generators(self) -> list[tuple[str, Any]]:
+        """The loader's own generators, each once, with their places."""
+        return generators_within(self.loader) if self._found is None else self._found
 
-    def _own_states(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in self._generators()]
+    def _load_own(self, states: Sequence[Any]) -> None:
+        before = [state_of(one) for _, one in self._generators()]
+        try:
+            for (_, generator), saved in zip(self._generators(), states, strict=True):
+                if saved is not None:
+                    load_state_of(generator, saved)
+        except ValueError:
+            self._load_own(before)
+            raise
 
-    def _load_own(self, states: list[torch.Tensor]) -> None:
-        for generator, saved in zip(self._generators(), states, strict=True):
-            generator.set_state(saved)
+    def _check(self, states: list[Any]) -> None:
+        """Refuse what could not go on where it was."""
+        pairs = zip(self._generators(), states, strict=True)
+        wrong = [f"a generator without a state at {place!r}" for (place, _), state in pairs if state is None]
+        for name in ("sampler", "batch_sampler"):
+            begun = generators_within(getattr(self.loader, name, None), (Iterator,))
+            wrong += [f"an iterator that has begun, at '.{name}{place}'" for place, _ in begun]
+        if getattr(self.loader, "persistent_workers", False):
+            inside = generators_within([getattr(self.loader, name, None) for name in ("dataset", "collate_fn")])
+            wrong += [f"a generator in a worker that stays alive, at {place!r}" for place, _ in inside]
+        if wrong:
+            raise ValueError(
+                f"Batches.state_dict(): expected a loader whose state can be kept, got {' and '.join(wrong)}. Use "
+                "torch.Generator or random.Random, begin iterators in __iter__, and set persistent_workers=False."
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the data position as plain data."""
+        """Return the data position as plain data.
+
+        Raises:
+            ValueError: the loader holds a generator whose state cannot be kept.
+        """
+        self._check(own := [state_of(one) for _, one in self._generators()])
         return {
             "epoch": self.epoch,
             "position": self.position,
             "to_skip": self._to_skip,
             "began": self._began,
-            "loader": self._own_states(),
+            "loader": own,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
