@@ -17,7 +17,8 @@ SHARE = 0.5
 def nonfinite(evidence: Evidence) -> list[Finding]:
     """The first parameter, input, module or operation that made an inf or a NaN.
 
-    Parameters and data come before the forward pass, and the forward pass comes before the backward pass.
+    Parameters and data come before the forward pass, and the forward pass comes before the backward pass. That holds
+    too where the loss is finite because it leaves the values out that are not: on the way back 0 times NaN is NaN.
     """
     for name, p in evidence.model.named_parameters():
         if not bool(torch.isfinite(p).all()):
@@ -26,7 +27,7 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
             owner = name.rpartition(".")[0] or "(root)"
             return [_nonfinite(owner, what, f"{name} holds {count} entries that are inf or NaN", change)]
     if evidence.broken is not None:
-        return [_broken_backward(evidence)]
+        return [_masked_forward(evidence) or _broken_backward(evidence)]
     if math.isfinite(evidence.chain.loss):
         return []
     for place, tensor in tensors_in(evidence.batch):
@@ -44,6 +45,36 @@ def nonfinite(evidence: Evidence) -> list[Finding]:
     what = "the loss is not finite although the model's outputs are"
     change = "look for log(0), 0/0 or an exponential in the loss"
     return [_nonfinite("(loss)", what, f"loss = {evidence.chain.loss}", change)]
+
+
+def _masked_forward(evidence: Evidence) -> Finding | None:
+    """Where the forward pass made what the backward pass meets at its break; None if it met finite values only.
+
+    A mask of -inf is no fault if finite values come out of the next call. So the search starts at the first NaN, and
+    goes back to the last finite call before it.
+    """
+    assert evidence.broken is not None
+    calls, broken = evidence.calls, evidence.broken.module
+    met = "" if broken in ("(root)", "(loss)") else broken
+    if all(call.clean_in and call.clean_out for call in calls if call.module == met):
+        return None
+    bad = [i for i, call in enumerate(calls) if not call.clean_out] or [0]
+    place = next((i for i in bad if calls[i].nan_out), bad[0])
+    while place and not calls[place - 1].clean_out:
+        place -= 1
+    call = calls[place]
+    value = "NaN" if call.nan_in or call.nan_out else "inf"
+    seen = (
+        f"the loss is finite, since it leaves the {value} out; on the way back 0 times inf or NaN is NaN, which "
+        f"{broken} is the first to meet"
+    )
+    change = "keep the forward pass finite, for example x / (s + eps): a mask behind it does not mend the gradient"
+    if call.clean_in and not call.clean_out:
+        what = f"it makes the first {value} of the forward pass, which does not reach the loss"
+        return _nonfinite(call.module or "(root)", what, f"its inputs were finite; {seen}", change)
+    if any(not bool(torch.isfinite(t).all()) for _, t in tensors_in(evidence.batch) if t.is_floating_point()):
+        return _nonfinite("(input)", "the batch is not finite, and the loss leaves that out", seen, "clean the data")
+    return _nonfinite("(root)", f"code between its modules makes the first {value} of the forward pass", seen, change)
 
 
 def _broken_backward(evidence: Evidence) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..chain.chain import Chain
 from ..chain.joints import LossFn, bare
+from ..resume.generators import generators_state, generators_within, load_generators_state, load_state_of, state_of
 from . import activations, samples, signals, steps, weights
 from .evidence import Evidence, ForkShare, gather
 from .finding import Finding
@@ -59,20 +60,31 @@ EXPLODING = frozenset(kind.name for kind in KINDS if kind.explodes)
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore what passes change: buffers (running statistics), gradients, and the state of the generator."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+def undisturbed(model: nn.Module, *used: Any) -> Iterator[None]:
+    """Restore what passes change: buffers, gradients, and all generators, also those that model and ``used`` hold."""
+    buffers = [
+        (module._buffers, key, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+    ]
     grads = [(p, p.grad) for p in model.parameters()]
+    own = [(one, state_of(one)) for root in (model, *used) for _, one in generators_within(root)]
+    drawn = generators_state()
     for p, _ in grads:
         p.grad = None
-    devices = sorted({p.device.index or 0 for p, _ in grads if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
+        load_generators_state(drawn)
+        for generator, state in own:
+            if state is not None:
+                load_state_of(generator, state)
         with torch.no_grad():
-            for buffer, old in buffers:
-                buffer.copy_(old)
+            for held, key, buffer, old in buffers:
+                held[key] = buffer
+                if buffer is not None and old is not None:
+                    with suppress(RuntimeError):  # expanded: no pass can have written to it in place either
+                        buffer.copy_(old)
         for p, grad in grads:
             p.grad = grad
 
@@ -128,7 +140,7 @@ def diagnose(
 
     Explosion is a product of gains above one. This function measures the gains, so it names the place where the growth
     *begins*, and not the place where the gradient is large. The model's parameters, buffers, gradients and mode are
-    left as they were.
+    left as they were, and so are all random generators.
 
     Args:
         model: any module, in the mode in which it trains.
@@ -157,7 +169,7 @@ def diagnose(
             "ladder judges, or use gs.taylor_ladder for radii without a step."
         )
     model = bare(model)
-    with undisturbed(model):
+    with undisturbed(model, loss_fn, batch, optimizer):
         evidence = gather(model, loss_fn, batch, optimizer)
         evidence.ladder = ladder
         findings = judge(evidence)

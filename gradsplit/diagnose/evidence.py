@@ -129,11 +129,13 @@ SQUASHERS = (nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid)
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: whether its floating inputs and outputs were finite."""
+    """One call of a module: whether its floating inputs and outputs were finite, and whether they held a NaN."""
 
     module: str
     clean_in: bool
     clean_out: bool
+    nan_in: bool = False
+    nan_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,10 @@ def _watching(model: nn.Module, evidence: Evidence) -> Iterator[None]:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             given = [t for _, t in tensors_in((args, kwargs)) if t.is_floating_point()]
             made = [t for _, t in tensors_in(output) if t.is_floating_point()]
-            evidence.calls.append(Call(name, all(map(_finite, given)), all(map(_finite, made))))
+            clean_in, clean_out = all(map(_finite, given)), all(map(_finite, made))
+            nan_in = not clean_in and any(bool(t.detach().isnan().any()) for t in given)
+            nan_out = not clean_out and any(bool(t.detach().isnan().any()) for t in made)
+            evidence.calls.append(Call(name, clean_in, clean_out, nan_in, nan_out))
             if made and isinstance(module, (*RECTIFIERS, *SQUASHERS)):
                 evidence.activity.append(_activity(name, module, made[0].detach()))
 
