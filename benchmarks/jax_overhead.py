@@ -51,8 +51,8 @@ def transformations() -> dict[str, optax.GradientTransformation]:
         "split ema": split_gradients("xsp", "ema"),
         "split rows and root": split_gradients("xsp", {"root": gs.Fixed(1.0), "bin": gs.Relative(0.01)}),
         "clip and adamw": optax.chain(optax.adaptive_grad_clip(0.01), optax.adamw(1e-3)),
-        "gso": gso(1e-3),
-        "gso bin": gso(1e-3, second_moment="bin"),
+        "gso": gso(1e-3, direction="adam"),
+        "gso bin": gso(1e-3, direction="adam", second_moment="bin"),
     }
 
 

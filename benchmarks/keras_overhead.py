@@ -58,7 +58,7 @@ METHODS = {
     "adamw": {
         "clipnorm": lambda: keras.optimizers.AdamW(0.001, clipnorm=1.0),
         "rows, Fixed": lambda: split(keras.optimizers.AdamW(0.001), budget=gs.Fixed(0.1)),
-        "GSO": lambda: GSO(0.001),
+        "GSO": lambda: GSO(0.001, direction="adam"),
     },
 }
 

@@ -6,16 +6,26 @@ when the functions are made, everything else passes through them, so they may ru
 
 from .arrays import Orientation, Oriented, Patterns, orientation_of
 from .gso import GsoRule, GsoState, gso_rule
+from .kinds import KINDS, ArrayKind, Choice, array_kinds
+from .share import DEFAULT_OF_SHARE, ShareRule, ShareState, share_rule
 from .splitting import Splitting, splitting
 
 __all__ = [
+    "DEFAULT_OF_SHARE",
+    "KINDS",
+    "ArrayKind",
+    "Choice",
     "GsoRule",
     "GsoState",
     "Orientation",
     "Oriented",
     "Patterns",
+    "ShareRule",
+    "ShareState",
     "Splitting",
+    "array_kinds",
     "gso_rule",
     "orientation_of",
+    "share_rule",
     "splitting",
 ]

@@ -1,4 +1,4 @@
-"""GSO's step as pure functions: the formulas of `gradsplit.GSO`, for any framework.
+"""AdamW over bins as pure functions: `gradsplit.GSO(direction="adam")`, for any framework.
 
 Per bin b, with gradient g, weights w, scale s_b from the budgets of the gradient:
 
@@ -22,7 +22,7 @@ from ..xp import Array, namespace
 from .arrays import Oriented, Patterns
 from .splitting import History
 
-__all__ = ["GsoRule", "GsoState", "gso_rule"]
+__all__ = ["GsoRule", "GsoState", "check_constants", "grown", "gso_rule", "is_number"]
 
 
 class GsoState(NamedTuple):
@@ -80,7 +80,7 @@ def gso_rule(
     >>> (w + changes[0]).round(6)                    # at most 3 % of the row's length, 5
     array([[2.85, 4.  ]])
     """
-    _check_constants(betas, eps, weight_decay, second_moment, call)
+    check_constants(betas, eps, weight_decay, second_moment, call)
     by_bin = second_moment == "bin"
     if by_bin and (plan.tensor_B < 0).any():
         raise ValueError(
@@ -118,7 +118,7 @@ def gso_rule(
         gradient_terms = terms_of(plan, on_gradient, amount_B, rule=rule, call=call)
         decision, of_gradient = decide(plan, gradient_terms, state.of_gradient, amount_B, weight_B, rule=rule)
         step = state.step + 1.0
-        first, root = _grown(xp, beta1, step), 1.0 / xp.sqrt(_grown(xp, beta2, step))
+        first, root = grown(xp, beta1, step), 1.0 / xp.sqrt(grown(xp, beta2, step))
         # A bin that is passed over has weight 0 in its moments, and 0 of an update: nothing is chosen entry by entry.
         live_B = xp.where(
             decision.finite_B, xp.full(plan.num_bins, 1.0, amount_B), xp.full(plan.num_bins, 0.0, amount_B)
@@ -149,7 +149,7 @@ def gso_rule(
             update_terms = terms_of(plan, on_update, amount_B, rule=rule, call=call)
             cap, of_update = decide(plan, update_terms, of_update, moved_B, weight_B, pace, rule=rule)
             updates, shrink_B = patterns.scaled(updates, cap.scale_B, ~cap.finite_B), shrink_B * cap.scale_B
-        decays = not _is_number(weight_decay) or weight_decay
+        decays = not is_number(weight_decay) or weight_decay
         changes = []
         for t, update in enumerate(updates):
             decay = xp.cast(weights[t], update) * patterns.factor(t, shrink_B) if decays else 0.0
@@ -159,27 +159,30 @@ def gso_rule(
     return GsoRule(init, update)
 
 
-def _grown(xp: Any, beta: float, step: Array) -> Array:
+def grown(xp: Any, beta: float, step: Array) -> Array:
     """1 - beta^step without cancellation."""
-    if not _is_number(beta):
+    if not is_number(beta):
         return -xp.expm1(step * xp.log(beta))
     return -xp.expm1(step * math.log(beta)) if beta else step * 0.0 + 1.0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a constant is known before the run, and is not an array of a graph."""
     return isinstance(value, (int, float))
 
 
-def _check_constants(
-    betas: tuple[float, float], eps: float, weight_decay: float, second_moment: str, call: str
-) -> None:
+def check_constants(betas: tuple[float, float], eps: float, weight_decay: float, second_moment: str, call: str) -> None:
+    """Check the constants that both rules of GSO have.
+
+    Raises:
+        ValueError: a constant out of its range.
+    """
     if second_moment not in ("element", "bin"):
         raise ValueError(f"{call}(second_moment={second_moment!r}): expected 'element' or 'bin'.")
     for name, value, ok, rule in (
-        ("betas", betas, all(not _is_number(beta) or 0 <= beta < 1 for beta in betas), "two memories in [0, 1)"),
-        ("eps", eps, not _is_number(eps) or eps >= 0, "a number >= 0"),
-        ("weight_decay", weight_decay, not _is_number(weight_decay) or weight_decay >= 0, "a number >= 0"),
+        ("betas", betas, all(not is_number(beta) or 0 <= beta < 1 for beta in betas), "two memories in [0, 1)"),
+        ("eps", eps, not is_number(eps) or eps >= 0, "a number >= 0"),
+        ("weight_decay", weight_decay, not is_number(weight_decay) or weight_decay >= 0, "a number >= 0"),
     ):
         if not ok:
             raise ValueError(f"{call}({name}={value!r}): expected {rule}.")

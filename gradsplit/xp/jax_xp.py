@@ -22,9 +22,11 @@ from jax.numpy import (
     isfinite,
     log,
     logical_or,
+    matmul,
     maximum,
     minimum,
     sqrt,
+    transpose,
     where,
     zeros_like,
 )
@@ -50,7 +52,9 @@ __all__ = [
     "log",
     "length_over",
     "logical_or",
+    "matmul",
     "maximum",
+    "median",
     "minimum",
     "modulus",
     "put",
@@ -59,8 +63,10 @@ __all__ = [
     "sqrt",
     "take",
     "times",
+    "transpose",
     "when",
     "where",
+    "wide",
     "zeros_like",
 ]
 
@@ -161,3 +167,14 @@ def times(array: Array, factor: Array) -> Array:
 def in_unit(array: Array, unit: float) -> Array:
     """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     return lax.optimization_barrier(array * (1.0 / unit))
+
+
+def median(values: Array) -> Array:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there is none."""
+    num = jnp.sum(~jnp.isnan(values))
+    return jnp.sort(values).at[jnp.maximum((num - 1) // 2, 0)].get(mode="promise_in_bounds")  # nan come last
+
+
+def wide(array: Array) -> Array:
+    """Return the array in at least float32."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

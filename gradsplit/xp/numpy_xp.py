@@ -15,10 +15,12 @@ from numpy import (
     isfinite,
     log,
     logical_or,
+    matmul,
     maximum,
     minimum,
     reshape,
     sqrt,
+    transpose,
     where,
     zeros_like,
 )
@@ -44,7 +46,9 @@ __all__ = [
     "log",
     "length_over",
     "logical_or",
+    "matmul",
     "maximum",
+    "median",
     "minimum",
     "modulus",
     "put",
@@ -53,8 +57,10 @@ __all__ = [
     "sqrt",
     "take",
     "times",
+    "transpose",
     "when",
     "where",
+    "wide",
     "zeros_like",
 ]
 
@@ -150,3 +156,14 @@ def times(array: np.ndarray, factor: np.ndarray) -> np.ndarray:
 def in_unit(array: np.ndarray, unit: float) -> np.ndarray:
     """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     return array * (1.0 / unit)
+
+
+def median(values: np.ndarray) -> np.ndarray:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there is none."""
+    known = np.sort(values[~np.isnan(values)])
+    return np.asarray(known[(len(known) - 1) // 2] if len(known) else np.nan)
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    """Return the array in at least float32."""
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array

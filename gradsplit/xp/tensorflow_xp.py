@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow import Tensor, reshape, zeros_like
+from tensorflow import Tensor, reshape, transpose, zeros_like
+from tensorflow.linalg import matmul
 from tensorflow.math import cumsum, exp, expm1, log, logical_or, maximum, minimum, sqrt
 from tensorflow.math import is_finite as isfinite
 from tensorflow.math import reduce_all as every
@@ -37,7 +38,9 @@ __all__ = [
     "log",
     "length_over",
     "logical_or",
+    "matmul",
     "maximum",
+    "median",
     "minimum",
     "modulus",
     "put",
@@ -46,8 +49,10 @@ __all__ = [
     "sqrt",
     "take",
     "times",
+    "transpose",
     "when",
     "where",
+    "wide",
     "zeros_like",
 ]
 
@@ -162,3 +167,17 @@ def times(array: Tensor, factor: Tensor) -> Tensor:
     """Return the product in the array's dtype; halves are multiplied in float32."""
     wide = tf.float32 if array.dtype in (tf.float16, tf.bfloat16) else array.dtype
     return tf.cast(tf.cast(array, wide) * tf.cast(factor, wide), array.dtype)
+
+
+def median(values: Tensor) -> Tensor:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there is none."""
+    unknown = tf.math.is_nan(values)
+    ordered = tf.sort(tf.where(unknown, tf.constant(float("inf"), values.dtype), values))
+    num = tf.reduce_sum(tf.cast(tf.logical_not(unknown), tf.int32))
+    middle = tf.gather(ordered, tf.maximum((num - 1) // 2, 0))
+    return tf.where(num > 0, middle, tf.constant(float("nan"), values.dtype))
+
+
+def wide(array: Tensor) -> Tensor:
+    """Return the array in at least float32."""
+    return tf.cast(array, tf.float32) if array.dtype in (tf.float16, tf.bfloat16) else array

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, exp, expm1, isfinite, log, logical_or, maximum, minimum, reshape, sqrt, zeros_like
+from torch import Tensor, exp, expm1, isfinite, log, logical_or, matmul, maximum, minimum, reshape, sqrt, zeros_like
+from torch import nanmedian as median
+from torch import permute as transpose
 
 __all__ = [
     "accumulator",
@@ -29,7 +31,9 @@ __all__ = [
     "log",
     "length_over",
     "logical_or",
+    "matmul",
     "maximum",
+    "median",
     "minimum",
     "modulus",
     "put",
@@ -38,8 +42,10 @@ __all__ = [
     "sqrt",
     "take",
     "times",
+    "transpose",
     "when",
     "where",
+    "wide",
     "zeros_like",
 ]
 
@@ -153,3 +159,8 @@ def times(array: Tensor, factor: Tensor) -> Tensor:
 def in_unit(array: Tensor, unit: float) -> Tensor:
     """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     return array * (1.0 / unit)
+
+
+def wide(array: Tensor) -> Tensor:
+    """Return the array in at least float32."""
+    return array.float() if array.dtype in (torch.float16, torch.bfloat16) else array

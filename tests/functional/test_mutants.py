@@ -99,11 +99,11 @@ def test_a_fault_inside_is_caught(fault, monkeypatch):
     assert distance_of_scales(name) > 1e-5
 
 
-def _late_correction(xp, beta, step, honest=gso._grown):
+def _late_correction(xp, beta, step, honest=gso.grown):
     return honest(xp, beta, step + 1.0)
 
 
-def _swapped_memories(xp, beta, step, honest=gso._grown):
+def _swapped_memories(xp, beta, step, honest=gso.grown):
     return honest(xp, 0.9 if beta == 0.999 else 0.999, step)
 
 
@@ -119,8 +119,8 @@ def _caps_nothing(plan, terms, history, *rest, honest=gso.decide, **named):
 
 
 GSO_FAULTS = {
-    "the correction of the moments is a step late": ("_grown", _late_correction),
-    "the two memories are swapped in the correction": ("_grown", _swapped_memories),
+    "the correction of the moments is a step late": ("grown", _late_correction),
+    "the two memories are swapped in the correction": ("grown", _swapped_memories),
     "the update is not capped": ("decide", _caps_nothing),
 }
 

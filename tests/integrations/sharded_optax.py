@@ -46,8 +46,9 @@ def main():
     made = {
         "relative": lambda: split_gradients("xsp", gs.Relative(0.02)),
         "tree": lambda: split_gradients("tree_sp", {"root": gs.Ema(1.1, warmup=1), "bin": gs.Fixed(2.0)}),
-        "gso": lambda: gso(0.1),
-        "gso bin": lambda: gso(0.1, second_moment="bin"),
+        "gso": lambda: gso(0.1, direction="adam"),
+        "share": lambda: gso(0.1),
+        "gso bin": lambda: gso(0.1, direction="adam", second_moment="bin"),
     }
     found = {"devices": len(jax.devices())}
     for name, make in made.items():
@@ -61,7 +62,7 @@ def main():
 
             sharded, state = run(make(), data(7), place)
             found[f"{name}, {how}"] = distance(alone, sharded)
-        if name == "gso":
+        if name == "share":
             found["moments stay spread"] = len({str(s.index) for s in state.mu["kernel"].addressable_shards}) == 4
     found["shard_map, replicated"] = in_shard_map(mesh, PartitionSpec())
     found["shard_map, rows"] = in_shard_map(mesh, PartitionSpec(None, "data"))
@@ -72,7 +73,7 @@ def in_shard_map(mesh, spec):
     """Data parallel by hand: each device's part of the gradient is averaged, the update runs on what it holds."""
     params, parts = {"kernel": data(7)["kernel"]}, np.stack([data(i)["kernel"] for i in range(4)])
     parts[2, 1, 3] = 1e6
-    optimizer = optax.chain(split_gradients("xsp", gs.Relative(0.02)), gso(0.1))
+    optimizer = optax.chain(split_gradients("xsp", gs.Relative(0.02)), gso(0.1, direction="adam"))
     expected, _ = optimizer.update({"kernel": jnp.asarray(parts.mean(0))}, optimizer.init(params), params)
     replicated = spec == PartitionSpec()
 

@@ -47,8 +47,16 @@ def test_a_plan_and_a_function_are_saved_as_the_plan_they_made():
     assert again._bounding.plan.fingerprint == gs.xsp(LAYOUT, parts=2).fingerprint
 
 
-def test_gso_s_configuration_makes_the_same_optimizer():
-    made = gsk.GSO(0.01, beta_1=0.8, beta_2=0.99, epsilon=1e-6, weight_decay=0.1, second_moment="bin")
+OF_GSO = {
+    "by share": {"direction": {"*.kernel": "adam"}, "kinds": {"head.*": "matrix"}, "blocks": {"qkv.kernel": 3}},
+    "adam": {"direction": "adam", "second_moment": "bin"},
+}
+
+
+@pytest.mark.parametrize("options", OF_GSO.values(), ids=OF_GSO)
+def test_gso_s_configuration_makes_the_same_optimizer(options):
+    options = {**options, "beta_1": 0.8, "beta_2": 0.98, "epsilon": 1e-6, "weight_decay": 0.1}
+    made = gsk.GSO(0.01, **options)
     again = gsk.GSO.from_config(json.loads(json.dumps(made.get_config())))
     assert again.get_config() == made.get_config()
     assert again._options.budgets == made._options.budgets
@@ -106,8 +114,17 @@ ERRORS = {
         ValueError,
         r"expected registered budgets, got Own",
     ),
-    "a constant of GSO": (lambda: gsk.GSO(beta_1=1.0), ValueError, r"GSO\(…\)\(betas=\(1\.0, 0\.999\)\)"),
-    "a second moment": (lambda: gsk.GSO(second_moment="row"), ValueError, r"expected 'element' or 'bin'"),
+    "a constant of GSO": (lambda: gsk.GSO(beta_1=1.0), ValueError, r"GSO\(…\)\(betas=\(1\.0, 0\.99\)\)"),
+    "a second moment": (
+        lambda: gsk.GSO(direction="adam", second_moment="row"),
+        ValueError,
+        r"expected 'element' or 'bin'",
+    ),
+    "a share": (lambda: gsk.GSO(1.0), ValueError, r"GSO\(1\.0\): expected a share of a row's length per step"),
+    "a function": (lambda: gsk.GSO(direction=lambda name, shape: None), TypeError, r"expected a mapping from patterns"),
+    "kinds without shares": (lambda: gsk.GSO(direction="adam", kinds={}), ValueError, r"neither kinds= nor blocks="),
+    "a bin of the share step": (lambda: gsk.GSO(second_moment="bin"), ValueError, r"Use direction='adam' with it"),
+    "a budget of updates": (lambda: gsk.GSO(budget="relative_step"), ValueError, r"expected budgets of gradients"),
     "exclusion": (
         lambda: gsk.GSO().exclude_from_weight_decay(var_names=["bias"]),
         ValueError,

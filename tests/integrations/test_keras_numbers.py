@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradsplit as gs
-from tests.functional import in_torch
+from tests.functional import in_torch, share_runs
 from tests.functional.cases import CASES, LR, MOMENTUM, gradients, pace_at, turned, turned_back
 
 keras = pytest.importorskip("keras")
@@ -92,10 +92,47 @@ def test_a_planted_fault_of_the_orientation_is_caught(monkeypatch):
 @pytest.mark.parametrize("second_moment", ["element", "bin"])
 def test_a_run_of_gso_ends_at_torch_s_weights(second_moment):
     held = variables()
-    optimizer = gsk.GSO(in_torch.GSO_LR, second_moment=second_moment)
+    optimizer = gsk.GSO(in_torch.GSO_LR, direction="adam", second_moment=second_moment)
     for step in range(in_torch.GSO_STEPS):
         if step:  # the first step is made at the rate of the constructor
             optimizer.learning_rate = in_torch.GSO_LR * pace_at(step)
         optimizer.apply(tensors(turned(in_torch.gso_gradients(step, turned_back(values(held))))), held)
     for ours, theirs in zip(turned_back(values(held)), in_torch.after_gso(second_moment), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def share_variables():
+    """The variables of the share runs, float64, under the names of Keras' layers; output units last."""
+    arrays = share_runs.turned(share_runs.weights())
+    names = [name.replace("embedding", "embeddings") for name in share_runs.SHAPES]
+    return [keras.Variable(array, dtype="float64", name=name) for name, array in zip(names, arrays, strict=True)]
+
+
+def share_distance(resume_at=None, **options):
+    """How far the weights are from torch's over twelve steps by shares; a new optimizer goes on where asked."""
+    held, far = share_variables(), 0.0
+    options = {"blocks": share_runs.BLOCKS, **options}
+    optimizer = gsk.GSO(share_runs.SHARE, **options)
+    for step in range(share_runs.STEPS):
+        if step == resume_at:
+            old, optimizer = optimizer, gsk.GSO.from_config(optimizer.get_config())
+            optimizer.build(held)
+            for new, saved in zip(optimizer.variables, old.variables, strict=True):
+                new.assign(saved)
+        given = share_runs.turned(share_runs.gradients(step, share_runs.turned_back(values(held))))
+        optimizer.apply([keras.ops.convert_to_tensor(g, dtype="float64") for g in given], held)
+        far = max(far, share_runs.distance(share_runs.turned_back(values(held)), share_runs.in_torch()[0][step]))
+    return far
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="float64 is off there by default")
+@pytest.mark.parametrize("resume_at", [None, 5])
+def test_twelve_steps_by_shares_are_those_of_torch_s_gso(resume_at):
+    # The learning rate is a float32 variable in Keras: the share is 0.1 to its last bit alone.
+    assert share_distance(resume_at) < 1e-6
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="float64 is off there by default")
+@pytest.mark.parametrize("options", [{"blocks": None}, {"kinds": {"token.*": "matrix"}}, {"beta_2": 0.999}])
+def test_a_planted_fault_of_the_share_step_is_caught(options):
+    assert share_distance(**options) > 1e-4

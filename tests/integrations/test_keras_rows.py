@@ -74,3 +74,35 @@ def test_energies_are_squares_in_the_layout_s_shapes_and_make_a_plan():
     optimizer = gsk.split("sgd", gs.lbf(found, energy, max_bins=6, min_gain=0.0), gs.Fixed(1.0))
     optimizer.build(model.trainable_variables)
     assert optimizer._bounding.plan.num_bins == 6
+
+
+def test_layers_tell_the_kinds_of_their_variables():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Embedding(10, 8, name="token"),
+            keras.layers.GRU(4, return_sequences=True, name="gru"),
+            keras.layers.DepthwiseConv1D(3, depth_multiplier=2, name="depthwise_conv"),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    optimizer = gsk.GSO(blocks={"*recurrent_kernel": 3})
+    optimizer.build(model.trainable_variables)
+    moving = optimizer._moving
+    kinds = zip(moving.plan.layout.names, moving._rule.kinds, strict=True)
+    found = {".".join(name.split(".")[-2:]): (kind.name, kind.direction, kind.blocks) for name, kind in kinds}
+    assert found == {
+        "token.embeddings": ("embedding", "adam", 1),
+        "gru_cell.kernel": ("matrix", "orthogonal", 1),
+        "gru_cell.recurrent_kernel": ("matrix", "orthogonal", 3),
+        "gru_cell.bias": ("vector", "adam", 1),
+        "depthwise_conv.kernel": ("matrix", "orthogonal", 4),
+        "depthwise_conv.bias": ("vector", "adam", 1),
+        "head.kernel": ("matrix", "orthogonal", 1),
+        "head.bias": ("vector", "adam", 1),
+    }
+
+
+def test_a_pattern_that_matches_no_variable_is_refused_when_the_optimizer_is_built():
+    with pytest.raises(ValueError, match="expected a pattern that matches a path, got one that matches none of 1"):
+        gsk.GSO(kinds={"head.*": "matrix"}).build([keras.Variable(np.zeros((2, 2)), name="kernel")])

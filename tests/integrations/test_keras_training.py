@@ -22,8 +22,9 @@ OPTIMIZERS = {
     "Adam, capped": lambda: gsk.split(keras.optimizers.Adam(0.1), cap_updates=True),
     "SGD, accumulated": lambda: gsk.split(keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)),
     "in LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(gsk.split(keras.optimizers.SGD(0.1))),
-    "GSO": lambda: gsk.GSO(0.03),
-    "GSO, bin": lambda: gsk.GSO(0.03, second_moment="bin"),
+    "GSO": lambda: gsk.GSO(),
+    "GSO, adam": lambda: gsk.GSO(0.03, direction="adam"),
+    "GSO, bin": lambda: gsk.GSO(0.03, direction="adam", second_moment="bin"),
 }
 
 

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 import gradsplit as gs
 from gradsplit.integrations.optax import SplitTransformation, cap_updates, energies_of, gso, layout_of, split_gradients
-from tests.functional import in_torch
+from tests.functional import in_torch, share_runs
 from tests.functional.cases import (
     CASES,
     LAYOUT,
@@ -87,7 +87,10 @@ def test_fifty_steps_give_torch_s_scales_in_one_compilation(budget):
 
 @pytest.mark.parametrize("second_moment", ["element", "bin"])
 def test_a_run_of_gso_ends_at_torch_s_weights_in_one_compilation(second_moment):
-    optimizer, traces = gso(lambda step: in_torch.GSO_LR * 0.99**step, second_moment=second_moment), []
+    optimizer, traces = (
+        gso(lambda step: in_torch.GSO_LR * 0.99**step, direction="adam", second_moment=second_moment),
+        [],
+    )
 
     @jax.jit
     def step(given, state, params):
@@ -104,9 +107,129 @@ def test_a_run_of_gso_ends_at_torch_s_weights_in_one_compilation(second_moment):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
+def share_tree(arrays):
+    """The arrays of the share runs, output units last, nested by their dotted names."""
+    made = {}
+    for name, array in zip(share_runs.SHAPES, share_runs.turned(arrays), strict=True):
+        module, _, leaf = name.rpartition(".")
+        (made.setdefault(module, {}) if module else made)[leaf] = jnp.asarray(array)
+    return made
+
+
+def share_arrays(params):
+    made = []
+    for name in share_runs.SHAPES:
+        module, _, leaf = name.rpartition(".")
+        made.append((params[module] if module else params)[leaf])
+    return share_runs.turned_back(made)
+
+
+def share_run(optimizer, steps=share_runs.STEPS, resume_at=None):
+    """Weights after every step, and how often the step was traced; the state passes through numpy where asked."""
+    traces, after = [], []
+
+    @jax.jit
+    def step(given, state, params):
+        traces.append(1)
+        updates, state = optimizer.update(given, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = share_tree(share_runs.weights())
+    state = optimizer.init(params)
+    for i in range(steps):
+        if i == resume_at:
+            state = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, state))
+        params, state = step(share_tree(share_runs.gradients(i, share_arrays(params))), state, params)
+        after.append(share_arrays(params))
+    return after, len(traces)
+
+
+def test_twelve_steps_by_shares_are_those_of_torch_s_gso_in_one_compilation():
+    """Embeddings are told by their name, all else by the shapes; the state round trips in the middle."""
+    with jax.enable_x64(True):
+        after, traces = share_run(gso(share_runs.SHARE, blocks=share_runs.BLOCKS), resume_at=5)
+    assert traces == 1
+    expected, _ = share_runs.in_torch()
+    assert max(share_runs.distance(ours, theirs) for ours, theirs in zip(after, expected, strict=True)) < 1e-9
+
+
+def test_blocks_that_are_left_out_are_seen():
+    with jax.enable_x64(True):
+        after, _ = share_run(gso(share_runs.SHARE), steps=2)
+    assert share_runs.distance(after[1], share_runs.in_torch()[0][1]) > 1e-5
+
+
+def test_an_injected_share_moves_the_step_without_compiling_again():
+    params = share_tree(share_runs.weights())
+    given = share_tree(share_runs.gradients(0, share_runs.weights()))
+    optimizer, traces = optax.inject_hyperparams(gso)(learning_rate=0.06, weight_decay=0.0), []
+
+    @jax.jit
+    def step(state):
+        traces.append(1)
+        return optimizer.update(given, state, params)
+
+    first, _ = step(optimizer.init(params))
+    state = optimizer.init(params)
+    state.hyperparams["learning_rate"] = state.hyperparams["learning_rate"] / 2
+    second, _ = step(state)
+    assert len(traces) == 1
+    np.testing.assert_allclose(second["fc2"]["kernel"] * 2, first["fc2"]["kernel"], rtol=1e-5)
+    length = np.linalg.norm(first["fc2"]["kernel"], axis=0)  # begins at zero, so counts as 0.1 per entry
+    np.testing.assert_allclose(length, 0.06 * 0.1 * 2.0, rtol=1e-5)
+
+
+def test_a_schedule_may_be_the_share_and_0_03_is_the_default():
+    params = {"kernel": jnp.eye(3) * 2.0}
+    given = {"kernel": jnp.arange(9.0).reshape(3, 3) - 4.5}
+    moved = []
+    for optimizer in (gso(weight_decay=0.0), gso(lambda step: 0.03 / (1 + step), weight_decay=0.0)):
+        updates, state = optimizer.update(given, optimizer.init(params), params)
+        moved.append(np.linalg.norm(updates["kernel"], axis=0))
+    again, _ = optimizer.update(given, state, params)
+    np.testing.assert_allclose(moved, np.full((2, 3), 0.06), rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(again["kernel"], axis=0), 0.03, rtol=1e-5)
+
+
+def test_what_is_said_of_a_path_goes_before_its_shape():
+    """A matrix of Adam keeps a mean square, and an orthogonal one keeps none."""
+    params = {"gate": {"kernel": jnp.ones((3, 4))}, "up": {"kernel": jnp.ones((3, 4))}}
+
+    def shapes(optimizer):
+        return [a.shape for a in jax.tree.leaves(optimizer.init(params).nu)]
+
+    assert shapes(gso()) == []
+    assert shapes(gso(direction={"gate.*": "adam"})) == [(3, 4)]
+    assert shapes(gso(kinds=lambda path, shape: "embedding" if path.startswith("up") else None)) == [(3, 4)]
+    assert shapes(gso(direction={"*": "adam"})) == [(3, 4), (3, 4)]
+
+
+def test_a_run_by_shares_says_what_was_bounded():
+    optimizer, params = gso(), share_tree(share_runs.weights())
+    given = share_tree(share_runs.gradients(0, share_runs.weights()))
+    given["fc"]["kernel"] = given["fc"]["kernel"].at[1, 3].set(jnp.nan)
+    updates, state = jax.jit(optimizer.update)(given, optimizer.init(params), params)
+    worst = optimizer.record(state, params).worst(1)[0]
+    assert (worst.name, worst.outcome) == ("fc.kernel[3:4]", gs.Outcome.ZEROED)
+    assert bool(jnp.isfinite(updates["fc"]["kernel"]).all())
+    np.testing.assert_array_equal(updates["fc"]["kernel"][:, 3], 0.0)
+
+
+def test_seeds_of_a_vmap_step_by_themselves():
+    optimizer, params = gso(), share_tree(share_runs.weights())
+    seeds = [share_tree(share_runs.gradients(k, share_runs.weights())) for k in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+    state = optimizer.init(params)
+    mapped, _ = jax.jit(jax.vmap(lambda given: optimizer.update(given, state, params)))(stacked)
+    for k, seed in enumerate(seeds):
+        alone, _ = jax.jit(optimizer.update)(seed, state, params)
+        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[k], b, rtol=0, atol=1e-5)
+
+
 def test_without_a_binding_limit_gso_is_adamw():
     params = tree(weights())
-    ours, theirs = gso(1e-2, budget=gs.Fixed(float("inf"))), optax.adamw(1e-2, weight_decay=1e-2)
+    ours, theirs = gso(1e-2, budget=gs.Fixed(float("inf")), direction="adam"), optax.adamw(1e-2, weight_decay=1e-2)
     a, b = ours.init(params), theirs.init(params)
     step, their_step = jax.jit(ours.update), jax.jit(theirs.update)
     for i in range(5):
@@ -195,7 +318,12 @@ def test_a_cap_bounds_the_update_of_any_optimizer():
 def test_going_on_from_a_saved_state_changes_nothing():
     """A state is a tree of arrays: what a checkpoint keeps is all that the next step depends on."""
     params = tree(weights())
-    make = lambda: optax.chain(split_gradients("xsp", gs.Ema(1.1, warmup=2)), gso(1e-2, second_moment="bin"))  # noqa: E731
+
+    def make():
+        return optax.chain(
+            split_gradients("xsp", gs.Ema(1.1, warmup=2)), gso(1e-2, direction="adam", second_moment="bin")
+        )
+
     whole, state = make(), None
     state = whole.init(params)
     step, later_step = jax.jit(whole.update), jax.jit(make().update)
@@ -329,9 +457,15 @@ def test_a_row_s_norm_runs_over_all_other_axes(orientation, axes):
             "Call update(updates, state, params)",
         ),
         (lambda p: (s := gso(0.1)).update(p, s.init(p)), "Call update(updates, state, params)"),
-        (lambda p: gso(0.1, b1=1.0).init(p), "gso(betas=(1.0, 0.999)): expected two memories in [0, 1)"),
-        (lambda p: gso(0.1, second_moment="row").init(p), "gso(second_moment='row'): expected 'element' or 'bin'"),
-        (lambda p: gso(0.1, "whole", second_moment="bin").init(p), "expected bins inside one tensor each"),
+        (lambda p: gso(0.1, b1=1.0).init(p), "gso(betas=(1.0, 0.99)): expected two memories in [0, 1)"),
+        (
+            lambda p: gso(0.1, direction="adam", second_moment="row").init(p),
+            "gso(second_moment='row'): expected 'element' or 'bin'",
+        ),
+        (
+            lambda p: gso(0.1, "whole", direction="adam", second_moment="bin").init(p),
+            "expected bins inside one tensor each",
+        ),
         (lambda p: gso(0.1).record(optax.adam(1.0).init(p), p), "expected the state of one transformation"),
         (
             lambda p: split_gradients(gs.xsp(LAYOUT), "fixed").init(p),

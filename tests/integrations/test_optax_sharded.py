@@ -35,7 +35,7 @@ def test_there_are_four_devices(found):
 
 
 @pytest.mark.parametrize("how", ["rows", "columns"])
-@pytest.mark.parametrize("what", ["relative", "tree", "gso"])
+@pytest.mark.parametrize("what", ["relative", "tree", "gso", "share"])
 def test_sharded_arrays_end_where_whole_ones_do(found, what, how):
     assert found[f"{what}, {how}"] < 1e-5
 

@@ -24,7 +24,7 @@ from keras import ops
 from ...functional import Orientation, Oriented, orientation_of
 from ...plan import Layout
 
-__all__ = ["energies", "layout_of", "names_of", "oriented_of"]
+__all__ = ["energies", "known_kinds", "layout_of", "names_of", "oriented_of"]
 
 
 def names_of(variables: Iterable[Any]) -> list[str]:
@@ -77,6 +77,26 @@ def _axes_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if own == "kernel" and layer in ("query", "key", "value") and len(shape) == 3:
         return (1, 2)
     return ()
+
+
+def known_kinds(oriented: Oriented) -> dict[str, tuple[str | None, int]]:
+    """Return what layers say of their variables: name -> (kind or None, number of matrices in it).
+
+    Tables of Embedding are embeddings. Biases of two axes (GRU, attention) are vectors, one per row. A depthwise kernel
+    is one small matrix per input channel. Shapes alone tell the kinds of all other variables.
+    """
+    known: dict[str, tuple[str | None, int]] = {}
+    for name, shape, (rows, _) in zip(oriented.layout.names, oriented.shapes, oriented.orders, strict=True):
+        own, rank = name.rpartition(".")[2], len(shape)
+        if rank < 2:
+            continue
+        if own.endswith("embeddings"):
+            known[name] = "embedding", 1
+        elif "bias" in own:
+            known[name] = "vector", 1
+        elif rank > 2 and rows == (rank - 2, rank - 1) and _axes_of(name, shape) == (-2, -1):
+            known[name] = None, shape[-2]
+    return known
 
 
 def _exactly(name: str) -> str:

@@ -8,7 +8,7 @@ except ImportError as error:
         "gradsplit.integrations.optax: expected the packages jax and optax. Run: pip install 'gradsplit[jax]'"
     ) from error
 
-from .gso import GsoOptState, gso
+from .gso import GsoOptState, GsoShareState, gso
 from .sources import SampleState, TermState, split_samples, split_terms
 from .splitting import SplitState, cap_updates, split_gradients
 from .transformation import LastStep, SplitTransformation
@@ -16,6 +16,7 @@ from .trees import energies_of, layout_of
 
 __all__ = [
     "GsoOptState",
+    "GsoShareState",
     "LastStep",
     "SampleState",
     "SplitState",

@@ -1,4 +1,4 @@
-"""GSO for optax: AdamW over bins, each bounded before the moments and in its update."""
+"""GSO for optax: rows that move by a share of their length, or with ``direction="adam"`` AdamW over bins."""
 
 from __future__ import annotations
 
@@ -10,16 +10,52 @@ from jax import Array
 from jax import numpy as jnp
 
 from ...budget import DEFAULT_OF_GSO
-from ...functional import GsoRule, GsoState, gso_rule
+from ...functional import (
+    DEFAULT_OF_SHARE,
+    Choice,
+    GsoRule,
+    GsoState,
+    ShareRule,
+    ShareState,
+    array_kinds,
+    gso_rule,
+    share_rule,
+)
 from ...plan import Layout, Plan
 from .transformation import LastStep, Rate, SplitTransformation, rate_now
-from .trees import Planner, leaves_of
+from .trees import Leaves, Planner, leaves_of
 
-__all__ = ["GsoOptState", "gso"]
+__all__ = ["GsoOptState", "GsoShareState", "gso"]
+
+
+class GsoShareState(NamedTuple):
+    """What the next step by shares depends on, and the last decision.
+
+    Attributes:
+        num_steps: steps made.
+        seen: steps in which some gradient was finite and not zero.
+        ages: steps of each array, one number per array.
+        mu: mean gradients, a tree as the parameters.
+        nu: mean squares, a tree as the parameters, without the arrays whose direction is not Adam's.
+        recent: (B,) the largest norm that each bin has had of late.
+        most: (B,) the longest that each bin may become.
+        history: of the budgets.
+        last: the last decision on the gradient, see `SplitTransformation.record`.
+    """
+
+    num_steps: Array
+    seen: Array
+    ages: Array
+    mu: Any
+    nu: Any
+    recent: Array
+    most: Array
+    history: Any
+    last: LastStep
 
 
 class GsoOptState(NamedTuple):
-    """What the next step depends on, and the last decision.
+    """What the next step of ``direction="adam"`` depends on, and the last decision.
 
     Attributes:
         num_steps: steps made.
@@ -39,70 +75,185 @@ class GsoOptState(NamedTuple):
 
 
 def gso(
-    learning_rate: Rate,
+    learning_rate: Rate | None = None,
     plan: Plan | str | Callable[[Layout], Plan] = "xsp",
-    budget: Any = DEFAULT_OF_GSO,
+    budget: Any = None,
     *,
+    direction: Choice = "auto",
+    kinds: Choice = None,
+    blocks: Choice = None,
     b1: float = 0.9,
-    b2: float = 0.999,
+    b2: float | None = None,
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     second_moment: str = "element",
     rule: str = "bottom_up",
     orientation: Any = "last",
 ) -> SplitTransformation:
-    """AdamW over bins: no bin's gradient may poison the moments, no bin may move by more than a share of its length.
+    """Bound each row, choose a direction per array, and move each row by a share of its own length.
 
-    The formulas are those of `gradsplit.GSO`. The caps follow the schedule: tau times the rate now / the largest so
-    far.
+    The formulas are those of `gradsplit.GSO`, and so are the numbers. The kind of an array is told by its shape:
+    matrices take the orthogonal direction, vectors take Adam's. Arrays named ``embedding`` or ``embeddings`` are
+    embeddings, as flax names them. ``kinds`` and ``direction`` override both by path.
 
     Args:
-        learning_rate: >= 0; a float, an array or a schedule.
-        plan: see `split_gradients`.
-        budget: those that bound the update act on the update, the others on the gradient before the moments. Default
-            ``(Relative(0.2), RelativeStep(0.03))``.
+        learning_rate: the share of its length by which a row moves per step, in [0, 0.5]; a float, an array or a
+            schedule. None: 0.03, and 0.01 for ``direction="adam"``. Best is a schedule that falls linearly to zero.
+        plan: see `split_gradients`; every bin lies inside one array.
+        budget: of gradients, before the memory; None: ``Relative(0.2)``. For ``direction="adam"`` budgets that bound
+            the update act on the update; None: ``(Relative(0.2), RelativeStep(0.03))``.
+        direction: "auto"; "orthogonal" or "adam" by patterns of paths, ``{"*.gate.kernel": "adam"}``; or a function
+            (path, shape) -> direction or None. The word "adam" alone makes AdamW over bins.
+        kinds: "matrix", "embedding" or "vector" by patterns of paths, or by such a function.
+        blocks: numbers of equal blocks of rows that are made orthogonal one by one, ``{"*.qkv.kernel": 3}``.
         b1: decay of the mean gradient, in [0, 1).
-        b2: decay of the mean square, in [0, 1).
-        eps: added to the denominator, >= 0.
-        weight_decay: decoupled, per step and unit of the learning rate, >= 0; not part of what is bounded, but
-            shortened with it.
-        second_moment: "element", or "bin": one per bin, which saves a copy of the weights.
+        b2: decay of the mean square, in [0, 1); None: 0.99, and 0.999 for ``direction="adam"``.
+        eps: added to Adam's denominator, >= 0.
+        weight_decay: decoupled, per step and unit of the learning rate, >= 0. For ``direction="adam"`` it is not part
+            of what is bounded, but shortened with it.
+        second_moment: for ``direction="adam"``: "element", or "bin": one per bin, which saves a copy of the weights.
         rule: "bottom_up" or "nearest".
         orientation: see `split_gradients`.
 
     Raises:
-        ValueError: a constant out of its range, an unknown name; from ``update``, no ``params``.
+        ValueError: a constant out of its range, an unknown name, bins over several arrays; from ``init``, a pattern
+            that matches no path; from ``update``, no ``params``.
         TypeError: complex parameters.
 
-    >>> optimizer = gso(1.0, weight_decay=0.0)
+    >>> optimizer = gso(0.1, weight_decay=0.0)
     >>> params = {"kernel": jnp.asarray([[3.0], [4.0]])}                      # one row of length 5
     >>> updates, _ = optimizer.update({"kernel": jnp.asarray([[1e9], [0.0]])}, optimizer.init(params), params)
-    >>> print((params["kernel"] + updates["kernel"]).ravel().round(4))        # moved by at most 3 % of it
-    [2.85 4.  ]
+    >>> print((params["kernel"] + updates["kernel"]).ravel().round(4))        # a tenth of it
+    [2.5 4. ]
     """
-    call = "gso"
+    if isinstance(direction, str) and direction == "adam":
+        usual = DEFAULT_OF_GSO if budget is None else budget
+        betas = b1, 0.999 if b2 is None else b2
+        if kinds is not None or blocks is not None:
+            raise ValueError(
+                "gso(direction='adam', …): expected neither kinds= nor blocks=, which belong to the share step. Leave "
+                "them out, or use direction={'*': 'adam'}."
+            )
 
-    def make(made: Plan, oriented: Any) -> GsoRule:
-        return gso_rule(
-            made,
-            budget,
-            betas=(b1, b2),
-            eps=eps,
-            weight_decay=weight_decay,
-            second_moment=second_moment,
-            oriented=oriented,
-            rule=rule,
-            call=call,
+        def make_adam(made: Plan, oriented: Any) -> GsoRule:
+            return gso_rule(
+                made,
+                usual,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                second_moment=second_moment,
+                oriented=oriented,
+                rule=rule,
+                call="gso",
+            )
+
+        rate = 1e-2 if learning_rate is None else learning_rate
+        return _by_adam(Planner(plan, orientation, make_adam, call="gso"), rate, by_bin=second_moment == "bin")
+    if second_moment != "element":
+        raise ValueError(
+            f"gso(second_moment={second_moment!r}): expected 'element' beside a direction that has no second moment "
+            "per bin. Use direction='adam' with it."
+        )
+    if isinstance(learning_rate, (int, float)) and not 0 <= learning_rate <= 0.5:
+        raise ValueError(
+            f"gso({learning_rate}): expected a share of a row's length per step, in [0, 0.5]. The default is 0.03; use "
+            "direction='adam' for a learning rate of AdamW."
         )
 
-    planner = Planner(plan, orientation, make, call=call)
-    by_bin = second_moment == "bin"
+    def make_share(made: Plan, oriented: Any) -> ShareRule:
+        tokens = {
+            name: ("embedding", 1)
+            for name, shape in zip(oriented.layout.names, oriented.shapes, strict=True)
+            if len(shape) > 1 and name.rpartition(".")[2] in ("embedding", "embeddings")
+        }
+        return share_rule(
+            made,
+            DEFAULT_OF_SHARE if budget is None else budget,
+            kinds=array_kinds(oriented, kinds=kinds, direction=direction, blocks=blocks, known=tokens, call="gso"),
+            betas=(b1, 0.99 if b2 is None else b2),
+            eps=eps,
+            weight_decay=weight_decay,
+            oriented=oriented,
+            rule=rule,
+            call="gso",
+        )
 
+    return _by_share(
+        Planner(plan, orientation, make_share, call="gso"), 0.03 if learning_rate is None else learning_rate
+    )
+
+
+def _real_leaves(params: Any) -> Leaves:
+    leaves = leaves_of(params, call="gso")
+    for name, array in zip(leaves.names, leaves.arrays, strict=True):
+        if jnp.iscomplexobj(array):
+            raise TypeError(f"gso(…): expected real parameters, got {array.dtype} at {name!r}. Split it in two.")
+    return leaves
+
+
+def _both(updates: Any, params: Any) -> tuple[Leaves, list[Any]]:
+    """Return gradients and weights."""
+    if params is None:
+        raise ValueError(
+            "gso(…).update(updates, state): expected the parameters too, since limits and decay depend on them. Call "
+            "update(updates, state, params)."
+        )
+    return leaves_of(updates, call="gso"), leaves_of(params, call="gso").arrays
+
+
+def _arrays_of(tree: Any) -> tuple[Any, ...]:
+    return tuple(leaves_of(tree, call="gso").arrays)
+
+
+def _by_share(planner: Planner, learning_rate: Rate) -> SplitTransformation:
+    def squares_tree(leaves: Leaves, made: ShareRule, squares: tuple[Any, ...]) -> Any:
+        """One mean square per array that has one; a hole that optax knows stands for the others."""
+        left = iter(squares)
+        holes = [next(left) if kind.direction == "adam" else optax.MaskedNode() for kind in made.kinds]
+        return leaves.back(holes)
+
+    def init(params: Any) -> GsoShareState:
+        leaves = _real_leaves(params)
+        plan, made = planner.of(leaves)
+        first = made.init(leaves.arrays)
+        return GsoShareState(
+            jnp.zeros((), jnp.int32),
+            first.steps,
+            first.ages_T,
+            leaves.back(list(first.momenta)),
+            squares_tree(leaves, made, first.squares),
+            first.recent_B,
+            first.most_B,
+            first.of_gradient,
+            LastStep.before(plan.num_bins, leaves.arrays),
+        )
+
+    def update(updates: Any, state: GsoShareState, params: Any = None, **extra: Any) -> tuple[Any, GsoShareState]:
+        leaves, weights = _both(updates, params)
+        _, made = planner.of(leaves)
+        share = learning_rate(state.num_steps) if callable(learning_rate) else learning_rate
+        memories = _arrays_of(state.mu), _arrays_of(state.nu)
+        before = ShareState(state.seen, state.ages, *memories, state.recent, state.most, state.history)
+        changes, after, decision = made.update(leaves.arrays, before, weights, jnp.asarray(share))
+        return leaves.back(changes), GsoShareState(
+            optax.safe_increment(state.num_steps),
+            after.steps,
+            after.ages_T,
+            leaves.back(list(after.momenta)),
+            squares_tree(leaves, made, after.squares),
+            after.recent_B,
+            after.most_B,
+            after.of_gradient,
+            LastStep.of(decision),
+        )
+
+    return SplitTransformation.made(init, update, planner)
+
+
+def _by_adam(planner: Planner, learning_rate: Rate, *, by_bin: bool) -> SplitTransformation:
     def init(params: Any) -> GsoOptState:
-        leaves = leaves_of(params, call=call)
-        for name, array in zip(leaves.names, leaves.arrays, strict=True):
-            if jnp.iscomplexobj(array):
-                raise TypeError(f"{call}(…): expected real parameters, got {array.dtype} at {name!r}. Split it in two.")
+        leaves = _real_leaves(params)
         plan, made = planner.of(leaves)
         state = made.init(leaves.arrays)
         nu = state.second_moments[0] if by_bin else leaves.back(list(state.second_moments))
@@ -117,18 +268,13 @@ def gso(
         )
 
     def update(updates: Any, state: GsoOptState, params: Any = None, **extra: Any) -> tuple[Any, GsoOptState]:
-        if params is None:
-            raise ValueError(
-                f"{call}(…).update(updates, state): expected the parameters too, since limits and decay depend on "
-                "them. Call update(updates, state, params)."
-            )
-        leaves, weights = leaves_of(updates, call=call), leaves_of(params, call=call).arrays
+        leaves, weights = _both(updates, params)
         _, made = planner.of(leaves)
         lr, top, pace = rate_now(learning_rate, state.num_steps, state.top)
         before = GsoState(
             state.num_steps.astype(state.last.norm_B.dtype),
-            tuple(leaves_of(state.mu, call=call).arrays),
-            (state.nu,) if by_bin else tuple(leaves_of(state.nu, call=call).arrays),
+            _arrays_of(state.mu),
+            (state.nu,) if by_bin else _arrays_of(state.nu),
             *state.history,
         )
         changes, after, decision = made.update(leaves.arrays, before, weights, lr, pace)
