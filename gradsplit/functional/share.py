@@ -87,8 +87,9 @@ def newton_schulz(matrices: Array, steps: int = 5) -> Array:
 
         X <- X / ||X||_F;   then ``steps`` times:   X <- a X + (b A + c A A) X,   A = X X^T
 
-    >>> np.linalg.svd(newton_schulz(np.diag([3.0, 1.0])[None])[0])[1].round(1)
-    array([1.1, 0.7])
+    >>> made = newton_schulz(np.diag([3.0, 0.1])[None])[0]
+    >>> bool((abs(np.linalg.svd(made)[1] - 1) < 0.35).all())
+    True
     """
     xp, (a, b, c) = namespace(matrices), _COEFFICIENTS
     flip = matrices.shape[1] > matrices.shape[2]
