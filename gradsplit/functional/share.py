@@ -199,7 +199,8 @@ def share_rule(
         ahead_B = sums.norm(patterns.amounts_B(directions, may_explode=False))
         moves_B = decision.finite_B & (ahead_B > 0)
         longest = xp.maximum(length_B, xp.asarray(longest_B, length_B))
-        most_B = xp.where(moves_B & (state.most_B == 0), longest, state.most_B)
+        most_B = xp.cast(state.most_B, length_B)  # a framework may keep its states in single precision
+        most_B = xp.where(moves_B & (most_B == 0), longest, most_B)
         tau_B = xp.asarray(tau, length_B) * xp.asarray(share_B, length_B)
         decay_B = xp.where(moves_B, tau_B * weight_decay, zero_B)
         length = xp.maximum(length_B, xp.asarray(least_B, length_B))
@@ -263,11 +264,13 @@ def _per_bin(plan: Plan, kinds: Sequence[ArrayKind]) -> tuple[np.ndarray, ...]:
 def _collective(norm_B: Array, seen_B: Array, recent_B: Array, steps: Array) -> tuple[Array, Array]:
     """Return the factor for the whole gradient, 0-d, and the recent norms after this step."""
     xp = namespace(norm_B)
+    recent_B = xp.cast(recent_B, norm_B)
     known_B = recent_B > 0
     ratio_B = norm_B / xp.where(known_B, recent_B, recent_B * 0.0 + 1.0)
     median = xp.median(xp.where(seen_B & known_B, ratio_B, float("nan")))
     fired = median > COLLECTIVE  # nan, where nothing is known yet, is not above
     factor = xp.where(fired, 1.0 / median, 1.0)
+    steps = xp.cast(steps, norm_B)
     falls = xp.minimum(steps / (steps + 2.0), xp.asarray(FALLS, steps))
     follows_B = xp.minimum(xp.maximum(norm_B, falls * recent_B), RISES * recent_B)
     moved_B = xp.where(fired, LET_THROUGH * recent_B, follows_B)
