@@ -86,9 +86,10 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
         "(gradsplit.GSO) takes a rate that no layer can turn into an explosion; gradsplit diagnose says what is wrong "
         "with the model itself."
     )
+    word = "left its history" if first.kind == "history" else "rose most"
     control = Advice(
-        f"{'Everything' if first.tensor == 'all' else first.tensor} left its history at step {first.step} and nothing "
-        "kept it there. Bound every row by a budget of its own; the others then go on as they were.",
+        f"{'Everything' if first.tensor == 'all' else first.tensor} {word} at step {first.step} and nothing kept it "
+        "there. Bound every row by a budget of its own; the others then go on as they were.",
         _command(account, "--control"),
     )
     if first.kind == "weights":

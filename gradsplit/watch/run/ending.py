@@ -69,7 +69,7 @@ class Ending:
         return replace_process
 
     def _at_exit(self) -> None:
-        if self._finish():
+        if self._finish() and getattr(sys, "last_type", None) is None:  # an exception's own code is one already
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
                 sys.stderr.flush()

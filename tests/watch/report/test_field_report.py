@@ -15,6 +15,7 @@ from gradsplit.watch.record import RunWriter, Stream
 from gradsplit.watch.report.account import fails_on
 from gradsplit.watch.report.advice import advice_of
 from gradsplit.watch.report.text import GLOSSARY, findings, headline, report_text
+from tests.architecture.sources import ROOT
 from tests.watch.record.recorded import noise, outline, rows_of
 from tests.watch.run.watched import account_at, watched
 
@@ -314,6 +315,12 @@ def test_the_loss_before_is_that_of_the_step_before_and_nothing_lost_is_compared
         assert "Loss: 1.3e+21 in the step before, not finite in this step and the ten after." in told
     for wrong in ("at most not finite", "(not finite times)", "score", "all left its history"):
         assert wrong not in told
+
+
+def test_the_guide_has_the_whole_glossary():
+    guide = (ROOT / "docs" / "questions.md").read_text(encoding="utf8")
+    for sentence, meaning in GLOSSARY.items():
+        assert f"| {sentence} | {meaning} |" in guide
 
 
 def test_the_glossary_explains_every_sentence():

@@ -260,6 +260,33 @@ def test_the_package_runs_as_a_module_and_a_bare_report_opens_the_newest_file(tm
     assert told.stdout.startswith("run-2.db: train.py (watch, 11 steps")
 
 
+_CRASH = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+class Policy(nn.Module):
+    def __init__(self):
+        super().__init__(); self.body = nn.Linear(4, 3)
+    def forward(self, x): return torch.distributions.Categorical(logits=self.body(x), validate_args=True)
+m = Policy(); o = torch.optim.SGD(m.parameters(), 0.1)
+for i in range(20):
+    o.zero_grad()
+    (-m(torch.randn(8, 4)).log_prob(torch.zeros(8)).mean()).backward()
+    if i == 11:
+        o.param_groups[0]["lr"] = float("inf")
+    o.step()
+"""
+
+
+def test_a_crash_in_the_forward_pass_is_a_finding(tmp_path):
+    _run(tmp_path, _CRASH, "--fail-on", "explosion", expect=1)
+    told = run_python(tmp_path, "-m", "gradsplit", "report", "--no-page", "--fail-on", "explosion")
+    assert told.returncode == 1
+    assert "The script crashed in the forward pass after step 11, and weights were not finite then." in told.stdout
+    assert "The exception arose in the module the model" in told.stdout
+    assert "nothing to change" not in told.stdout
+
+
 _DEEP = """
 import torch
 from torch import nn
