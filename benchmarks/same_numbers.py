@@ -96,11 +96,19 @@ def run_all(asked: argparse.Namespace) -> None:
             if part == "saved" and not (asked.save or asked.load):
                 continue
             out, began = Path(folder) / f"{part}.json", time.monotonic()
+            places = environment(backend)
             words = [sys.executable, __file__, "--part", part, "--out", str(out)]
-            for name in ("only", "values", "save", "load"):
+            for name in ("only", "save", "load"):
                 value = getattr(asked, name)
                 words += [f"--{name}", str(value)] if value else []
-            code = subprocess.run(words, env=environment(backend), check=False).returncode
+            words += ["--values", str(out.with_suffix(".values"))] if asked.values else []
+            compiled = None
+            while compiled != (compiled := _compiled(places)):  # a pass that compiled something is made again
+                code = subprocess.run(words, env=places, check=False).returncode
+            if asked.values:
+                with asked.values.open("a", encoding="utf8") as file:
+                    for place in sorted(out.parent.glob(f"{part}.values*")):
+                        file.write(place.read_text(encoding="utf8"))
             made = json.loads(out.read_text(encoding="utf8")) if out.exists() else {"digests": {}, "texts": {}}
             if code:
                 made["digests"][f"{begins[0]}/ended"] = f"with code {code}"
@@ -110,6 +118,16 @@ def run_all(asked: argparse.Namespace) -> None:
             print(f"{part}: {len(made['digests'])} digests, {about['seconds'][part]} s", flush=True)
     asked.out.write_text(json.dumps({"about": about, **sheet}, indent=0, sort_keys=True), encoding="utf8")
     print(f"{len(sheet['digests'])} digests of {about['gradsplit']} in {asked.out}")
+
+
+def _compiled(places: dict[str, str]) -> set[tuple[str, int]]:
+    """What Numba keeps on disk.
+
+    A loop that was just compiled and the same loop read from disk can differ in the last bit of a sum, since the
+    compiler may reassociate sums. So digests are taken of loops that were read.
+    """
+    folder = Path(places["NUMBA_CACHE_DIR"])
+    return {(str(file), file.stat().st_mtime_ns) for file in folder.rglob("*.nbc")}
 
 
 def _may_meet(pattern: str, begin: str) -> bool:
@@ -147,7 +165,7 @@ def run_part(asked: argparse.Namespace) -> None:
     from same_numbers.sheet import Sheet, settle
 
     settle()
-    values = asked.values.open("a", encoding="utf8") if asked.values else None
+    values = asked.values.open("w", encoding="utf8") if asked.values else None
     sheet = Sheet(asked.only, values)
     module = importlib.import_module(f"same_numbers.{PARTS[asked.part][0]}")
     if asked.part == "saved":

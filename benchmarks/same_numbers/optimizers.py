@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import gradsplit as gs
+from same_numbers.gso import make_gso, note_state
 from same_numbers.nets import Faults, drawn, loss_of, make_net, train
 from same_numbers.sheet import Notes, Sheet
 from same_numbers.splitters import BACKENDS, EMA, PLANS, ZSCORE, energies
@@ -82,10 +83,10 @@ def part(sheet: Sheet) -> None:
 def optimize(notes: Notes, *, steps: int = 6, **options: Any) -> None:
     """A run under a falling rate; in-backward runs cannot let a gradient fall away after backward."""
     model = make_net()
-    optimizer = gs.GSO(model, **options)
+    optimizer = make_gso(model, **options)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     train(notes, model, optimizer, steps=steps, after_step=lambda _: schedule.step())
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 def with_groups(notes: Notes, backend: str) -> None:
@@ -96,13 +97,13 @@ def with_groups(notes: Notes, backend: str) -> None:
         {"params": list(model.norm.named_parameters()), "budget": BUDGETS["ema"], "weight_decay": 0.0},
         {"params": [("scale", model.scale)], "plan": "per_tensor", "betas": (0.5, 0.9)},
     ]
-    optimizer = gs.GSO(groups, backend=backend, **FIXED_RATE)
+    optimizer = make_gso(groups, backend=backend, **FIXED_RATE)
     train(notes, model, optimizer, steps=2)
     body = list(model.body.named_parameters())
     own = {"plan": PLANS["xsp axis=1"], "budget": BUDGETS["root"], "lr": 0.1, "maximize": True}
     optimizer.add_param_group({"params": body, **own})
     train(notes, model, optimizer, first=2)
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 def on_drawn(notes: Notes, backend: str, kind: str, **options: Any) -> None:
@@ -114,33 +115,36 @@ def on_drawn(notes: Notes, backend: str, kind: str, **options: Any) -> None:
         torch.nn.Parameter(torch.randn(shape, generator=draw, dtype=dtype if dtype.is_complex else None).to(dtype))
         for shape in ((4, 3), (5,), (), (3, 2, 2))
     ]
-    optimizer = gs.GSO(parameters, backend=backend, **{**FIXED_RATE, **options})
+    optimizer = make_gso(parameters, backend=backend, **{**FIXED_RATE, **options})
     for step in range(5):
         for parameter, gradient in zip(parameters, drawn(parameters, step), strict=True):
             parameter.grad = gradient
         optimizer.step()
         notes.note("parameters", parameters)
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 def resumed(notes: Notes, backend: str, **options: Any) -> None:
     """Loaded in the middle by another optimizer, copied, pickled, and taken over from AdamW."""
     model = make_net()
-    optimizer = gs.GSO(model, backend=backend, **{**FIXED_RATE, **options})
+    optimizer = make_gso(model, backend=backend, **{**FIXED_RATE, **options})
     train(notes, model, optimizer, steps=3)
     again = make_net(seed=1)
     again.load_state_dict(model.state_dict())
-    loaded = gs.GSO(again, backend=backend, **{**FIXED_RATE, **options})
+    loaded = make_gso(again, backend=backend, **{**FIXED_RATE, **options})
     loaded.load_state_dict(optimizer.state_dict())
-    notes.note("state", loaded.state_dict())
+    note_state(notes, loaded)
     train(notes, again, loaded, first=3)
+    if "schedule" in options:  # a wrapper is not copied with the optimizer
+        return
     for way, made in (("copied", copy.deepcopy(optimizer)), ("pickled", pickle.loads(pickle.dumps(optimizer)))):
         parameters = [p for group in made.param_groups for p in group["params"]]
         for step in range(2):
             for parameter, gradient in zip(parameters, drawn(parameters, step), strict=True):
                 parameter.grad = gradient
             made.step()
-        notes.note(way, parameters, made.state_dict())
+        notes.note(way, parameters)
+        note_state(notes, made, f"{way} ")
 
 
 def from_adamw(notes: Notes, backend: str) -> None:
@@ -150,15 +154,15 @@ def from_adamw(notes: Notes, backend: str) -> None:
         adamw.zero_grad()
         loss_of(model, step).backward()
         adamw.step()
-    optimizer = gs.GSO(model, backend=backend, **FIXED_RATE)
+    optimizer = make_gso(model, backend=backend, **FIXED_RATE)
     optimizer.load_state_dict(adamw.state_dict())
     train(notes, model, optimizer)
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 def accumulating(notes: Notes, backend: str) -> None:
     model = make_net()
-    optimizer = gs.GSO(model, in_backward=True, backend=backend, **FIXED_RATE)
+    optimizer = make_gso(model, in_backward=True, backend=backend, **FIXED_RATE)
     faults = Faults(model)
     for step in range(4):
         faults.step = step
@@ -166,12 +170,13 @@ def accumulating(notes: Notes, backend: str) -> None:
             loss_of(model, step).backward()
         loss_of(model, step + 30).backward()
         optimizer.step()
-    notes.note("parameters", dict(model.named_parameters()), optimizer.state_dict())
+    notes.note("parameters", dict(model.named_parameters()))
+    note_state(notes, optimizer)
 
 
 def with_closure(notes: Notes, backend: str, **options: Any) -> None:
     model = make_net()
-    optimizer, faults = gs.GSO(model, backend=backend, **{**FIXED_RATE, **options}), Faults(model)
+    optimizer, faults = make_gso(model, backend=backend, **{**FIXED_RATE, **options}), Faults(model)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -182,12 +187,13 @@ def with_closure(notes: Notes, backend: str, **options: Any) -> None:
     for step in range(4):
         faults.step = step
         notes.note("losses", optimizer.step(closure))
-    notes.note("parameters", dict(model.named_parameters()), optimizer.state_dict())
+    notes.note("parameters", dict(model.named_parameters()))
+    note_state(notes, optimizer)
 
 
 def scaled(notes: Notes, backend: str, **options: Any) -> None:
     model = make_net()
-    optimizer, faults = gs.GSO(model, backend=backend, **{**FIXED_RATE, **options}), Faults(model)
+    optimizer, faults = make_gso(model, backend=backend, **{**FIXED_RATE, **options}), Faults(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for step in range(5):
         faults.step = step
@@ -198,13 +204,14 @@ def scaled(notes: Notes, backend: str, **options: Any) -> None:
         scaler.step(optimizer)
         scaler.update()
         notes.note("scaler", scaler.get_scale())
-    notes.note("parameters", dict(model.named_parameters()), optimizer.state_dict())
+    notes.note("parameters", dict(model.named_parameters()))
+    note_state(notes, optimizer)
 
 
 def frozen(notes: Notes, backend: str, **options: Any) -> None:
     """A gradient that comes late, and one that never does."""
     model = make_net()
-    optimizer = gs.GSO(model, backend=backend, **{**FIXED_RATE, **options})
+    optimizer = make_gso(model, backend=backend, **{**FIXED_RATE, **options})
 
     def drop(step: int) -> None:
         model.norm.bias.grad = None
@@ -212,7 +219,7 @@ def frozen(notes: Notes, backend: str, **options: Any) -> None:
             model.stem.embed.weight.grad = None
 
     train(notes, model, optimizer, before_step=drop)
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 WAYS: dict[str, Any] = {
@@ -245,7 +252,7 @@ def differentiable(notes: Notes) -> None:
     start = [torch.randn(3, 2, generator=torch.Generator().manual_seed(1)), torch.ones(2)]
     start = [tensor.requires_grad_() for tensor in start]
     parameters = [p.clone() for p in start]
-    optimizer = gs.GSO(parameters, differentiable=True, **FIXED_RATE)
+    optimizer = make_gso(parameters, differentiable=True, **FIXED_RATE)
     for step in range(2):
         for parameter, gradient in zip(parameters, drawn(parameters, step + 5), strict=True):
             parameter.grad = gradient

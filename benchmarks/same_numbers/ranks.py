@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import gradsplit as gs
+from same_numbers.gso import make_gso, note_state
 from same_numbers.sheet import Notes, Sheet, settle
 from same_numbers.splitters import EMA, PLANS, ZSCORE
 
 HERE = Path(__file__).resolve().parents[1]
 SIZE, STEPS = 2, 5
+LIMIT = datetime.timedelta(seconds=60)
+"""A rank that waits so long for the other has lost it."""
 
 SPLITTERS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -93,7 +97,7 @@ def part(sheet: Sheet) -> None:
 def on_rank(rank: int, folder: Path, only: str, values: str) -> None:
     """Note what one rank sees; each has a file of values of its own."""
     settle()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=SIZE)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=SIZE, timeout=LIMIT)
     sheet = Sheet(only, open(f"{values}.{rank}", "w", encoding="utf8") if values else None)  # noqa: SIM115
     for kind in ("fsdp", "ddp"):
         for name, options in SPLITTERS.items():
@@ -170,9 +174,9 @@ def split(notes: Notes, kind: str, *, stages: bool = False, **options: Any) -> N
 
 def optimize(notes: Notes, kind: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
     model = make(kind, dtype)
-    optimizer = gs.GSO(model, lr=0.02, **options)
+    optimizer = make_gso(model, lr=0.02, **options)
     train(notes, model, optimizer, dtype)
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 def chained(notes: Notes, kind: str) -> None:
@@ -181,7 +185,8 @@ def chained(notes: Notes, kind: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     chain = gs.ChainSplitter(model).attach(optimizer)
     train(notes, model, optimizer)
-    notes.note("rows", chain.rows(), chain.state_dict(), chain.module_norms)
+    notes.note("rows", chain.rows(), chain.state_dict())
+    notes.note("module norms", chain.module_norms)
 
 
 def guarded(notes: Notes) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 import gradsplit as gs
 from same_numbers import run_files, signals
+from same_numbers.gso import make_gso, note_state
 from same_numbers.nets import Faults, make_net, train
 from same_numbers.optimizers import BUDGETS as OF_GSO
 from same_numbers.sheet import Notes, Sheet
@@ -72,7 +73,9 @@ class Loop:
                 steps -= 1
                 if not steps:
                     break
-        notes.note("parameters", self.model.state_dict(), self.optimizer.state_dict(), self.schedule.state_dict())
+        notes.note("parameters", self.model.state_dict())
+        notes.note("schedule", self.schedule.state_dict()["last_epoch"])
+        note_state(notes, self.optimizer)
 
 
 def _with_splitter(notes: Notes, model: nn.Module, **options: Any) -> tuple[Any, Any]:
@@ -96,7 +99,7 @@ def part(sheet: Sheet, *, save: Path | None, load: Path | None) -> None:
         own = {"bin": {"budget": OF_GSO["ema"], "second_moment": "bin"}, "cyclic, random": options, "default": {}}
         if name in own:
             for form in FORMATS:
-                make = functools.partial(lambda notes, model, o: (gs.GSO(model, lr=0.02, **o), None), o=own[name])
+                make = functools.partial(lambda notes, model, o: (make_gso(model, lr=0.02, **o), None), o=own[name])
                 rows[f"checkpoint/{form}/gso {name}"] = functools.partial(checkpoint, make=make, form=form)
     if importlib.util.find_spec("optax") is not None:
         rows["optax"] = optax_state
@@ -144,7 +147,7 @@ def splitter_state(notes: Notes, *, place: Path, load: bool, options: dict[str, 
 def optimizer_state(notes: Notes, *, place: Path, load: bool, options: dict[str, Any]) -> None:
     model = make_net()
     faults = Faults(model)
-    optimizer = gs.GSO(model, lr=0.02, **options)
+    optimizer = make_gso(model, lr=0.02, **options)
     if not load:
         train(notes, model, optimizer, steps=3, faults=faults)
         torch.save([model.state_dict(), optimizer.state_dict()], place)
@@ -152,7 +155,7 @@ def optimizer_state(notes: Notes, *, place: Path, load: bool, options: dict[str,
     for living, state in zip((model, optimizer), torch.load(place, weights_only=True), strict=True):
         living.load_state_dict(state)
     train(notes, model, optimizer, first=3, faults=faults)
-    notes.note("state", optimizer.state_dict())
+    note_state(notes, optimizer)
 
 
 def plans(notes: Notes, *, place: Path, load: bool) -> None:

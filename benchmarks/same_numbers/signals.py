@@ -152,7 +152,9 @@ def chained(notes: Notes, *, kind: str, **options: Any) -> None:
     bound = (lambda step: chain.bound_parameters()) if kind == "bare" else None
     train(notes, model, optimizer, loss=loss_of_heads, before_step=bound, after_step=look)
     state = chain.state_dict()
-    notes.note("state", state, chain.worst(3), chain.module_norms)
+    notes.note("state", state)
+    notes.note("worst", chain.worst(3))
+    notes.note("module norms", chain.module_norms)
     chain.remove()
     again = gs.ChainSplitter(model, **options)
     again.load_state_dict(copy.deepcopy(state))
