@@ -317,7 +317,7 @@ class Guard:
 
     def _first_snapshot(self) -> None:
         """Take the first snapshot right before the first update: until then the script may change the model."""
-        if self.snapshots.newest is None and not any(map(nn.parameter.is_lazy, self.model.parameters())):
+        if self.snapshots.newest is None and not any(nn.parameter.is_lazy(p) for _, p in self.model.named_parameters()):
             self._take_snapshot()
 
     def _take_snapshot(self) -> None:

@@ -13,7 +13,7 @@ from tests.architecture.sources import PACKAGE, ROOT, package_files, relative, t
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 # A file above LONGEST lines is entered here with its length, may only shrink, and leaves when short enough.
-LONGEST = 520
+LONGEST = 540
 LONGER_UNTIL_SPLIT: dict[str, int] = {}
 
 # One object owns the loop; if it grows, a step of the loop has lost its own module.

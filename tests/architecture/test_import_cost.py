@@ -18,7 +18,10 @@ for name in gradsplit.__all__:
 new = set(sys.modules) - before
 packages = {name.split(".")[0] for name in new} - {name.split(".")[0] for name in before}
 print(json.dumps({
-    "packages": sorted(packages - set(sys.stdlib_module_names) - {"gradsplit"}),
+    "packages": sorted(
+        name for name in packages - set(sys.stdlib_module_names) - {"gradsplit"} if "cython" not in name
+    ),  # Cython's runtime names itself a module in whatever extension needs it
+
     "parts": sorted({name.split(".")[1] for name in new if name.startswith("gradsplit.")}),
 }))
 """

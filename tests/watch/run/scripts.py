@@ -89,7 +89,7 @@ for step in range(6):
 end(maker, critic, style)
 """,
     streams=(("RMSprop", 6), ("Adam", 3), ("SGD", 3)),
-    names=("body.weight", "body.bias"),
+    names=("Critic.body.weight", "Critic.body.bias"),
 )
 
 LBFGS = Script(
@@ -130,7 +130,7 @@ for step in range(8):
 end(model)
 """
 
-SCALER = Script(_BEGIN + _MODEL + _SCALED.format(fused=False), streams=(("AdamW", 7),), names=("0.weight",))
+SCALER = Script(_BEGIN + _MODEL + _SCALED.format(fused=False), streams=(("AdamW", 8),), names=("0.weight",))
 FUSED = Script(_BEGIN + _MODEL + _SCALED.format(fused=True), streams=(("AdamW", 8),), names=("0.weight",))
 
 COMPILED = Script(
