@@ -77,7 +77,7 @@ def _usual(parameter: Tensor, owner: tuple[nn.Module, str] | None) -> Kind:
     rows, cols = shape[0], math.prod(shape[1:])
     if isinstance(module, _EMBEDDINGS):
         return Kind("embedding", "adam", rows, cols, is_complex=is_complex)
-    if len(shape) > 2 and shape[0] == 1:  # positions (1, T, d), class tokens (1, 1, d)
+    if len(shape) > 2 and shape[0] == 1 and not _has_kernel(module):  # positions (1, T, d), class tokens (1, 1, d)
         return Kind("embedding", "adam", math.prod(shape[:-1]), shape[-1], is_complex=is_complex)
     if cols == 1:  # each row is one number: its sign alone would be left of an orthogonal direction
         return Kind("embedding", "adam", rows, cols, is_complex=is_complex)
@@ -91,7 +91,7 @@ def _usual(parameter: Tensor, owner: tuple[nn.Module, str] | None) -> Kind:
     return Kind("matrix", "orthogonal", rows, cols, longest=3.0, blocks=blocks, is_complex=is_complex)
 
 
-def _has_kernel(module: nn.Module) -> bool:
+def _has_kernel(module: nn.Module | None) -> bool:
     """Whether a module is some convolution, whose weight is one matrix over input channels and places."""
     return hasattr(module, "kernel_size")
 

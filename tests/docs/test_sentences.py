@@ -29,6 +29,27 @@ PLAIN = [
 _GUIDES = [page for page in pages() if page.parent == ROOT / "docs"]
 _STILL_TO_DO = [page for page in _GUIDES if page not in PLAIN]
 
+# Sentences above the bound in the other guides; each number may only fall.
+LONG_SENTENCES = {
+    "amp-and-compile.md": 3,
+    "chain.md": 13,
+    "diagnose.md": 10,
+    "distributed.md": 9,
+    "faults.md": 12,
+    "guard.md": 9,
+    "jax.md": 2,
+    "keras.md": 4,
+    "ladder.md": 12,
+    "models.md": 2,
+    "questions.md": 0,
+    "run-file.md": 2,
+    "run.md": 7,
+    "security.md": 4,
+    "sources.md": 0,
+    "trainers.md": 2,
+    "with-your-optimizer.md": 0,
+}
+
 
 def sentences_of(page: Path) -> list[str]:
     """The sentences of a page's paragraphs and list items; tables, headings, comments and pictures are no sentences."""
@@ -60,10 +81,10 @@ def test_sentences_are_short(page):
     _check(page)
 
 
-@pytest.mark.xfail(reason="still to do: sentences of more than 30 words", strict=False)
 @pytest.mark.parametrize("page", _STILL_TO_DO, ids=relative)
-def test_sentences_of_the_other_guides_are_short(page):
-    _check(page)
+def test_the_long_sentences_of_the_other_guides_only_become_fewer(page):
+    found = sum(words_of(sentence) > LONGEST for sentence in sentences_of(page))
+    assert found == LONG_SENTENCES.get(page.name, 0), f"{relative(page)}: shorten what is new, or lower its number"
 
 
 def test_the_readme_is_at_most_900_words():

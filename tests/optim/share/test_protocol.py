@@ -442,3 +442,10 @@ def test_cyclic_blocks_wrap_it():
     train(model, optimizer, range(8))
     assert not any(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
     assert cyclic is not None
+
+
+def test_a_convolution_with_one_output_channel_is_a_matrix_and_a_position_is_not():
+    assert gs.GSO(torch.nn.Conv2d(4, 1, 3))._kinds[0][0].name == "matrix"
+    positions = torch.nn.ParameterDict({"place": torch.nn.Parameter(torch.zeros(1, 5, 4))})
+    kind = gs.GSO(positions)._kinds[0][0]
+    assert (kind.name, kind.rows, kind.cols) == ("embedding", 5, 4)
