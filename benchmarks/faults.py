@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/faults.py runs       # about 1 s a run; goes on where it was stopped
     OMP_NUM_THREADS=1 python benchmarks/faults.py ranks      # the same on ranks of gloo, 2 s a run
     OMP_NUM_THREADS=1 python benchmarks/faults.py moments    # what large values leave in Adam's moments, 10 s
-    python benchmarks/faults.py page                         # sums up and writes the tables of docs/faults.md
+    python benchmarks/faults.py page                         # sums up and writes the tables of docs/results/faults.md
 
 Every run is a row of benchmarks/results/faults-runs.csv or faults-ranks.csv; the sums are in faults.json and
 faults-ranks.json.

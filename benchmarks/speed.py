@@ -1,4 +1,4 @@
-"""Everything that docs/speed.md states, in one run: all layouts, what is paid once, and the peers on one layout.
+"""Everything that docs/results/speed.md states, in one run: all layouts, what is paid once, and the peers.
 
     python benchmarks/speed.py --out benchmarks/results/speed.json --write-docs
 
@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as it is")
     parser.add_argument("--no-start", action="store_true", help="leave out import, first call and memory")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--write-docs", action="store_true", help="write the figures of --out into docs/speed.md")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="write the figures of --out into docs/results/speed.md"
+    )
     options = parser.parse_args()
     if options.write_docs and options.out is None:
         parser.error("--write-docs needs --out")
@@ -171,7 +173,7 @@ def main() -> None:
         sys.path.insert(0, str(ROOT))
         from benchmarks.speed_page import write_page
 
-        write_page(options.out, ROOT / "docs" / "speed.md")
+        write_page(options.out, ROOT / "docs/results/speed.md")
 
 
 if __name__ == "__main__":

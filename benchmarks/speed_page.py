@@ -1,4 +1,4 @@
-"""The table of docs/speed.md, written from the raw results, so that page and results cannot differ."""
+"""The table of docs/results/speed.md, written from the raw results, so that page and results cannot differ."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _section(results: dict[str, Any], raw: Path, page: Path) -> str:
         else "no other load"
     )
     settings = "".join(f", {name}={value}" for name, value in about["environment"].items())
-    link = f"[{raw.name}](../{raw.resolve().relative_to(page.resolve().parents[1])})"
+    link = f"[{raw.name}](../../{raw.resolve().relative_to(page.resolve().parents[2])})"
     lines = [
         HEADING,
         "",
@@ -46,7 +46,7 @@ def _section(results: dict[str, Any], raw: Path, page: Path) -> str:
         "Floor: the ratio if our side moved its bytes as fast as torch's own sum, or as its multiplication in place, "
         "in the same run. A figure below it had help from caches.",
         "",
-        f"<!-- evidence: {raw.resolve().relative_to(page.resolve().parents[1])} -->",
+        f"<!-- evidence: {raw.resolve().relative_to(page.resolve().parents[2])} -->",
         "",
         "| figure | layout | measured | quartiles | n | floor | bar | |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
-"""The measured section of docs/chain.md, written from the raw results.
+"""The measured section of docs/results/chain.md, written from the raw results.
 
-python benchmarks/chain/tables.py        # rewrites what stands between the markers in docs/chain.md
+python benchmarks/chain/tables.py        # rewrites what stands between the markers in docs/results/chain.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 METHODS = ("SGD", "global clip", "clip + gain penalty", "per-step bounds")
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "chain.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs/results/chain.md"
 START, END = "<!-- measured: written by benchmarks/chain/tables.py -->", "<!-- end of measured -->"
 
 
@@ -28,7 +28,7 @@ def source(name: str, data: dict[str, Any]) -> str:
     """Where the numbers are from."""
     where = data["conditions"]
     before = "".join(f" ({', '.join(e['methods'])}: {e['date']}, {e['cpu']})" for e in data.get("earlier", []))
-    link = f"[{name}.json](../benchmarks/results/{name}.json)"
+    link = f"[{name}.json](../../benchmarks/results/{name}.json)"
     return f"{where['date']}, {where['cpu']}{before}, one thread, `{data['command']}`, {link}."
 
 

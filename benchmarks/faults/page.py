@@ -1,4 +1,4 @@
-"""The tables of docs/faults.md and docs/security.md, from the raw results."""
+"""The tables of docs/results/faults.md and docs/results/fuzzing.md, from the raw results."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def fuzzing(raw: dict[str, Any]) -> str:
 
 
 PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
-    "docs/faults.md": {
+    "docs/results/faults.md": {
         "headline": (headline, SUMMARY),
         **{f"faults-{workload}": (every_fault(workload), SUMMARY) for workload in MAIN},
         "rates": (rates, SUMMARY),
@@ -147,7 +147,7 @@ PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
         "clean": (clean, SUMMARY),
         **{f"ranks-{place}": (on_ranks(place), RANKS_SUMMARY) for place in PLACES},
     },
-    "docs/security.md": {"fuzzing": (fuzzing, FUZZ)},
+    "docs/results/fuzzing.md": {"fuzzing": (fuzzing, FUZZ)},
 }
 """Page -> name of a table -> what renders it, and the raw results."""
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/ladder.md and docs/diagnose.md from the raw results, so that they say nothing else."""
+"""Writes the tables of docs/results/ladder.md and diagnose.md from the raw results, so that they say nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "ladder.md"
-PAGES = (PAGE, ROOT / "docs" / "diagnose.md")
+PAGE = ROOT / "docs/results/ladder.md"
+PAGES = (PAGE, ROOT / "docs/results/diagnose.md")
 RESULTS = ROOT / "benchmarks" / "results"
 RECIPE_STEPS = (*range(1, 15), 20, 50, 54, 90, 119, 120, 200, 292)
 

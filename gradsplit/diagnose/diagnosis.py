@@ -148,7 +148,8 @@ def diagnose(
         batch: what the loss takes.
         optimizer: if given, its learning rate is compared with the sharpness of the loss (20 more backward passes).
         ladder: whether to try the optimizer's next step with one tensor after the other. For the rows for which the
-            step is too long, `taylor_ladder` then gives the radius of convergence. docs/diagnose.md says what it costs.
+            step is too long, `taylor_ladder` then gives the radius of convergence. What it costs is measured in
+            docs/results/diagnose.md.
 
     Returns:
         A `Diagnosis`: `.text()`, `.to_dict()`, `.findings`, `.chain`, `.notes`.

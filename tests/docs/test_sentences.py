@@ -11,44 +11,32 @@ import pytest
 from tests.architecture.sources import ROOT, relative
 from tests.docs.markdown import pages, prose_of
 
-LONGEST, MEDIAN = 30, 16
-PLAIN = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "docs/README.md",
-        "docs/bad-values.md",
-        "docs/choosing.md",
-        "docs/method.md",
-        "docs/migration.md",
-        "docs/results.md",
-        "docs/speed.md",
-        "docs/decisions/0037-the-step-is-a-share-of-the-row.md",
-    )
-]
-_GUIDES = [page for page in pages() if page.parent == ROOT / "docs"]
-_STILL_TO_DO = [page for page in _GUIDES if page not in PLAIN]
-
-# Sentences above the bound in the other guides; each number may only fall.
+LONGEST, MEDIAN, WORDS = 30, 16, 800
+_DOCS = ROOT / "docs"
+_GUIDES = [page for page in pages() if page.parent in {_DOCS, _DOCS / "reference"}]
+# Sentences above the bound; each number may only fall.
 LONG_SENTENCES = {
-    "amp-and-compile.md": 3,
-    "chain.md": 13,
-    "diagnose.md": 10,
-    "distributed.md": 9,
-    "faults.md": 12,
-    "guard.md": 9,
-    "jax.md": 2,
-    "keras.md": 4,
-    "ladder.md": 12,
-    "models.md": 2,
-    "questions.md": 0,
-    "run-file.md": 2,
-    "run.md": 7,
-    "security.md": 4,
-    "sources.md": 0,
+    "amp-and-compile.md": 2,
+    "distributed.md": 4,
+    "guard.md": 4,
+    "keras.md": 1,
+    "reference/chain.md": 7,
+    "reference/diagnose.md": 7,
+    "reference/distributed.md": 5,
+    "reference/ladder.md": 6,
+    "reference/run-file.md": 2,
+    "reference/run.md": 5,
+    "reference/security.md": 2,
     "trainers.md": 2,
-    "with-your-optimizer.md": 0,
 }
+_STILL_TO_DO = [_DOCS / name for name in LONG_SENTENCES]
+PLAIN = [
+    ROOT / "README.md",
+    *(page for page in _GUIDES if page not in _STILL_TO_DO),
+    _DOCS / "results.md",
+    _DOCS / "results/speed.md",
+    _DOCS / "decisions/0037-the-step-is-a-share-of-the-row.md",
+]
 
 
 def sentences_of(page: Path) -> list[str]:
@@ -72,7 +60,7 @@ def _check(page: Path) -> None:
     sentences = sentences_of(page)
     long = [f"{words_of(s)}: {s}" for s in sentences if words_of(s) > LONGEST]
     assert not long, f"{relative(page)}: sentences of more than {LONGEST} words:\n" + "\n".join(long)
-    median = statistics.median(words_of(s) for s in sentences)
+    median = statistics.median(words_of(s) for s in sentences) if sentences else 0
     assert median <= MEDIAN, f"{relative(page)}: half of the sentences have more than {median} words"
 
 
@@ -84,7 +72,8 @@ def test_sentences_are_short(page):
 @pytest.mark.parametrize("page", _STILL_TO_DO, ids=relative)
 def test_the_long_sentences_of_the_other_guides_only_become_fewer(page):
     found = sum(words_of(sentence) > LONGEST for sentence in sentences_of(page))
-    assert found == LONG_SENTENCES.get(page.name, 0), f"{relative(page)}: shorten what is new, or lower its number"
+    allowed = LONG_SENTENCES[page.relative_to(_DOCS).as_posix()]
+    assert found == allowed, f"{relative(page)}: shorten what is new, or lower its number"
 
 
 def test_the_readme_is_at_most_900_words():

@@ -1,4 +1,4 @@
-"""docs/speed.md holds the figures of its raw results, written by the program that measured them."""
+"""docs/results/speed.md holds the figures of its raw results, written by the program that measured them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _program():
 
 
 def _copies(folder):
-    for place in ("docs/speed.md", "benchmarks/results/speed.json"):
+    for place in ("docs/results/speed.md", "benchmarks/results/speed.json"):
         (folder / place).parent.mkdir(parents=True)
         shutil.copy(ROOT / place, folder / place)
-    return folder / "benchmarks/results/speed.json", folder / "docs/speed.md"
+    return folder / "benchmarks/results/speed.json", folder / "docs/results/speed.md"
 
 
 def test_the_page_is_what_the_program_writes(tmp_path):
     raw, page = _copies(tmp_path)
     _program().write_page(raw, page)
-    assert page.read_text(encoding="utf8") == (ROOT / "docs/speed.md").read_text(encoding="utf8"), (
+    assert page.read_text(encoding="utf8") == (ROOT / "docs/results/speed.md").read_text(encoding="utf8"), (
         "run benchmarks/speed.py with --write-docs, or write_page(…) on its raw results"
     )
 

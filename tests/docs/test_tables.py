@@ -12,12 +12,12 @@ from gradsplit.lab.registry import REGISTRY
 from gradsplit.plan import STRATEGIES
 from tests.architecture.sources import ROOT
 
-CHOOSING = ROOT / "docs" / "choosing.md"
+TABLES = ROOT / "docs/reference/plans-and-budgets.md"
 
 
 def _table(heading: str) -> dict[str, list[str]]:
     """The rows below a heading: the name in backticks -> the other cells."""
-    text = CHOOSING.read_text(encoding="utf8")
+    text = TABLES.read_text(encoding="utf8")
     section = re.split(r"^## ", text, flags=re.MULTILINE)
     (body,) = [part for part in section if part.startswith(heading)]
     rows = re.findall(r"^\| `([\w-]+)` \| (.+) \|$", body, re.MULTILINE)
@@ -31,7 +31,7 @@ def test_strategies_in_their_own_words():
 def test_workloads_in_their_own_words_with_their_data():
     expected = {name: [row.title, row.data_note] for name, row in REGISTRY.items()}
     rows = "\n".join(f"| `{name}` | {title} | {data} |" for name, (title, data) in expected.items())
-    assert _table("Workloads") == expected, f"the table in docs/choosing.md should be:\n{rows}"
+    assert _table("Workloads") == expected, f"the table in docs/reference/plans-and-budgets.md should be:\n{rows}"
 
 
 def test_budgets_are_all_there():

@@ -16,7 +16,7 @@ RAW = json.loads((ROOT / "benchmarks/results/upstream_test_optim.json").read_tex
 
 
 def test_the_table_is_the_record():
-    page = (ROOT / "docs/amp-and-compile.md").read_text(encoding="utf8")
+    page = (ROOT / "docs/results/upstream.md").read_text(encoding="utf8")
     for name, count in RAW["counts"].items():
         assert f"| {name} | {count['passed']} | {count.get('failed', 0)} | {count.get('skipped', 0)} |" in page
 

@@ -209,7 +209,7 @@ def test_what_the_page_says_of_moments_holds():
     def median(method, of):
         return page.statistics.median(of(r) for r in rows if (r["workload"], r["method"]) == ("text", method))
 
-    text = (ROOT / "docs/faults.md").read_text(encoding="utf8")
+    text = (ROOT / "docs/results/faults.md").read_text(encoding="utf8")
     assert f"the limit is {median('splitter', lambda r: r['limit_over_usual']):.0f} times" in text
     first = [median("splitter", lambda r, k=k: r["first"][k]) for k in ("0", "10")]
     assert "{:.1f} times as large after that step as before and {:.1f} times".format(*first) in text

@@ -1,4 +1,7 @@
-"""Each row of docs/migration.md is run as it stands there, theirs by the package itself or by its formula."""
+"""Each row of docs/migration.md and docs/reference/equalities.md is run as it stands there.
+
+Theirs is the package itself, or its formula.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,10 @@ OPTIMIZERS = {
 
 
 def rows(heading):
-    """(theirs, ours, results) of the table below a heading of the page."""
-    text = (ROOT / "docs" / "migration.md").read_text(encoding="utf8")
+    """(theirs, ours, results) of the table below a heading of one of the two pages."""
+    text = "\n".join(
+        (ROOT / "docs" / page).read_text(encoding="utf8") for page in ("migration.md", "reference/equalities.md")
+    )
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| `")]
     cells = [line.strip("| ").split(" | ") for line in lines]

@@ -14,7 +14,7 @@ from tests.architecture.sources import ROOT
 from tests.integrations.tiny_models import ARCHITECTURES
 from tests.laws.oracles import label_elements, square_sums
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs/results/models.md"
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 EACH = pytest.mark.parametrize("strategy", STRATEGIES)
 TAU = 0.03

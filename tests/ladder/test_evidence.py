@@ -1,4 +1,4 @@
-"""The tables of docs/ladder.md and docs/diagnose.md are those of the raw results beside them."""
+"""The tables of docs/results/ladder.md and diagnose.md are those of the raw results beside them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_a_few_kills_of_the_campaign_lose_nothing(tmp_path):
 
 def test_the_count_in_the_documentation_is_the_one_in_the_raw_file():
     raw = json.loads((ROOT / "benchmarks" / "results" / "kill.json").read_text(encoding="utf8"))
-    text = (ROOT / "docs" / "guard.md").read_text(encoding="utf8")
+    text = (ROOT / "docs/results/guard.md").read_text(encoding="utf8")
     counts = raw["counts"]
     assert f"| kills | {counts['kills']} |" in text
     assert f"| ends with other weights, of {counts['trainings']} | {counts['wrong_ends']} |" in text

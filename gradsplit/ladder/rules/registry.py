@@ -54,7 +54,7 @@ def rule_of(op: Any) -> Rule:
             f"taylor_ladder: expected operations with a rule for power series, got {op} on a value that depends on "
             "the step. Add a rule: write a function with this operation's arguments and register it with "
             f"`@gradsplit.ladder.rules.rule(torch.ops.{str(op).rsplit('.', 1)[0]})`, as "
-            "gradsplit/ladder/rules/elementwise.py shows and docs/ladder.md explains."
+            "gradsplit/ladder/rules/elementwise.py shows and docs/reference/ladder.md explains."
         )
     return found
 

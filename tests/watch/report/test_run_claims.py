@@ -15,7 +15,7 @@ def _results():
 
 def test_the_page_shows_the_table_of_the_raw_results():
     results = _results()
-    page = (ROOT / "docs" / "run.md").read_text(encoding="utf8")
+    page = (ROOT / "docs/results/watching.md").read_text(encoding="utf8")
     assert "\n".join(results["table"]) in page
     assert results["about"]["date"] in page
     assert results["about"]["machine"] in page
@@ -34,6 +34,6 @@ def test_the_table_follows_from_the_runs():
 def test_the_cost_of_watching_is_the_one_measured():
     results = json.loads((ROOT / "benchmarks" / "results" / "run_overhead.json").read_text(encoding="utf8"))
     share = results["about"]["in_hook_share"]
-    page = (ROOT / "docs" / "run.md").read_text(encoding="utf8")
+    page = (ROOT / "docs/results/watching.md").read_text(encoding="utf8")
     assert f"Watching costs {share:.1%} of a step's processor time" in page
     assert share <= 0.03
