@@ -1,16 +1,23 @@
 """Faults in front of each optimizer, with and without a splitter; resumable: a run that stands in the file is left out.
 
-    python -m benchmarks.any_optimizer --seeds 0 1 --optimizers AdamW Muon
+    python -m benchmarks.any_optimizer faults               # every cell of 5, then 1 and 20 % of the steps
+    python -m benchmarks.any_optimizer clean                # five seeds without a fault
+    python -m benchmarks.any_optimizer rates                # three learning rates without a fault
 
-The task is the text workload of the faults campaign: a character LSTM, width 64, 16 windows of 32 a step.
+Two small tasks: text (a GPT of two blocks, width 48, 8 windows of 32 characters a step, 250 steps) and detection (the
+two-tower detector, width 8, loss in logarithms, 16 scenes a step, 250 steps). The score is the loss on held-out data.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -20,46 +27,104 @@ import torch
 from torch import Tensor, nn
 
 import gradsplit as gs
+from benchmarks.faults.methods import ZClip
 from benchmarks.faults.workloads import WORKLOADS
+from gradsplit.lab.detection import build_detection
+from gradsplit.lab.task import Task
+from gradsplit.lab.text import build_gpt
 
-__all__ = ["CONTROLS", "FAULTS", "OPTIMIZERS", "run"]
+__all__ = ["CONTROLS", "FAULTS", "OPTIMIZERS", "TASKS", "run"]
 
-FILE = Path(__file__).parent / "results" / "any-optimizer" / "text.csv"
-COLUMNS = ("optimizer", "control", "fault", "rate", "seed", "steps", "final_loss", "dead", "seconds")
+FOLDER = Path(__file__).parent / "results" / "any-optimizer"
+COLUMNS = ("task", "optimizer", "control", "fault", "rate", "seed", "lr", "final_loss", "dead", "seconds")
+KEY = COLUMNS[:7]
+STEPS = 250
+WARMUP = 25
+"""Steps of warm-up of the optimizers that warm up by themselves."""
+
+TASKS: dict[str, tuple[Callable[[int], Task], Callable[[Task], float]]] = {
+    "text": (
+        lambda seed: build_gpt(seed, layers=2, width=48, heads=2, context=32, batch=8),
+        WORKLOADS["text"].held_out,
+    ),
+    "detection": (
+        lambda seed: build_detection(seed, healthy=True, width=8, batch=16),
+        WORKLOADS["detection"].held_out,
+    ),
+}
+"""Seed -> task, and the loss on data that is not trained on."""
+
+Made = list[torch.optim.Optimizer]
 
 
-def _others(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    import pytorch_optimizer
-
-    made: torch.optim.Optimizer = getattr(pytorch_optimizer, name)(model.parameters(), **options)
+def _others(package: str, name: str, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    with contextlib.redirect_stdout(io.StringIO()):  # some announce themselves
+        made: torch.optim.Optimizer = getattr(__import__(package), name)(parameters, **options)
     return made
 
 
 def _matrices(model: nn.Module, *, are: bool) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if (p.dim() == 2 and "embed" not in name) == are]
+    named = model.named_parameters()
+    return [p for name, p in named if (p.dim() >= 2 and "token" not in name and "position" not in name) == are]
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module], list[torch.optim.Optimizer]]] = {
-    "AdamW": lambda m: [torch.optim.AdamW(m.parameters(), lr=3e-3)],
-    "Muon": lambda m: [
-        torch.optim.Muon(_matrices(m, are=True), lr=0.01),
-        torch.optim.AdamW(_matrices(m, are=False), lr=3e-3),
+def _muon(model: nn.Module, lr: float) -> Made:
+    """torch's where all are matrices; it takes no convolutions, so these get pytorch_optimizer's, which flattens."""
+    matrices = _matrices(model, are=True)
+    if all(p.dim() == 2 for p in matrices):
+        first: torch.optim.Optimizer = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0)
+    else:
+        first = _others("pytorch_optimizer", "Muon", [{"params": matrices, "use_muon": True}], lr=lr, weight_decay=0.0)
+    return [first, torch.optim.AdamW(_matrices(model, are=False), lr=3e-3)]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, float], Made]] = {
+    "Adam": lambda m, lr: [torch.optim.Adam(m.parameters(), lr=lr)],
+    "AdamW": lambda m, lr: [torch.optim.AdamW(m.parameters(), lr=lr)],
+    "Muon": _muon,
+    "SOAP": lambda m, lr: [_others("pytorch_optimizer", "SOAP", m.parameters(), lr=lr)],
+    "Lion": lambda m, lr: [_others("pytorch_optimizer", "Lion", m.parameters(), lr=lr)],
+    "Adafactor": lambda m, lr: [torch.optim.Adafactor(m.parameters(), lr=lr)],
+    "SGD": lambda m, lr: [torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9)],
+    "schedule-free": lambda m, lr: [
+        _others("schedulefree", "AdamWScheduleFree", m.parameters(), lr=lr, warmup_steps=WARMUP)
     ],
-    "SOAP": lambda m: [_others("SOAP", m, lr=3e-3)],
-    "Lion": lambda m: [_others("Lion", m, lr=3e-4)],
-    "Adafactor": lambda m: [torch.optim.Adafactor(m.parameters(), lr=0.02)],
-    "SGD": lambda m: [torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9)],
+    "Prodigy": lambda m, lr: [_others("prodigyopt", "Prodigy", m.parameters(), lr=lr)],
 }
-"""Each with a usual rate; none was searched for."""
+
+GRID: dict[str, dict[str, tuple[float, float, float]]] = {
+    "text": {
+        "Adam": (9e-4, 3e-3, 9e-3),
+        "AdamW": (9e-4, 3e-3, 9e-3),
+        "Muon": (0.006, 0.02, 0.06),
+        "SOAP": (9e-4, 3e-3, 9e-3),
+        "Lion": (3e-4, 1e-3, 3e-3),
+        "Adafactor": (0.009, 0.03, 0.09),
+        "SGD": (0.09, 0.3, 0.9),
+        "schedule-free": (0.003, 0.01, 0.03),
+        "Prodigy": (0.3, 1.0, 3.0),
+    }
+}
+GRID["detection"] = GRID["text"] | {"SGD": (0.009, 0.03, 0.09)}
+BEST = {
+    "text": dict(zip(OPTIMIZERS, (1, 1, 1, 2, 1, 2, 0, 0, 1), strict=True)),
+    "detection": dict(zip(OPTIMIZERS, (2, 2, 1, 2, 2, 2, 2, 2, 0), strict=True)),
+}
+RATES = {task: {name: GRID[task][name][best] for name, best in row.items()} for task, row in BEST.items()}
+"""The best of the three rates without a fault and without a control, seed 0 (`rates`)."""
+
+
+def _one(gradients: list[Tensor], draw: torch.Generator) -> Tensor:
+    return gradients[int(torch.randint(len(gradients), (), generator=draw))]
 
 
 def _nan(gradients: list[Tensor], draw: torch.Generator) -> None:
-    gradient = gradients[int(torch.randint(len(gradients), (), generator=draw))]
+    gradient = _one(gradients, draw)
     gradient.view(-1)[int(torch.randint(gradient.numel(), (), generator=draw))] = math.nan
 
 
 def _row(gradients: list[Tensor], draw: torch.Generator) -> None:
-    gradient = gradients[int(torch.randint(len(gradients), (), generator=draw))]
+    gradient = _one(gradients, draw)
     gradient[int(torch.randint(len(gradient), (), generator=draw))] *= 1e6
 
 
@@ -69,7 +134,8 @@ def _batch(gradients: list[Tensor], draw: torch.Generator) -> None:
 
 
 def _layer(gradients: list[Tensor], draw: torch.Generator) -> None:
-    gradients[int(torch.randint(len(gradients), (), generator=draw))] *= 1e3
+    gradient = _one(gradients, draw)
+    gradient *= 1e3
 
 
 FAULTS: dict[str, Callable[[list[Tensor], torch.Generator], None] | None] = {
@@ -80,26 +146,38 @@ FAULTS: dict[str, Callable[[list[Tensor], torch.Generator], None] | None] = {
     "layer x 1e3": _layer,
 }
 
+Bound = Callable[[], bool]
 
-def _none(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Callable[[], bool]:
+
+def _none(task: Task, optimizers: Made) -> Bound:
     return lambda: True
 
 
-def _clip(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Callable[[], bool]:
-    return lambda: bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).numel())
+def _clip(task: Task, optimizers: Made) -> Bound:
+    return lambda: bool(nn.utils.clip_grad_norm_(task.model.parameters(), 1.0).numel())
 
 
-def _skip(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Callable[[], bool]:
-    return lambda: all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+def _skip(task: Task, optimizers: Made) -> Bound:
+    """Leave a step out that is not finite, or above ten times the median of the last 50 norms that were let through."""
+    usual: deque[float] = deque(maxlen=50)
+
+    def bound() -> bool:
+        norm = float(nn.utils.get_total_norm([p.grad for p in task.model.parameters() if p.grad is not None]))
+        if not math.isfinite(norm) or (len(usual) >= 10 and norm > 10 * statistics.median(usual)):
+            return False
+        usual.append(norm)
+        return True
+
+    return bound
 
 
-def _split(budget: Any) -> Callable[[nn.Module, list[torch.optim.Optimizer]], Callable[[], bool]]:
-    def make(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Callable[[], bool]:
+def _split(**options: Any) -> Callable[[Task, Made], Bound]:
+    def make(task: Task, optimizers: Made) -> Bound:
         splitters = []
         for optimizer in optimizers:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            pairs = [(name, p) for name, p in model.named_parameters() if id(p) in held]
-            splitters.append(gs.GradientSplitter(pairs, budget=budget, optimizer=optimizer))
+            pairs = [(name, p) for name, p in task.model.named_parameters() if id(p) in held]
+            splitters.append(gs.GradientSplitter(pairs, optimizer=optimizer, **options))
 
         def step() -> bool:
             for splitter in splitters:
@@ -111,63 +189,102 @@ def _split(budget: Any) -> Callable[[nn.Module, list[torch.optim.Optimizer]], Ca
     return make
 
 
-CONTROLS = {"none": _none, "clip 1": _clip, "skip": _skip, "default": _split(None), "Ema(1.5)": _split(gs.Ema(1.5))}
+CONTROLS: dict[str, Callable[[Task, Made], Bound]] = {
+    "none": _none,
+    "default": _split(),
+    "clip 1": _clip,
+    "ZClip": lambda task, optimizers: ZClip(task, optimizers[0]).bound,
+    "skip": _skip,
+}
 """What stands between the backward pass and the step; False: the step is left out."""
 
 
-def run(optimizer: str, control: str, fault: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+def run(task_name: str, optimizer: str, control: str, fault: str, rate: float, seed: int, lr: float) -> dict[str, Any]:
     """Train once under a fault in a share of the steps; return one row of the file."""
     began = time.process_time()
-    task = WORKLOADS["text"].build(seed)
-    model = task.model
-    optimizers = OPTIMIZERS[optimizer](model)
-    bound = CONTROLS[control](model, optimizers)
-    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=steps) for o in optimizers]
+    build, held_out = TASKS[task_name]
+    task = build(seed)
+    optimizers = OPTIMIZERS[optimizer](task.model, lr)
+    bound = CONTROLS[control](task, optimizers)
+    flat = optimizer == "schedule-free"  # its promise is to need no schedule
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 1.0 if flat else 0.0, total_iters=STEPS) for o in optimizers]
     draw, spoil = torch.Generator().manual_seed(1_000 + seed), FAULTS[fault]
-    for step in range(steps):
-        model.zero_grad()
-        loss = task.loss(model, task.batch(step))
-        torch.autograd.backward(loss)
+    _turn(optimizers, "train")
+    for step in range(STEPS):
+        task.model.zero_grad()
+        torch.autograd.backward(task.loss(task.model, task.batch(step)))
         if spoil is not None and float(torch.rand((), generator=draw)) < rate:
-            spoil([p.grad for p in model.parameters() if p.grad is not None], draw)
+            spoil([p.grad for p in task.model.parameters() if p.grad is not None], draw)
         if bound():
             for each in optimizers:
                 each.step()
         for schedule in schedules:
             schedule.step()
-    loss_at_end = WORKLOADS["text"].held_out(task)
+    _turn(optimizers, "eval")
+    loss_at_end = held_out(task)
     dead = not math.isfinite(loss_at_end)
-    values = (optimizer, control, fault, rate, seed, steps, loss_at_end, int(dead), time.process_time() - began)
-    return dict(zip(COLUMNS, values, strict=True))
+    values = (task_name, optimizer, control, fault, rate, seed, lr, loss_at_end, int(dead))
+    return dict(zip(COLUMNS, (*values, time.process_time() - began), strict=True))
 
 
-def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, float, int, int]]:
-    for seed, optimizer, fault, control in product(options.seeds, options.optimizers, FAULTS, CONTROLS):
-        if control != "skip" or fault == "one NaN":
-            yield optimizer, control, fault, 0.0 if fault == "clean" else options.rate, seed, options.steps
+def _turn(optimizers: Made, mode: str) -> None:
+    """Schedule-free shows other weights while it trains than while it is asked."""
+    for optimizer in optimizers:
+        if hasattr(optimizer, mode):
+            getattr(optimizer, mode)()
+
+
+Job = tuple[str, str, str, str, float, int, float]
+
+
+OURS, OTHERS = ("none", "default"), tuple(name for name in CONTROLS if name not in ("none", "default"))
+
+
+def _faults(options: argparse.Namespace) -> Iterator[Job]:
+    """5 % over all, three seeds for none and the default and one for the rest; then 20 and 1 %, one seed."""
+    parts = [(0.05, 0, OURS), (0.05, 1, OURS), (0.05, 0, OTHERS), (0.05, 2, OURS)]
+    parts += [(0.2, 0, OURS), (0.01, 0, OURS), (0.2, 0, OTHERS), (0.01, 0, OTHERS)]
+    for rate, seed, controls in parts:
+        for optimizer, task, fault, control in product(options.optimizers, options.tasks, FAULTS, controls):
+            if fault != "clean":
+                yield task, optimizer, control, fault, rate, seed, RATES[task][optimizer]
+            elif rate == 0.05:
+                yield task, optimizer, control, fault, 0.0, seed, RATES[task][optimizer]
+
+
+def _clean(options: argparse.Namespace) -> Iterator[Job]:
+    for seed, task, optimizer, control in product(range(5), options.tasks, options.optimizers, ("none", "default")):
+        yield task, optimizer, control, "clean", 0.0, seed, RATES[task][optimizer]
+
+
+def _rates(options: argparse.Namespace) -> Iterator[Job]:
+    for task, optimizer in product(options.tasks, options.optimizers):
+        yield from ((task, optimizer, "none", "clean", 0.0, 0, lr) for lr in GRID[task][optimizer])
 
 
 def main() -> None:
     """Run what is not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("faults", "clean", "rates"))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rate", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(csv.DictReader(FILE.open(encoding="utf8"))) if FILE.exists() else []
-    done = {tuple(row[key] for key in COLUMNS[:6]) for row in rows}
-    with FILE.open("a", newline="", encoding="utf8") as file:
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / "runs.csv"
+    rows = list(csv.DictReader(path.open(encoding="utf8"))) if path.exists() else []
+    done = {tuple(row[key] for key in KEY) for row in rows}
+    with path.open("a", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if not rows:
             writer.writeheader()
-        for job in _jobs(options):
+        for job in {"faults": _faults, "clean": _clean, "rates": _rates}[options.what](options):
             if tuple(map(str, job)) not in done:
                 row = run(*job)
-                row |= {"final_loss": f"{row['final_loss']:.4f}", "seconds": f"{row['seconds']:.1f}"}
+                row |= {"final_loss": f"{row['final_loss']:.4f}", "seconds": f"{row['seconds']:.2f}"}
                 writer.writerow(row)
                 file.flush()
+                done.add(tuple(map(str, job)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ..xp import Array
 from .base import Budget, Reading, State
+from .warm_up import FIRST, first_ones
 
 __all__ = ["RunningMedian"]
 
@@ -17,10 +18,12 @@ __all__ = ["RunningMedian"]
 class RunningMedian(Budget):
     """A node may exceed the running median of its own norms by ``factor``.
 
-        limit_b = factor C_b;    C_b <- C_b exp(eta / 2) where n_b > C_b, else C_b exp(-eta / 2);    C_b = n_b at first
+        limit_b = factor C_b;    C_b <- C_b exp(eta / 2) where n_b > C_b, else C_b exp(-eta / 2)
+        C_b = the first norm, then the smaller of two, then the median of three
 
     It leaves a healthy run as it is and stops a sudden explosion. A norm counts as above or below the median and no
-    more, so a spike of any size moves the limit by one small step. The limit follows a *persistent* explosion upwards.
+    more, so a spike of any size moves the limit by one small step; as the first or second norm it counts until the third
+    has come. The limit follows a *persistent* explosion upwards.
     `ChainSplitter` bounds the signal at ordinary joints with it; on the bins of a gradient it has not been tried.
 
     Args:
@@ -31,8 +34,8 @@ class RunningMedian(Budget):
     Raises:
         ValueError: a constant out of its range.
 
-    The source is the geometric quantile tracker of Andrew et al. 2019 (arXiv 1905.03871) at one half. Deviation: the
-    first steps are larger, since a run starts without a guess of the norm.
+    The source is the geometric quantile tracker of Andrew et al. 2019 (arXiv 1905.03871) at one half. Deviations: the
+    start, and larger first steps, since a run begins without a guess of the norm.
 
     >>> import numpy as np
     >>> from gradsplit.budget import limits_after
@@ -52,17 +55,29 @@ class RunningMedian(Budget):
         self._check("early", self.early >= 0, "a number of observations >= 0")
 
     def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
-        return (like * 0.0, like * 0.0)  # C (0 before the first observation), number of observations
+        return (like * 0.0, like * 0.0, like * 0.0)  # C, at first the larger of two observations, observations
+
+    def restored(self, xp: ModuleType, saved: State) -> State:
+        """Return a history of today; an older version kept C and the count, and C was settled after one norm."""
+        if len(saved) != 2:
+            return saved
+        c, count = saved
+        return (c, c * 0.0, xp.where(c > 0, xp.maximum(count, c * 0.0 + float(FIRST)), count))
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:  # noqa: D102
-        median, _ = state
+        median, _, _ = state
         return xp.where(median > 0, self.factor * median, xp.full(median.shape[0], float("inf"), median))
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:  # noqa: D102
-        median, count = state
+        median, high, count = state
         small, large = math.exp(self.eta / 2), math.exp(min(10 * self.eta, 0.5) / 2)
         num = count.shape[0]
         rate = xp.where(count < self.early, xp.full(num, large, count), xp.full(num, small, count))
         moved = xp.where(reading.norm > median, median * rate, median / rate)
-        new = xp.where(median > 0, moved, kept)
-        return xp.where(kept > 0, new, median), xp.where(kept > 0, count + 1.0, count)
+        centre, upper = first_ones(xp, kept, median, high, count)
+        observed = kept > 0
+        return (
+            xp.where(observed, xp.where(count < FIRST, centre, moved), median),
+            xp.where(observed, xp.where(count < FIRST - 1, upper, high * 0.0), high),
+            xp.where(observed, count + 1.0, count),
+        )

@@ -16,6 +16,7 @@ from ..budget.base import Budget
 from ..budget.running_median import RunningMedian
 from ..hooks import attach_to
 from ..optimizers import follows_gradient
+from ..xp import torch_xp
 from .forks import ForkMemory, ForkWatch
 from .graph import Accumulation, CallTrace, ModelHook, batched, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in
@@ -87,7 +88,7 @@ def load_state(guard: SignalGuard, watch: ForkWatch, state: dict[str, Any]) -> N
         KeyError: the dictionary does not come from a ChainSplitter; nothing is taken over then.
     """
     joints = {
-        name: JointMemory(tuple(entry["state"]), *(entry[key] for key in _SHOWN))
+        name: JointMemory(guard.budget.restored(torch_xp, tuple(entry["state"])), *(entry[key] for key in _SHOWN))
         for name, entry in state["joints"].items()
     }
     forks = [ForkMemory(f["name"], tuple(f["branches"]), *(list(f[key]) for key in _LISTS)) for f in state["forks"]]

@@ -16,6 +16,7 @@ from gradsplit.chain.factors import operator_norm
 from gradsplit.chain.forks import fork_limit, remember_branch
 from gradsplit.chain.module_limits import ModuleLimits
 from gradsplit.chain.signal_limits import apply_scale, scale_within, signal_norm
+from gradsplit.xp import numpy_xp
 
 norms = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 
@@ -41,13 +42,23 @@ def test_the_fork_limit_leaves_out_branches_that_have_not_begun() -> None:
 
 @given(norms)
 def test_the_guard_is_three_times_a_geometric_median(seen: list[float]) -> None:
-    median = 0.0
+    median, kept = 0.0, []
     for count, norm in enumerate(seen):
+        kept.append(min(norm, 3 * median) if median else norm)
+        if count < 3:
+            median = sorted(kept)[len(kept) // 2 if count != 1 else 0]
+            continue
         eta = 0.5 if count < 20 else 0.05
         rate = math.exp(eta / 2)
-        median = norm if median == 0 else median * rate if norm > median else median / rate
+        median = median * rate if norm > median else median / rate
     (limit,) = limits_after(RunningMedian(3.0), [np.array([value]) for value in seen])
     assert limit == pytest.approx(3 * median, rel=1e-9)
+
+
+def test_a_history_that_began_with_one_norm_is_still_loaded() -> None:
+    saved = (np.array([0.0, 2.0, 4.0]), np.array([0.0, 1.0, 50.0]))
+    median, high, count = RunningMedian().restored(numpy_xp, saved)
+    assert (median.tolist(), high.tolist(), count.tolist()) == ([0.0, 2.0, 4.0], [0.0] * 3, [0.0, 3.0, 50.0])
 
 
 def test_the_median_settles_at_the_true_median() -> None:

@@ -69,6 +69,22 @@ def check_spike_has_no_weight_beyond_its_limit(budget: Budget, history: History)
         assert (b[bounded] <= a[bounded] * (1 + 1e-9)).all(), f"a larger spike left a larger history: {a} and {b}"
 
 
+def check_a_spike_at_first_is_forgotten(budget: Budget, history: History) -> None:
+    """A thousandfold spike at any one of the first 30 observations of a calm run, or at none: at step 40 the limits on
+    an explosion are within a factor of two of each other. The calm run rises or falls by a factor of ten."""
+    places = 30
+    for drift in (0.1, 1.0, 10.0):
+        calm = [1.0 + float(norm[0] / (1.0 + norm[0])) for norm in history] * 40
+        norms = [calm[t] * drift ** (t / 39) for t in range(40)]
+        # One node per place of the spike, and one without; no node looks at another.
+        spiked = [np.where(np.arange(places + 1) == t, 1000 * norm, norm) for t, norm in enumerate(norms)]
+        limits, _ = replay(budget, [*spiked, np.full(places + 1, 1000 * norms[-1])])
+        assert np.isfinite(limits[-1]).all(), "an explosion at step 40 is not bounded"
+        ratio = limits[-1] / limits[-1][-1]
+        assert (ratio > 0.5).all(), f"limits on {ratio.min()} of the clean run's, spike at {ratio.argmin()}"
+        assert (ratio < 2.0).all(), f"limits on {ratio.max()} of the clean run's, spike at {ratio.argmax()}"
+
+
 def check_units(budget: Budget, history: History, rescaled: Budget) -> None:
     """Norms, weights and the budget's own limits in other units give limits in those units.
 

@@ -56,6 +56,30 @@ class LearnsTheRawSpike(gs.Ema):
 
 
 @dataclass(frozen=True)
+class BeginsWithTheFirst(gs.budget.RunningMedian):
+    """The running median begins at the first norm, whatever comes after it."""
+
+    def learn(self, xp, reading, kept, state):
+        median, high, count = super().learn(xp, reading, kept, state)
+        return xp.where(state[2] < 1, median, xp.where(state[2] < 3, state[0], median)), high, count
+
+
+@dataclass(frozen=True)
+class WarmsUpByThePlainMean(gs.Ema):
+    """The first observations enter as they are, and nothing is bounded among them."""
+
+    def limits(self, xp, reading, state):
+        mean, seen, _ = state
+        return xp.where(seen >= self.warmup, self.ratio * mean, xp.full(len(mean), float("inf"), mean))
+
+    def learn(self, xp, reading, kept, state):
+        mean, seen, bounded = state
+        weight = xp.maximum(1.0 / (seen + 1.0), xp.full(len(mean), 1 - self.beta, mean))
+        observed = kept > 0
+        return xp.where(observed, mean + weight * (kept - mean), mean), xp.where(observed, seen + 1.0, seen), bounded
+
+
+@dataclass(frozen=True)
 class ForgetsUnits(gs.Relative):
     """A limit that is a number and not a length."""
 
@@ -104,6 +128,8 @@ MUTANTS: list[tuple[Budget, object]] = [
     (RelativeToSiblings(1.05, **SHORT), laws.check_nodes_are_apart),
     (LearnsFromNothing(1.05, **SHORT), laws.check_absence_teaches_nothing),
     (LearnsTheRawSpike(1.05, **SHORT), laws.check_spike_has_no_weight_beyond_its_limit),
+    (BeginsWithTheFirst(), laws.check_a_spike_at_first_is_forgotten),
+    (WarmsUpByThePlainMean(), laws.check_a_spike_at_first_is_forgotten),
     (ForgetsUnits(0.05), laws.check_units),
     (LooksAtTheFramework(0.5), laws.check_namespaces_agree),
     (ForgetsTheSchedule(0.05), laws.check_its_descriptions_are_true),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsplit.budget import BUDGETS as REGISTERED
 from tests.laws import laws_of_budgets as laws
 from tests.laws.cases import BUDGETS
 
@@ -24,6 +25,14 @@ CALM = st.lists(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=3).map(np.arr
 @given(history=HISTORIES)
 def test_on_drawn_histories(budget, law, history):
     law(BUDGETS[budget], history)
+
+
+@pytest.mark.parametrize("budget", REGISTERED)
+@settings(max_examples=15)
+@given(history=HISTORIES)
+def test_a_spike_at_first_does_not_move_the_default_constants(budget, history):
+    """The instances of the other laws forget fast; those that users get have long memories."""
+    laws.check_a_spike_at_first_is_forgotten(REGISTERED[budget](), history)
 
 
 def in_units_four_times_as_large(budget):
