@@ -22,8 +22,8 @@ class RunningMedian(Budget):
         C_b = the first norm, then the smaller of two, then the median of three
 
     It leaves a healthy run as it is and stops a sudden explosion. A norm counts as above or below the median and no
-    more, so a spike of any size moves the limit by one small step; as the first or second norm it counts until the third
-    has come. The limit follows a *persistent* explosion upwards.
+    more, so a spike of any size moves the limit by one small step; as one of the first two norms it counts until the
+    third. The limit follows a *persistent* explosion upwards.
     `ChainSplitter` bounds the signal at ordinary joints with it; on the bins of a gradient it has not been tried.
 
     Args:
