@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -115,6 +115,11 @@ class ShardedKernel(Kernel):
             scale_B, zero_B = scale_B[ids], zero_B[ids]
         self.local.scale_([local_of(t) for t in tensors], scale_B, zero_B)
 
+    def prepare(self, dtypes: Iterable[torch.dtype]) -> bool:
+        """See `Kernel.prepare`; every rank finds out for itself."""
+        self.local.by_name = self.by_name
+        return self.local.prepare(dtypes)
+
     def add_(self, values: Tensor) -> Tensor:
         """See `Kernel.add_` and `add_over`."""
         return add_over(self.group, values)
@@ -172,6 +177,8 @@ def make_kernel(
     """
     device = tensors[0].device
     row = choose_backend(backend, device, call=call)
-    if any(is_sharded(tensor) for tensor in tensors):
-        return ShardedKernel(plan, tensors, row, group)
-    return row.make(plan, device)
+    sharded = any(is_sharded(tensor) for tensor in tensors)
+    made = ShardedKernel(plan, tensors, row, group) if sharded else row.make(plan, device)
+    made.by_name = backend != "auto"
+    made.prepare({tensor.dtype for tensor in tensors})
+    return made

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from .addressable import FallbackWarning
 
 __all__ = ["accumulate_dtype", "BACKENDS", "Backend", "Kernel", "choose_backend", "register"]
 
@@ -43,10 +45,12 @@ class Kernel(ABC):
         spread_B: (B,) bool, whether some rank holds a part of a bin and not all of it, as of a bias under FSDP.
         bins_are_local: no bin is spread: every rank that holds a part of a bin holds all of it.
         bounds_while_reading: `bound_` can do its work; otherwise a caller need not make the table of limits for it.
+        by_name: the user asked for this backend by name, so what it cannot do raises where it would fall back.
     """
 
     name: str
     bounds_while_reading: bool = False
+    by_name: bool = False
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -110,6 +114,17 @@ class Kernel(ABC):
         """
         return None
 
+    def prepare(self, dtypes: Iterable[torch.dtype]) -> bool:
+        """Find out now what the first step in these dtypes would have to find out, since that may wait for the device.
+
+        Args:
+            dtypes: of the tensors that will come.
+
+        Returns:
+            Whether the backend's own programs serve all of them here.
+        """
+        return True
+
     def add_(self, values: Tensor) -> Tensor:
         """Add a tensor over the ranks that hold shards, in place, and return it; as it is where nothing is sharded."""
         return values
@@ -143,6 +158,14 @@ class Backend:
             return f"it needs the package {self.needs}: pip install {self.needs}"
         return ""
 
+    def broken(self) -> str:
+        """Say what importing its module raises, such as a package that is installed and does not load; else empty."""
+        try:
+            importlib.import_module(self.place[0], __package__)
+        except Exception as error:  # a package may raise anything while it loads
+            return f"importing it raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return ""
+
     def make(self, plan: Plan, device: torch.device) -> Kernel:
         """Import the backend and bind it to a plan and device."""
         module, name = self.place
@@ -160,15 +183,14 @@ BACKENDS: dict[str, Backend] = {
             devices=("cpu",),
             needs="numba",
         ),
-        Backend("eager", (".eager", "EagerKernel"), "eager torch, vectorised; every device"),
         Backend(
             "triton",
             (".triton_gpu", "TritonKernel"),
-            "one launch per dtype by pointer table; checked in Triton's interpreter, never on a graphics card",
-            automatic=False,
+            "a few launches per step by pointer table; it checks itself against the definition on every new card",
             devices=("cuda",),
             needs="triton",
         ),
+        Backend("eager", (".eager", "EagerKernel"), "eager torch, vectorised; every device"),
         Backend(
             "reference",
             (".reference", "ReferenceKernel"),
@@ -214,16 +236,38 @@ def choose_backend(name: str, device: torch.device, *, call: str) -> Backend:
     Raises:
         ValueError: an unknown name, or a backend that cannot serve the device here.
 
+    Warns:
+        FallbackWarning: "auto" passes over a backend whose package is installed and does not load; once.
+
     >>> choose_backend("auto", torch.device("meta"), call="f").name
     'eager'
     """
     if name == "auto":
-        return next(row for row in BACKENDS.values() if row.automatic and not row.missing(device))
+        return next(
+            row for row in BACKENDS.values() if row.automatic and not row.missing(device) and not _passed_over(row)
+        )
     if name not in BACKENDS:
         raise ValueError(f"{call}(backend={name!r}): expected 'auto' or one of {', '.join(BACKENDS)}.")
-    missing = BACKENDS[name].missing(device)
+    missing = BACKENDS[name].missing(device) or (BACKENDS[name].broken() if BACKENDS[name].needs else "")
     if missing:
         raise ValueError(
             f"{call}(backend={name!r}): expected a backend that serves {device}, but {missing}. Use 'auto'."
         )
     return BACKENDS[name]
+
+
+_PASSED_OVER: set[str] = set()  # of these the user has been told
+
+
+def _passed_over(row: Backend) -> bool:
+    """Whether a backend needs a package that is installed and does not load; the first time that is said."""
+    broken = row.broken() if row.needs else ""
+    if broken and row.name not in _PASSED_OVER:
+        _PASSED_OVER.add(row.name)
+        warnings.warn(
+            f"backend {row.name!r} is passed over: {broken}. The next backend has the same results and is slower. "
+            f"Mend or remove the package {row.needs}.",
+            FallbackWarning,
+            stacklevel=5,
+        )
+    return bool(broken)
