@@ -18,7 +18,6 @@ _GUIDES = [page for page in pages() if page.parent in {_DOCS, _DOCS / "reference
 LONG_SENTENCES = {
     "amp-and-compile.md": 2,
     "distributed.md": 4,
-    "guard.md": 4,
     "keras.md": 1,
     "reference/chain.md": 7,
     "reference/diagnose.md": 7,
