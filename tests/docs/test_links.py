@@ -48,3 +48,14 @@ def test_every_page_is_reached_from_the_index():
         waiting += [(page.parent / link.partition("#")[0]).resolve() for link in links_of(page) if ":" not in link]
     lost = [relative(page) for page in pages() if docs in page.parents and page not in seen]
     assert not lost, f"no link leads from docs/README.md to {lost}"
+
+
+def test_everyday_questions_are_two_clicks_from_the_readme():
+    """README -> docs/README.md -> the answer."""
+    index = ROOT / "docs" / "README.md"
+    assert "docs/README.md" in links_of(ROOT / "README.md")
+    section = prose_of(index).split("\n## Everyday questions\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    unanswered = [question for question, answer in rows if "](" not in answer]
+    assert not unanswered
