@@ -16,6 +16,9 @@ from .layers import looks, wide
 __all__ = ["LeftOut", "TermRow", "TermSplitter"]
 
 
+_PARTS = ("scale", "level", "worst")
+
+
 class LeftOut(NamedTuple):
     """A term whose gradient was not finite: the number of the call, from 0, and its name."""
 
@@ -29,7 +32,7 @@ class TermRow(NamedTuple):
     Attributes:
         term: its name.
         norm: L2 norm of its gradient over all parameters, without its weight.
-        limit: the largest norm it may have, by the smallest of the terms' running maxima.
+        limit: the largest norm it may have: the smallest of the terms' running maxima, times its relief.
         scale: what its gradient was multiplied by, in [0, 1], without its weight.
     """
 
@@ -40,10 +43,12 @@ class TermRow(NamedTuple):
 
 
 class _Term:
-    """One term's running maximum, the parameters that it reaches, and when it was last seen."""
+    """One term's running maxima of norm and value, the parameters that it reaches, and when it was last seen."""
 
     def __init__(self) -> None:
         self.scale: Tensor | None = None
+        self.level: Tensor | None = None  # the smoothed value
+        self.worst: Tensor | None = None  # the slowly decaying maximum of the value
         self.reaches: frozenset[int] = frozenset()
         self.seen = 0
 
@@ -51,12 +56,16 @@ class _Term:
 class TermSplitter:
     """Replaces ``loss.backward()``: the gradient of each term of the loss is bounded before they are added.
 
-        m_k <- min(max(n_k, decay m_k), growth m_k),  m_k = n_k at first;   limit = smallest m_j
-        gradient = sum_k w_k g_k min(1, limit / n_k);                       n_k = ||g_k||
+        m_k <- min(max(n_k, decay m_k), growth m_k),  m_k = n_k at first;       n_k = ||g_k||
+        p_k = v_k / V_k;  v_k <- .9 v_k + .1 L_k,  V_k <- max(L_k, decay V_k);   both L_k at first
+        limit_k = (smallest m_j) min(relief, max(1, sqrt(p_k / smallest p_j)))
+        gradient = sum_k w_k g_k min(1, limit_k / n_k)
 
-    So a term that explodes keeps its direction and loses its size, and a weight is nobody's to tune. The smallest is
-    taken over the terms that share a parameter with term k and were seen in the last ``memory`` calls. A term of
-    norm zero leaves its maximum as it is; a term that is not finite is left out of the call and named. The sum is added
+    So a term that explodes keeps its direction and loses its size, and no weight has to be tuned. p_k is what is left
+    of the term's value L_k: where the others have fallen and term k has not, its limit rises. Both minima are taken
+    over the terms that share a parameter with term k and were seen in the last ``memory`` calls. A term whose value is
+    not above zero has no relief, and gives none. A term of norm zero leaves its maximum as it is. A term that is not
+    finite is left out of the call and named. The sum is added
     to ``.grad``, so accumulation works as ever, every call being one observation. One backward pass per term; terms
     may hold derivatives made with create_graph=True.
 
@@ -67,6 +76,7 @@ class TermSplitter:
         weights: term -> w_k, 1 where not named. A weight inside a term is no weight: the bound takes it out again.
         decay: what a running maximum keeps per call, in (0, 1].
         growth: largest ratio by which it rises per call, above 1.
+        relief: largest factor by which the limit of a term that lags behind rises, at least 1; 1 for none.
         memory: calls after which a term that does not come again no longer counts, at least 1.
         scaler: the GradScaler of the training loop; do not call its ``scale``. A gradient that overflows although its
             term is finite is left to it.
@@ -90,6 +100,7 @@ class TermSplitter:
         weights: Mapping[str, float] | None = None,
         decay: float = 0.999,
         growth: float = 1.05,
+        relief: float = 10.0,
         memory: int = 1000,
         scaler: Any = None,
     ) -> None:
@@ -100,6 +111,7 @@ class TermSplitter:
         rules = {
             "decay": (decay, 0 < decay <= 1, "in (0, 1]"),
             "growth": (growth, growth > 1, "above 1"),
+            "relief": (relief, relief >= 1, "of at least 1"),
             "memory": (memory, memory >= 1, "of at least 1"),
         }
         for name, (value, holds, rule) in rules.items():
@@ -118,7 +130,7 @@ class TermSplitter:
                 "made by hooks that one backward pass per term goes past. Use DistributedDataParallel."
             )
         self.weights = dict(weights or {})
-        self.decay, self.growth, self.memory, self.scaler = decay, growth, memory, scaler
+        self.decay, self.growth, self.relief, self.memory, self.scaler = decay, growth, relief, memory, scaler
         self._terms: dict[str, _Term] = {}
         self._calls = 0
         self._left_out: deque[tuple[int, str, Tensor]] = deque(maxlen=10_000)
@@ -139,8 +151,9 @@ class TermSplitter:
         chosen = [k for k, parameter in enumerate(self.parameters) if parameter.requires_grad]
         parameters = [self.parameters[k] for k in chosen]
         gradients: dict[str, list[Tensor | None]] = {}
+        values: dict[str, Tensor] = {}
         for place, (name, term) in enumerate(terms.items(), 1):
-            gradients[name] = self._gradient(name, term, parameters, keep=place < len(terms))
+            gradients[name], values[name] = self._gradient(name, term, parameters, keep=place < len(terms))
         norms = {name: _norm(found, terms[name]) for name, found in gradients.items()}
         unit = None if self.scaler is None else self.scaler.scale(wide(torch.ones((), device=parameters[0].device)))
         lefts = {}
@@ -151,6 +164,7 @@ class TermSplitter:
             lefts[name] = ~finite if unit is None else ~finite & ~terms[name].detach().isfinite().view(())
             row = self._terms.setdefault(name, _Term())
             row.scale = self._followed(row.scale, norm, finite)
+            self._watch(row, values[name])
             row.reaches = frozenset(k for k, gradient in zip(chosen, found, strict=True) if gradient is not None)
             row.seen = self._calls
         self._last = []
@@ -175,7 +189,11 @@ class TermSplitter:
     def state_dict(self) -> dict[str, Any]:
         """The running maxima, and when each term was last seen."""
         rows = {
-            name: {"scale": row.scale.clone(), "reaches": sorted(row.reaches), "seen": row.seen}
+            name: {
+                **{part: getattr(row, part).clone() for part in _PARTS},
+                "reaches": sorted(row.reaches),
+                "seen": row.seen,
+            }
             for name, row in self._terms.items()
             if row.scale is not None
         }
@@ -190,7 +208,9 @@ class TermSplitter:
         found: dict[str, _Term] = {}
         for name, row in state["terms"].items():
             found[name] = term = _Term()
-            term.scale, term.seen = row["scale"].clone(), int(row["seen"])
+            term.seen = int(row["seen"])
+            for part in _PARTS:
+                setattr(term, part, row[part].clone() if part in row else None)
             term.reaches = frozenset(row["reaches"])
             if term.reaches and max(term.reaches) >= len(self.parameters):
                 raise ValueError(
@@ -213,15 +233,18 @@ class TermSplitter:
                     "in which the term is a constant."
                 )
 
-    def _gradient(self, name: str, term: Tensor, parameters: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
-        """The gradient of one term, averaged over the ranks."""
+    def _gradient(
+        self, name: str, term: Tensor, parameters: Sequence[Tensor], *, keep: bool
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """The gradient and the value of one term, averaged over the ranks."""
+        value = wide(term.detach()).view(())
         term = term if self.scaler is None else self.scaler.scale(term)
         made = torch.autograd.grad(term.sum(), parameters, retain_graph=keep, allow_unused=True)
         found: list[Tensor | None] = list(made)
         if any(gradient is not None and gradient.is_sparse for gradient in found):
             raise ValueError(f"TermSplitter.backward({name}=…): expected dense gradients. Use Embedding(sparse=False).")
         if self._ranks is None:
-            return found
+            return found, value
         # A term may miss a parameter on one rank and reach it on another: the flags travel with the numbers.
         reached = torch.tensor([gradient is not None for gradient in found], device=parameters[0].device)
         flat = [
@@ -229,15 +252,16 @@ class TermSplitter:
             for gradient, parameter in zip(found, parameters, strict=True)
         ]
         dtype = torch.float64 if any(part.dtype == torch.float64 for part in flat) else torch.float32
-        sent = torch.cat([*(part.to(dtype) for part in flat), reached.to(dtype)])
+        sent = torch.cat([*(part.to(dtype) for part in flat), value.to(dtype).view(1), reached.to(dtype)])
         torch.distributed.all_reduce(sent, group=self._ranks)
         count = torch.distributed.get_world_size(self._ranks)
-        parts = (sent[: -len(parameters)] / count).split([part.numel() for part in flat])
+        *parts, mean = (sent[: -len(parameters)] / count).split([*(part.numel() for part in flat), 1])
         used = (sent[-len(parameters) :] > 0).tolist()
-        return [
+        gradients = [
             part.view_as(parameter).to(parameter.dtype) if use else None
             for part, parameter, use in zip(parts, parameters, used, strict=True)
         ]
+        return gradients, wide(mean).view(())
 
     def _followed(self, scale: Tensor | None, norm: Tensor, finite: Tensor) -> Tensor:
         """The running maximum after this norm."""
@@ -245,17 +269,30 @@ class TermSplitter:
         moved = torch.minimum(torch.maximum(norm, self.decay * old), self.growth * old)
         return torch.where(finite & (norm > 0), torch.where(old > 0, moved, norm), old)
 
+    def _watch(self, row: _Term, value: Tensor) -> None:
+        """Follow the value of a term, where it is finite."""
+        if row.level is None or row.worst is None:
+            row.level = row.worst = torch.where(value.isfinite(), value, 0.0)
+            return
+        old, worst = row.level.to(value), row.worst.to(value)
+        # A term that has been at zero so far begins here.
+        level = torch.where(worst > 0, 0.9 * old + 0.1 * value, value)
+        row.level = torch.where(value.isfinite(), level, old)
+        row.worst = torch.where(value.isfinite(), torch.maximum(value, self.decay * worst), worst)
+
     def _limit(self, name: str) -> Tensor:
         mine = self._terms[name]
         near = [
-            row.scale
+            row
             for row in self._terms.values()
-            if row.scale is not None
-            and self._calls - row.seen < self.memory
-            and (row is mine or row.reaches & mine.reaches)
+            if self._calls - row.seen < self.memory and (row is mine or row.reaches & mine.reaches)
         ]
-        all_of_them = torch.stack(near)
-        return torch.where(all_of_them > 0, all_of_them, math.inf).min()
+        scales = torch.stack([row.scale for row in near if row.scale is not None])
+        smallest = torch.where(scales > 0, scales, math.inf).min()
+        if self.relief == 1 or len(near) == 1:
+            return smallest
+        least = torch.stack([_progress(row, math.inf) for row in near]).min()
+        return smallest * (_progress(mine, 0.0) / least).sqrt().clamp(1.0, self.relief)
 
     def _add(self, parameters: Sequence[Tensor], found: list[Tensor | None], factor: Tensor, left: Tensor) -> None:
         if looks(left) and bool(left):
@@ -293,6 +330,12 @@ def _norm(gradients: Sequence[Tensor | None], term: Tensor) -> Tensor:
     dtype = torch.float64 if looks(found[0]) or found[0].dtype == torch.float64 else torch.float32
     norms = [torch.linalg.vector_norm(gradient.detach(), dtype=dtype) for gradient in found]
     return wide(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+
+
+def _progress(row: _Term, otherwise: float) -> Tensor:
+    """The value of a term over its largest, 1 where nothing has fallen; `otherwise` where it is not above zero."""
+    assert row.level is not None and row.worst is not None
+    return torch.where((row.level > 0) & (row.worst > 0), row.level / row.worst, otherwise)
 
 
 def _is_sharded(parameter: Tensor) -> bool:

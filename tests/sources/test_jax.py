@@ -16,6 +16,7 @@ from torch import nn
 from gradsplit.integrations.optax import split_samples, split_terms
 from gradsplit.sources import RULES, TermSplitter
 from tests.sources.oracle import limits
+from tests.sources.test_terms import values_of_terms
 
 
 def _histories():
@@ -40,6 +41,21 @@ def test_terms_have_the_numbers_of_the_term_splitter():
         assert [row.scale for row in splitter.rows()] == pytest.approx(
             [float(x) for x in state.scale.values()], rel=1e-4
         )
+
+
+def test_terms_that_lag_behind_have_the_limits_of_the_term_splitter():
+    w = nn.Parameter(torch.zeros(3))
+    splitter, state = TermSplitter([w]), None
+    for values in values_of_terms()[:25]:
+        w.grad = None
+        gradients = {name: jnp.full(3, 10.0**k) for k, name in enumerate(values)}
+        splitter.backward(**{name: w.sum() * 10.0**k + value for k, (name, value) in enumerate(values.items())})
+        total, state = split_terms(gradients, state, values=values)
+        np.testing.assert_allclose(total, w.grad.numpy(), rtol=1e-5)
+        assert [row.scale for row in splitter.rows()] == pytest.approx(
+            [float(x) for x in state.scale.values()], rel=1e-4
+        )
+    assert float(state.scale["stuck"]) > 0.2, "0.1 without relief"
 
 
 def test_a_term_of_zero_and_a_norm_that_would_overflow():

@@ -112,3 +112,15 @@ def test_a_limit_over_terms_that_share_nothing_is_noticed(monkeypatch):
     monkeypatch.setattr(terms.TermSplitter, "_limit", over_all)
     with pytest.raises(AssertionError):
         test_terms.test_terms_that_share_no_parameter_do_not_bound_each_other()
+
+
+@pytest.mark.parametrize("mistake", ["inverted", "squared"])
+def test_a_wrong_relief_is_noticed(monkeypatch, mistake):
+    right = terms._progress
+
+    def wrong(row, otherwise):
+        return 1 / right(row, otherwise) if mistake == "inverted" else right(row, otherwise) ** 2
+
+    monkeypatch.setattr(terms, "_progress", wrong)
+    with pytest.raises(AssertionError):
+        test_terms.test_the_limit_of_a_term_that_lags_behind_rises(10.0)

@@ -56,6 +56,70 @@ def test_many_calls_follow_the_formula():
         assert [row.scale for row in splitter.rows()] == pytest.approx([scales[name] for name in gradients])
 
 
+def relief_oracle(history: list[dict[str, float]], relief: float, decay: float = 0.999) -> list[dict[str, float]]:
+    """The factor on the limit of every term in every call, from the terms' values."""
+    level: dict[str, float] = {}
+    worst: dict[str, float] = {}
+    found = []
+    for values in history:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                continue
+            level[name] = 0.9 * level[name] + 0.1 * value if worst.get(name, 0.0) > 0 else value
+            worst[name] = max(value, decay * worst[name]) if name in worst else value
+        left = {name: level[name] / worst[name] for name in values if level[name] > 0 and worst[name] > 0}
+        found.append(
+            {
+                name: min(relief, max(1.0, math.sqrt(left[name] / min(left.values())))) if name in left else 1.0
+                for name in values
+            }
+        )
+    return found
+
+
+def values_of_terms() -> list[dict[str, float]]:
+    """One term that is solved, one that is stuck, one that becomes positive, one that is not finite once."""
+    return [
+        {
+            "solved": 0.4**t,
+            "stuck": 1.0 + 0.1 * math.sin(t),
+            "paid": -1.0 if t < 5 else 0.3,
+            "bad": math.nan if t == 3 else 2.0,
+        }
+        for t in range(60)
+    ]
+
+
+@pytest.mark.parametrize("relief", [1.0, 2.0, 10.0])
+def test_the_limit_of_a_term_that_lags_behind_rises(relief: float):
+    w = _weight(3)
+    splitter = TermSplitter([w], relief=relief)
+    reliefs = relief_oracle(values_of_terms(), relief)
+    for values, factors in zip(values_of_terms(), reliefs, strict=True):
+        w.grad = None
+        splitter.backward(**{name: (w - 0.0).sum() * 10.0**k + value for k, (name, value) in enumerate(values.items())})
+        for k, found in enumerate(splitter.rows()):
+            limit = math.sqrt(3.0) * factors[found.term]
+            assert found.limit == pytest.approx(limit, rel=1e-12)
+            assert found.scale == pytest.approx(min(1.0, limit / (math.sqrt(3.0) * 10.0**k)), rel=1e-12)
+    assert max(factors["stuck"] for factors in reliefs) == relief
+    assert all(factors["paid"] == 1.0 for factors in reliefs[:5])
+
+
+def test_a_lagging_term_goes_on_after_loading():
+    w = _weight(2)
+    whole, parts = TermSplitter([w]), TermSplitter([w])
+    for t in range(12):
+        for splitter in (whole, parts):
+            w.grad = None
+            splitter.backward(a=w.sum() + 0.5**t, b=100 * w.sum() + 1.0)
+        assert parts.rows() == whole.rows()
+        after = TermSplitter([w])
+        after.load_state_dict(copy.deepcopy(parts.state_dict()))
+        parts = after
+    assert whole.rows()[1].limit > 1.5 * whole.rows()[0].limit
+
+
 def test_one_term_is_the_ordinary_backward():
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
     model(x).square().sum().backward()

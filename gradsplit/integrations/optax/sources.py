@@ -19,10 +19,14 @@ class TermState(NamedTuple):
     Attributes:
         maximum: term -> slowly decaying maximum of its norm.
         scale: term -> what its gradient was multiplied by, without its weight; 0 where it was left out.
+        level: term -> its smoothed value; empty where no values are given.
+        worst: term -> slowly decaying maximum of its value.
     """
 
     maximum: dict[str, Array]
     scale: dict[str, Array]
+    level: dict[str, Array] = {}  # noqa: RUF012 - never written to
+    worst: dict[str, Array] = {}  # noqa: RUF012
 
 
 class SampleState(NamedTuple):
@@ -41,14 +45,20 @@ def split_terms(
     gradients: Mapping[str, Any],
     state: TermState | None = None,
     *,
+    values: Mapping[str, Array] | None = None,
     weights: Mapping[str, float] | None = None,
     decay: float = 0.999,
     growth: float = 1.05,
+    relief: float = 10.0,
 ) -> tuple[Any, TermState]:
     """The sum of the terms' gradients, each bounded by the smallest of their slowly decaying maxima.
 
-        m_k <- min(max(n_k, decay m_k), growth m_k),  m_k = n_k at first;   limit = smallest m_k above 0
-        gradient = sum_k w_k g_k min(1, limit / n_k);   a term that is not finite is left out
+        m_k <- min(max(n_k, decay m_k), growth m_k),  m_k = n_k at first
+        limit_k = (smallest m_j above 0) min(relief, max(1, sqrt(p_k / smallest p_j)))
+        gradient = sum_k w_k g_k min(1, limit_k / n_k);   a term that is not finite is left out
+
+    p_k is the smoothed value of the term over its slowly decaying maximum, see `gradsplit.TermSplitter`; without
+    ``values`` every limit is the smallest m_j.
 
     It may be compiled; the first call, without a state, is another compilation. Terms that the state knows and that are
     not there in this call still count.
@@ -56,9 +66,11 @@ def split_terms(
     Args:
         gradients: term -> its gradient, all trees of one structure, as `jax.grad` of each term gives them.
         state: from the call before.
+        values: term -> its value, one number; pass it in every call or in none.
         weights: term -> w_k, 1 where not named.
         decay: what a maximum keeps per call.
         growth: largest ratio by which it rises per call.
+        relief: largest factor by which the limit of a term that lags behind rises.
 
     Returns:
         The gradient for the optimizer, and the new state.
@@ -83,8 +95,13 @@ def split_terms(
         maximum[name] = jnp.where(jnp.isfinite(norm) & (norm > 0), jnp.where(old > 0, moved, norm), old)
     known = jnp.stack(list(maximum.values()))
     limit = jnp.where(known > 0, known, jnp.inf).min()
+    level, worst, left = _progress(state, values or {}, decay)
+    least = jnp.stack([*(jnp.where(p > 0, p, jnp.inf) for p in left.values()), jnp.asarray(jnp.inf)]).min()
+    limits = {
+        name: limit * jnp.clip(jnp.sqrt(left[name] / least), 1.0, relief) if name in left else limit for name in norms
+    }
     scale = {
-        name: jnp.where(jnp.isfinite(norm), jnp.where(norm > limit, limit / norm, 1.0), 0.0)
+        name: jnp.where(jnp.isfinite(norm), jnp.where(norm > limits[name], limits[name] / norm, 1.0), 0.0)
         for name, norm in norms.items()
     }
     total = None
@@ -94,7 +111,26 @@ def split_terms(
         # The loops below run while JAX traces, so each part may hold this turn's numbers.
         part = jax.tree_util.tree_map(lambda g, f=factor, s=sound: jnp.where(s, g * f.astype(g.dtype), 0), tree)
         total = part if total is None else jax.tree_util.tree_map(jnp.add, total, part)
-    return total, TermState(maximum, scale)
+    return total, TermState(maximum, scale, level, worst)
+
+
+def _progress(
+    state: TermState | None, values: Mapping[str, Any], decay: float
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Every term's smoothed value, its largest value, and their ratio; the ratio is 0 where they are not above zero."""
+    level = {} if state is None else dict(state.level)
+    worst = {} if state is None else dict(state.worst)
+    for name, given in values.items():
+        value = jnp.asarray(given)
+        sound = jnp.isfinite(value)
+        if name not in level:
+            level[name] = worst[name] = jnp.where(sound, value, 0.0)
+            continue
+        old, top = level[name], worst[name]
+        level[name] = jnp.where(sound, jnp.where(top > 0, 0.9 * old + 0.1 * value, value), old)
+        worst[name] = jnp.where(sound, jnp.maximum(value, decay * top), top)
+    fallen = {k: jnp.where((level[k] > 0) & (worst[k] > 0), level[k] / worst[k], 0.0) for k in level}
+    return level, worst, fallen
 
 
 def split_samples(
