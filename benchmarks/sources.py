@@ -96,12 +96,12 @@ def regression(fault: str) -> Callable[[str, float | None, int], dict[str, float
 class Cnn(nn.Module):
     """Two convolutions on 8 x 8 images that the model standardises itself: a blank image becomes 0 / 0."""
 
-    def __init__(self, *, norm: bool) -> None:
+    def __init__(self, *, norm: bool, wide: int = 1) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width, out in ((1, 16), (16, 32)):
+        for width, out in ((1, 16 * wide), (16 * wide, 32 * wide)):
             layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out) if norm else nn.Identity(), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 10))
+        self.body = nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * wide * 16, 10))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         flat = x.flatten(1)
@@ -162,13 +162,13 @@ def _derivative(u: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(u.sum(), x, create_graph=True)[0]
 
 
-def _tanh_net(inputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+def _tanh_net(inputs: int, width: int = 32) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
 
 
-def helmholtz_line(net: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+def helmholtz_line(net: nn.Module, generator: torch.Generator, points: int = 128) -> dict[str, Tensor]:
     """u'' + u = f on (-1, 1), u = sin(2 pi x)."""
-    x = (torch.rand(128, 1, generator=generator) * 2 - 1).requires_grad_()
+    x = (torch.rand(points, 1, generator=generator) * 2 - 1).requires_grad_()
     u = net(x)
     curve = _derivative(_derivative(u, x), x)
     source = (1 - (2 * math.pi) ** 2) * torch.sin(2 * math.pi * x.detach())
@@ -406,8 +406,13 @@ def cost() -> dict[str, Any]:
     torch.manual_seed(0)
     made: dict[str, list[float]] = {}
     images, target = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    for name, norm in (("samples, digits", False), ("samples, digits with BatchNorm", True)):
-        net = Cnn(norm=norm)
+    for name, norm, wide in (
+        ("samples, digits", False, 1),
+        ("samples, digits with BatchNorm", True, 1),
+        ("samples, digits, four times the width", False, 4),
+        ("samples, digits with BatchNorm, four times the width", True, 4),
+    ):
+        net = Cnn(norm=norm, wide=wide)
         splitter = gs.SampleSplitter(net)
 
         def once(net: nn.Module = net) -> float:
@@ -421,19 +426,23 @@ def cost() -> dict[str, Any]:
             plain = once()
             with splitter:
                 made[name].append(once() / plain)
-    net = _tanh_net(1)
-    parts, generator = gs.TermSplitter(net), torch.Generator().manual_seed(0)
-    made["terms, Helmholtz on a line"] = []
-    for _ in range(120):
-        net.zero_grad()
-        began = time.process_time()
-        for term in helmholtz_line(net, generator).values():
-            term.backward(retain_graph=True)
-        plain = time.process_time() - began
-        net.zero_grad()
-        began = time.process_time()
-        parts.backward(**helmholtz_line(net, generator))
-        made["terms, Helmholtz on a line"].append((time.process_time() - began) / plain)
+    for name, width, points in (
+        ("terms, Helmholtz on a line, width 32, 128 points", 32, 128),
+        ("terms, Helmholtz on a line, width 256, 1,024 points", 256, 1024),
+    ):
+        net = _tanh_net(1, width)
+        parts, generator = gs.TermSplitter(net), torch.Generator().manual_seed(0)
+        made[name] = []
+        for _ in range(120):
+            net.zero_grad()
+            began = time.process_time()
+            for term in helmholtz_line(net, generator, points).values():
+                term.backward(retain_graph=True)
+            plain = time.process_time() - began
+            net.zero_grad()
+            began = time.process_time()
+            parts.backward(**helmholtz_line(net, generator, points))
+            made[name].append((time.process_time() - began) / plain)
     return {name: [round(ratio, 4) for ratio in found[20:]] for name, found in made.items()}
 
 

@@ -16,9 +16,6 @@ from .layers import looks, wide
 __all__ = ["LeftOut", "TermRow", "TermSplitter"]
 
 
-_PARTS = ("scale", "level", "worst")
-
-
 class LeftOut(NamedTuple):
     """A term whose gradient was not finite: the number of the call, from 0, and its name."""
 
@@ -42,22 +39,11 @@ class TermRow(NamedTuple):
     scale: float
 
 
-class _Term:
-    """One term's running maxima of norm and value, the parameters that it reaches, and when it was last seen."""
-
-    def __init__(self) -> None:
-        self.scale: Tensor | None = None
-        self.level: Tensor | None = None  # the smoothed value
-        self.worst: Tensor | None = None  # the slowly decaying maximum of the value
-        self.reaches: frozenset[int] = frozenset()
-        self.seen = 0
-
-
 class TermSplitter:
     """Replaces ``loss.backward()``: the gradient of each term of the loss is bounded before they are added.
 
         m_k <- min(max(n_k, decay m_k), growth m_k),  m_k = n_k at first;       n_k = ||g_k||
-        p_k = v_k / V_k;  v_k <- .9 v_k + .1 L_k,  V_k <- max(L_k, decay V_k);   both L_k at first
+        v_k <- .9 v_k + .1 L_k,  V_k <- max(L_k, decay V_k),  both L_k at first;    p_k = v_k / V_k
         limit_k = (smallest m_j) min(relief, max(1, sqrt(p_k / smallest p_j)))
         gradient = sum_k w_k g_k min(1, limit_k / n_k)
 
@@ -131,10 +117,15 @@ class TermSplitter:
             )
         self.weights = dict(weights or {})
         self.decay, self.growth, self.relief, self.memory, self.scaler = decay, growth, relief, memory, scaler
-        self._terms: dict[str, _Term] = {}
+        # Per term, in the order of their first calls: scale, level and worst are m, v and V of the formula.
+        self._places: dict[str, int] = {}
+        self._state: Tensor | None = None
+        self._reaches: list[frozenset[int]] = []
+        self._seen: list[int] = []
+        self._near: tuple[Any, Tensor] | None = None
         self._calls = 0
         self._left_out: deque[tuple[int, str, Tensor]] = deque(maxlen=10_000)
-        self._last: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._last: tuple[tuple[str, ...], Tensor] | None = None
         self._said = False
 
     def backward(self, **terms: Tensor) -> None:
@@ -150,32 +141,30 @@ class TermSplitter:
         self._check(terms)
         chosen = [k for k, parameter in enumerate(self.parameters) if parameter.requires_grad]
         parameters = [self.parameters[k] for k in chosen]
-        gradients: dict[str, list[Tensor | None]] = {}
-        values: dict[str, Tensor] = {}
+        gradients: list[list[Tensor | None]] = []
+        values: list[Tensor] = []
         for place, (name, term) in enumerate(terms.items(), 1):
-            gradients[name], values[name] = self._gradient(name, term, parameters, keep=place < len(terms))
-        norms = {name: _norm(found, terms[name]) for name, found in gradients.items()}
-        unit = None if self.scaler is None else self.scaler.scale(wide(torch.ones((), device=parameters[0].device)))
-        lefts = {}
-        for name, found in gradients.items():
-            norms[name] = norm = norms[name] if unit is None else norms[name] / unit
-            finite = norm.isfinite()
-            # Under a scaler what overflows although the term is finite must reach the scaler.
-            lefts[name] = ~finite if unit is None else ~finite & ~terms[name].detach().isfinite().view(())
-            row = self._terms.setdefault(name, _Term())
-            row.scale = self._followed(row.scale, norm, finite)
-            self._watch(row, values[name])
-            row.reaches = frozenset(k for k, gradient in zip(chosen, found, strict=True) if gradient is not None)
-            row.seen = self._calls
-        self._last = []
-        for name, found in gradients.items():
-            limit = self._limit(name)
-            norm = norms[name]
-            scale = torch.where(norm > limit, limit / norm, 1.0)
-            scale = torch.where(norm.isfinite(), scale, torch.where(lefts[name], 0.0, 1.0))
-            self._last.append((name, norm, limit, scale))
-            self._add(parameters, found, scale * self.weights.get(name, 1.0), lefts[name])
-        self._note(lefts)
+            gradient, value = self._gradient(name, term, parameters, keep=place < len(terms))
+            gradients.append(gradient)
+            values.append(value)
+        norm_K, value_K = (
+            torch.stack([_norm(g, v) for g, v in zip(gradients, values, strict=True)]),
+            torch.stack(values),
+        )
+        if self.scaler is None:
+            left_K = ~norm_K.isfinite()
+        else:
+            norm_K = norm_K / self.scaler.scale(torch.ones_like(value_K[0]))
+            # What overflows although the term is finite must reach the scaler.
+            left_K = ~norm_K.isfinite() & ~value_K.isfinite()
+        places = self._enter(tuple(terms), chosen, gradients)
+        limit_K = self._observe(places, norm_K, value_K)
+        scale_K = torch.where(norm_K > limit_K, limit_K / norm_K, 1.0)
+        scale_K = torch.where(norm_K.isfinite(), scale_K, torch.where(left_K, 0.0, 1.0))
+        self._last = tuple(terms), torch.stack([norm_K, limit_K, scale_K])
+        for name, gradient, scale, left in zip(terms, gradients, scale_K.unbind(), left_K.unbind(), strict=True):
+            self._add(parameters, gradient, scale * self.weights.get(name, 1.0), left)
+        self._note(dict(zip(terms, left_K.unbind(), strict=True)))
         self._calls += 1
 
     def named(self) -> list[LeftOut]:
@@ -184,18 +173,20 @@ class TermSplitter:
 
     def rows(self) -> list[TermRow]:
         """What the last call did to its terms, in their order; waits for the device."""
-        return [TermRow(name, float(norm), float(limit), float(scale)) for name, norm, limit, scale in self._last]
+        if self._last is None:
+            return []
+        names, numbers = self._last
+        return [TermRow(name, *row) for name, row in zip(names, numbers.T.tolist(), strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """The running maxima, and when each term was last seen."""
         rows = {
             name: {
-                **{part: getattr(row, part).clone() for part in _PARTS},
-                "reaches": sorted(row.reaches),
-                "seen": row.seen,
+                **({} if self._state is None else dict(zip(_PARTS, self._state[:, k].clone(), strict=True))),
+                "reaches": sorted(self._reaches[k]),
+                "seen": self._seen[k],
             }
-            for name, row in self._terms.items()
-            if row.scale is not None
+            for name, k in self._places.items()
         }
         return {"calls": self._calls, "terms": rows}
 
@@ -205,19 +196,21 @@ class TermSplitter:
         Raises:
             ValueError: it comes from a splitter of more parameters.
         """
-        found: dict[str, _Term] = {}
         for name, row in state["terms"].items():
-            found[name] = term = _Term()
-            term.seen = int(row["seen"])
-            for part in _PARTS:
-                setattr(term, part, row[part].clone() if part in row else None)
-            term.reaches = frozenset(row["reaches"])
-            if term.reaches and max(term.reaches) >= len(self.parameters):
+            last = max(row["reaches"], default=-1)
+            if last >= len(self.parameters):
                 raise ValueError(
-                    f"TermSplitter.load_state_dict(…): the term {name!r} reaches parameter {max(term.reaches)}, there "
+                    f"TermSplitter.load_state_dict(…): the term {name!r} reaches parameter {last}, there "
                     f"are {len(self.parameters)}. Load it into a splitter of the same model."
                 )
-        self._terms, self._calls = found, int(state["calls"])
+        rows = list(state["terms"].values())
+        device = self.parameters[0].device
+        columns = [torch.stack([torch.as_tensor(row.get(part, 0.0), device=device) for part in _PARTS]) for row in rows]
+        self._state = wide(torch.stack(columns, 1)) if columns else None
+        self._places = {name: k for k, name in enumerate(state["terms"])}
+        self._reaches = [frozenset(row["reaches"]) for row in rows]
+        self._seen = [int(row["seen"]) for row in rows]
+        self._calls = int(state["calls"])
 
     def _check(self, terms: Mapping[str, Tensor]) -> None:
         if not terms:
@@ -263,50 +256,66 @@ class TermSplitter:
         ]
         return gradients, wide(mean).view(())
 
-    def _followed(self, scale: Tensor | None, norm: Tensor, finite: Tensor) -> Tensor:
-        """The running maximum after this norm."""
-        old = torch.zeros_like(norm) if scale is None else scale.to(norm)
-        moved = torch.minimum(torch.maximum(norm, self.decay * old), self.growth * old)
-        return torch.where(finite & (norm > 0), torch.where(old > 0, moved, norm), old)
+    def _enter(
+        self, names: tuple[str, ...], chosen: Sequence[int], gradients: Sequence[Sequence[Tensor | None]]
+    ) -> list[int]:
+        """The places of the terms of this call, what they reach, and that they were seen."""
+        for name in names:
+            if name not in self._places:
+                self._places[name] = len(self._places)
+                self._reaches.append(frozenset())
+                self._seen.append(0)
+        places = [self._places[name] for name in names]
+        for place, gradient in zip(places, gradients, strict=True):
+            self._reaches[place] = frozenset(k for k, g in zip(chosen, gradient, strict=True) if g is not None)
+            self._seen[place] = self._calls
+        return places
 
-    def _watch(self, row: _Term, value: Tensor) -> None:
-        """Follow the value of a term, where it is finite."""
-        if row.level is None or row.worst is None:
-            row.level = row.worst = torch.where(value.isfinite(), value, 0.0)
-            return
-        old, worst = row.level.to(value), row.worst.to(value)
-        # A term that has been at zero so far begins here.
-        level = torch.where(worst > 0, 0.9 * old + 0.1 * value, value)
-        row.level = torch.where(value.isfinite(), level, old)
-        row.worst = torch.where(value.isfinite(), torch.maximum(value, self.decay * worst), worst)
+    def _observe(self, places: Sequence[int], norm_K: Tensor, value_K: Tensor) -> Tensor:
+        """The state after this call, and from it the limit of every term of the call."""
+        count = len(self._places)
+        state = wide(norm_K.new_zeros(3, count)) if self._state is None else self._state.to(norm_K.device)
+        if state.shape[1] < count:
+            state = torch.cat([state, state.new_zeros(3, count - state.shape[1])], 1)
+        every = list(places) == list(range(count))
+        index = None if every else torch.tensor(places, device=norm_K.device)
+        old = state if index is None else state[:, index]
+        new = torch.stack([_followed(old[0], norm_K, self.decay, self.growth), *_watched(old[1:], value_K, self.decay)])
+        self._state = state = new if index is None else state.index_copy(1, index, new)
+        near = self._neighbours(tuple(places), norm_K.device)
+        smallest_K = torch.where(near & (state[0] > 0), state[0], math.inf).amin(1)
+        if self.relief == 1 or count == 1:
+            return smallest_K
+        left = _progress(state)
+        mine = left if index is None else left[index]
+        least_K = torch.where(near & (left > 0), left, math.inf).amin(1)
+        return smallest_K * (mine / least_K).sqrt().clamp(1.0, self.relief)
 
-    def _limit(self, name: str) -> Tensor:
-        mine = self._terms[name]
-        near = [
-            row
-            for row in self._terms.values()
-            if self._calls - row.seen < self.memory and (row is mine or row.reaches & mine.reaches)
-        ]
-        scales = torch.stack([row.scale for row in near if row.scale is not None])
-        smallest = torch.where(scales > 0, scales, math.inf).min()
-        if self.relief == 1 or len(near) == 1:
-            return smallest
-        least = torch.stack([_progress(row, math.inf) for row in near]).min()
-        return smallest * (_progress(mine, 0.0) / least).sqrt().clamp(1.0, self.relief)
+    def _neighbours(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+        """Which terms bound which: (terms of the call, all terms), True where they share a parameter and are alive."""
+        alive = tuple(self._calls - seen < self.memory for seen in self._seen)
+        key = places, alive, tuple(self._reaches), device
+        if self._near is None or self._near[0] != key:
+            rows = [
+                [lives and (j == k or bool(self._reaches[j] & self._reaches[k])) for j, lives in enumerate(alive)]
+                for k in places
+            ]
+            self._near = key, torch.tensor(rows, device=device)
+        return self._near[1]
 
     def _add(self, parameters: Sequence[Tensor], found: list[Tensor | None], factor: Tensor, left: Tensor) -> None:
         if looks(left) and bool(left):
             return
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is None:
-                continue
-            part = gradient * factor.to(gradient.dtype)
-            if not looks(left):
-                part = torch.where(left, torch.zeros((), dtype=part.dtype, device=part.device), part)
+        pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        parts = [torch.where(left, 0.0, g * factor.to(g.dtype)) for _, g in pairs] if not looks(left) else None
+        if parts is None:
+            parts = list(torch._foreach_mul([g for _, g in pairs], factor)) if pairs else []
+        held = [(p.grad, part) for (p, _), part in zip(pairs, parts, strict=True) if p.grad is not None]
+        if held:
+            torch._foreach_add_([grad for grad, _ in held], [part for _, part in held])
+        for (parameter, _), part in zip(pairs, parts, strict=True):
             if parameter.grad is None:
                 parameter.grad = part
-            else:
-                parameter.grad.add_(part)
 
     def _note(self, lefts: Mapping[str, Tensor]) -> None:
         for name, left in lefts.items():
@@ -322,20 +331,37 @@ class TermSplitter:
             )
 
 
-def _norm(gradients: Sequence[Tensor | None], term: Tensor) -> Tensor:
+_PARTS = ("scale", "level", "worst")
+
+
+def _norm(gradients: Sequence[Tensor | None], value: Tensor) -> Tensor:
     """The L2 norm over all parameters, in float64 where the device has it."""
-    found = [gradient for gradient in gradients if gradient is not None]
+    found = [gradient.detach() for gradient in gradients if gradient is not None]
     if not found:
-        return wide(torch.zeros((), device=term.device))
+        return torch.zeros_like(value)
     dtype = torch.float64 if looks(found[0]) or found[0].dtype == torch.float64 else torch.float32
-    norms = [torch.linalg.vector_norm(gradient.detach(), dtype=dtype) for gradient in found]
+    norms = torch._foreach_norm(found, 2, dtype)
     return wide(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
 
 
-def _progress(row: _Term, otherwise: float) -> Tensor:
-    """The value of a term over its largest, 1 where nothing has fallen; `otherwise` where it is not above zero."""
-    assert row.level is not None and row.worst is not None
-    return torch.where((row.level > 0) & (row.worst > 0), row.level / row.worst, otherwise)
+def _followed(old_K: Tensor, norm_K: Tensor, decay: float, growth: float) -> Tensor:
+    """The running maxima after these norms; zero means that there was none so far."""
+    moved_K = torch.minimum(torch.maximum(norm_K, decay * old_K), growth * old_K)
+    return torch.where(norm_K.isfinite() & (norm_K > 0), torch.where(old_K > 0, moved_K, norm_K), old_K)
+
+
+def _watched(old: Tensor, value_K: Tensor, decay: float) -> Tensor:
+    """The levels and the largest values after these values, which count where they are finite."""
+    level_K, worst_K = old
+    # A term that has not been above zero so far begins here.
+    level_K = torch.where(worst_K > 0, 0.9 * level_K + 0.1 * value_K, value_K)
+    return torch.where(value_K.isfinite(), torch.stack([level_K, torch.maximum(value_K, decay * worst_K)]), old)
+
+
+def _progress(state: Tensor) -> Tensor:
+    """What is left of every term: its level over its largest value; 0 where it is not above zero."""
+    _, level, worst = state
+    return torch.where((level > 0) & (worst > 0), level / worst, 0.0)
 
 
 def _is_sharded(parameter: Tensor) -> bool:

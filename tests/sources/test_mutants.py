@@ -95,21 +95,20 @@ def test_an_ordinary_row_with_its_graph_is_noticed(monkeypatch):
 
 
 def test_a_maximum_that_a_zero_lowers_is_noticed(monkeypatch):
-    def lowered(self, scale, norm, finite):
-        old = torch.zeros_like(norm) if scale is None else scale
-        moved = torch.minimum(torch.maximum(norm, self.decay * old), self.growth * old)
+    def lowered(old, norm, decay, growth):
+        moved = torch.minimum(torch.maximum(norm, decay * old), growth * old)
         return torch.where(old > 0, moved, norm)
 
-    monkeypatch.setattr(terms.TermSplitter, "_followed", lowered)
+    monkeypatch.setattr(terms, "_followed", lowered)
     with pytest.raises(AssertionError):
         test_terms.test_a_term_of_zero_drowns_nobody()
 
 
 def test_a_limit_over_terms_that_share_nothing_is_noticed(monkeypatch):
-    def over_all(self, name):
-        return torch.stack([row.scale for row in self._terms.values()]).min()
+    def all_of_them(self, places, device):
+        return torch.ones(len(places), len(self._places), dtype=torch.bool)
 
-    monkeypatch.setattr(terms.TermSplitter, "_limit", over_all)
+    monkeypatch.setattr(terms.TermSplitter, "_neighbours", all_of_them)
     with pytest.raises(AssertionError):
         test_terms.test_terms_that_share_no_parameter_do_not_bound_each_other()
 
@@ -117,10 +116,8 @@ def test_a_limit_over_terms_that_share_nothing_is_noticed(monkeypatch):
 @pytest.mark.parametrize("mistake", ["inverted", "squared"])
 def test_a_wrong_relief_is_noticed(monkeypatch, mistake):
     right = terms._progress
-
-    def wrong(row, otherwise):
-        return 1 / right(row, otherwise) if mistake == "inverted" else right(row, otherwise) ** 2
-
-    monkeypatch.setattr(terms, "_progress", wrong)
+    monkeypatch.setattr(
+        terms, "_progress", lambda state: 1 / right(state) if mistake == "inverted" else right(state) ** 2
+    )
     with pytest.raises(AssertionError):
         test_terms.test_the_limit_of_a_term_that_lags_behind_rises(10.0)

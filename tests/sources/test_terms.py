@@ -66,7 +66,7 @@ def relief_oracle(history: list[dict[str, float]], relief: float, decay: float =
             if not math.isfinite(value):
                 continue
             level[name] = 0.9 * level[name] + 0.1 * value if worst.get(name, 0.0) > 0 else value
-            worst[name] = max(value, decay * worst[name]) if name in worst else value
+            worst[name] = max(value, decay * worst.get(name, 0.0))
         left = {name: level[name] / worst[name] for name in values if level[name] > 0 and worst[name] > 0}
         found.append(
             {

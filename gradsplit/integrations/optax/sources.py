@@ -123,10 +123,7 @@ def _progress(
     for name, given in values.items():
         value = jnp.asarray(given)
         sound = jnp.isfinite(value)
-        if name not in level:
-            level[name] = worst[name] = jnp.where(sound, value, 0.0)
-            continue
-        old, top = level[name], worst[name]
+        old, top = level.get(name, jnp.zeros_like(value)), worst.get(name, jnp.zeros_like(value))
         level[name] = jnp.where(sound, jnp.where(top > 0, 0.9 * old + 0.1 * value, value), old)
         worst[name] = jnp.where(sound, jnp.maximum(value, decay * top), top)
     fallen = {k: jnp.where((level[k] > 0) & (worst[k] > 0), level[k] / worst[k], 0.0) for k in level}
