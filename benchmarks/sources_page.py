@@ -98,7 +98,8 @@ def _together(runs: list[dict[str, Any]]) -> str:
         "## Alone and together\n\nThe exploding detector (score, more is better) and the text GPT (validation loss, "
         "less is better); in the third 5 % of the sequences are random characters. AdamW has the best of three rates; "
         "GSO has nothing chosen. Command: `python benchmarks/sources_together.py`. "
-        f"Seeds {', '.join(map(str, seeds))}, {head['hardware']}, {head['date'][:10]}.\n\n<!-- evidence: benchmarks/results/sources/together.jsonl -->\n\n"
+        f"Seeds {', '.join(map(str, seeds))}, {head['hardware']}, {head['date'][:10]}.\n\n"
+        "<!-- evidence: benchmarks/results/sources/together.jsonl -->\n\n"
         "| task | method | median | range | processor seconds |\n|---|---|---|---|---|\n"
     )
     for task in TOGETHER:
