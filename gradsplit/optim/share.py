@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ..amp import Scaling
 from ..budget import Decision
 from ..collective import Collective
 from ..distributed import is_sharded, shard_of
-from ..kernels.eager import EagerKernel
+from ..plan import pattern_of
 from ..split import Split
 from .directions import DIRECTIONS, Turn
 from .kinds import Kind
@@ -35,8 +36,64 @@ from .kinds import Kind
 __all__ = ["ShareUpdate"]
 
 
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Tensors that are alike, read and written as one array (S, rows, cols): an operation on it is one launch.
+
+    Attributes:
+        at: the places of these S tensors.
+        rows, cols: of each of them, as this rank holds it.
+        kind: what each of them is.
+        ids: the bins of the first tensor, then those of the second, and so on.
+        form: the shape in which values of these bins spread over the array.
+        over: the dimensions over which squares are added before they go to their bins.
+    """
+
+    at: list[int]
+    rows: int
+    cols: int
+    kind: Kind
+    ids: Tensor
+    form: tuple[int, int, int]
+    over: tuple[int, ...]
+
+    def gathered(self, tensors: Any) -> Tensor:
+        """Return the tensors' values as one array: a copy, or the memory of the only one."""
+        first = tensors[self.at[0]]
+        made = first if len(self.at) == 1 else torch.stack([tensors[t] for t in self.at])
+        return made.reshape(len(self.at), self.rows, self.cols)
+
+    def copied(self, tensors: Any) -> Tensor:
+        """Return the tensors' values as one array of its own memory."""
+        made = self.gathered(tensors)
+        return made.clone() if len(self.at) == 1 else made
+
+    def parts(self, array: Tensor, like: list[Any]) -> list[Tensor]:
+        """Return what belongs to each tensor, in its own shape."""
+        return list(array.reshape(len(self.at), *like[self.at[0]].shape).unbind())
+
+    def add_squares(self, total_B: Tensor, array: Tensor) -> None:
+        """Add the squares of an array to its bins."""
+        if not array.numel():
+            return
+        if self.over:
+            sums = torch.linalg.vector_norm(array, dim=self.over, dtype=total_B.dtype).square_()
+        else:
+            sums = array.to(total_B.dtype).square()
+        total_B.index_add_(0, self.ids, sums.reshape(-1))
+
+    def spread(self, values_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the bins' values in a shape that broadcasts over the array."""
+        return values_B.to(dtype).index_select(0, self.ids).view(self.form)
+
+
 class ShareUpdate:
     """One step of a `Split`'s tensors by shares.
+
+    Tensors of one shape, dtype, kind and group are stacked, so that the number of launches depends on the number of
+    shapes. Everything is computed beside the old values and written at the end: an error on the way, such as memory
+    that has run out, leaves weights and memories as they were. The price is room for new weights and new memories
+    beside the old ones. Nothing waits for the device.
 
     Args:
         split: rows or other bins, each inside one tensor.
@@ -51,9 +108,7 @@ class ShareUpdate:
         self.decision: Decision | None = None
         self.grown_B: Tensor | None = None
         self.collected: Tensor | None = None
-        kernel, plan = split.kernel, split.plan
-        self.shapes = kernel if isinstance(kernel, EagerKernel) else EagerKernel(split.local_plan, kernel.device)
-        like = split.like
+        plan, like = split.plan, split.like
         numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
         share_B, least_B, longest_B, keeps_B = (torch.empty_like(like) for _ in range(4))
         for t, kind in enumerate(kinds):
@@ -63,13 +118,15 @@ class ShareUpdate:
         root_B = numel_B.sqrt()
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
         self._floor_B = torch.where(keeps_B > 0, root_B, 1e-30)
+        # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
         self.recent_B, self.most_B = torch.zeros_like(like), torch.zeros_like(like)
-        # A tensor, since a traced step knows a number only as it was when it was traced.
         self.seen_steps, self.taken = like.new_zeros(()), like.new_zeros(())
         self._has_limits = any(math.isfinite(kind.longest) for kind in kinds)
-        self._directions: dict[str, list[int]] = {}
-        for t, kind in enumerate(kinds):
-            self._directions.setdefault(kind.direction, []).append(t)
+        self._looks_above = any(level != "bin" for level, _ in split.gradient_budgets)
+        self._patterns = [pattern_of(split.local_plan, t) for t in range(len(kinds))]
+        self._ids_T = [torch.from_numpy(bins.reshape(-1)).to(like.device) for _, bins in self._patterns]
+        self._alike_T = self._alike()
+        self._stacked: tuple[Any, list[_Stack]] = (None, [])
 
     @property
     def pace(self) -> float | Tensor:
@@ -78,7 +135,7 @@ class ShareUpdate:
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms and the longest lengths, (B,) each, and the number of steps."""
-        return {"recent": self.recent_B, "most": self.most_B, "steps": self.seen_steps}
+        return {"recent": self.recent_B.clone(), "most": self.most_B.clone(), "steps": self.seen_steps.clone()}
 
     def load(self, state: Mapping[str, Any], *, call: str) -> None:
         """Take over what `state` returned.
@@ -112,116 +169,194 @@ class ShareUpdate:
             groups: the optimizer's group of each tensor.
             scaling: what a GradScaler says of the gradients; on an overflow everything stays.
         """
-        weights, split = self.split.parameters, self.split
-        gradients = [
-            None if g is None else (-g if group["maximize"] else g).reshape(w.shape)
-            for g, group, w in zip(gradients, groups, weights, strict=True)
-        ]
-        decision, length_B = self._bound(gradients, scaling)
-        moves_B = decision.finite_B
-        directions = self._directions_of(gradients, states, groups, decision.scale_B, moves_B, scaling)
-        ahead_B = self._squares(directions).sqrt()
-        moves_B = moves_B & (ahead_B > 0)
-        first_B = moves_B & (self.most_B == 0)
-        self.most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
-        rates, num_bins = split.rates, split.plan.num_bins
-        assert rates is not None
-        tau_B = rates.value_B("lr", num_bins) * self._share_B * self.pace
-        decay_B = torch.where(moves_B, rates.value_B("weight_decay", num_bins) * tau_B, 0.0)
-        length = torch.maximum(length_B, self._least_B)
-        step_B = torch.where(moves_B, tau_B * length / torch.maximum(ahead_B, self._floor_B), 0.0)
-        for t, (w, d) in enumerate(zip(weights, directions, strict=True)):
-            if d is not None:
-                w.mul_(self._factor(t, 1 - decay_B, w)).sub_(d * self._factor(t, step_B, w))
-        self._shorten([None if d is None else w for w, d in zip(weights, directions, strict=True)], moves_B)
+        weights, split, ledger = self.split.parameters, self.split, self.split.gradient
+        gradients = [None if g is None else g.reshape(w.shape) for g, w in zip(gradients, weights, strict=True)]
+        history = ledger.history
+        stacks = self._stacks_of(gradients, weights, groups)
+        try:
+            given = [stack.gathered(gradients) for stack in stacks]
+            decision, length_B, recent_B, seen_steps = self._bound(*self._measured(stacks, given, gradients), scaling)
+            directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
+            ahead_B = self._squares(stacks, directions).sqrt()
+            moves_B = decision.finite_B & (ahead_B > 0)
+            first_B = moves_B & (self.most_B == 0)
+            most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
+            assert split.rates is not None
+            num_bins = split.plan.num_bins
+            tau_B = split.rates.value_B("lr", num_bins) * self._share_B * self.pace
+            decay_B = torch.where(moves_B, split.rates.value_B("weight_decay", num_bins) * tau_B, 0.0)
+            length = torch.maximum(length_B, self._least_B)
+            step_B = torch.where(moves_B, tau_B * length / torch.maximum(ahead_B, self._floor_B), 0.0)
+            fresh = self._moved(stacks, directions, 1 - decay_B, -step_B)
+            grown_B = self._shorten(stacks, fresh, moves_B, most_B)
+            written = [w.to(weights[s.at[0]].dtype) for s, w in zip(stacks, fresh, strict=True)]
+        except BaseException:
+            ledger.history = history
+            raise
+        for stack, array in zip(stacks, written, strict=True):
+            torch._foreach_copy_([weights[t] for t in stack.at], stack.parts(array, weights))
+        for stack, memory in zip(stacks, memories, strict=True):
+            for key, array in memory.items():
+                held = [states[t][key] for t in stack.at]
+                torch._foreach_copy_(held, list(array.view(len(held), *held[0].shape).unbind()))
+        self.recent_B.copy_(recent_B)
+        self.most_B.copy_(most_B)
+        self.seen_steps.copy_(seen_steps)
+        self.decision, self.grown_B = decision, grown_B
 
-    def _bound(self, gradients: list[Tensor | None], scaling: Scaling | None) -> tuple[Decision, Tensor]:
-        """Decide on the gradients; return the decision and the lengths of the weights (B,)."""
+    def _alike(self) -> list[int]:
+        """A number per tensor, the same for tensors that may be stacked; each shard is alone, since it is gathered."""
+        split, shapes = self.split, self.split.local_plan.layout.shapes
+        known: dict[Any, int] = {}
+        keys = []
+        for t, kind in enumerate(self.kinds):
+            alone = t if is_sharded(split.tensors[t]) else -1
+            keys.append((shapes[t], tuple(split.owners[t].shape), kind, self._patterns[t].kind, alone))
+        return [known.setdefault(key, len(known)) for key in keys]
+
+    def _stacks_of(
+        self, gradients: list[Tensor | None], weights: list[Tensor], groups: list[dict[str, Any]]
+    ) -> list[_Stack]:
+        """Stack the tensors that have gradients; remembered as long as nothing changes."""
+        forms = zip(self._alike_T, gradients, weights, groups, strict=True)
+        keys = [None if g is None else (form, g.dtype, w.dtype, id(group)) for form, g, w, group in forms]
+        if keys == self._stacked[0] and not torch.compiler.is_compiling():
+            return self._stacked[1]
+        alike: dict[Any, list[int]] = {}
+        for t, key in enumerate(keys):
+            if key is not None and (weights[t].numel() or is_sharded(self.split.tensors[t])):
+                alike.setdefault(key, []).append(t)
+        stacks = [self._stack(at) for at in alike.values()]
+        if not torch.compiler.is_compiling():
+            self._stacked = (keys, stacks)
+        return stacks
+
+    def _stack(self, at: list[int]) -> _Stack:
+        shape, (cut, _) = self.split.local_plan.layout.shapes[at[0]], self._patterns[at[0]]
+        rows, cols = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        by_row, by_col = cut in ("rows", "cells", "none"), cut in ("cols", "cells", "none")
+        over = (*(() if by_row else (1,)), *(() if by_col else (2,)))
+        form = (len(at), rows if by_row else 1, cols if by_col else 1)
+        ids = self._ids_T[at[0]] if len(at) == 1 else torch.cat([self._ids_T[t] for t in at])
+        return _Stack(at, rows, cols, self.kinds[at[0]], ids, form, over)
+
+    def _measured(
+        self, stacks: list[_Stack], given: list[Tensor], gradients: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Squares of gradients and weights, (B,) each; with one message where ranks hold shards."""
+        split, weights = self.split, self.split.parameters
+        if split.is_sharded:
+            squares_B, weight_squares_B = split.kernel.squares_many([gradients, [*weights]])
+            return squares_B, weight_squares_B
+        resting = [self._stack([t]) for t, g in enumerate(gradients) if g is None] if self._looks_above else []
+        moving = [stack.gathered(weights) for stack in (*stacks, *resting)]
+        return self._squares(stacks, given), self._squares([*stacks, *resting], moving)
+
+    def _bound(
+        self, squares_B: Tensor, weight_squares_B: Tensor, scaling: Scaling | None
+    ) -> tuple[Decision, Tensor, Tensor, Tensor]:
+        """Decide on the gradients.
+
+        Returns:
+            The decision, the lengths of the weights (B,), and what is remembered after the step: the recent norms (B,)
+            and the number of steps.
+        """
         split = self.split
-        squares_B, weight_squares_B = split.kernel.squares_many([gradients, [*split.parameters]])
         if scaling is not None:
             squares_B = scaling.unscaled_squares(squares_B)
             squares_B = torch.where(scaling.overflow(squares_B), torch.inf, squares_B)
         norm_B, finite_B = squares_B.sqrt(), squares_B.isfinite()
         seen_B = finite_B & (norm_B > 0)
-        factor, self.recent_B = self.collective.look(norm_B, seen_B, self.recent_B, self.seen_steps)
-        self.seen_steps = self.seen_steps + seen_B.any()  # an overflow, and gradients of zeros, teach nothing
-        self.collected = factor
+        factor, recent_B = self.collective.look(norm_B, seen_B, self.recent_B, self.seen_steps)
+        seen_steps = self.seen_steps + seen_B.any()  # an overflow, and gradients of zeros, teach nothing
         decision = split.gradient.decide((norm_B * factor).square(), weight_squares_B)
         length_B = torch.where(weight_squares_B.isfinite(), weight_squares_B, 0.0).sqrt()
         norm_B, scale_B = torch.where(finite_B, norm_B, 0.0), decision.scale_B * factor
-        self.decision = Decision(split.plan, norm_B, finite_B, scale_B, decision.limits)
-        return self.decision, length_B
+        self.collected = factor
+        return Decision(split.plan, norm_B, finite_B, scale_B, decision.limits), length_B, recent_B, seen_steps
 
     def _directions_of(
         self,
-        gradients: list[Tensor | None],
+        stacks: list[_Stack],
+        given: list[Tensor],
         states: list[dict[str, Any]],
         groups: list[dict[str, Any]],
-        scale_B: Tensor,
-        learns_B: Tensor,
+        decision: Decision,
         scaling: Scaling | None,
-    ) -> list[Tensor | None]:
-        """Return the direction of each tensor in its own shape; the memories have taken the gradients in."""
-        made: list[Tensor | None] = [None] * len(gradients)
-        # On the CPU looking costs nothing; elsewhere it would wait for the device.
-        all_learn = scale_B.device.type == "cpu" and not torch.compiler.is_compiling() and bool(learns_B.all())
-        for name, at in self._directions.items():
-            turns, places = [], []
-            for t in at:
-                gradient, kind = gradients[t], self.kinds[t]
-                if gradient is None or not gradient.numel():
-                    continue
-                wide = torch.float32 if gradient.dtype in (torch.float16, torch.bfloat16) else gradient.dtype
-                plain = gradient.to(wide) if scaling is None else scaling.unscaled(gradient.to(wide))
-                bounded = torch.where(self._factor(t, learns_B, plain), plain * self._factor(t, scale_B, plain), 0.0)
-                rows = bounded.shape[0] if bounded.dim() > 1 else 1
-                learns = None if all_learn else self._mask(t, learns_B, bounded, rows)
-                whole, piece = _gathering(self.split, t, kind)
-                memory = {key: value.view(rows, -1) if key != "step" else value for key, value in states[t].items()}
-                turns.append(
-                    Turn(
-                        bounded.reshape(rows, -1),
-                        memory,
-                        learns,
-                        groups[t],
-                        kind.blocks,
-                        kind.boxes,
-                        kind.is_complex,
-                        whole,
-                        piece,
-                    )
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Return the direction of each stack, and copies of its memories that have taken the gradients in."""
+        turns: dict[str, list[Turn]] = {}
+        memories, rests_B = [], ~decision.finite_B
+        for stack, array, count in zip(stacks, given, self._counts(stacks, states), strict=True):
+            group, kind = groups[stack.at[0]], stack.kind
+            array = array.to(torch.float32) if array.dtype in (torch.float16, torch.bfloat16) else array
+            array = array if scaling is None else scaling.unscaled(array)
+            scale = stack.spread(decision.scale_B, array.dtype)
+            bounded = array * (-scale if group["maximize"] else scale)
+            bounded.masked_fill_(stack.spread(rests_B, torch.bool), 0)
+            memory = {
+                key: stack.copied({t: states[t][key] for t in stack.at}) for key in states[stack.at[0]] if key != "step"
+            }
+            memories.append(memory)
+            turns.setdefault(kind.direction, []).append(
+                Turn(
+                    bounded,
+                    {**memory, "step": count},
+                    stack.spread(decision.finite_B, array.dtype),
+                    group,
+                    kind.blocks,
+                    kind.boxes,
+                    kind.is_complex,
+                    *_gathering(self.split, stack.at[0], kind),
                 )
-                places.append(t)
-            for t, d in zip(places, DIRECTIONS[name].turn(turns), strict=True):
-                made[t] = d.view(self.split.parameters[t].shape)
-        return made
+            )
+        made = {name: iter(DIRECTIONS[name].turn(alike)) for name, alike in turns.items()}
+        return [next(made[stack.kind.direction]) for stack in stacks], memories
 
-    def _shorten(self, weights: list[Tensor | None], moves_B: Tensor) -> None:
-        """Draw back rows that have grown beyond their longest length."""
+    def _counts(self, stacks: list[_Stack], states: list[dict[str, Any]]) -> list[Tensor]:
+        """The number of steps of each tensor, (S, 1, 1) per stack; at least 1, also where the first was an overflow."""
+        counts, like = [states[t]["step"] for stack in stacks for t in stack.at], self.split.like
+        if not counts:
+            return []
+        if len({count.device for count in counts}) > 1:
+            counts = [count.to(like.device) for count in counts]
+        # In float32, 1 - 0.99 would lose digits.
+        count_T = torch.stack(counts).to(like.device, like.dtype, non_blocking=True).clamp_(min=1)
+        return [part.view(-1, 1, 1) for part in count_T.split([len(stack.at) for stack in stacks])]
+
+    def _moved(self, stacks: list[_Stack], directions: list[Tensor], keep_B: Tensor, step_B: Tensor) -> list[Tensor]:
+        """Return new weights: old ones times what is kept, plus the direction times the step."""
+        fresh, weights = [], self.split.parameters
+        for stack, direction in zip(stacks, directions, strict=True):
+            moved = stack.gathered(weights).to(direction.dtype) * stack.spread(keep_B, direction.dtype)
+            fresh.append(moved.addcmul_(direction, stack.spread(step_B, direction.dtype)))
+        return fresh
+
+    def _shorten(self, stacks: list[_Stack], fresh: list[Tensor], moves_B: Tensor, most_B: Tensor) -> Tensor | None:
+        """Draw back rows that have grown beyond their longest length, in place; return which these are, (B,)."""
+        limited = [i for i, stack in enumerate(stacks) if math.isfinite(stack.kind.longest)]
         if not self._has_limits:
-            return
-        length_B = self._squares(weights).sqrt()
-        self.grown_B = moves_B & (length_B > self.most_B)
-        shrink_B = torch.where(self.grown_B, self.most_B / length_B, 1.0)
-        for t, w in enumerate(weights):
-            if w is not None and math.isfinite(self.kinds[t].longest):
-                w.mul_(self._factor(t, shrink_B, w))
+            return None
+        length_B = self._squares([stacks[i] for i in limited], [fresh[i] for i in limited]).sqrt()
+        grown_B = moves_B & (length_B > most_B)
+        shrink_B = torch.where(grown_B, most_B / length_B, 1.0)
+        for i in limited:
+            fresh[i].mul_(stacks[i].spread(shrink_B, fresh[i].dtype))
+        return grown_B
 
-    def _squares(self, tensors: list[Tensor | None]) -> Tensor:
+    def _squares(self, stacks: list[_Stack], arrays: list[Tensor]) -> Tensor:
         """Squares of what was made here, (B,); of whole bins where a bin lies on several ranks."""
-        kernel = self.split.kernel
-        return kernel.squares_here(tensors) if kernel.bins_are_local else kernel.squares(tensors)
-
-    def _factor(self, t: int, values_B: Tensor, like: Tensor) -> Tensor:
-        return self.shapes.factor(t, values_B, like.dtype)
-
-    def _mask(self, t: int, learns_B: Tensor, like: Tensor, rows: int) -> Tensor:
-        """(rows, 1) or (rows, cols): 1 where the memory learns."""
-        mask = self._factor(t, learns_B, like).to(like.dtype)
-        if mask.numel() in (1, rows):
-            return mask.reshape(-1, 1)
-        return mask.expand(like.shape).reshape(rows, -1)
+        kernel, weights = self.split.kernel, self.split.parameters
+        if self.split.is_sharded:
+            made: list[Tensor | None] = [None] * len(weights)
+            for stack, array in zip(stacks, arrays, strict=True):
+                for t, part in zip(stack.at, stack.parts(array, weights), strict=True):
+                    made[t] = part
+            return kernel.squares_here(made) if kernel.bins_are_local else kernel.squares(made)
+        total_B = torch.zeros_like(self.split.like)
+        for stack, array in zip(stacks, arrays, strict=True):
+            stack.add_squares(total_B, array)
+        return total_B
 
 
 def _gathering(split: Split, t: int, kind: Kind) -> tuple[Any, Any]:
@@ -243,9 +378,10 @@ def _gathering(split: Split, t: int, kind: Kind) -> tuple[Any, Any]:
             shape=shape,
             stride=owner.stride(),
         )
-        return made.full_tensor().reshape(kind.rows, -1)
+        return made.full_tensor().reshape(1, kind.rows, -1)
 
     def piece(matrix: Tensor) -> Tensor:
-        return matrix.reshape(rows, -1)[shard.row_start : shard.row_stop, shard.col_start : shard.col_stop].contiguous()
+        at = slice(shard.row_start, shard.row_stop), slice(shard.col_start, shard.col_stop)
+        return matrix.reshape(rows, -1)[at].contiguous()[None]
 
     return whole, piece

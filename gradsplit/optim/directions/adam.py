@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...kernels.kernel import accumulate_dtype
 from .direction import Direction, Turn, entered
 
 __all__ = ["Adam"]
@@ -32,8 +31,7 @@ class Adam(Direction):
             beta1, beta2 = group["betas"]
             m = entered(state["exp_avg"], gradient, 1 - beta1, learns)
             v = entered(state["exp_avg_sq"], gradient.square(), 1 - beta2, learns)
-            # In float32, 1 - 0.99 would lose digits. The count is 0 where the first step was an overflow.
-            step = state["step"].to(m.device, accumulate_dtype(m.device)).clamp(min=1)
-            ahead = entered(m.clone(), gradient, 1 - beta1, learns).div_(1 - beta1**step)
-            made.append(ahead.div_((v / (1 - beta2**step)).sqrt_().add_(max(group["eps"], 1e-30))))
+            unbias1, unbias2 = ((1 - beta ** state["step"]).to(m.dtype) for beta in (beta1, beta2))
+            ahead = entered(m.clone(), gradient, 1 - beta1, learns).div_(unbias1)
+            made.append(ahead.div_((v / unbias2).sqrt_().add_(max(group["eps"], 1e-30))))
         return made

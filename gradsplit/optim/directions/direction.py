@@ -11,12 +11,13 @@ __all__ = ["Direction", "Turn"]
 
 
 class Turn(NamedTuple):
-    """One tensor of one step, as a direction sees it.
+    """S tensors of one step that are alike, as a direction sees them: an operation on all of them is one launch.
 
     Attributes:
-        gradient: (rows, cols), bounded; zero where a row was not finite.
-        state: the tensor's memory, each entry (rows, cols), changed in place; and ``step``, a 0-d count from 1.
-        learns: (rows, 1) 1 where the row's gradient was finite, 0 where its memory must stay as it is; None: all 1.
+        gradient: (S, rows, cols), bounded; zero where a row was not finite.
+        state: the memories, each entry (S, rows, cols), changed in place; and ``step``, (S, 1, 1), counts from 1.
+        learns: 1 where a row's gradient was finite, 0 where its memory must stay as it is; (S, rows, 1), or any shape
+            that broadcasts over the gradient; None: all 1.
         group: the optimizer's group, with ``betas`` and ``eps``.
         blocks: equal blocks of rows that are optimised by themselves.
         boxes: blocks of other forms, in place of ``blocks``.
@@ -52,7 +53,7 @@ class Direction(ABC):
 
     @abstractmethod
     def turn(self, turns: list[Turn]) -> list[Tensor]:
-        """Enter bounded gradients into the memory; return one direction per tensor, (rows, cols) each, all finite."""
+        """Enter bounded gradients into the memories; return the directions, (S, rows, cols) per turn, all finite."""
 
     def refuses(self, shape: tuple[int, ...]) -> str:
         """Say what shape is expected if there is no rule for this one; empty if there is."""

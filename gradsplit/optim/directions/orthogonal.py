@@ -69,24 +69,23 @@ class Orthogonal(Direction):
 
     @staticmethod
     def orthogonalise_(ahead: list[Tensor], turns: list[Turn]) -> None:
-        """Make matrices (rows, cols) orthogonal in place, each block by itself, equal shapes together."""
-        stacks: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-        for matrix, turn in zip(ahead, turns, strict=True):
-            if not matrix.numel():
+        """Make matrices (S, rows, cols) orthogonal in place, each block by itself, equal shapes together."""
+        alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+        for matrices, turn in zip(ahead, turns, strict=True):
+            if not matrices.numel():
                 continue
-            wide = torch.view_as_complex(matrix.view(matrix.shape[0], -1, 2)) if turn.is_complex else matrix
+            num, rows, _ = matrices.shape
+            wide = torch.view_as_complex(matrices.view(num, rows, -1, 2)) if turn.is_complex else matrices
             if turn.boxes:
-                blocks = [wide[top:bottom, left:right] for top, bottom, left, right in turn.boxes]
+                blocks = [wide[:, top:bottom, left:right] for top, bottom, left, right in turn.boxes]
             else:
-                blocks = list(wide.view(turn.blocks, -1, wide.shape[1]).unbind())
+                blocks = [wide.view(num * turn.blocks, rows // turn.blocks, -1)]
             for block in blocks:
-                form = (*block.shape, block.dtype, block.device)
-                stacks[form].append(block)
-        for blocks in stacks.values():
-            stack = torch.stack(blocks)
-            narrow = _narrow(stack)
-            made = orthogonalised(stack.to(narrow)).to(stack.dtype)
-            torch._foreach_copy_(blocks, list(made.unbind()))
+                alike[(*block.shape[1:], block.dtype, block.device)].append(block)
+        for blocks in alike.values():
+            stack = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+            made = orthogonalised(stack.to(_narrow(stack)))
+            torch._foreach_copy_(blocks, list(made.split([len(block) for block in blocks])))
 
 
 def _narrow(stack: Tensor) -> torch.dtype:

@@ -326,7 +326,7 @@ class CompiledShare(ShareUpdate):
         others = [t for t in self._others if bases[0, t]]
         if others:
             kinds = [self.kinds[t] for t in others]
-            matrices = [self._ahead[t].view(kind.rows, -1) for t, kind in zip(others, kinds, strict=True)]
+            matrices = [self._ahead[t].view(1, kind.rows, -1) for t, kind in zip(others, kinds, strict=True)]
             turns = [
                 Turn(m, {}, None, {}, k.blocks, k.boxes, k.is_complex) for m, k in zip(matrices, kinds, strict=True)
             ]

@@ -69,26 +69,26 @@ def _step_without(method):
     return share.ShareUpdate, method, lambda *_: None
 
 
-def _bounded_by_tensor(self, gradients, scaling):
+def _bounded_by_tensor(self, *measured):
     """A bad row condemns its tensor."""
-    decision, length_B = _BOUND(self, gradients, scaling)
+    decision, *more = _BOUND(self, *measured)
     finite_B = decision.finite_B.clone()
     for ids in self.split.bins_of_tensor:
         finite_B[torch.from_numpy(ids)] &= bool(finite_B[torch.from_numpy(ids)].all())
     scale_B = torch.where(finite_B, decision.scale_B, 0.0)
-    return share.Decision(decision.plan, decision.norm_B, finite_B, scale_B, decision.limits), length_B
+    return share.Decision(decision.plan, decision.norm_B, finite_B, scale_B, decision.limits), *more
 
 
-def _bad_rows_move(self, gradients, scaling):
-    decision, length_B = _BOUND(self, gradients, scaling)
+def _bad_rows_move(self, *measured):
+    decision, *more = _BOUND(self, *measured)
     fine_B = torch.ones_like(decision.finite_B)
-    return share.Decision(decision.plan, decision.norm_B, fine_B, decision.scale_B, decision.limits), length_B
+    return share.Decision(decision.plan, decision.norm_B, fine_B, decision.scale_B, decision.limits), *more
 
 
-def _unbounded(self, gradients, scaling):
-    decision, length_B = _BOUND(self, gradients, scaling)
+def _unbounded(self, *measured):
+    decision, *more = _BOUND(self, *measured)
     scale_B = torch.where(decision.finite_B, 1.0, 0.0).to(decision.scale_B)
-    return share.Decision(decision.plan, decision.norm_B, decision.finite_B, scale_B, decision.limits), length_B
+    return share.Decision(decision.plan, decision.norm_B, decision.finite_B, scale_B, decision.limits), *more
 
 
 _BOUND = share.ShareUpdate._bound
@@ -117,9 +117,9 @@ def _forgets_recent(self, state, *, call):
     self.most_B = state["most"].clone()
 
 
-def _first_length_when_seen(self, gradients, scaling):
+def _first_length_when_seen(self, *measured):
     """The longest length is set where a gradient is seen; a row that moves by its momentum alone has none."""
-    made = _BOUND(self, gradients, scaling)
+    made = _BOUND(self, *measured)
     seen_B = made[0].norm_B > 0
     length_B = made[1]
     missing_B = ~seen_B & (self.most_B == 0)
