@@ -258,6 +258,16 @@ class StagedLedger:
             for (budget, held), key in zip(self._roots, self._keys(), strict=True)
         ]
 
+    @property
+    def history(self) -> tuple[Any, ...]:
+        """See `Ledger`; the histories below the root, then those of the root."""
+        return (self.below.history, tuple(state for _, state in self._roots))
+
+    @history.setter
+    def history(self, history: tuple[Any, ...]) -> None:
+        self.below.history, roots = history
+        self._roots = [(budget, state) for (budget, _), state in zip(self._roots, roots, strict=True)]
+
     def _keys(self) -> list[str]:
         return [f"root over stages/{budget.name}/{i}" for i, (budget, _) in enumerate(self._roots)]
 

@@ -81,7 +81,7 @@ class Orthogonal(Direction):
             else:
                 blocks = [wide.view(num * turn.blocks, rows // turn.blocks, -1)]
             for block in blocks:
-                alike[(*block.shape[1:], block.dtype, block.device)].append(block)
+                alike[tuple(block.shape[1:]), block.dtype, block.device].append(block)
         for blocks in alike.values():
             stack = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
             made = orthogonalised(stack.to(_narrow(stack)))
