@@ -22,13 +22,15 @@ def run(
     workload: Annotated[str, typer.Argument(help="A workload: detection, gpt, lstm, residual-stack, …")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; 'all' for every one.")] = "",
     strategies: Annotated[str, typer.Option(help="Every method that splits by these: xsp,per_tensor,lbf,…")] = "",
-    lr: Annotated[str, typer.Option(help="Learning rates, the same for all; by default three around the usual.")] = "",
+    lr: Annotated[
+        str, typer.Option(help="Rates, the same for all; 'usual': each method's own; by default three.")
+    ] = "",
     strengths: Annotated[str, typer.Option(help="Strengths in place of each tuned method's own seven.")] = "",
     seeds: Annotated[int, typer.Option(help="Seeds that choose the best cell.")] = 3,
     fresh_seeds: Annotated[int, typer.Option(help="Other seeds, on which each best cell is confirmed.")] = 0,
     steps: Annotated[int, typer.Option(help="Training steps; 0: the workload's usual number.")] = 0,
     optimizer: Annotated[str, typer.Option(help="sgd, sgdm, adam or adamw; by default the workload's.")] = "",
-    schedule: Annotated[str, typer.Option(help="constant, or cosine to 1 %.")] = "constant",
+    schedule: Annotated[str, typer.Option(help="constant, cosine to 1 %, or linear to zero.")] = "constant",
     warmup: Annotated[int, typer.Option(help="Steps of warm-up of the methods that warm up; -1: a tenth.")] = -1,
     beta2: Annotated[float, typer.Option(help="Memory of Adam's second moment, for all methods.")] = 0.99,
     option: Annotated[list[str] | None, typer.Option(help="key=value for the workload; may be repeated.")] = None,
@@ -47,6 +49,8 @@ def run(
 
     row = workload_named(workload)
     used = optimizer or row.optimizer
+    own = "usual" in names(lr)
+    rates = numbers(",".join(word for word in names(lr) if word != "usual"), "--lr")
     chosen = tuple(METHODS) if methods == "all" else names(methods)
     if strategies:
         chosen += tuple(name for name in _of(strategies, methods_of_strategies) if name not in chosen)
@@ -55,7 +59,8 @@ def run(
     grid = Grid(
         workload=workload,
         methods=chosen,
-        lrs=numbers(lr, "--lr") or (row.lr / 3, row.lr, row.lr * 3),
+        lrs=rates or (() if own else (row.lr / 3, row.lr, row.lr * 3)),
+        usual_lrs=own,
         settings=Settings(
             steps or row.steps, used, schedule=schedule, warmup=None if warmup < 0 else warmup, beta2=beta2
         ),
@@ -86,6 +91,19 @@ def run(
     console.print(curve_table(results))
     for path in write_pages(results, folder):
         console.print(f"wrote {path}", soft_wrap=True)
+    if results["failed"]:
+        _name_failures(results["failed"])
+        raise typer.Exit(1)
+
+
+def _name_failures(failed: list[dict[str, Any]]) -> None:
+    """One line per method and reason, with the number of runs that did not end for it."""
+    reasons: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in failed:
+        reasons.setdefault((run["method"], run["why"]), []).append(run)
+    for (method, why), runs in reasons.items():
+        first = f"first at lr {runs[0]['lr']:g}, seed {runs[0]['seed']}"
+        typer.secho(f"left out: {len(runs)} runs of {method} ({first}): {why}", fg="red", err=True)
 
 
 def _of(strategies: str, methods_of: Any) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class Grid:
         fresh_seeds: number of other seeds, on which only the best cell of each method is run; 0: none.
         strengths: in place of the methods' own grids, for those that are tuned; None: the grids.
         options: passed to the workload's build.
+        usual_lrs: whether each method is also tried at the rate that its authors give.
 
     Raises:
         ValueError: an unknown workload or method, no learning rates, a rate that is not > 0.
@@ -61,14 +62,21 @@ class Grid:
     fresh_seeds: int = 0
     strengths: tuple[float, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    usual_lrs: bool = False
 
     def __post_init__(self) -> None:
         row = workload(self.workload)
         for name in self.methods:
             method_named(name)
-        if not self.methods or not self.lrs or not all(lr > 0 for lr in self.lrs):
+        if not self.methods or not (self.lrs or self.usual_lrs) or not all(lr > 0 for lr in self.lrs):
             raise ValueError(
                 f"Grid(methods={self.methods}, lrs={self.lrs}): expected at least one method and learning rates > 0."
+            )
+        without = [name for name in self.methods if not self.lrs_of(name)]
+        if without:
+            raise ValueError(
+                f"Grid(lrs={self.lrs}, usual_lrs={self.usual_lrs}): expected a learning rate for every method, found "
+                f"none for {', '.join(without)}. Name rates."
             )
         if self.seeds < 1 or self.fresh_seeds < 0:
             raise ValueError(f"Grid(seeds={self.seeds}, fresh_seeds={self.fresh_seeds}): expected >= 1 and >= 0.")
@@ -87,7 +95,8 @@ class Grid:
     def lrs_of(self, method: str) -> tuple[float, ...]:
         """The learning rates that are tried with a method, ascending."""
         row = METHODS[method]
-        return tuple(sorted(lr for lr in {*self.lrs, *row.own_lrs} if lr <= row.largest_lr))
+        usual = {row.usual_lr} - {None} if self.usual_lrs else set()
+        return tuple(sorted(lr for lr in {*self.lrs, *row.own_lrs, *usual} if lr is not None and lr <= row.largest_lr))
 
     def cells(self) -> Iterator[Cell]:
         """The cells that choose; one seed after the other, so that a sweep cut short is even."""
@@ -119,6 +128,8 @@ def run_cell(grid: Grid, cell: Cell) -> dict[str, Any]:
         "diverged": result.diverged,
         "steps_run": len(result.losses),
         "seconds": round(result.seconds, 3),
+        "cpu_ms_a_step": round(result.cpu_ms_a_step, 3),
+        "state_per_weight": round(result.state_per_weight, 3),
         "num_bins": result.num_bins,
         "scaled_share": result.scaled_share,
         "zeroed_share": result.zeroed_share,

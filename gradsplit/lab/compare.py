@@ -9,7 +9,8 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,30 @@ def compare(
         on_cell: called with each finished run, the number of finished ones and of all.
 
     Returns:
-        What `results.json` holds: "conditions", "grid", "workload", "summary" (one entry per method) and "cells"; None
-        stands for a number that was not finite.
+        What `results.json` holds: "conditions", "grid", "workload", "summary" (one entry per method), "cells" and
+        "failed" (a run that did not end, and why); None stands for a number that was not finite. A method without one
+        finished run has no entry.
+
+    Raises:
+        MissingDataError: the workload's data is not installed.
+        RuntimeError: no run ended; the text has the first reason.
+        OSError: the disk took no more; the text says what is kept.
     """
+    failed: dict[Cell, str] = {}
     raw = RawFile(folder, grid)
-    total = len(list(grid.cells())) + len(grid.methods) * grid.fresh_seeds
-    wanted = list(grid.cells())
+    asked, wanted = grid, list(grid.cells())
+    total = len(wanted) + len(grid.methods) * grid.fresh_seeds
     for stage in ("choose", "confirm"):
         if stage == "confirm":
+            grid = _finished(asked, raw, failed)
+            wanted = [cell for cell in wanted if cell in raw.rows]
             wanted += fresh_cells(grid, raw.rows.values())
         done = sum(cell in raw.rows for cell in wanted)
-        for cell, row in sweep(grid, wanted, raw, jobs=jobs):
+        for cell in sweep(grid, wanted, raw, jobs=jobs, on_failure=failed.__setitem__):
             done += 1
-            on_cell(cell, row, done, total)
+            on_cell(cell, raw.rows[cell], done, total)
+    raw.check_written()
+    wanted = [cell for cell in wanted if cell in raw.rows]
     rows = [raw.rows[cell] for cell in sorted(wanted, key=_order(grid))]
     results = {
         "conditions": conditions(),
@@ -68,11 +80,22 @@ def compare(
         "target_method": reference_method(grid),
         "summary": summarise(grid, rows),
         "cells": rows,
+        "failed": [{**asdict(cell), "why": why} for cell, why in failed.items()],
     }
     plain: dict[str, Any] = finite_or_none(results)
     (folder / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf8")
     _write_csv(folder / "cells.csv", rows)
     return plain
+
+
+def _finished(grid: Grid, raw: RawFile, failed: Mapping[Cell, str]) -> Grid:
+    """The grid without the methods of which no run ended."""
+    ended = {cell.method for cell in grid.cells() if cell in raw.rows}
+    if not ended:
+        raise RuntimeError(
+            f"compare({grid.workload!r}): expected a run that ends, got none; the first: {next(iter(failed.values()))}"
+        )
+    return replace(grid, methods=tuple(name for name in grid.methods if name in ended))
 
 
 def _described(row: Workload) -> dict[str, Any]:
@@ -88,13 +111,14 @@ def _order(grid: Grid) -> Callable[[Cell], tuple[Any, ...]]:
 def _write_csv(path: Path, rows: list[Row]) -> None:
     """The rows without their loss curves; metrics and the worst bin as columns of their own."""
     metrics = sorted({name for row in rows for name in row["metrics"]})
-    plain = [key for key in rows[0] if key not in ("metrics", "losses", "worst")] if rows else []
+    names = dict.fromkeys(key for row in rows for key in row)
+    plain = [key for key in names if key not in ("metrics", "losses", "worst")]
     with path.open("w", encoding="utf8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*plain, "worst_bin", *metrics])
         for row in rows:
             worst = row["worst"][0][0] if row["worst"] else ""
-            writer.writerow([*(row[key] for key in plain), worst, *(row["metrics"].get(name) for name in metrics)])
+            writer.writerow([*(row.get(key) for key in plain), worst, *(row["metrics"].get(name) for name in metrics)])
 
 
 def median_score(rows: Iterable[Row], *, higher_is_better: bool) -> float:
@@ -178,12 +202,21 @@ def summarise(grid: Grid, rows: list[Row]) -> list[dict[str, Any]]:
             "diverged": sum(row["diverged"] for row in shown),
             "runs": len(shown),
             "seconds": statistics.median(row["seconds"] for row in shown),
+            "cpu_ms_a_step": _median_of(shown, "cpu_ms_a_step"),
+            "state_per_weight": _median_of(shown, "state_per_weight"),
+            "usual_lr": METHODS[name].usual_lr,
             "scaled_share": statistics.median(scaled) if scaled else None,
             "worst_bin": max(set(worst), key=worst.count) if worst else None,
             "steps_to_target": steps if math.isfinite(steps) else None,
-            "curve": [_point(lr, cells, higher) for lr in grid.lrs_of(name)],
+            "curve": [_point(lr, cells, higher) for lr in grid.lrs_of(name) if any(key[1] == lr for key in cells)],
         })  # fmt: skip
     return entries
+
+
+def _median_of(rows: list[Row], key: str) -> float | None:
+    """The median over the rows that have it: files of earlier versions do not."""
+    held = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(held) if held else None
 
 
 def _point(lr: float, cells: dict[Key, list[Row]], higher: bool) -> dict[str, Any]:

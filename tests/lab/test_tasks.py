@@ -22,9 +22,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "deep-stack": {"max_channels": 4, "batch": 8},
     "residual-stack": {"blocks": 6, "channels": 8, "gain": 0.5},
     "plain-stack": {"depth": 4, "channels": 8},
+    "experts": {"layers": 1, "width": 32, "heads": 2, "context": 32, "batch": 8},
+    "adapters": {"rank": 4, "base_steps": 5},
+    "diffusion": {"width": 16, "stages": 1, "batch": 16},
+    "control": {"hidden": 16},
 }
-# The deep stack is the hostile case: nobody promises that a few steps reduce its loss.
-TRAINABLE = [name for name in SMALL if name != "deep-stack"]
+# The deep stack is the hostile case: nobody promises that a few steps reduce its loss. PPO's loss is none to reduce.
+# Adapters of a base that has hardly been trained have nothing to adapt.
+TRAINABLE = [name for name in SMALL if name not in ("deep-stack", "control", "adapters")]
 ADAM_LR = {"temporal-order": 1e-2, "adding": 1e-2}
 
 
@@ -55,7 +60,8 @@ def test_same_seed_same_weights_and_batches_whatever_the_global_generator(name: 
 @pytest.mark.parametrize("name", SMALL)
 def test_another_seed_or_step_gives_other_weights_and_batches(name: str) -> None:
     first, other = small(name, seed=0), small(name, seed=1)
-    assert any(not torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+    pairs = zip(first.model.parameters(), other.model.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
     for a, b in ((first.batch(0), other.batch(0)), (first.batch(0), first.batch(1))):
         assert a[0].shape[0] == b[0].shape[0]
         assert a[0].shape != b[0].shape or not torch.equal(a[0], b[0])
@@ -67,7 +73,8 @@ def test_first_loss_is_a_finite_float32_scalar_and_every_parameter_gets_a_gradie
     loss = task.loss(task.model, task.batch(0))
     assert loss.shape == () and loss.dtype == torch.float32 and math.isfinite(loss.item())
     loss.backward()
-    assert all(p.dtype == torch.float32 and p.grad is not None for p in task.model.parameters())
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in trained)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -134,7 +141,7 @@ def test_every_option_of_a_row_is_an_argument_of_its_build() -> None:
 
 
 def test_unknown_row_is_an_error_that_lists_the_rows() -> None:
-    with pytest.raises(ValueError, match=r"workload\('detektion'\): expected one of adding, aerial") as error:
+    with pytest.raises(ValueError, match=r"workload\('detektion'\): expected one of adapters, adding, aerial") as error:
         workload("detektion")
     assert "residual-stack" in str(error.value)
 

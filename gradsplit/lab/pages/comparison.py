@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from ...watch.report.html import Section, html_table, page
 from .rate_curve import style_of
+from .tables import number
 
 __all__ = ["comparison_page", "loss_figure", "rate_figure"]
 
@@ -59,7 +60,7 @@ def _score(scores: Mapping[str, Any]) -> str:
 
 def _best_table(results: Mapping[str, Any]) -> str:
     headings = ["method", "what it is", "strength", "lr", results["workload"]["metric"], "diverged", "steps to target",
-                "bins scaled", "s a run", "worst bin"]  # fmt: skip
+                "bins scaled", "CPU ms a step", "state bytes / weight bytes", "s a run", "worst bin"]  # fmt: skip
     rows = []
     for entry in results["summary"]:
         scaled, steps = entry["scaled_share"], entry["steps_to_target"]
@@ -72,6 +73,8 @@ def _best_table(results: Mapping[str, Any]) -> str:
             f"{entry['diverged']} of {entry['runs']}",
             "never" if steps is None else f"{steps:.0f}",
             "" if scaled is None else f"{100 * scaled:.1f} %",
+            number(entry.get("cpu_ms_a_step"), 2),
+            number(entry.get("state_per_weight"), 2),
             f"{entry['seconds']:.1f}",
             entry["worst_bin"] or "",
         ])  # fmt: skip

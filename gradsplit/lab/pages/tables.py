@@ -54,7 +54,7 @@ def best_table(results: Mapping[str, Any]) -> Group:
     for heading, width in (("strength", 8), ("lr", 6), (about["metric"], 8)):
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     table.add_column("range", no_wrap=True, min_width=14)
-    for heading, width in (("to target", 9), ("scaled", 7)):
+    for heading, width in (("to target", 9), ("ms/step", 7), ("state", 5), ("scaled", 7)):
         table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     table.add_column("worst bin", overflow="fold", min_width=9)
     for entry in summary:
@@ -66,12 +66,17 @@ def best_table(results: Mapping[str, Any]) -> Group:
             number(scores["median"]),
             _range(scores, entry["diverged"]),
             "never" if steps is None else f"{steps:.0f}",
+            number(entry.get("cpu_ms_a_step"), 1),
+            number(entry.get("state_per_weight"), 1),
             share(entry["scaled_share"]),
             escape(entry["worst_bin"] or ""),
             style="bold" if entry["ours"] else None,
         )
     target = results.get("target_method", "clip")
-    caption = f"to target: steps until the training loss is where {target} ends; scaled: share of bins"
+    caption = (
+        f"to target: steps until the training loss is where {target} ends; ms/step: processor time; "
+        "state: bytes of the optimizer per byte of weights; scaled: share of bins"
+    )
     return Group(Text(title, "bold"), table, Text(caption, "dim"))
 
 
