@@ -137,16 +137,16 @@ class Rates:
             self.top = [group.setdefault(TOP, top) for group, top in zip(optimizer.param_groups, self.top, strict=True)]
 
     def _per_bin(self, values: list[Any], num_bins: int) -> Tensor:
-        numbers = [v.to(self._device, torch.float64) if isinstance(v, Tensor) else v for v in values]
         if self._group_B is None:
-            one = numbers[self._only]
-            return torch.as_tensor(one, dtype=torch.float64, device=self._device).reshape(1).expand(num_bins)
-        if not any(isinstance(v, Tensor) for v in numbers):
-            return torch.tensor(numbers, dtype=torch.float64, device=self._device).index_select(0, self._group_B)
-        stacked = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=self._device).reshape(()) for v in numbers]
-        )
-        return stacked.index_select(0, self._group_B)
+            return self._here(values[self._only]).reshape(1).expand(num_bins)
+        return torch.stack([self._here(value) for value in values]).index_select(0, self._group_B)
+
+    def _here(self, value: Any) -> Tensor:
+        """A number beside the parameters, 0-d; written there, since a copy from the host would wait for the device."""
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        if isinstance(value, Tensor):
+            return value.to(self._device, dtype).reshape(())
+        return torch.full((), value, dtype=dtype, device=self._device)
 
     def pace_B(self, num_bins: int) -> Tensor:
         """Return learning rate now / largest so far, (B,), in [0, 1]; 1 while the rate has been 0 throughout.

@@ -90,6 +90,7 @@ class Term:
         ids: its nodes; None: the bins, whose vectors need no tree.
         numel: elements of its nodes.
         num_rows: rows of matrices of its nodes.
+        numel_B: elements of all bins; None: its nodes are the bins.
     """
 
     level: str
@@ -97,6 +98,7 @@ class Term:
     ids: Array | None
     numel: Array
     num_rows: Array
+    numel_B: Array | None = None
 
 
 def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule: str, call: str) -> tuple[Term, ...]:
@@ -118,7 +120,9 @@ def terms_of(plan: Plan, budgets: list[tuple[str, Budget]], like: Array, *, rule
             raise ValueError(f"{call}(budget={{{level!r}: {type(budget).__name__}(…)}}): expected {problem}.")
         numel = xp.asarray(plan.numel_B if ids is None else numel_N[ids], like)
         num_rows = xp.asarray(plan.num_rows_B if ids is None else num_rows_N[ids], like)
-        terms.append(Term(level, budget, None if ids is None else xp.index(ids, like), numel, num_rows))
+        nodes = None if ids is None else xp.index(ids, like)
+        numel_B = None if ids is None else xp.asarray(plan.numel_B, like)
+        terms.append(Term(level, budget, nodes, numel, num_rows, numel_B))
     return tuple(terms)
 
 
@@ -196,7 +200,8 @@ def _readings(
     norm_N = weight_norm_N = pace_N = reach_N = None
     above = [term.budget for term in terms if term.ids is not None]
     if above:  # sums over all nodes, taken once, whatever the number of terms, and only what a budget looks at
-        nodes, numel_B = Nodes.of(plan, norm_B), xp.asarray(plan.numel_B, norm_B)
+        nodes = Nodes.of(plan, norm_B)
+        numel_B = next(term.numel_B for term in terms if term.numel_B is not None)
         if any(budget.reads_norms for budget in above):
             norm_N = sums.norm(nodes.amounts_N(sums.of(norm_B)))
         if weight_amount_B is not None and any(budget.reads_weights for budget in above):

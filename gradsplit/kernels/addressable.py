@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["DTYPES", "FallbackWarning", "bump_versions", "obstacle", "overlap", "remedy_of", "warn_of_fallback"]
+__all__ = [
+    "DTYPES",
+    "PLAIN",
+    "FallbackWarning",
+    "bump_versions",
+    "obstacle",
+    "overlap",
+    "remedy_of",
+    "warn_of_fallback",
+]
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 """The dtypes that compiled programs read and write by address."""
 
-_PLAIN = (Tensor, Parameter)
+PLAIN = (Tensor, Parameter)
+"""The types whose memory is their own."""
 
 
 class FallbackWarning(UserWarning):
@@ -35,10 +45,10 @@ def obstacle(tensor: Tensor, device: str = "cpu") -> str:
     ('', 'its layout is torch.sparse_coo')
     """
     there = tensor.is_cpu if device == "cpu" else tensor.device.type == device
-    plain = type(tensor) in _PLAIN and there and tensor.layout is torch.strided
+    plain = type(tensor) in PLAIN and there and tensor.layout is torch.strided
     if plain and not (tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())):  # nearly always: be quick
         return "" if tensor.data_ptr() else "it has no memory"
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"
     if tensor.layout is not torch.strided:
         return f"its layout is {tensor.layout}"

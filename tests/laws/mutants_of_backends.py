@@ -78,8 +78,8 @@ class ScalesACopy(EagerKernel):
 class ScalesHalfPrecisionInItsOwnDtype(EagerKernel):
     """The scale is rounded to bfloat16 before it multiplies."""
 
-    def factor(self, t, values_B, dtype, rows=None):
-        return super().factor(t, values_B.to(torch.bfloat16).double(), dtype, rows)
+    def scale_(self, tensors, scale_B, zero_B):
+        super().scale_(tensors, scale_B.to(torch.bfloat16).double(), zero_B)
 
 
 class WritesBehindAutogradsBack(EagerKernel):
