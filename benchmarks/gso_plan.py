@@ -85,6 +85,7 @@ LSTM = ("lstm", 500, "reference", SHARE)
 MIXER = ("mixer", 600)
 MAIN = ("gpt", 1000)
 OURS = {"median": "tensors", "free_outputs": True}
+ADAMW_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 KINDS = ("batch", "nan", "row", "layer", "huge")
 
 
@@ -316,6 +317,114 @@ def _fresh() -> list[Job]:
     return jobs
 
 
+def _proof_main() -> list[Job]:
+    """The shipped optimizer and every baseline's best cell on six fresh seeds; rates beyond an edge that won."""
+    muon = {"method_options": {"adam": 1e-2}}
+    jobs = cells(*MAIN, "gso", SHARE, FRESH) + cells(*MAIN, "muon", 0.03, FRESH, **muon)
+    jobs += cells(*MAIN, "soap", 1e-2, FRESH) + cells(*MAIN, "adamw", 1e-2, FRESH)
+    jobs += cells(*MAIN, "lamb", 1e-1, (0,)) + cells(*MAIN, "prodigy", 0.1, (0,))
+    jobs += cells(*MAIN, "schedulefree", 2e-2, (0,)) + cells(*MAIN, "schedulefree", 1e-2, FRESH)
+    return jobs
+
+
+def _proof_text() -> list[Job]:
+    text = {"text": "second"}
+    jobs = cells(*MAIN, "gso", SHARE, FRESH[:3], options=text) + cells(*MAIN, "adamw", 3e-2, (0,), options=text)
+    for lr, adam in ((0.02, 1e-2), (0.03, 3e-2), (0.03, 3e-3)):
+        jobs += cells(*MAIN, "muon", lr, (0,), options=text, method_options={"adam": adam})
+    jobs += cells(*MAIN, "adamw", 1e-2, FRESH[:3], options=text)
+    return jobs + cells(*MAIN, "muon", 0.03, FRESH[:3], options=text, method_options={"adam": 1e-2})
+
+
+def _proof_rates() -> list[Job]:
+    """The right side of the README's picture: a factor of 100 in each method's own rate."""
+    rates = (0.003, 0.01, 0.03, 0.1, 0.3)
+    jobs = [job for lr in rates for job in cells(*GPT[:2], "gso", lr, (0,))]
+    for method in ("adamw", "schedulefree"):
+        jobs += [job for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for job in cells(*GPT[:2], method, lr, (0,))]
+    return jobs + [job for lr in rates for job in cells(*GPT[:2], "muon", lr, (0,), method_options={"adam": 1e-2})]
+
+
+def _proof_elsewhere() -> list[Job]:
+    """Recurrent nets and detectors: the shipped optimizer and each baseline's best on six fresh seeds."""
+    jobs = cells("lstm", 500, "gso", SHARE, FRESH) + cells("lstm", 500, "adamw", 3e-2, FRESH)
+    for lr, adam in ((0.03, 3e-2), (0.03, 3e-3), (0.06, 1e-2)):
+        jobs += cells("lstm", 500, "muon", lr, (0,), method_options={"adam": adam})
+    jobs += [job for lr in (3e-3, 3e-2) for job in cells("lstm", 500, "soap", lr, (0,))]
+    jobs += cells("lstm", 500, "muon", 0.03, FRESH, method_options={"adam": 1e-2})
+    jobs += cells("lstm", 500, "soap", 1e-2, FRESH)
+    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH) + cells(*DETECTOR[:2], "adamw", 3e-3, FRESH)
+    jobs += [job for lr in (3e-3, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,))]
+    jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH)
+    healthy = {"healthy": True}
+    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH, options=healthy)
+    return jobs + cells(*DETECTOR[:2], "adamw", 1e-2, FRESH, options=healthy)
+
+
+def _proof_hot() -> list[Job]:
+    jobs = cells(*HOT[:2], "gso", SHARE, FRESH)
+    for gain in (0.5, 1.0, 2.0):
+        jobs += cells(*HOT[:2], "gso", SHARE, FRESH[:2], options={"gain": gain})
+    return jobs
+
+
+def _proof_cool() -> list[Job]:
+    """The residual stack at half of He's gain."""
+    cool = {"gain": 0.5}
+    jobs = cells(*HOT[:2], "gso", SHARE, FRESH[:3], options=cool)
+    return jobs + [job for lr in ADAMW_RATES for job in cells(*HOT[:2], "adamw", lr, (0,), options=cool)]
+
+
+def _proof_stacks() -> list[Job]:
+    """Plain stacks of 12, 36 and 146 layers."""
+    jobs = cells("plain-stack", 350, "gso", SHARE, FRESH) + cells("plain-stack", 350, "adamw", 1e-2, FRESH)
+    jobs += [job for lr in (3e-3, 1e-2) for job in cells("plain-stack", 350, "soap", lr, (0,))]
+    for task, steps, options in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
+        jobs += cells(task, steps, "gso", SHARE, (0, *FRESH[:3]), options=options)
+        jobs += [job for lr in ADAMW_RATES for job in cells(task, steps, "adamw", lr, (0,), options=options)]
+        jobs += [job for lr in (3e-3, 1e-2) for job in cells(task, steps, "soap", lr, (0,), options=options)]
+        jobs += [job for lr in (0.03, 0.1) for job in cells(task, steps, "sgdm", lr, (0,), options=options)]
+    return jobs
+
+
+def _proof_small() -> list[Job]:
+    jobs = cells(*MIXER, "gso", SHARE, FRESH) + cells(*MIXER, "adamw", 3e-3, FRESH)
+    return jobs + cells(*MIXER, "gso", 0.01, FRESH)
+
+
+def _proof_zero() -> list[Job]:
+    """Matrices that start at zero: adapters of low rank, and a GPT's projections and head."""
+    jobs = cells("lora", 400, "gso", SHARE, FRESH[:3]) + cells("lora", 400, "adamw", 3e-2, FRESH[:3])
+    jobs += cells(*GPT[:2], "gso", SHARE, FRESH[:3], options={"zero": True})
+    jobs += [job for lr in (1e-3, 3e-4) for job in cells(*GPT[:2], "adamw", lr, (0,), options={"zero": True})]
+    return jobs
+
+
+def _proof_faults() -> list[Job]:
+    jobs = cells(*GPT[:2], "gso", SHARE, (0, 1, 2))
+    for kind in ("nan", "batch", "row", "layer", "huge"):
+        jobs += cells(*GPT[:2], "gso", SHARE, (0, 1, 2), fault={"kind": kind, "rate": 0.05})
+    return jobs
+
+
+def _proof_depth() -> list[Job]:
+    jobs = []
+    for layers in (6, 12, 24):
+        options = {"layers": layers, "width": 48}
+        for share in (0.03, 0.02, 0.045, 0.015, 0.06):
+            jobs += cells("gpt", 300, "gso", share, (0,), options=options)
+        for lr in (3e-3, 1e-2, 1e-3, 3e-2):
+            jobs += cells("gpt", 300, "adamw", lr, (0,), options=options)
+    return jobs
+
+
+def _proof_aerial() -> list[Job]:
+    jobs = cells("aerial", 500, "gso", SHARE, FRESH[:1])
+    jobs += [job for lr in (3e-3, 1e-2) for job in cells("aerial", 500, "adamw", lr, (0,))]
+    jobs += cells("aerial", 500, "sgdm", 0.1, (0,)) + cells("aerial", 500, "soap", 1e-2, (0,))
+    return jobs
+
+
 GROUPS: dict[str, list[Job]] = {
     "timing": _timing(),
     "collective": _collective(),
@@ -338,4 +447,16 @@ GROUPS: dict[str, list[Job]] = {
     "soap": _soap(),
     "second-text": _second_text(),
     "fresh": _fresh(),
+    "proof-main": _proof_main(),
+    "proof-text": _proof_text(),
+    "proof-rates": _proof_rates(),
+    "proof-elsewhere": _proof_elsewhere(),
+    "proof-hot": _proof_hot(),
+    "proof-cool": _proof_cool(),
+    "proof-stacks": _proof_stacks(),
+    "proof-small": _proof_small(),
+    "proof-zero": _proof_zero(),
+    "proof-faults": _proof_faults(),
+    "proof-depth": _proof_depth(),
+    "proof-aerial": _proof_aerial(),
 }
