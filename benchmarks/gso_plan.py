@@ -425,6 +425,15 @@ def _proof_aerial() -> list[Job]:
     return jobs
 
 
+def _proof_seconds() -> list[Job]:
+    """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see gso_equal.py."""
+    text, muon = {"text": "second"}, {"adam": 1e-2}
+    jobs = cells("gpt", 833, "gso", SHARE, FRESH[:3]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
+    jobs += cells("gpt", 841, "gso", SHARE, FRESH[:3], options=text)
+    jobs += cells("gpt", 690, "soap", 1e-2, FRESH[:3]) + cells("gpt", 802, "muon", 0.03, FRESH[:3], method_options=muon)
+    return jobs + cells("lstm", 374, "muon", 0.03, FRESH[:3], method_options=muon)
+
+
 GROUPS: dict[str, list[Job]] = {
     "timing": _timing(),
     "collective": _collective(),
@@ -459,4 +468,5 @@ GROUPS: dict[str, list[Job]] = {
     "proof-faults": _proof_faults(),
     "proof-depth": _proof_depth(),
     "proof-aerial": _proof_aerial(),
+    "proof-seconds": _proof_seconds(),
 }
