@@ -1,10 +1,13 @@
-"""The README's picture: GSO beside AdamW and Muon on the small GPT, from the finished runs of benchmarks/gso.py.
+"""The picture of the README: GSO beside Muon, AdamW and schedule-free on the small GPT, from finished runs.
+
+The runs are those of benchmarks/gso.py.
 
     python benchmarks/gso_picture.py --collect     # copies the runs it needs into results/gso/beside.json
     python benchmarks/gso_picture.py               # draws them as results/gso/beside-light.svg and beside-dark.svg
 
-The left side is the training loss of the fresh seeds, each method at its best rate. The right side is the validation
-loss over each method's own rate, on seed 0, which has chosen that rate.
+Left and middle: the training loss of the fresh seeds, each method at its best rate, over steps and over CPU seconds.
+The seconds are the steps times the CPU time per step that benchmarks/gso_equal.py measured in turns. Right: the
+validation loss after 500 steps on seed 0, over a factor of 100 in each method's own rate.
 """
 
 from __future__ import annotations
@@ -20,12 +23,17 @@ from xml.sax.saxutils import escape
 RESULTS = Path(__file__).parent / "results" / "gso"
 OURS = {"median": "tensors", "free_outputs": True}
 SETTINGS: list[tuple[str, int, dict[str, Any], str, list[float], dict[str, Any]]] = [
+    ("gpt", 1000, {}, "gso", [0.03], {}),
+    ("gpt", 1000, {}, "schedulefree", [0.003, 0.01, 0.02, 0.03], {}),
     ("gpt", 1000, {}, "reference", [0.03], OURS),
     ("gpt", 1000, {}, "adamw", [1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1], {}),
     ("gpt", 1000, {}, "muon", [0.01, 0.02, 0.03, 0.1], {"adam": 0.01}),
     ("gpt", 1000, {}, "muon", [0.01, 0.02, 0.03], {"adam": 0.003}),
     ("gpt", 1000, {}, "muon", [0.01, 0.02, 0.03], {"adam": 0.03}),
-    ("gpt", 500, {}, "gso", [0.03], {}),
+    ("gpt", 500, {}, "gso", [0.003, 0.01, 0.03, 0.1, 0.3], {}),
+    ("gpt", 500, {}, "muon", [0.003, 0.01, 0.03, 0.1, 0.3], {"adam": 0.01}),
+    ("gpt", 500, {}, "adamw", [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], {}),
+    ("gpt", 500, {}, "schedulefree", [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], {}),
     ("gpt", 500, {}, "reference", [0.03], {"median": "tensors"}),
     ("gpt", 500, {"zero": True}, "adamw", [3e-3, 1e-2], {}),
     ("lstm", 500, {}, "reference", [0.03], {}),
@@ -46,17 +54,31 @@ SETTINGS: list[tuple[str, int, dict[str, Any], str, list[float], dict[str, Any]]
 """Task, steps, its options, method, rates, the method's options: the cells of docs/results.md."""
 
 DRAWN = (
-    ("GSO, nothing chosen", "reference", 0.03, OURS),
-    ("Muon + AdamW + clip + warm-up", "muon", 0.03, {"adam": 0.01}),
-    ("AdamW + clip + warm-up", "adamw", 0.01, {}),
+    ("GSO, nothing chosen", "gso", 0.03, {}),
+    ("Muon + AdamW", "muon", 0.03, {"adam": 0.01}),
+    ("AdamW", "adamw", 0.01, {}),
+    ("schedule-free AdamW", "schedulefree", 0.01, {}),
 )
 """Label, method, its best rate, its options."""
 
 COLOURS = {
-    "light": {"paper": "#ffffff", "ink": "#222222", "faint": "#e2e2e2", "lines": ("#0072B2", "#D55E00", "#555555")},
-    "dark": {"paper": "#0d1117", "ink": "#d8dee6", "faint": "#2b323b", "lines": ("#56B4E9", "#F08A3C", "#a0a8b2")},
+    "light": {
+        "paper": "#ffffff",
+        "ink": "#222222",
+        "faint": "#e2e2e2",
+        "lines": ("#0072B2", "#D55E00", "#555555", "#009E73"),
+    },
+    "dark": {
+        "paper": "#0d1117",
+        "ink": "#d8dee6",
+        "faint": "#2b323b",
+        "lines": ("#56B4E9", "#F08A3C", "#a0a8b2", "#2FC79A"),
+    },
 }
-WIDTH, HEIGHT, TOP, BOTTOM = 900, 380, 66, 50
+DASHES = ("", "", "6 4", "2 3")
+WIDTH, HEIGHT, TOP, BOTTOM = 960, 370, 74, 50
+LOWEST, HIGHEST = 1.0, 2.6
+STEPS, SHORT = 1000, 500
 
 
 def collect(runs: Path) -> dict[str, Any]:
@@ -78,12 +100,14 @@ def collect(runs: Path) -> dict[str, Any]:
                 cell[kind]["losses"] = [r["losses"] for r in some] if (task, steps) == ("gpt", 1000) else []
             cell |= {name: sorted({r[name] for r in found}) for name in ("metric", "date", "hardware", "torch")}
             cells.append(cell)
-    return {"source": "benchmarks/gso.py", "cells": cells}
+    times = json.loads((RESULTS / "equal.json").read_text(encoding="utf8"))["rows"]
+    per_step = {row["method"]: row["ms"] for row in times if row["task"] == "GPT"}
+    return {"source": "benchmarks/gso.py", "cpu_ms_per_step": per_step, "cells": cells}
 
 
-def cell_of(beside: dict[str, Any], method: str, lr: float, options: dict[str, Any]) -> dict[str, Any]:
+def cell_of(beside: dict[str, Any], method: str, lr: float, options: dict[str, Any], steps: int) -> dict[str, Any]:
     """Return the GPT's cell of a method at a rate."""
-    wanted = ["gpt", 1000, method, lr, options]
+    wanted = ["gpt", steps, method, lr, options]
     names = ("task", "steps", "method", "lr", "method_options")
     return next(cell for cell in beside["cells"] if [cell[name] for name in names] == wanted)
 
@@ -115,9 +139,10 @@ class Panel:
         return [*parts, f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">{escape(below)}</text>']
 
 
-def _line(panel: Panel, points: list[tuple[float, float]], colour: str) -> str:
+def _line(panel: Panel, points: list[tuple[float, float]], colour: str, dash: str) -> str:
     places = " ".join("{:.1f},{:.1f}".format(*panel.at(*point)) for point in points)
-    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="2.2"/>'
+    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="2.2"{dashes}/>'
 
 
 def _dots(panel: Panel, points: list[tuple[float, float]], colour: str, radius: float = 4) -> list[str]:
@@ -125,35 +150,47 @@ def _dots(panel: Panel, points: list[tuple[float, float]], colour: str, radius: 
     return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{colour}"/>' for x, y in at]
 
 
+def curve(beside: dict[str, Any], method: str, best: float, options: dict[str, Any]) -> list[tuple[float, float]]:
+    """Return the validation loss of seed 0 over log10 of the rate relative to the method's best."""
+    wanted = ["gpt", SHORT, {}, method, options]
+    names = ("task", "steps", "options", "method", "method_options")
+    cells = [cell for cell in beside["cells"] if [cell[name] for name in names] == wanted]
+    return sorted((math.log10(cell["lr"] / best), cell["choosing"]["scores"][0]) for cell in cells)
+
+
 def draw(beside: dict[str, Any], theme: str) -> str:
     """Return the picture as SVG, for a light or a dark page."""
     colour = COLOURS[theme]
-    steps = Panel(52, 430, (0, 1000), (1.0, 3.0))
-    rates = Panel(510, 880, (-3, -1), (1.0, 3.0))
-    ys = [1.0, 1.5, 2.0, 2.5, 3.0]
+    longest = STEPS * max(beside["cpu_ms_per_step"][method] for _, method, _, _ in DRAWN) / 1000
+    limits = (LOWEST, HIGHEST)
+    steps, seconds = Panel(40, 316, (0, STEPS), limits), Panel(366, 642, (0, longest), limits)
+    rates = Panel(692, 944, (-1.05, 1.05), limits)
+    ys = [1.0, 1.5, 2.0, 2.5]
     marks = {0.0: "0", 250.0: "250", 500.0: "500", 750.0: "750", 1000.0: "1,000"}
-    body = steps.axes("training loss, best rate of each, 3 fresh seeds", "step", marks, ys, colour)
-    decades = {math.log10(rate): f"{rate:g}" for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
-    body += rates.axes("validation loss over its own rate, seed 0", "rate (GSO: share)", decades, ys, colour)
+    body = steps.axes("training loss over steps", "step", marks, ys, colour)
+    times = {float(t): str(t) for t in range(0, int(longest) + 1, 5)}
+    body += seconds.axes("the same over CPU seconds", "seconds, one thread", times, ys, colour)
+    factors = {-1.0: "÷ 10", -0.5: "÷ 3", 0.0: "1", 0.5: "× 3", 1.0: "× 10"}
+    body += rates.axes("validation loss over the rate", "rate, relative to its own best", factors, ys, colour)
+    lefts = (40, 250, 430, 560)
     for i in reversed(range(len(DRAWN))):  # ours is drawn last, on top
         label, method, best, options = DRAWN[i]
-        line = colour["lines"][i]
-        losses = cell_of(beside, method, best, options)["fresh"]["losses"]
+        line, dash = colour["lines"][i], DASHES[i]
+        losses = cell_of(beside, method, best, options, STEPS)["fresh"]["losses"]
         medians = [statistics.median(values) for values in zip(*losses, strict=True)]
-        width = 1000 / len(medians)
-        body.append(_line(steps, [(width * (j + 0.5), value) for j, value in enumerate(medians)], line))
-        curve = [
-            (math.log10(cell["lr"]), cell["choosing"]["scores"][0])
-            for cell in beside["cells"]
-            if [cell["task"], cell["steps"], cell["method"], cell["method_options"]] == ["gpt", 1000, method, options]
-        ]
-        body += [_line(rates, sorted(curve), line), *_dots(rates, curve, line, 4 if len(curve) > 1 else 6)]
-        x = 52 + 280 * i
-        body.append(f'<rect x="{x}" y="14" width="18" height="4" fill="{line}"/>')
-        body.append(f'<text x="{x + 24}" y="21">{escape(label)}</text>')
+        width, pace = STEPS / len(medians), beside["cpu_ms_per_step"][method] / 1000
+        points = [(width * (j + 0.5), value) for j, value in enumerate(medians)]
+        body.append(_line(steps, points, line, dash))
+        body.append(_line(seconds, [(pace * x, y) for x, y in points], line, dash))
+        found = curve(beside, method, best, options)
+        body += [_line(rates, found, line, dash), *_dots(rates, found, line)]
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        x = lefts[i]
+        body.append(f'<line x1="{x}" x2="{x + 26}" y1="18" y2="18" stroke="{line}" stroke-width="4"{dashes}/>')
+        body.append(f'<text x="{x + 33}" y="22">{escape(label)}</text>')
     style = f"text{{font-family:system-ui,sans-serif;font-size:12.5px;fill:{colour['ink']}}}.title{{font-weight:600}}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img"'
-    about = "loss of a small GPT over the steps and over the rate: GSO ends lowest"
+    about = "loss of a small GPT over steps, over seconds and over the rate: GSO ends lowest"
     page = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{colour["paper"]}"/>'
     return "\n".join([f'{head} aria-label="{about}">', f"<style>{style}</style>", page, *body, "</svg>"]) + "\n"
 

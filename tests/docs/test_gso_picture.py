@@ -30,7 +30,13 @@ def test_the_picture_is_what_the_program_draws(program, theme):
 
 def test_another_result_gives_another_picture(program):
     changed = json.loads(json.dumps(BESIDE))
-    program.cell_of(changed, "adamw", 0.01, {})["choosing"]["scores"][0] += 0.5
+    program.cell_of(changed, "adamw", 0.01, {}, 500)["choosing"]["scores"][0] += 0.5
+    assert program.draw(changed, "light") != program.draw(BESIDE, "light")
+
+
+def test_another_time_per_step_gives_another_picture(program):
+    changed = json.loads(json.dumps(BESIDE))
+    changed["cpu_ms_per_step"]["muon"] *= 1.5
     assert program.draw(changed, "light") != program.draw(BESIDE, "light")
 
 
