@@ -323,7 +323,7 @@ def _proof_main() -> list[Job]:
     jobs = cells(*MAIN, "gso", SHARE, FRESH) + cells(*MAIN, "muon", 0.03, FRESH, **muon)
     jobs += cells(*MAIN, "soap", 1e-2, FRESH) + cells(*MAIN, "adamw", 1e-2, FRESH)
     jobs += cells(*MAIN, "lamb", 1e-1, (0,)) + cells(*MAIN, "prodigy", 0.1, (0,))
-    jobs += cells(*MAIN, "schedulefree", 2e-2, (0,)) + cells(*MAIN, "schedulefree", 1e-2, FRESH)
+    jobs += cells(*MAIN, "schedulefree", 2e-2, (0,)) + cells(*MAIN, "schedulefree", 1e-2, FRESH[:3])
     return jobs
 
 
@@ -352,7 +352,7 @@ def _proof_elsewhere() -> list[Job]:
         jobs += cells("lstm", 500, "muon", lr, (0,), method_options={"adam": adam})
     jobs += [job for lr in (3e-3, 3e-2) for job in cells("lstm", 500, "soap", lr, (0,))]
     jobs += cells("lstm", 500, "muon", 0.03, FRESH, method_options={"adam": 1e-2})
-    jobs += cells("lstm", 500, "soap", 1e-2, FRESH)
+    jobs += cells("lstm", 500, "soap", 1e-2, FRESH[:3])
     jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH) + cells(*DETECTOR[:2], "adamw", 3e-3, FRESH)
     jobs += [job for lr in (3e-3, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,))]
     jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH)
@@ -389,7 +389,7 @@ def _proof_stacks() -> list[Job]:
 
 def _proof_small() -> list[Job]:
     jobs = cells(*MIXER, "gso", SHARE, FRESH) + cells(*MIXER, "adamw", 3e-3, FRESH)
-    return jobs + cells(*MIXER, "gso", 0.01, FRESH)
+    return jobs + cells(*MIXER, "gso", 0.01, FRESH[:3])
 
 
 def _proof_zero() -> list[Job]:
@@ -427,11 +427,10 @@ def _proof_aerial() -> list[Job]:
 
 def _proof_seconds() -> list[Job]:
     """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see gso_equal.py."""
-    text, muon = {"text": "second"}, {"adam": 1e-2}
+    text = {"text": "second"}
     jobs = cells("gpt", 833, "gso", SHARE, FRESH[:3]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
-    jobs += cells("gpt", 841, "gso", SHARE, FRESH[:3], options=text)
-    jobs += cells("gpt", 690, "soap", 1e-2, FRESH[:3]) + cells("gpt", 802, "muon", 0.03, FRESH[:3], method_options=muon)
-    return jobs + cells("lstm", 374, "muon", 0.03, FRESH[:3], method_options=muon)
+    jobs += cells("gpt", 841, "gso", SHARE, FRESH[:2], options=text)
+    return jobs + cells("gpt", 690, "soap", 1e-2, FRESH[:2])
 
 
 GROUPS: dict[str, list[Job]] = {
