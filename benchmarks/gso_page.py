@@ -137,8 +137,9 @@ def beside(
         by = ""
         if ours:
             theirs = statistics.median(fresh or seed0)
-            gain = runs.keep(f"{title}: GSO over {method}", statistics.median(ours) / theirs - 1)
-            by = f"{abs(100 * gain):.1f} % {'higher' if gain > 0 else 'lower'}"
+            gain = statistics.median(ours) / theirs - 1
+            size = runs.keep(f"{title}: GSO beside {method}", abs(gain))
+            by = f"{100 * size:.1f} % {'higher' if gain > 0 else 'lower'}"
         count = str(len(fresh)) if fresh else "seed 0"
         rows.append([NAMES[method], setting(method, cell), str(tried), shown(fresh or seed0), count, by])
     return table(["method", "setting", "cells tried", title, "fresh seeds", "GSO is"], rows), all_scores
@@ -440,8 +441,9 @@ def seconds(runs: Runs, page: Page) -> None:
                 scores = runs.scores("fresh", task, steps, method, **extra, **wanted)
                 if not scores:
                     continue
-                gain = runs.keep(f"{title}: {method} below AdamW at equal seconds", below(scores, rival))
-                text = f"{100 * abs(gain):.1f} % {'lower' if gain > 0 else 'higher'}"
+                gain = below(scores, rival)
+                size = runs.keep(f"{title}: {method} beside AdamW at equal seconds", abs(gain))
+                text = f"{100 * size:.1f} % {'lower' if gain > 0 else 'higher'}"
                 rows.append([title, NAMES[method], str(steps), shown(scores), str(len(scores)), text])
                 if method == "gso":
                     page.bar(f"{title}, at equal CPU seconds", "ahead of AdamW", f"{100 * gain:.1f} % below", gain > 0)

@@ -171,7 +171,7 @@ def draw(beside: dict[str, Any], theme: str) -> str:
     times = {float(t): str(t) for t in range(0, int(longest) + 1, 5)}
     body += seconds.axes("the same over CPU seconds", "seconds, one thread", times, ys, colour)
     factors = {-1.0: "÷ 10", -0.5: "÷ 3", 0.0: "1", 0.5: "× 3", 1.0: "× 10"}
-    body += rates.axes("validation loss over the rate", "rate, relative to its own best", factors, ys, colour)
+    body += rates.axes("validation loss over the rate", "rate, relative to the one on the left", factors, ys, colour)
     lefts = (40, 250, 430, 560)
     for i in reversed(range(len(DRAWN))):  # ours is drawn last, on top
         label, method, best, options = DRAWN[i]
@@ -179,7 +179,7 @@ def draw(beside: dict[str, Any], theme: str) -> str:
         losses = cell_of(beside, method, best, options, STEPS)["fresh"]["losses"]
         medians = [statistics.median(values) for values in zip(*losses, strict=True)]
         width, pace = STEPS / len(medians), beside["cpu_ms_per_step"][method] / 1000
-        points = [(width * (j + 0.5), value) for j, value in enumerate(medians)]
+        points = [(width * (j + 0.5), value) for j, value in enumerate(medians) if value <= HIGHEST]
         body.append(_line(steps, points, line, dash))
         body.append(_line(seconds, [(pace * x, y) for x, y in points], line, dash))
         found = curve(beside, method, best, options)

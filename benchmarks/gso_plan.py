@@ -330,7 +330,7 @@ def _proof_main() -> list[Job]:
 def _proof_text() -> list[Job]:
     text = {"text": "second"}
     jobs = cells(*MAIN, "gso", SHARE, FRESH[:3], options=text) + cells(*MAIN, "adamw", 3e-2, (0,), options=text)
-    for lr, adam in ((0.02, 1e-2), (0.03, 3e-2), (0.03, 3e-3)):
+    for lr, adam in ((0.02, 1e-2), (0.03, 3e-2)):
         jobs += cells(*MAIN, "muon", lr, (0,), options=text, method_options={"adam": adam})
     jobs += cells(*MAIN, "adamw", 1e-2, FRESH[:3], options=text)
     return jobs + cells(*MAIN, "muon", 0.03, FRESH[:3], options=text, method_options={"adam": 1e-2})
@@ -348,7 +348,7 @@ def _proof_rates() -> list[Job]:
 def _proof_elsewhere() -> list[Job]:
     """Recurrent nets and detectors: the shipped optimizer and each baseline's best on six fresh seeds."""
     jobs = cells("lstm", 500, "gso", SHARE, FRESH) + cells("lstm", 500, "adamw", 3e-2, FRESH)
-    for lr, adam in ((0.03, 3e-2), (0.03, 3e-3), (0.06, 1e-2)):
+    for lr, adam in ((0.03, 3e-2), (0.06, 1e-2)):
         jobs += cells("lstm", 500, "muon", lr, (0,), method_options={"adam": adam})
     jobs += [job for lr in (3e-3, 3e-2) for job in cells("lstm", 500, "soap", lr, (0,))]
     jobs += cells("lstm", 500, "muon", 0.03, FRESH, method_options={"adam": 1e-2})
@@ -362,10 +362,11 @@ def _proof_elsewhere() -> list[Job]:
 
 
 def _proof_hot() -> list[Job]:
-    jobs = cells(*HOT[:2], "gso", SHARE, FRESH)
-    for gain in (0.5, 1.0, 2.0):
-        jobs += cells(*HOT[:2], "gso", SHARE, FRESH[:2], options={"gain": gain})
-    return jobs
+    return cells(*HOT[:2], "gso", SHARE, FRESH)
+
+
+def _proof_gains() -> list[Job]:
+    return [job for gain in (1.0, 2.0) for job in cells(*HOT[:2], "gso", SHARE, FRESH[:2], options={"gain": gain})]
 
 
 def _proof_cool() -> list[Job]:
@@ -380,10 +381,10 @@ def _proof_stacks() -> list[Job]:
     jobs = cells("plain-stack", 350, "gso", SHARE, FRESH) + cells("plain-stack", 350, "adamw", 1e-2, FRESH)
     jobs += [job for lr in (3e-3, 1e-2) for job in cells("plain-stack", 350, "soap", lr, (0,))]
     for task, steps, options in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
-        jobs += cells(task, steps, "gso", SHARE, (0, *FRESH[:3]), options=options)
+        jobs += cells(task, steps, "gso", SHARE, FRESH[:2], options=options)
         jobs += [job for lr in ADAMW_RATES for job in cells(task, steps, "adamw", lr, (0,), options=options)]
-        jobs += [job for lr in (3e-3, 1e-2) for job in cells(task, steps, "soap", lr, (0,), options=options)]
-        jobs += [job for lr in (0.03, 0.1) for job in cells(task, steps, "sgdm", lr, (0,), options=options)]
+        jobs += cells(task, steps, "sgdm", 0.03, (0,), options=options)
+    jobs += cells("plain-stack", 350, "soap", 1e-2, (0,), options={"depth": 36})
     return jobs
 
 
@@ -409,7 +410,7 @@ def _proof_faults() -> list[Job]:
 
 def _proof_depth() -> list[Job]:
     jobs = []
-    for layers in (6, 12, 24):
+    for layers in (6, 24, 12):
         options = {"layers": layers, "width": 48}
         for share in (0.03, 0.02, 0.045, 0.015, 0.06):
             jobs += cells("gpt", 300, "gso", share, (0,), options=options)
@@ -428,7 +429,7 @@ def _proof_aerial() -> list[Job]:
 def _proof_seconds() -> list[Job]:
     """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see gso_equal.py."""
     text = {"text": "second"}
-    jobs = cells("gpt", 833, "gso", SHARE, FRESH[:3]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
+    jobs = cells("gpt", 833, "gso", SHARE, FRESH[:2]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
     jobs += cells("gpt", 841, "gso", SHARE, FRESH[:2], options=text)
     return jobs + cells("gpt", 690, "soap", 1e-2, FRESH[:2])
 
@@ -460,6 +461,7 @@ GROUPS: dict[str, list[Job]] = {
     "proof-rates": _proof_rates(),
     "proof-elsewhere": _proof_elsewhere(),
     "proof-hot": _proof_hot(),
+    "proof-gains": _proof_gains(),
     "proof-cool": _proof_cool(),
     "proof-stacks": _proof_stacks(),
     "proof-small": _proof_small(),
