@@ -28,13 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..budget import Decision, Relative, begin, budgets_by_level, decide, sums_for, terms_of
-from ..collective import COLLECTIVE, FALLS, LET_THROUGH, RISES
 from ..plan import Plan
 from ..xp import Array, namespace
 from .arrays import Oriented, Patterns
 from .gso import check_constants, grown, is_number
 from .kinds import ArrayKind, array_kinds
-from .splitting import History
+from .splitting import History, collective_factor
 
 __all__ = ["DEFAULT_OF_SHARE", "ShareRule", "ShareState", "newton_schulz", "share_rule"]
 
@@ -224,7 +223,7 @@ def share_rule(
         finite_B = xp.isfinite(amount_B)
         norm_B = sums.norm(xp.where(finite_B, amount_B, xp.full(num_bins, 0.0, amount_B)))
         seen_B = finite_B & (norm_B > 0)
-        factor, recent_B = _collective(norm_B, seen_B, state.recent_B, state.steps)
+        factor, recent_B = collective_factor(norm_B, seen_B, state.recent_B, state.steps)
         steps = state.steps + xp.cast(~xp.every(~seen_B), state.steps)
         terms = terms_of(plan, budgets, amount_B, rule=rule, call=call)
         decision, of_gradient = decide(
@@ -259,22 +258,6 @@ def _per_bin(plan: Plan, kinds: Sequence[ArrayKind]) -> tuple[np.ndarray, ...]:
     )
     keeps_B = np.array([kind.direction == "adam" for kind in kinds])[plan.tensor_B]
     return share_B, least_B * root_B, longest_B, np.where(keeps_B, root_B, _TINY)
-
-
-def _collective(norm_B: Array, seen_B: Array, recent_B: Array, steps: Array) -> tuple[Array, Array]:
-    """Return the factor for the whole gradient, 0-d, and the recent norms after this step."""
-    xp = namespace(norm_B)
-    recent_B = xp.cast(recent_B, norm_B)
-    known_B = recent_B > 0
-    ratio_B = norm_B / xp.where(known_B, recent_B, recent_B * 0.0 + 1.0)
-    median = xp.median(xp.where(seen_B & known_B, ratio_B, float("nan")))
-    fired = median > COLLECTIVE  # nan, where nothing is known yet, is not above
-    factor = xp.where(fired, 1.0 / median, 1.0)
-    steps = xp.cast(steps, norm_B)
-    falls = xp.minimum(steps / (steps + 2.0), xp.asarray(FALLS, steps))
-    follows_B = xp.minimum(xp.maximum(norm_B, falls * recent_B), RISES * recent_B)
-    moved_B = xp.where(fired, LET_THROUGH * recent_B, follows_B)
-    return factor, xp.where(seen_B, xp.where(known_B, moved_B, norm_B * factor), recent_B)
 
 
 def _orthogonalise(directions: list[Array], which: list[int], kinds: Sequence[ArrayKind], oriented: Oriented) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..budget import Decision, State, begin, budgets_by_level, decide, terms_of, warn_of_idle_limits
+from ..budget import Decision, State, begin, budgets_by_level, decide, sums_for, terms_of, warn_of_idle_limits
+from ..collective import COLLECTIVE, FALLS, LET_THROUGH, RISES
 from ..plan import Plan
 from ..xp import Array, namespace
 from .arrays import Oriented, Patterns
 
-__all__ = ["History", "Splitting", "splitting"]
+__all__ = ["History", "Splitting", "collective_factor", "splitting"]
 
 History = tuple[State, ...]
-"""Per budget its arrays, in the order of the budgets."""
+"""Per budget its arrays, in the order of the budgets; then those of the collective rule, if it stands beside them."""
 
 
 class Splitting(NamedTuple):
@@ -34,12 +35,38 @@ class Splitting(NamedTuple):
     bounds_update: bool
 
 
+def collective_factor(norm_B: Array, seen_B: Array, recent_B: Array, steps: Array) -> tuple[Array, Array]:
+    """Return the factor of the collective rule for the whole gradient, 0-d, and the recent norms after this step, (B,).
+
+    Args:
+        norm_B: (B,) norms of the gradient, gradient units, 0 where not finite.
+        seen_B: (B,) where they are finite and above zero.
+        recent_B: (B,) the recent norms; 0 before the first.
+        steps: steps so far, 0-d or (1,).
+
+    The rule is told in `gradsplit.collective`.
+    """
+    xp = namespace(norm_B)
+    recent_B = xp.cast(recent_B, norm_B)
+    known_B = recent_B > 0
+    ratio_B = norm_B / xp.where(known_B, recent_B, recent_B * 0.0 + 1.0)
+    median = xp.median(xp.where(seen_B & known_B, ratio_B, float("nan")))
+    fired = median > COLLECTIVE  # nan, where nothing is known yet, is not above
+    factor = xp.where(fired, 1.0 / median, 1.0)
+    steps = xp.cast(steps, norm_B)
+    falls = xp.minimum(steps / (steps + 2.0), xp.asarray(FALLS, steps))
+    follows_B = xp.minimum(xp.maximum(norm_B, falls * recent_B), RISES * recent_B)
+    moved_B = xp.where(fired, LET_THROUGH * recent_B, follows_B)
+    return factor, xp.where(seen_B, xp.where(known_B, moved_B, norm_B * factor), recent_B)
+
+
 def splitting(
     plan: Plan,
     budget: Any,
     *,
     oriented: Oriented | None = None,
     rule: str = "bottom_up",
+    collective: bool = False,
     call: str = "splitting",
 ) -> Splitting:
     """Make the functions that bound each bin of a gradient by a budget of its own.
@@ -49,6 +76,7 @@ def splitting(
         budget: see `gradsplit.GradientSplitter`.
         oriented: the arrays' own axes; None: PyTorch's.
         rule: "bottom_up" or "nearest".
+        collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`.
         call: the caller's name, for errors.
 
     Raises:
@@ -69,8 +97,10 @@ def splitting(
     warn_of_idle_limits(plan, budgets, call)
 
     def init(arrays: Sequence[Array]) -> History:
-        like = namespace(arrays[0]).accumulator(arrays)
-        return begin(terms_of(plan, budgets, like, rule=rule, call=call), like)
+        xp = namespace(arrays[0])
+        like = xp.accumulator(arrays)
+        beside = ((xp.full(plan.num_bins, 0.0, like), xp.full(1, 0.0, like)),) if collective else ()
+        return (*begin(terms_of(plan, budgets, like, rule=rule, call=call), like), *beside)
 
     def update(
         gradients: Sequence[Array],
@@ -89,8 +119,26 @@ def splitting(
             pace = namespace(amount_B).asarray(pace, amount_B)
         if reach is not None:
             reach = namespace(amount_B).asarray(reach, amount_B)
-        decision, history = decide(plan, terms, history, amount_B, weight_B, pace, reach, rule=rule)
+        decision, history = decide_together(terms, history, amount_B, weight_B, pace, reach)
         return patterns.scaled(gradients, decision.scale_B, ~decision.finite_B), history, decision
+
+    def decide_together(
+        terms: Any, history: History, amount_B: Array, weight_B: Array | None, pace: Any, reach: Any
+    ) -> tuple[Decision, History]:
+        """The budgets' decision; where the batch is scaled as a whole, on the gradient after that has been undone."""
+        if not collective:
+            return decide(plan, terms, history, amount_B, weight_B, pace, reach, rule=rule)
+        *of_budgets, (recent_B, steps) = history
+        xp, sums = namespace(amount_B), sums_for(amount_B)
+        finite_B = xp.isfinite(amount_B)
+        norm_B = sums.norm(xp.where(finite_B, amount_B, xp.full(plan.num_bins, 0.0, amount_B)))
+        seen_B = finite_B & (norm_B > 0)
+        factor, recent_B = collective_factor(norm_B, seen_B, recent_B, steps)
+        steps = steps + xp.cast(~xp.every(~seen_B), steps)
+        amount_B = sums.times(amount_B, factor)
+        made, learned = decide(plan, terms, tuple(of_budgets), amount_B, weight_B, pace, reach, rule=rule)
+        whole = Decision(plan, norm_B, made.finite_B, made.scale_B * factor, made.limits)
+        return whole, (*learned, (recent_B, steps))
 
     bounds_update = any(one.bounds_update for _, one in budgets)
     # A rule or a vector of limits that does not fit is refused now, not at the first step.

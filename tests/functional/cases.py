@@ -33,15 +33,23 @@ LR, MOMENTUM = 0.05, 0.9
 
 
 class Case(NamedTuple):
-    """One combination: how the plan is made, what bounds it, the rule, and how far float32 scales may be off."""
+    """One combination: how the plan is made, what bounds it, the rule, and how far float32 scales may be off.
+
+    With ``collective`` the collective rule stands beside the budget, and every tenth batch is a thousandfold.
+    """
 
     strategy: str
     budget: Any
     rule: str = "bottom_up"
     tolerance: float = 1e-6
+    collective: bool = False
 
     def plan(self) -> Plan:
         return PLANS[self.strategy](LAYOUT)
+
+    def gradients(self, step: int) -> list[np.ndarray]:
+        times = np.float32(1000 if self.collective and step % 10 == 8 else 1)
+        return [gradient * times for gradient in gradients(step)]
 
     @property
     def bounds_update(self) -> bool:
@@ -65,6 +73,13 @@ CASES: dict[str, Case] = {
 }
 CASES |= {
     f"{strategy} / relative": Case(strategy, BUDGETS["relative"]) for strategy in sorted(set(PLANS) - set(STRATEGIES))
+}
+CASES |= {
+    "xsp / relative, collective": Case("xsp", gs.Relative(0.2), collective=True),
+    "xsp / ema, collective": Case("xsp", BUDGETS["ema"], collective=True),
+    "tree_sp over rows / relative, collective": Case(
+        "tree_sp over rows", {"root": gs.Relative(0.2), "bin": gs.Relative(0.2)}, collective=True
+    ),
 }
 _EVERY_LEVEL = ("root", "module", "bin")
 CASES |= {

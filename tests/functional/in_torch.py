@@ -25,13 +25,19 @@ def scales(name: str, num_steps: int = NUM_STEPS) -> np.ndarray:
     case, pairs = CASES[name], parameters()
     optimizer = torch.optim.SGD([p for _, p in pairs], lr=LR, momentum=MOMENTUM)
     splitter = gs.GradientSplitter(
-        pairs, case.plan(), case.budget, optimizer=optimizer, rule=case.rule, backend="reference"
+        pairs,
+        case.plan(),
+        case.budget,
+        optimizer=optimizer,
+        rule=case.rule,
+        backend="reference",
+        collective=case.collective,
     )
     made = []
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = LR * pace_at(step)
-        for (_, parameter), gradient in zip(pairs, gradients(step), strict=True):
-            parameter.grad = torch.from_numpy(gradient)
+        for (_, parameter), gradient in zip(pairs, case.gradients(step), strict=True):
+            parameter.grad = torch.from_numpy(np.asarray(gradient))
         made.append(splitter.step().decision.scale_B.numpy())
     return np.stack(made)
 

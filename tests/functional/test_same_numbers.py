@@ -16,7 +16,6 @@ from tests.functional.cases import (
     LR,
     MOMENTUM,
     NUM_STEPS,
-    gradients,
     pace_at,
     turned,
     turned_back,
@@ -30,7 +29,7 @@ ORIENTED = Oriented.of(OWN_SHAPES, Orientation())
 def jax_scales(name, num_steps=NUM_STEPS, oriented=ORIENTED, momentum=MOMENTUM):
     """The scales in JAX, float32, in one compiled function; (steps, B)."""
     case = CASES[name]
-    split = splitting(case.plan(), case.budget, oriented=oriented, rule=case.rule)
+    split = splitting(case.plan(), case.budget, oriented=oriented, rule=case.rule, collective=case.collective)
     held, traces = [jnp.asarray(w) for w in turned(weights())], []
 
     @jax.jit
@@ -42,7 +41,7 @@ def jax_scales(name, num_steps=NUM_STEPS, oriented=ORIENTED, momentum=MOMENTUM):
     history, made = split.init(held), []
     for i in range(num_steps):
         rate = pace_at(i) * LR / (1 - momentum)
-        history, scale_B = step([jnp.asarray(g) for g in turned(gradients(i))], history, pace_at(i), rate)
+        history, scale_B = step([jnp.asarray(g) for g in turned(case.gradients(i))], history, pace_at(i), rate)
         made.append(np.asarray(scale_B))
     assert len(traces) == 1, "compiled once for the whole run"
     return np.stack(made)
@@ -56,11 +55,11 @@ def test_scales_in_jax_are_those_of_torch(name):
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("xsp", "tree_sp over rows"))])
 def test_scales_in_numpy_are_those_of_torch(name):
     case = CASES[name]
-    split, held = splitting(case.plan(), case.budget, rule=case.rule), weights()
+    split, held = splitting(case.plan(), case.budget, rule=case.rule, collective=case.collective), weights()
     history = split.init(held)
     for i in range(NUM_STEPS):
         rate = pace_at(i) * LR / (1 - MOMENTUM)
-        _, history, decision = split.update(gradients(i), history, held, np.float64(pace_at(i)), np.float64(rate))
+        _, history, decision = split.update(case.gradients(i), history, held, np.float64(pace_at(i)), np.float64(rate))
         np.testing.assert_allclose(decision.scale_B, in_torch.scales(name)[i], rtol=1e-9, atol=1e-12)
 
 

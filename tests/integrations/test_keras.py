@@ -92,3 +92,41 @@ def test_an_unbounded_split_leaves_adam_as_it_is():
     np.testing.assert_array_equal(
         one_step(gsk.split(keras.optimizers.Adam(0.1), budget=gs.Fixed(1e30)), gradient), plain
     )
+
+
+OPTIMIZERS = ["adam", "adamw", "nadam", "adamax", "adagrad", "adadelta", "rmsprop", "ftrl", "lion", "adafactor", "muon"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_default_in_front_of_others_keeps_faults_in_their_rows(name):
+    """The three lines work in front of every optimizer of Keras; a broken unit becomes zero and disturbs no other."""
+    kind = type(keras.optimizers.get(name))
+    broken = np.where(np.arange(3) == 1, np.nan, UNITS)
+    start = np.full((2, 3), 0.5, "float32")
+    optimizer = gsk.split(kind(learning_rate=0.1))
+    moved = one_step(optimizer, broken, start) - start
+    assert np.isfinite(moved).all()
+    assert optimizer.split_report.counts()[1].tolist() == [0.0, 1.0, 0.0]
+    limit = 0.2 * np.linalg.norm(start, axis=0)[0]
+    np.testing.assert_allclose(optimizer.split_report.record(0).decision.limit_B.numpy(), limit, rtol=1e-6)
+
+
+def test_a_batch_times_a_thousand_enters_adam_s_memory_as_a_usual_one():
+    gradient = np.random.default_rng(0).standard_normal((4, 40)).astype("float32")
+    start = np.full((4, 40), 100.0, "float32")  # limits of 40, far above
+    plain, ours = keras.optimizers.Adam(0.1), gsk.split(keras.optimizers.Adam(0.1))
+    held = [[keras.Variable(start, name="kernel")] for _ in range(2)]
+    for step in range(12):
+        plain.apply(tensors([gradient]), held[0])
+        ours.apply(tensors([gradient * (1000.0 if step == 9 else 1.0)]), held[1])
+    np.testing.assert_allclose(values(held[1])[0], values(held[0])[0], rtol=1e-5)
+    assert ours.get_config()["collective"] is True
+    again = type(ours).from_config(ours.get_config())
+    assert again.get_config() == ours.get_config()
+
+
+def test_the_default_in_front_of_sgd_bounds_the_step():
+    optimizer = gsk.split(keras.optimizers.SGD(0.1))
+    assert optimizer.get_config()["collective"] is False
+    moved = one_step(optimizer, UNITS)
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=0), [0.03, 0.03, 0.03], rtol=1e-5)

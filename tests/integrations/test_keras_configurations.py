@@ -97,10 +97,10 @@ ERRORS = {
         ValueError,
         r"Split what is inside: LossScaleOptimizer\(split\(…\)\)",
     ),
-    "default before Adam": (
-        lambda: gsk.split("adam"),
+    "bound on the step before Adam": (
+        lambda: gsk.split("adam", budget="relative_step"),
         ValueError,
-        r"split\(Adam\(…\)\): RelativeStep bounds the step.*Use .*GSO.*cap_updates=True.*another budget",
+        r"split\(Adam\(…\)\): RelativeStep bounds the step.*Leave budget= out.*cap_updates=True.*GSO instead",
     ),
     "unknown plan": (lambda: gsk.split("sgd", "xps"), ValueError, r"Did you mean 'xsp'\?"),
     "unknown budget": (lambda: gsk.split("sgd", budget="emma"), ValueError, r"Did you mean 'ema'\?"),

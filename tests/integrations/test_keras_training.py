@@ -19,6 +19,7 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 OPTIMIZERS = {
     "SGD, RelativeStep": lambda: gsk.split(keras.optimizers.SGD(0.1, momentum=0.9)),
     "Adam, Ema": lambda: gsk.split("adam", budget=gs.Ema(1.05, beta=0.5, warmup=2)),
+    "Adam, default": lambda: gsk.split(keras.optimizers.Adam(0.1)),
     "Adam, capped": lambda: gsk.split(keras.optimizers.Adam(0.1), cap_updates=True),
     "SGD, accumulated": lambda: gsk.split(keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)),
     "in LossScaleOptimizer": lambda: keras.optimizers.LossScaleOptimizer(gsk.split(keras.optimizers.SGD(0.1))),

@@ -34,6 +34,7 @@ OPTIMIZERS = {
         rule="nearest",
     ),
     "accumulated": lambda: gsk.split(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)),
+    "default before Adam": lambda: gsk.split("adam"),
     "capped": lambda: gsk.split(keras.optimizers.Adam(0.1), cap_updates=True),
     "GSO": lambda: gsk.GSO(keras.optimizers.schedules.CosineDecay(0.03, STEPS)),
 }

@@ -15,7 +15,6 @@ from tests.functional.cases import (
     LR,
     MOMENTUM,
     NUM_STEPS,
-    gradients,
     pace_at,
     turned,
     turned_back,
@@ -34,7 +33,7 @@ def tf():
 def tensorflow_scales(tf, name, *, jit=False, num_steps=NUM_STEPS, oriented=ORIENTED, momentum=MOMENTUM):
     """The scales in TensorFlow, float32, in one graph; (steps, B)."""
     case = CASES[name]
-    split = splitting(case.plan(), case.budget, oriented=oriented, rule=case.rule)
+    split = splitting(case.plan(), case.budget, oriented=oriented, rule=case.rule, collective=case.collective)
     held, traces = [tf.constant(w) for w in turned(weights())], []
 
     @tf.function(jit_compile=jit, autograph=False)
@@ -47,7 +46,7 @@ def tensorflow_scales(tf, name, *, jit=False, num_steps=NUM_STEPS, oriented=ORIE
     for i in range(num_steps):
         rate = tf.constant(pace_at(i) * LR / (1 - momentum), tf.float32)
         pace = tf.constant(pace_at(i), tf.float32)
-        history, scale_B = step([tf.constant(g) for g in turned(gradients(i))], history, pace, rate)
+        history, scale_B = step([tf.constant(g) for g in turned(case.gradients(i))], history, pace, rate)
         made.append(scale_B.numpy())
     assert len(traces) == 1, "traced once for the whole run"
     return np.stack(made)

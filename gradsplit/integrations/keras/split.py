@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from ...budget import DEFAULT_OF_SPLITTER, Fixed, RelativeStep
+from ...budget import DEFAULT_IN_FRONT, DEFAULT_OF_SPLITTER, Fixed, RelativeStep
 from ...functional import splitting
 from ...plan import make_plan
 from .layout import oriented_of
@@ -34,12 +34,15 @@ class Bounding:
         variables: what it trains.
         options: plan and budgets.
         cap_updates: budgets that bound the update act on the update itself, the others on the gradient.
+        collective: divide the whole gradient where all bins are scaled together.
 
     Attributes:
         received: the variables that the gradients of this call are of.
     """
 
-    def __init__(self, optimizer: Any, variables: list[Any], options: Options, *, cap_updates: bool) -> None:
+    def __init__(
+        self, optimizer: Any, variables: list[Any], options: Options, *, cap_updates: bool, collective: bool
+    ) -> None:
         call = options.call
         self._key = optimizer._var_key
         self._index = {self._key(variable): i for i, variable in enumerate(variables)}
@@ -49,19 +52,26 @@ class Bounding:
         pairs = options.budgets
         on_update = [pair for pair in pairs if pair[1].bounds_update and cap_updates]
         on_gradient = [pair for pair in pairs if pair not in on_update]
-        self._gradient = self._splitting(on_gradient, options)
-        self._update = self._splitting(on_update, options) if on_update else None
+        self._gradient = self._splitting(on_gradient, options, collective=collective)
+        self._update = self._splitting(on_update, options, collective=False) if on_update else None
         self._rates = Rates(optimizer) if any(budget.bounds_update for _, budget in pairs) else None
         like = [np.zeros((1,))]
         self._history = Kept(optimizer, "history", self._gradient.init(like))
         self._update_history = None if self._update is None else Kept(optimizer, "update", self._update.init(like))
         self.report = Report(optimizer, self.plan)
 
-    def _splitting(self, pairs: list[Any], options: Options) -> Any:
+    def _splitting(self, pairs: list[Any], options: Options, *, collective: bool) -> Any:
         budget: dict[str, tuple[Any, ...]] = {}
         for level, one in pairs:
             budget[level] = (*budget.get(level, ()), one)
-        return splitting(self.plan, budget or _UNBOUNDED, oriented=self._oriented, rule=options.rule, call=options.call)
+        return splitting(
+            self.plan,
+            budget or _UNBOUNDED,
+            oriented=self._oriented,
+            rule=options.rule,
+            collective=collective,
+            call=options.call,
+        )
 
     def bounded(self, gradients: list[Any]) -> list[Any]:
         """Return the gradients of the received variables, each bin within its limits."""
@@ -145,7 +155,7 @@ def _follows_gradient(optimizer_class: type) -> bool:
     return issubclass(optimizer_class, keras.optimizers.SGD)
 
 
-_KEPT = ("plan", "budget", "rule", "orientation", "cap_updates")
+_KEPT = ("plan", "budget", "rule", "orientation", "cap_updates", "collective")
 
 
 class Splits:
@@ -163,18 +173,22 @@ class Splits:
         rule: str = "bottom_up",
         orientation: Any = None,
         cap_updates: bool = False,
+        collective: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        in_front = budget is None and not cap_updates and not _follows_gradient(type(self))
         if budget is None:
-            budget = RelativeStep() if cap_updates else DEFAULT_OF_SPLITTER
+            usual = DEFAULT_IN_FRONT if in_front else DEFAULT_OF_SPLITTER
+            budget = RelativeStep() if cap_updates else usual
+        self._together = in_front if collective is None else bool(collective)
         options = Options.of("split(…)", plan=plan, budget=budget, rule=rule, orientation=orientation)
         bounds_steps = any(one.bounds_update for _, one in options.budgets)
         if bounds_steps and not cap_updates and not _follows_gradient(type(self)):
             raise ValueError(
                 f"split({type(self).__mro__[2].__name__}(…)): RelativeStep bounds the step, but a limit on the "
-                "gradient here says nothing about it. Use gradsplit.integrations.keras.GSO instead of the optimizer, "
-                "or cap_updates=True (one copy of the weights), or another budget, for example Relative(0.2)."
+                "gradient here says nothing about it. Leave budget= out for the default that fits, or use "
+                "cap_updates=True (one copy of the weights), or gradsplit.integrations.keras.GSO instead."
             )
         self._options, self._cap_updates = options, bool(cap_updates)
         self._bounding: Bounding | None = None
@@ -186,7 +200,9 @@ class Splits:
         super().build(variables)  # type: ignore[misc]
         # What Keras overwrites with its "gradient" (scales of float8) has none to bound.
         trained = [v for v in variables if not self._overwrite_variable_with_gradient(v)]  # type: ignore[attr-defined]
-        self._bounding = Bounding(self, trained, self._options, cap_updates=self._cap_updates)
+        self._bounding = Bounding(
+            self, trained, self._options, cap_updates=self._cap_updates, collective=self._together
+        )
 
     @property
     def split_report(self) -> Any:
@@ -214,7 +230,8 @@ class Splits:
         """Return the optimizer's own configuration, and plan and budgets as plain values."""
         made = None if self._bounding is None else self._bounding.plan
         own = self._options.to_config(made)
-        return {**super().get_config(), **own, "cap_updates": self._cap_updates}  # type: ignore[misc]
+        own |= {"cap_updates": self._cap_updates, "collective": self._together}
+        return {**super().get_config(), **own}  # type: ignore[misc]
 
 
 _CLASSES: dict[type, Any] = {}
@@ -246,6 +263,7 @@ def split(
     rule: str = "bottom_up",
     orientation: Any = None,
     cap_updates: bool = False,
+    collective: bool | None = None,
 ) -> Any:
     """Return a splitting optimizer: each bin of the gradient is bounded by a budget of its own before the update.
 
@@ -257,13 +275,16 @@ def split(
     Args:
         optimizer: not built yet; a name such as "sgd" will do.
         plan: a Plan, a strategy's name or a function layout -> plan, as in `gradsplit.GradientSplitter`.
-        budget: as there, the default too: `RelativeStep` reads the learning rate, schedules included, and the
-            momentum, and needs `keras.optimizers.SGD`, ``cap_updates=True``, or `GSO`.
+        budget: as there, the default too. In front of `keras.optimizers.SGD` it is ``RelativeStep(0.03, length=1.0)``,
+            which reads the learning rate, schedules included, and the momentum. In front of all others it is
+            ``Relative(0.2)`` with the collective rule; with ``cap_updates=True`` it is ``RelativeStep()``.
         rule: "bottom_up" or "nearest", see `gradsplit.project`.
         orientation: a mapping from patterns of names to the axis or axes that count output units, for example
             ``{"*.my_depthwise.kernel": (-2, -1)}``; None: by the layers' names.
         cap_updates: let `RelativeStep` cap the update itself, behind any optimizer, at the price of one copy of the
             weights during the update. Decoupled weight decay is not part of it.
+        collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`; None:
+            where the default in front of an optimizer other than SGD is used.
 
     Raises:
         TypeError: no Keras optimizer.
@@ -301,7 +322,7 @@ def split(
             f"split it first and load its state afterwards."
         )
     made = splitting_class(type(optimizer))
-    options = dict(zip(_KEPT, (plan, budget, rule, orientation, cap_updates), strict=True))
+    options = dict(zip(_KEPT, (plan, budget, rule, orientation, cap_updates, collective), strict=True))
     return made.from_config({**optimizer.get_config(), **options})
 
 

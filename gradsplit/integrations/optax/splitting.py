@@ -10,7 +10,7 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from ...budget import DEFAULT_OF_SPLITTER, RelativeStep
+from ...budget import DEFAULT_IN_FRONT, DEFAULT_OF_SPLITTER, RelativeStep
 from ...functional import Splitting, splitting
 from ...plan import Layout, Plan
 from .transformation import LastStep, Rate, SplitTransformation, rate_now
@@ -43,6 +43,7 @@ def split_gradients(
     learning_rate: Rate = None,
     momentum: float = 0.0,
     orientation: Any = "last",
+    collective: bool | None = None,
 ) -> SplitTransformation:
     """Bound each bin of a gradient by a budget of its own; the first link of a chain.
 
@@ -51,13 +52,18 @@ def split_gradients(
 
     Args:
         plan: a Plan of `layout_of(params)`, a strategy's name, or a function layout -> plan.
-        budget: a budget, its name, a tuple, or a mapping from levels; default ``RelativeStep(0.03, length=1.0)``.
+        budget: a budget, its name, a tuple, or a mapping from levels. The default fits the optimizer behind: with the
+            ``learning_rate`` of an SGD ``RelativeStep(0.03, length=1.0)``, which bounds the step; without, in front of
+            Adam, Muon and all others, ``Relative(0.2)`` with the collective rule, which keeps faults out of their
+            memories.
         rule: "bottom_up" or "nearest", see `gradsplit.project`.
-        learning_rate: of the optimizer behind, a float or schedule; needed by `RelativeStep`, which bounds the step.
+        learning_rate: of the SGD behind, a float or schedule; needed by `RelativeStep`.
         momentum: of the optimizer behind, in [0, 1); a limit met at every step then holds for the momentum's sum.
         orientation: which axes count output units (rows). "last": kernels are (in, out) and (height, width, in, out),
             but rows of arrays named ``embedding`` are tokens; "first": (out, in), as in Equinox; or a mapping from
             name patterns to an axis or axes, ``{"*.query.kernel": (1, 2)}``, before "last".
+        collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`; None:
+            where the default in front of an optimizer other than SGD is used.
 
     Raises:
         ValueError: RelativeStep without a learning rate, a momentum outside [0, 1), an unknown name; from ``update``,
@@ -79,15 +85,18 @@ def split_gradients(
     if not isinstance(given, jax.core.Tracer) and not 0 <= given < 1:
         raise ValueError(f"{call}(momentum={momentum!r}): expected a number in [0, 1).")
 
+    in_front = budget is None and learning_rate is None
+    usual = DEFAULT_IN_FRONT if in_front else DEFAULT_OF_SPLITTER
+    together = in_front if collective is None else collective
+
     def make(made: Plan, oriented: Any) -> Splitting:
-        split = splitting(
-            made, DEFAULT_OF_SPLITTER if budget is None else budget, oriented=oriented, rule=rule, call=call
-        )
+        chosen = usual if budget is None else budget
+        split = splitting(made, chosen, oriented=oriented, rule=rule, collective=together, call=call)
         if split.bounds_update and learning_rate is None:
             raise ValueError(
                 f"{call}(learning_rate=None): expected a learning rate, since RelativeStep bounds the step. Pass that "
-                "of the SGD behind and its momentum=; in front of Adam and its like use gso, or cap_updates behind it, "
-                "or another budget, for example Relative(0.2)."
+                "of the SGD behind and its momentum=; in front of Adam and its like leave budget= out for the default "
+                "that fits, or use cap_updates behind it, or gso instead."
             )
         return split
 
