@@ -95,3 +95,46 @@ def test_a_cap_behind_muon_bounds_every_row(kind):
         u, w = (a.reshape(len(a), -1) if a.ndim > 1 else a.reshape(1, -1) for a in (u, w))
         limit = 0.03 * np.maximum(np.linalg.norm(w, axis=1), 0.01 * w.shape[1] ** 0.5)
         np.testing.assert_allclose(np.linalg.norm(u, axis=1), limit, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "made, plain",
+    [
+        (
+            lambda: optax.inject_hyperparams(split_gradients)(learning_rate=0.1, momentum=0.5),
+            lambda: split_gradients(learning_rate=0.1, momentum=0.5),
+        ),
+        (lambda: optax.inject_hyperparams(split_gradients)("xsp", "fixed"), lambda: split_gradients("xsp", "fixed")),
+        (lambda: optax.inject_hyperparams(cap_updates)(learning_rate=0.1), lambda: cap_updates(learning_rate=0.1)),
+        (lambda: optax.inject_hyperparams(split_gradients)(), lambda: split_gradients()),
+        (
+            lambda: optax.inject_hyperparams(split_gradients)(collective=True, budget=gs.Relative(0.2)),
+            lambda: split_gradients(),
+        ),
+        (
+            lambda: optax.inject_hyperparams(lambda lr: optax.chain(split_gradients(), optax.contrib.muon(lr)))(lr=0.1),
+            lambda: optax.chain(split_gradients(), optax.contrib.muon(0.1)),
+        ),
+    ],
+    ids=["split, rate and momentum", "split", "cap", "default", "collective", "default, muon"],
+)
+def test_hyperparameters_may_be_injected_under_jit(made, plain):
+    params, given = tree(weights()), tree(weights(4))
+    injected, own = made(), plain()
+    bounded, _ = jax.jit(injected.update)(given, injected.init(params), params)
+    expected, _ = jax.jit(own.update)(given, own.init(params), params)
+    for x, y in zip(jax.tree.leaves(bounded), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=3e-5)
+
+
+@pytest.mark.parametrize(
+    "budget, value", [(gs.Fixed, 0.5), (gs.Relative, 0.5), (gs.Ema, 1.5), (gs.Percentile, 0.5), (gs.ZScore, 2.0)]
+)
+def test_a_traced_constant_of_a_budget_is_refused_by_name(budget, value):
+    params, given = tree(weights()), tree(weights(4))
+    optimizer = optax.inject_hyperparams(lambda constant: split_gradients("xsp", budget(constant)))(constant=value)
+
+    with pytest.raises(
+        TypeError, match=rf"{budget.__name__}\(.*=…\): expected a number, got one that is traced by jit"
+    ):
+        optimizer.init(params) and jax.jit(optimizer.update)(given, optimizer.init(params), params)
