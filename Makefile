@@ -18,6 +18,10 @@ TF        := .venv-tensorflow
 TF_LOCKED := $(TF)/.locked
 TF_TESTS  := tests/tensorflow $(wildcard tests/integrations/test_keras*.py)
 
+# The site needs no torch, and its packages may not move a version of the tests' (docs/decisions/0039).
+DOCS        := .venv-docs
+DOCS_LOCKED := $(DOCS)/.locked
+
 # The tests run in WORKERS processes; more threads than one in each would only fight for the same cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -25,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 try = for n in 1 2 3; do $(1) && exit 0; echo "attempt $$n of 3 failed: $(1)" >&2; sleep $$((5 * n)); done; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-tensorflow test-timm check static docs format bench clean
+.PHONY: help venv demo test test-tensorflow test-timm check static docs site format bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -54,6 +58,9 @@ static: $(INSTALLED) ## format, lint and types, changing nothing
 docs: $(INSTALLED) ## links, README pair and code blocks, doctests, versions in prose
 	$(PYTEST) tests/docs $(ARGS)
 
+site: $(DOCS_LOCKED) ## build the site into site/, to be opened from the disk: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --clean
+
 format: $(INSTALLED) ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -62,7 +69,7 @@ bench: $(INSTALLED) ## what a step costs here, beside a global clip and a fused 
 	$(BIN)/gradsplit bench $(ARGS)
 
 clean: ## remove caches and build products; .venv stays
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 # Debian's python3 may lack ensurepip; the system's pip can then install into the new environment.
@@ -80,6 +87,10 @@ $(LOCKED): requirements.lock | $(BIN)/python
 
 $(TF_LOCKED): requirements-tensorflow.lock | $(TF)/bin/python
 	@$(call try,$(TF)/bin/python $(INSTALL) -r requirements-tensorflow.lock)
+	@touch $@
+
+$(DOCS_LOCKED): requirements-docs.lock | $(DOCS)/bin/python
+	@$(call try,$(DOCS)/bin/python $(INSTALL) --requirement requirements-docs.lock)
 	@touch $@
 
 $(INSTALLED): pyproject.toml $(LOCKED)

@@ -43,7 +43,8 @@ def _lock(name: str = "requirements.lock") -> list[Requirement]:
 
 
 def _extras() -> list[str]:
-    return [name for name in project()["project"]["optional-dependencies"] if name != "all"]
+    """The extras of the environment that `make venv` sets up; that of the site is another one."""
+    return [name for name in project()["project"]["optional-dependencies"] if name not in {"all", "docs"}]
 
 
 def _third_party(path) -> set[str]:
@@ -53,7 +54,7 @@ def _third_party(path) -> set[str]:
 
 @pytest.mark.parametrize("path", [p for p in tracked(".py") if _third_party(p)], ids=relative)
 def test_every_import_is_declared(path):
-    declared = _requirements(*_extras())
+    declared = _requirements(*_extras(), "docs")
     names = {canonicalize_name(DISTRIBUTION.get(top, top)) for top in _third_party(path)}
     missing = names - set(declared) - DATA_ONLY - BROUGHT_BY_THE_USER - {"tomli"}
     if relative(path).startswith("benchmarks/"):
@@ -79,6 +80,17 @@ def test_the_lock_pins_what_the_extras_ask_for(python):
         (pin,) = locked[name].specifier
         assert pin.operator == "==", f"{locked[name]}: a lock names one version"
         assert asked.specifier.contains(Version(pin.version)), f"{asked} does not admit {locked[name]}"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_the_lock_of_the_site_pins_what_its_extra_asks_for(python):
+    place = {"python_version": python}
+    pins = [r for r in _lock("requirements-docs.lock") if r.marker is None or r.marker.evaluate(place)]
+    locked = {canonicalize_name(r.name): r for r in pins}
+    assert len(locked) == len(pins), "a package is pinned twice"
+    for asked in map(Requirement, project()["project"]["optional-dependencies"]["docs"]):
+        (pin,) = locked[canonicalize_name(asked.name)].specifier
+        assert pin.operator == "==" and asked.specifier.contains(Version(pin.version))
 
 
 def test_the_lock_has_exact_versions_from_no_particular_place():
