@@ -1,6 +1,6 @@
-"""What the site adds to the pages of `docs/`: a home, links that lead out of that folder, and a page per room of the code.
+"""What the site adds to the pages of `docs/`: a home, links that lead out of that folder, and names of the code.
 
-mkdocs calls the functions named `on_…`. The pages stay as a reader of the repository sees them, and no link is written twice.
+mkdocs calls the functions named `on_…`. The pages stay as a reader of the repository sees them.
 """
 
 from __future__ import annotations

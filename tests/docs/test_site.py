@@ -1,7 +1,7 @@
-"""The site: every page has its place, every link of every page leads into the site, and nothing is loaded from elsewhere.
+"""The site: every page has its place, every link leads into the site, and nothing is loaded from elsewhere.
 
-Building it needs the packages of requirements-docs.lock, which `make site` installs in an environment of its own. What moves
-the links is plain Python, and is tested here.
+Building it needs the packages of requirements-docs.lock, which `make site` installs in an environment of its own. What
+moves the links is plain Python, and is tested here.
 """
 
 from __future__ import annotations
