@@ -36,7 +36,7 @@ help: ## print this list
 
 venv: $(INSTALLED) ## set up .venv from requirements.lock (again when the lock changes)
 
-demo: $(INSTALLED) ## train detection and text with and without gradient splitting; a table and a page
+demo: $(INSTALLED) ## train a detector on photographs and a text model, by several methods and by GSO; two tables and a page
 	$(BIN)/gradsplit demo $(ARGS)
 
 test: $(INSTALLED) ## run every test; skips are printed with their reasons

@@ -7,9 +7,12 @@ another of that site. Test tiles come from the site OSBS, another landscape, and
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -49,6 +52,10 @@ INSTALL = "pip install --no-deps deepforest==2.1.0"
 HALVED, TILE, CELL, ANCHOR = 2, 64, 8, 16.0
 LIGHT = 0.3  # brightness varies by this share: the sites were flown at other hours
 TREE, BACKGROUND = 0, 1
+EXAMPLE_TILES, SHOWN = (
+    (4, 2),
+    0.3,
+)  # tiles across and down of the piece that pictures show; confidence of what they show
 
 
 def read_boxes(stem: str) -> Tensor:
@@ -157,6 +164,16 @@ def tiles(stem: str) -> Scenes:
     return Scenes(images, grids, labels, CELL)
 
 
+def _jpeg(image: Tensor) -> str:
+    """An image (3, h, w) in [-0.5, 0.5] as the base64 text of a JPEG file."""
+    from PIL import Image
+
+    pixels = ((image.permute(1, 2, 0) + 0.5) * 255).round().clamp(0, 255).byte().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=70)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 class AerialTask(DetectorTask):
     """Find the trees of an aerial photograph."""
 
@@ -184,6 +201,36 @@ class AerialTask(DetectorTask):
         images, grids, labels = (torch.stack(list(part)) for part in zip(*parts, strict=True))
         # Brightness is a factor of the light, so it acts on the values counted from black.
         return (images + 0.5) * light - 0.5, grids, labels
+
+    def example(self, model: nn.Module) -> dict[str, Any]:
+        """One piece of the validation photograph, with the boxes drawn by hand and those found.
+
+        Returns:
+            "jpeg": the piece as base64 text; "size": its width and height; "truth": boxes [x0, y0, x1, y1]; "found":
+            boxes with their confidence as a fifth number, where it is above `SHOWN`. Lengths in pixels of the piece.
+        """
+        across, down = EXAMPLE_TILES
+        image, boxes = photograph(VALIDATION)
+        places = [(TILE * column, TILE * row) for row in range(down) for column in range(across)]
+        corner = [(image.shape[2] - TILE * across) // 2, (image.shape[1] - TILE * down) // 2]
+        images = torch.stack([image[:, corner[1] + top :, corner[0] + left :][:, :TILE, :TILE] for left, top in places])
+        found = []
+        for (left, top), (corners, _, scores) in zip(places, self.finds(model, images)[2], strict=True):
+            shift = torch.tensor([left, top, left, top])
+            sure = scores > SHOWN
+            found += torch.cat([HALVED * (corners[sure] + shift), scores[sure, None]], 1).tolist()
+        local = boxes - torch.tensor(corner * 2)
+        centre = (local[:, :2] + local[:, 2:]) / 2
+        size = (TILE * across, TILE * down)
+        inside = ((centre >= 0) & (centre < torch.tensor(size))).all(-1)
+        left, top = (HALVED * at for at in corner)
+        piece = read_image(VALIDATION)[:, top : top + HALVED * size[1], left : left + HALVED * size[0]]
+        return {
+            "jpeg": _jpeg(piece),
+            "size": [HALVED * side for side in size],
+            "truth": (HALVED * local[inside]).tolist(),
+            "found": found,
+        }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Give "map50", "map" and "iou" of the validation photograph, and as "test_..." of the other site.

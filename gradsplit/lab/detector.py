@@ -247,6 +247,26 @@ class DetectorTask(Task):
         encoded = torch.cat([offset, (target[:, 2:] / self.anchor).log()], dim=-1)
         return class_loss + F.smooth_l1_loss(raw[owned], encoded, reduction="sum") / (4 * count)
 
+    def finds(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """What a model sees in images (n, c, h, w).
+
+        Returns:
+            Boxes (n, cells, cells, 4) as corners, probabilities (n, cells, cells, classes + 1), and for each image the
+            finds without doubles: boxes (found, 4), class numbers, confidences, surest first.
+        """
+        with evaluating(model):
+            parts = [model(part.to(self.device)) for part in images.split(64)]
+        raw = torch.cat([part[0] for part in parts]).cpu()
+        probability = torch.cat([part[1] for part in parts]).cpu().softmax(-1)
+        corners = to_corners(decode(raw, self.cell, self.anchor))
+        best, classes = probability[..., :-1].max(-1)
+        found = []
+        for n in range(len(raw)):
+            sure = (best[n] > CONFIDENCE_FLOOR) & corners[n].isfinite().all(-1)
+            kept = suppress(corners[n][sure], best[n][sure])
+            found.append((corners[n][sure][kept], classes[n][sure][kept], best[n][sure][kept]))
+        return corners, probability, found
+
     def score(self, model: nn.Module, scenes: Scenes) -> dict[str, float]:
         """Scores of `model` on `scenes`.
 
@@ -254,21 +274,12 @@ class DetectorTask(Task):
             "score": mean over all objects of IoU at the object's own cell x (class right there); "iou" and
             "class_accuracy", its two parts; "map" and "map50", mean average precision of everything found.
         """
-        with evaluating(model):
-            parts = [model(images.to(self.device)) for images in scenes.images.split(64)]
-        raw = torch.cat([part[0] for part in parts]).cpu()
-        probability = torch.cat([part[1] for part in parts]).cpu().softmax(-1)
-        corners = to_corners(decode(raw, self.cell, self.anchor))
-        best, classes = probability[..., :-1].max(-1)
+        corners, probability, found = self.finds(model, scenes.images)
+        classes = probability[..., :-1].argmax(-1)
         owned = scenes.labels != self.num_classes
         right = (classes[owned] == scenes.labels[owned]) & probability[owned].isfinite().all(-1)
         iou = overlap(corners[owned], scenes.boxes[owned])
-        found = []
-        for n in range(len(raw)):
-            sure = (best[n] > CONFIDENCE_FLOOR) & corners[n].isfinite().all(-1)
-            kept = suppress(corners[n][sure], best[n][sure])
-            found.append((corners[n][sure][kept], classes[n][sure][kept], best[n][sure][kept]))
-        truth = [(scenes.boxes[n][owned[n]], scenes.labels[n][owned[n]]) for n in range(len(raw))]
+        truth = [(scenes.boxes[n][owned[n]], scenes.labels[n][owned[n]]) for n in range(len(corners))]
         average, at_50 = mean_average_precision(truth, found)
         return {
             "score": float((iou * right).mean()),

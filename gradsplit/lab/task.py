@@ -125,6 +125,10 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Scores on held-out data, the workload's metric among them; never changes the model."""
 
+    def example(self, model: nn.Module) -> dict[str, Any] | None:
+        """What a model makes of one fixed piece of held-out data, for a picture; None: there is none to show."""
+        return None
+
     def batch(self, step: int) -> Batch:
         """The batch of `step` on this task's device; the same for the same (seed, step)."""
         return tuple(part.to(self.device) for part in self.draw(step))

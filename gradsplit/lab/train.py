@@ -49,6 +49,7 @@ class Result:
         worst: (name, geometric mean scale) of the bins bounded hardest.
         num_bins: how many bins there are; 0: nothing is split.
         norms: norms of all nodes, if they were watched.
+        example: from `Task.example`, if the run was watched.
     """
 
     metrics: dict[str, float]
@@ -62,6 +63,7 @@ class Result:
     worst: list[tuple[str, float]] = field(default_factory=list)
     num_bins: int = 0
     norms: NormHistory | None = None
+    example: dict[str, Any] | None = None
 
 
 def train(
@@ -82,7 +84,7 @@ def train(
         lr: learning rate > 0.
         settings: steps, optimizer, schedule, warm-up.
         strength: in the method's unit; None where it has nothing to tune.
-        watch: keep the norms of all nodes, at the price of two more measurements on the steps kept.
+        watch: keep the norms of all nodes, at the price of two more measurements on the steps kept, and an example.
         on_progress: called with the number of steps done and the last loss, every `READ_EVERY` steps.
 
     Returns:
@@ -120,7 +122,8 @@ def train(
     result.cpu_ms_a_step = 1e3 * statistics.median(cpu_of_stretches)
     result.state_per_weight = state_per_weight(arrangement.optimizer, model)
     _count(result, arrangement.control.tally)
-    result.norms = None if watcher is None else watcher.history
+    if watcher is not None:
+        result.norms, result.example = watcher.history, task.example(model)
     return result
 
 

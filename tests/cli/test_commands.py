@@ -10,7 +10,7 @@ import pytest
 
 import gradsplit as gs
 from gradsplit.cli import main
-from gradsplit.lab.demo import SCENES
+from gradsplit.lab.demo import COMPOSED, PHOTOGRAPHS, TEXT, scenes
 from gradsplit.lab.methods import METHODS
 from gradsplit.lab.registry import REGISTRY
 
@@ -96,27 +96,36 @@ def test_compare_at_each_methods_own_rate(capsys, tmp_path):
 def test_demo_ends_with_a_table_and_a_page(capsys, tmp_path):
     _run("demo", "--quick", "--out", str(tmp_path), "--jobs", "1")
     out = capsys.readouterr().out
-    for heading in ("score", "val_loss", "to target", "diverged", "scaled", "worst bin"):
+    for heading in ("val_loss", "to target", "diverged", "ms/step", "state"):
         assert heading in out
     raw = json.loads((tmp_path / "demo.json").read_text(encoding="utf8"))
-    assert [scene["workload"] for scene in raw["scenes"]] == ["detection", "gpt"]
+    assert [scene["workload"] for scene in raw["scenes"]] == [scene.workload for scene in scenes()]
     page = (tmp_path / "demo.html").read_text(encoding="utf8")
     assert str(tmp_path / "demo.html") in out.replace("\n", "")
     assert _loads_from_elsewhere(page) == []
+    assert len(page) < 1_000_000 and "plotly" not in page.lower()
+    assert page.count("data:image/jpeg") == (raw["scenes"][0]["workload"] == "aerial"), (
+        "the photograph stands there once"
+    )
     for scene in raw["scenes"]:
         for row in scene["rows"]:
             assert row["label"] in page and row["steps_run"] == 20
 
 
 def test_the_demo_shows_what_it_promises():
-    assert [scene.workload for scene in SCENES] == ["detection", "gpt"]
-    for scene in SCENES:
+    assert [scene.workload for scene in (PHOTOGRAPHS, COMPOSED, TEXT)] == ["aerial", "detection", "gpt"]
+    for scene in (PHOTOGRAPHS, COMPOSED, TEXT):
         assert scene.settings.optimizer == REGISTRY[scene.workload].optimizer
-        methods = [row.method for row in scene.rows]
-        strategies = {METHODS[name].strategy for name in methods}
-        assert {"none", "clip", "default", "gso"} <= set(methods) and {"xsp", "lbf", "tree_sp"} <= strategies
+        methods = {row.method for row in scene.rows}
+        assert {"none", "clip", "adamw+clip1+warmup", "gso"} <= methods and len(methods) == 6
+        assert ("default" in methods) == (scene is not TEXT)
         for row in scene.rows:
             assert (row.strength is not None) == bool(METHODS[row.method].strengths)
+
+
+def test_without_photographs_the_demo_shows_composed_scenes(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert [scene.workload for scene in scenes()] == ["detection", "gpt"]
 
 
 def test_plan_counts_bins_and_bytes(capsys, tmp_path, monkeypatch):

@@ -188,6 +188,28 @@ def test_tiles_hold_every_tree_whose_centre_they_hold() -> None:
     assert int((aerial.tiles(aerial.TEST).labels == aerial.TREE).sum()) == 61
 
 
+def test_an_example_holds_the_boxes_of_its_piece_in_the_photographs_own_pixels() -> None:
+    task = aerial.build_aerial(0, width=4)
+    with torch.no_grad():
+        task.model.class_head.weight.zero_()
+        task.model.class_head.bias.copy_(torch.tensor([5.0, 0.0]))  # every cell is sure of a tree
+        task.model.box_head.weight.zero_()
+    shown = task.example(task.model)
+    wide, tall = shown["size"]
+    assert (wide, tall) == (512, 256)
+    height, width = (2 * side for side in aerial.photograph(aerial.VALIDATION)[0].shape[1:])
+    corner = torch.tensor([(width - wide) // 4 * 2, (height - tall) // 4 * 2] * 2)
+    boxes = aerial.read_boxes(aerial.VALIDATION) - corner
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    inside = (x >= 0) & (x < wide) & (y >= 0) & (y < tall)
+    assert torch.allclose(torch.tensor(shown["truth"]), boxes[inside]) and int(inside.sum()) > 10
+    found = torch.tensor(shown["found"])
+    centres = (found[:, :2] + found[:, 2:4]) / 2
+    assert len({tuple(c) for c in centres.tolist()}) == len(found) > 8 * 16  # neighbours overlap by half: not doubles
+    assert torch.allclose(found[:, 2:4] - found[:, :2], torch.full((len(found), 2), 32.0), atol=1e-3)
+    assert torch.allclose(centres % 16, torch.full_like(centres, 8.0), atol=1e-3)
+
+
 def test_a_tile_cuts_boxes_and_the_larger_keeps_a_shared_cell() -> None:
     image = torch.arange(3 * 80 * 80, dtype=torch.float32).view(3, 80, 80)
     boxes = torch.tensor([[6.0, 10.0, 30.0, 30.0], [16.0, 18.0, 20.0, 22.0], [70.0, 70.0, 90.0, 90.0]])

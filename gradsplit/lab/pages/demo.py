@@ -1,22 +1,24 @@
-"""The page of the demonstration: table, training loss, and the norm of every node over the steps, before and after."""
+"""The page of the demonstration: tables, training loss, what was found in a photograph, norms before and after.
+
+Its pictures are drawn by hand, as SVG and small bitmaps, so that the page stays far below a megabyte.
+"""
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from ...watch.report.html import Section, figure_html, html_table, page, text
+from ...watch.report.html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
 from .rate_curve import line_style
+from .tables import number
 
-__all__ = ["demo_page", "heat_figure", "loss_figure"]
+__all__ = ["boxes_html", "demo_page"]
 
 _NOTHING = 1e-12  # a norm of zero has no logarithm
+TRUTH_COLOUR, FOUND_COLOUR = "#f7f7f7", "#ff8c00"
 
 
 def demo_page(scenes: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) -> str:
@@ -26,56 +28,49 @@ def demo_page(scenes: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) 
         scenes: one per workload, from `gradsplit.lab.demo.collect`.
         evidence: where the numbers come from.
     """
-    sections = [section for scene in scenes for section in _sections(scene)]
+    sections = [section for at, scene in enumerate(scenes) for section in _sections(scene, at)]
     lead = (
-        "The same model, data, seed and number of steps for every row. Tuned rows stand at the learning rate and "
-        "strength that a sweep chose for that method; untuned rows have nothing to choose but the learning "
-        "rate. Methods that do not help are shown as they are."
+        "Every row has the same model, data, seed and number of steps. Rows of other methods stand at the rate that "
+        "the named trials chose; GSO has nothing chosen. Methods that do not help are shown as they are."
     )
-    return page("gradsplit demo", lead, sections, evidence)
+    return page("gradsplit demo", lead, sections, evidence).replace("</style>", f"{HEAT_CSS}{_CSS}</style>", 1)
 
 
-def _sections(scene: Mapping[str, Any]) -> Iterable[Section]:
+def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
     name, way = scene["workload"], "higher is better" if scene["higher_is_better"] else "lower is better"
     yield Section(
         f"{name}: the table",
-        f"{scene['title'][:1].upper()}{scene['title'][1:]}. {scene['expect']} {scene['steps']} steps with "
-        f"{scene['optimizer']}; {scene['metric']}: {way}. To target: steps until "
-        "the training loss is down to where the tuned global clip ends.",
+        f"{scene['title'][:1].upper()}{scene['title'][1:]}. {scene['expect']} {scene['steps']} steps; "
+        f"{scene['metric']}: {way}. To target: steps until the training loss is down to where the global clip ends.",
         [_table(scene), text("What chose learning rate and strength: " + _choices(scene["rows"]))],
     )
+    pictured = [row for row in scene["rows"] if row.get("example")]
+    if pictured:
+        yield Section(
+            f"{name}: what each method found",
+            "A piece of the photograph that no step has seen. White: drawn by hand; orange: found with a confidence "
+            "above 0.3, the surer the stronger.",
+            [boxes_html([(row["label"], row["example"]) for row in pictured], identity=f"photo{at}")],
+        )
     yield Section(
         f"{name}: training loss",
-        "Each point is the mean of a few steps. Click a name to hide its line, twice to see it alone.",
-        [loss_figure(scene)],
+        "Each point is the mean of a few steps. A bar along the top: not finite.",
+        [_losses(scene)],
     )
-    watched = [row for row in scene["rows"] if row["norms"]]
+    watched = next((row for row in scene["rows"] if row["norms"] and row["scaled_share"]), None)
     if watched:
         yield Section(
-            f"{name}: the norm of every node, before and after",
-            "Each line of the map is a node of the module tree: the whole gradient, modules, tensors. Colour: power of "
-            "ten of its norm; black: not finite, or the run had ended. Left as measured after backward, right what "
-            "reached the optimizer. GSO and the default in Adam's place bound inside their update, so there the two "
-            "are the same.",
-            [figure_html(heat_figure(watched))],
+            f"{name}: norms before and after, {watched['label']}",
+            "Each line of the maps is a node of the module tree: the whole gradient, modules, tensors. Colour: its "
+            "norm over its own median before. First as measured after backward, then what reached the optimizer.",
+            [_norms(watched["norms"], part, f"norms{at}{part}") for part in ("before", "after")],
         )
 
 
 def _table(scene: Mapping[str, Any]) -> str:
     metric = scene["metric"]
-    headings = [
-        "method",
-        "lr",
-        "strength",
-        metric,
-        "to target",
-        "diverged",
-        "bins",
-        "scaled",
-        "not finite",
-        "worst bin × mean scale",
-        "s",
-    ]
+    headings = ["method", "lr", "strength", metric, "to target", "diverged", "bins scaled", "worst bin × mean scale",
+                "CPU ms a step", "state bytes / weight bytes"]  # fmt: skip
     rows = []
     for row in scene["rows"]:
         worst = row["worst"][0] if row["worst"] else None
@@ -83,14 +78,13 @@ def _table(scene: Mapping[str, Any]) -> str:
             row["label"],
             f"{row['lr']:g}",
             "" if row["strength"] is None else f"{row['strength']:g}",
-            "–" if row["score"] is None else f"{row['score']:.3f}",
+            number(row["score"]),
             "never" if row["steps_to_target"] is None else f"{row['steps_to_target']}",
             _verdict(row),
-            f"{row['num_bins']}" if row["num_bins"] else "",
             _percent(row["scaled_share"]),
-            _percent(row["zeroed_share"]),
             "" if worst is None else f"{worst[0]} × {worst[1]:.1g}",
-            f"{row['seconds']:.1f}",
+            number(row.get("cpu_ms_a_step"), 1),
+            number(row.get("state_per_weight"), 1),
         ])  # fmt: skip
     return html_table(headings, rows, bold=[at for at, row in enumerate(scene["rows"]) if row["ours"]])
 
@@ -113,92 +107,78 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %" if share else "0"
 
 
-def loss_figure(scene: Mapping[str, Any]) -> go.Figure:
-    """Training loss of every row, one line each; ours solid, other people's dashed."""
-    figure = go.Figure()
+def _losses(scene: Mapping[str, Any]) -> str:
     style = line_style([(row["label"], row["ours"]) for row in scene["rows"]])
+    lines, kept = [], sorted(loss for row in scene["rows"] for loss in row["losses"] if loss is not None)
+    most = (
+        1e4 * abs(kept[len(kept) // 2]) if kept else 0.0
+    )  # a run that explodes must not press all others into one line
     for row in scene["rows"]:
         stride = row["steps_run"] / max(len(row["losses"]), 1)
-        figure.add_scatter(
-            x=[round((at + 1) * stride) for at in range(len(row["losses"]))],
-            y=row["losses"],
-            name=html.escape(row["label"]),  # plotly reads some HTML in its texts
-            line={"color": style[row["label"]][0], "dash": style[row["label"]][1], "width": 1.8},
-            hovertemplate="%{y:.4g} at step %{x}<extra>" + html.escape(row["label"]) + "</extra>",
-        )
-    finite = [loss for row in scene["rows"] for loss in row["losses"] if loss is not None and loss > 0]
-    log = bool(finite) and max(finite) > 20 * min(finite)
-    figure.update_yaxes(title="training loss", type="log" if log else "linear", **({"dtick": 1} if log else {}))
-    if log:  # a run that explodes to 1e30 must not press all others into one line
-        low, high = min(finite), min(max(finite), 1e4 * sorted(finite)[len(finite) // 2])
-        figure.update_yaxes(range=[math.log10(low) - 0.1, math.log10(high) + 0.1])
-    figure.update_xaxes(title="step")
-    figure.update_layout(height=420)
-    return figure
+        y = np.array([np.nan if loss is None or loss > most else loss for loss in row["losses"]])
+        lines.append(Line(row["label"], style[row["label"]][0], np.arange(1, len(y) + 1) * stride, y))
+    return courses("training loss", lines)
 
 
-def heat_figure(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Norms of every node over the steps, before | after, one method at a time, chosen from a menu.
-
-    Args:
-        rows: with "label" and "norms": names, levels, steps, before and after as lists.
-    """
-    maps = [(_powers(row["norms"]["before"]), _powers(row["norms"]["after"])) for row in rows]
-    live = [part[np.isfinite(part) & (part > np.log10(_NOTHING))] for pair in maps for part in pair]
-    finite = np.concatenate([*live, np.zeros(1)])
-    low, high = np.floor(np.quantile(finite, 0.01)), np.ceil(np.quantile(finite, 0.995))
-    shown = next((at for at, row in enumerate(rows) if row["method"] == "default"), 0)
-    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=("before", "after"))
-    for at, (row, pair) in enumerate(zip(rows, maps, strict=True)):
-        norms = row["norms"]
-        labels = [
-            html.escape(_indented(name, level)) for name, level in zip(norms["names"], norms["levels"], strict=True)
-        ]
-        for side, powers in enumerate(pair):
-            figure.add_trace(
-                go.Heatmap(
-                    z=powers.T.astype(np.float32), x=norms["steps"], y=labels, zmin=low, zmax=max(high, low + 1),
-                    colorscale="Viridis", visible=at == shown, showscale=side == 1,
-                    colorbar={"title": "log10 norm", "thickness": 14},
-                    hovertemplate="%{y}<br>step %{x}: 10^%{z:.2f}<extra></extra>",
-                ),
-                row=1, col=side + 1,
-            )  # fmt: skip
-    buttons = [
-        {
-            "label": html.escape(row["label"]),
-            "method": "update",
-            "args": [{"visible": [i // 2 == at for i in range(2 * len(rows))]}],
-        }
-        for at, row in enumerate(rows)
-    ]
-    num_nodes = len(rows[0]["norms"]["names"])
-    figure.update_yaxes(
-        autorange="reversed", tickfont={"size": 10, "family": "ui-monospace, monospace"}, automargin=True
+def _norms(norms: Mapping[str, Any], part: str, identity: str) -> str:
+    """One heat map; None in the lists stands for a norm that was not finite."""
+    before, shown = (
+        np.array([[np.nan if v is None else v for v in line] for line in norms[name]], dtype=np.float64)
+        for name in ("before", part)
     )
-    figure.update_xaxes(title="step", showgrid=False)
-    figure.update_yaxes(showgrid=False)
-    menu = {
-        "buttons": buttons,
-        "active": shown,
-        "x": 0,
-        "xanchor": "left",
-        "y": 1.0,
-        "yanchor": "bottom",
-        "pad": {"b": 30},
-    }
-    figure.update_layout(height=max(380, 150 + 14 * num_nodes), plot_bgcolor="#111", updatemenus=[menu])
-    return figure
-
-
-def _powers(norms: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Powers of ten, two digits after the point; NaN where a norm was not finite."""
-    values = np.array([[np.nan if value is None else value for value in line] for line in norms], dtype=np.float64)
-    made: np.ndarray = np.round(np.log10(np.maximum(values, _NOTHING)), 2)
-    return made
+    with np.errstate(divide="ignore", invalid="ignore"):
+        usual = np.array([np.median(column[np.isfinite(column)]) if np.isfinite(column).any() else 1.0
+                          for column in before.T])  # fmt: skip
+        powers = np.log10(np.maximum(shown, _NOTHING) / np.maximum(usual, _NOTHING))
+    names = [_indented(name, level) for name, level in zip(norms["names"], norms["levels"], strict=True)]
+    made = heat(powers, ~np.isfinite(shown), np.asarray(norms["steps"]), names, identity)
+    return f"{text(part)}{made}"
 
 
 def _indented(name: str, level: str) -> str:
     if level == "root":
         return "whole gradient"
     return name if level == "tensor" else f"{name}.*"
+
+
+def boxes_html(examples: Sequence[tuple[str, Mapping[str, Any]]], identity: str) -> str:
+    """The same piece of a photograph once per method, with boxes; its pixels stand in the page once.
+
+    Args:
+        examples: pairs of a label and what `AerialTask.example` gives, all of one piece.
+        identity: of these pictures within the page.
+    """
+    first = examples[0][1]
+    wide, tall = first["size"]
+    style = (
+        f"<style>.{identity}{{background:url(data:image/jpeg;base64,{first['jpeg']}) 0 0/100% 100%;"
+        f"aspect-ratio:{wide}/{tall}}}</style>"
+    )
+    figures = "".join(
+        f'<div class="piece"><div class="{identity}"><svg viewBox="0 0 {wide} {tall}" role="img" '
+        f'xmlns="http://www.w3.org/2000/svg">{box_marks(example)}</svg></div>'
+        f"<p>{html.escape(label)}: {len(example['found'])} found, {len(example['truth'])} drawn</p></div>"
+        for label, example in examples
+    )
+    return f'{style}<div class="pieces">{figures}</div>'
+
+
+def box_marks(example: Mapping[str, Any]) -> str:
+    """Rectangles of the boxes drawn by hand and of those found, in pixels of the piece."""
+    marks = [_rectangle(box, TRUTH_COLOUR, 1.0, 1.5) for box in example["truth"]]
+    marks += [_rectangle(box[:4], FOUND_COLOUR, 0.35 + 0.65 * box[4], 2.5) for box in example["found"]]
+    return "".join(marks)
+
+
+def _rectangle(box: Sequence[float], colour: str, opacity: float, width: float) -> str:
+    x0, y0, x1, y1 = (min(max(value, -1e4), 1e4) for value in box)
+    return (
+        f'<rect x="{x0:.0f}" y="{y0:.0f}" width="{max(x1 - x0, 0):.0f}" height="{max(y1 - y0, 0):.0f}" fill="none" '
+        f'stroke="{colour}" stroke-opacity="{opacity:.2f}" stroke-width="{width:g}"/>'
+    )
+
+
+_CSS = """
+.pieces{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:12px}
+.pieces svg{width:100%;height:100%;display:block}.piece p{font-size:.9rem;margin-top:4px}
+"""
