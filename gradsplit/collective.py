@@ -6,6 +6,10 @@
 s_b begins as the bin's first norm. Where c > 5 it becomes 1.05 s_b, so that a jump that stays is let through within a
 hundred steps. Else it becomes min(max(||g_b||, f s_b), 2 s_b) with f = min(0.98, t / (t + 2)) at step t, so that a
 spike in the first steps is soon forgotten. A bin whose gradient is zero or not finite keeps its s_b.
+
+Where fewer than 16 bins have a gradient and a recent norm, the rule is silent. With one or two bins the median is a
+single row. With 16, nine must jump at once: if each did so by itself in one step of twenty, that would happen once in
+sixty million steps. Every bin is bounded by its own budget all the same.
 """
 
 from __future__ import annotations
@@ -16,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COLLECTIVE", "FALLS", "LET_THROUGH", "RISES", "Collective", "Recent"]
+__all__ = ["COLLECTIVE", "ENOUGH", "FALLS", "LET_THROUGH", "RISES", "Collective", "Recent"]
 
 COLLECTIVE = 5.0
 """The median ratio of norms to recent norms beyond which the batch counts as scaled as a whole."""
 
 LET_THROUGH, FALLS, RISES = 1.05, 0.98, 2.0
-_ENOUGH = 16  # rows that must have been seen before a median of a part of the tensors says anything
+
+ENOUGH = 16
+"""The number of bins with a gradient and a recent norm from which a median says anything of the whole batch."""
 
 
 class Collective:
@@ -32,7 +38,7 @@ class Collective:
         one_by_one: tensors come one after the other, during the backward pass. The median is then over those that have
             come so far in this pass: over their own medians, each counted as often as it has rows.
 
-    >>> collective, recent_B, ones_B = Collective(), torch.zeros(3), torch.ones(3)
+    >>> collective, recent_B, ones_B = Collective(), torch.zeros(16), torch.ones(16)
     >>> for step, size in enumerate((1.0, 1.0, 1000.0)):
     ...     factor, recent_B = collective.look(size * ones_B, ones_B > 0, recent_B, torch.tensor(float(step)))
     >>> factor
@@ -63,15 +69,15 @@ class Collective:
         return factor, torch.where(seen_B, torch.where(recent_B > 0, moved_B, norm_B * factor), recent_B)
 
     def median(self, ratio_B: Tensor) -> Tensor:
-        """Return the median of ratios, 0-d; nan where nothing is known. Ratios (B,) that say nothing are nan."""
+        """Return the median of ratios, 0-d; nan where too few are known. Ratios (B,) that say nothing are nan."""
         if not self.one_by_one:
-            return torch.nanmedian(ratio_B)
+            return torch.where((~ratio_B.isnan()).sum() >= ENOUGH, torch.nanmedian(ratio_B), torch.nan)
         self._medians.append(torch.nanmedian(ratio_B))
         self._counts.append((~ratio_B.isnan()).sum())
         medians, order = torch.stack(self._medians).sort()  # nan come last, with a count of zero
         counts = torch.stack(self._counts)[order].cumsum(0)
         middle = medians[torch.searchsorted(counts * 2, counts[-1]).clamp(max=len(medians) - 1)]
-        return torch.where(counts[-1] >= _ENOUGH, middle, torch.nan)
+        return torch.where(counts[-1] >= ENOUGH, middle, torch.nan)
 
     def settle(self) -> None:
         """End a step in which the tensors came one by one."""

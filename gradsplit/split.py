@@ -259,8 +259,11 @@ class Split:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The tensors as this rank holds them, sharing memory."""
-        return [local_of(tensor) for tensor in self.tensors] if self.is_sharded else self.tensors
+        """The tensors as this rank holds them, in the forms of the plan's layout, sharing memory."""
+        if not self.is_sharded:
+            return self.tensors
+        forms = self.local_plan.layout.shapes
+        return [_in_form(local_of(tensor), form) for tensor, form in zip(self.tensors, forms, strict=True)]
 
     @property
     def bins_in_one_tensor(self) -> bool:
@@ -456,6 +459,13 @@ class Split:
         if self.update is not None:
             self.update.load_state_dict(state["update"], call=call)
         self.load_tops(tops)
+
+
+def _in_form(local: Tensor, form: tuple[int, ...]) -> Tensor:
+    """What a rank holds, in the form that a plan knows it by; complex numbers as pairs where the plan does so."""
+    if local.shape == form:
+        return local
+    return (torch.view_as_real(local) if local.is_complex() else local).view(form)
 
 
 def _spared(decision: Decision, squares_B: Tensor, overflow: Tensor) -> Decision:

@@ -68,7 +68,8 @@ class ShardedKernel(Kernel):
     ) -> None:
         super().__init__(plan, tensors[0].device)
         self.group = group
-        shards = [shard_of(name, t) for name, t in zip(plan.layout.names, tensors, strict=True)]
+        layout = plan.layout
+        shards = [shard_of(*one) for one in zip(layout.names, tensors, layout.shapes, strict=True)]
         self.local_plan = local_plan_of(plan, shards)
         # Measured and scaled by pieces of bins, one per tensor; nearly always these are the bins.
         pieces, self._bin_of_piece = pieces_of(plan)
@@ -86,9 +87,10 @@ class ShardedKernel(Kernel):
                 f"ShardedKernel(…): expected the ranks to hold a whole number of copies, got {float(copies[b]):g} of "
                 f"{pieces.bins[b].name!r}. Pass process_group= with the ranks that share these parameters."
             )
-        mine = self.local_plan.numel_B
-        spread_B = self.add_(self._vector((mine > 0) & (mine < plan.numel_B)))
-        self.spread_B = spread_B.cpu().numpy() > 0
+        mine, held_T, numel_T = self.local_plan.numel_B, self.local_plan.layout.numels, plan.layout.numels
+        parts = [(mine > 0) & (mine < plan.numel_B), np.array(held_T) < np.array(numel_T)]
+        spread = self.add_(self._vector(np.concatenate(parts))).cpu().numpy() > 0
+        self.spread_B, self.is_whole_T = spread[: plan.num_bins], ~spread[plan.num_bins :]
         self.bins_are_local = not bool(self.spread_B.any())
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:

@@ -54,8 +54,14 @@ def whole_of(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def shard_of(name: str, tensor: Tensor) -> Shard:
+def shard_of(name: str, tensor: Tensor, form: tuple[int, ...] | None = None) -> Shard:
     """Return where this rank's part of a tensor lies.
+
+    Args:
+        name: for errors.
+        tensor: plain, or a DTensor.
+        form: the shape as which its split sees a DTensor, of the same numbers in the same order: experts (E, out, in)
+            as (E * out, in), complex numbers as pairs. None: its own shape.
 
     Raises:
         ValueError: a placement whose part is not a block of the matrix view (a shard of dim 2 or later), or a pending
@@ -71,6 +77,8 @@ def shard_of(name: str, tensor: Tensor) -> Shard:
             f"shard_of({name!r}): expected a gradient that has been reduced, got placements {placements}. Split after "
             "the reduction: after backward(), outside no_sync()."
         )
+    if form is not None and form != shape:
+        return _shard_as(name, tensor, form)
     if any(getattr(placement, "dim", 0) > 1 for placement in placements):
         raise ValueError(
             f"shard_of({name!r}): expected shards along dim 0 or 1, got placements {placements} of shape {shape}. A "
@@ -83,6 +91,48 @@ def shard_of(name: str, tensor: Tensor) -> Shard:
         return Shard(local, 0, 1 if size else 0, start, start + size)
     behind = math.prod(shape[2:])
     return Shard(local, offset[0], offset[0] + local[0], offset[1] * behind, (offset[1] + local[1]) * behind)
+
+
+def _shard_as(name: str, tensor: DTensor, form: tuple[int, ...]) -> Shard:
+    """Where this rank's part lies in another form of the tensor: some first dimensions count rows, the others columns.
+
+    Raises:
+        ValueError: a part that is no block of that form.
+    """
+    sizes, (local, offset) = tuple(int(size) for size in tensor.shape), _local_shape_and_offset(tensor)
+    if math.prod(form) == 2 * math.prod(sizes):  # pairs of real numbers
+        sizes, local, offset = (*sizes, 2), (*local, 2), (*offset, 0)
+    num_rows = form[0] if len(form) > 1 else 1
+    cut = next((k for k in range(len(sizes) + 1) if math.prod(sizes[:k]) == num_rows), 0)
+    rows, cols = (_run(sizes[at], local[at], offset[at]) for at in (slice(cut), slice(cut, None)))
+    if rows is None or cols is None:
+        raise ValueError(
+            f"shard_of({name!r}): expected a shard that is a block of {num_rows} rows, got placements "
+            f"{tensor.placements} of shape {tuple(tensor.shape)}, which is seen as {form}. Shard dim 0 instead."
+        )
+    if 0 in local:
+        rows = cols = (0, 0)
+    if len(form) < 2:
+        shape: tuple[int, ...] = (cols[1] - cols[0],)
+    elif form == sizes:
+        shape = local
+    else:
+        pairs = form[2:]
+        shape = (rows[1] - rows[0], (cols[1] - cols[0]) // math.prod(pairs), *pairs)
+    return Shard(shape, *rows, *cols)
+
+
+def _run(sizes: tuple[int, ...], local: tuple[int, ...], offset: tuple[int, ...]) -> tuple[int, int] | None:
+    """First and last place of a block in the row-major order of all places, half open; None if it has gaps.
+
+    >>> _run((4, 3), (2, 3), (2, 0)), _run((1, 6), (1, 2), (0, 4)), _run((4, 3), (4, 1), (0, 2))
+    ((6, 12), (4, 6), None)
+    """
+    first = next((i for i, size in enumerate(local) if size != 1), len(local))
+    if any(part != size for part, size in zip(local[first + 1 :], sizes[first + 1 :], strict=True)):
+        return None
+    start = sum(at * math.prod(sizes[i + 1 :]) for i, at in enumerate(offset))
+    return start, start + math.prod(local)
 
 
 def _local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

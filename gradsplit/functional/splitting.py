@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..budget import Decision, State, begin, budgets_by_level, decide, sums_for, terms_of, warn_of_idle_limits
-from ..collective import COLLECTIVE, FALLS, LET_THROUGH, RISES
+from ..collective import COLLECTIVE, ENOUGH, FALLS, LET_THROUGH, RISES
 from ..plan import Plan
 from ..xp import Array, namespace
 from .arrays import Oriented, Patterns
@@ -50,8 +50,8 @@ def collective_factor(norm_B: Array, seen_B: Array, recent_B: Array, steps: Arra
     recent_B = xp.cast(recent_B, norm_B)
     known_B = recent_B > 0
     ratio_B = norm_B / xp.where(known_B, recent_B, recent_B * 0.0 + 1.0)
-    median = xp.median(xp.where(seen_B & known_B, ratio_B, float("nan")))
-    fired = median > COLLECTIVE  # nan, where nothing is known yet, is not above
+    median = xp.median(xp.where(seen_B & known_B, ratio_B, float("nan")), fewest=ENOUGH)
+    fired = median > COLLECTIVE  # nan, where too little is known, is not above
     factor = xp.where(fired, 1.0 / median, 1.0)
     steps = xp.cast(steps, norm_B)
     falls = xp.minimum(steps / (steps + 2.0), xp.asarray(FALLS, steps))

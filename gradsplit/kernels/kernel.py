@@ -43,6 +43,7 @@ class Kernel(ABC):
         device: where the tensors are, and where results are returned.
         local_plan: what this process holds of the plan; the plan itself unless tensors are sharded.
         spread_B: (B,) bool, whether some rank holds a part of a bin and not all of it, as of a bias under FSDP.
+        is_whole_T: (T,) bool, whether every rank holds the whole tensor.
         bins_are_local: no bin is spread: every rank that holds a part of a bin holds all of it.
         bounds_while_reading: `bound_` can do its work; otherwise a caller need not make the table of limits for it.
         by_name: the user asked for this backend by name, so what it cannot do raises where it would fall back.
@@ -56,6 +57,7 @@ class Kernel(ABC):
         self.plan, self.device = plan, device
         self.local_plan = plan
         self.spread_B = np.zeros(plan.num_bins, dtype=bool)
+        self.is_whole_T = np.ones(len(plan.layout), dtype=bool)
         self.bins_are_local = True
 
     @abstractmethod

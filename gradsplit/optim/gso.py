@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
-from ..hooks import without_compiler_guard
+from ..hooks import constant_while_traced, not_traced, without_compiler_guard
 from ..plan import refuse_lazy
 from ..split import StepRecord
 from .in_backward import InBackward, check_model
@@ -32,7 +32,7 @@ from .parts import (
     step_part,
     translated,
 )
-from .share import ShareUpdate
+from .share import Clock, ShareUpdate
 
 __all__ = ["GSO"]
 
@@ -43,7 +43,6 @@ _KEPT = (
     "_one_tensor_a_part",
     "_kinds",
     "_steps",
-    "_count",
     "_told",
     "_direction",
     "_blocks",
@@ -107,7 +106,9 @@ class GSO(Optimizer):
         backend, process_group, stages: see `GradientSplitter`.
         in_backward: update each parameter as soon as backward has completed its gradient, and free the gradient; needs
             limits that look at one tensor each. ``step()`` then only ends the step; see `accumulating`.
-        sinks: functions called with the `StepRecord` of every part after every step.
+        sinks: functions called with the record of every part after every step, a `ShareRecord`: what was bounded,
+            which rows stand at their growth limit, and by how much each step was turned away from its gradient. A
+            step under ``torch.compile`` leaves its graph for them.
 
     Raises:
         ValueError: a constant out of its range, no parameters, an unknown name; a direction without a rule for a
@@ -177,14 +178,14 @@ class GSO(Optimizer):
             "stages": stages,
             "fused": False if differentiable else fused,
         }
-        self._direction, self._blocks, self.sinks = direction, blocks, list(sinks)
+        self._direction, self._blocks, self.sinks, self.measures = direction, blocks, list(sinks), False
         self._one_tensor_a_part = in_backward
         self._in_backward: InBackward | None = None
         self._overrides: list[dict[str, Any]] = []
         self._kinds: list[list[Kind]] = []  # of each group, one per parameter
         self._shared_groups = 0
         self._parts: list[Part] = []
-        self._steps, self._count, self._told = steps, 0, False
+        self._steps, self._told = steps, False
         self._owners: dict[int, tuple[nn.Module, str]] = {}
         if isinstance(params, nn.Module):
             model: nn.Module = getattr(params, "_orig_mod", params)  # torch.compile puts it behind a prefix
@@ -206,7 +207,7 @@ class GSO(Optimizer):
         if by_share:
             check_names(direction, blocks, [name for group in self.param_groups for name in _names_of(group)])
         self._shared_groups = len(self.param_groups)
-        self._build()
+        self._build(0)
         if in_backward:
             self._in_backward = InBackward(self)
 
@@ -253,9 +254,14 @@ class GSO(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, or to zero."""
+        self._tell_of_the_end(reads_device=False)
         without_compiler_guard(super().zero_grad)(set_to_none)
 
-    def _build(self) -> None:
+    def _build(self, made: int) -> None:
+        capturable = any(group["capturable"] for group in self.param_groups)
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        self._clock = Clock(self._steps, first.device if capturable and first is not None else None)
+        self._clock.set(made)
         self._collective = Collective(one_by_one=self._one_tensor_a_part)
         shared = [i for i in range(self._shared_groups) if not self._overrides[i]]
         self._parts = self._made_part(shared, self._options) if shared else []
@@ -264,17 +270,15 @@ class GSO(Optimizer):
                 self._parts += self._made_part([i], {**self._options, **self._overrides[i]})
 
     def _made_part(self, groups: list[int], options: Mapping[str, Any]) -> list[Part]:
-        made = make_parts(
+        return make_parts(
             self,
             groups,
             options,
             [kind for i in groups for kind in self._kinds[i]] if self.by_share else None,
             self._collective,
+            self._clock,
             one_tensor_each=self._one_tensor_a_part,
         )
-        for part in made:
-            part.set_schedule(self._steps, self._count)
-        return made
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once.
@@ -306,19 +310,32 @@ class GSO(Optimizer):
             self._init_group()
             for part in self._parts:
                 self._step_part(part, scaling)
-        self._count += 1
-        for part in self._parts:
-            part.advance()
-        for sink in self.sinks:
-            for record in self.records:
-                sink(record)
+        self._clock.advance()
+        if self._watched():
+            self._show()
         return loss
+
+    @constant_while_traced
+    def _watched(self) -> bool:
+        """Whether there are sinks; torch's compiler would look into them, and trace anew whenever one has changed."""
+        return bool(self.sinks)
+
+    @not_traced
+    def _show(self) -> None:
+        """Hand the records to the sinks; a traced step leaves its graph for it."""
+        for record in self.records:
+            for sink in self.sinks:
+                sink(record)
 
     @property
     def records(self) -> list[StepRecord]:
-        """What the last step did: one record per part; there is one part unless groups have plans of their own."""
-        made = (part.record(self._count - 1) for part in self._parts)
-        return [record for record in made if record is not None]
+        """What the last step did: one record per part; there is one part unless groups have plans of their own.
+
+        By how much steps were turned is measured where there are sinks, or ``measures`` is set: see `ShareRecord`.
+        """
+        self._tell_of_the_end()
+        step = int(self._clock.made) - 1
+        return [record for part in self._parts if (record := part.record(step)) is not None]
 
     def _check_schedule(self) -> None:
         for group in self.param_groups if self.by_share else ():
@@ -331,13 +348,27 @@ class GSO(Optimizer):
                 f"GSO(steps={self._steps}): expected no scheduler beside steps=, which already lets the share fall to "
                 "zero. Leave one of the two out."
             )
-        if self._count >= self._steps and not self._told:
+        self._tell_of_the_end(begun=1, reads_device=False)
+
+    def _tell_of_the_end(self, *, begun: int = 0, reads_device: bool = True) -> None:
+        """Warn once of a step beyond ``steps=``: when it begins, or behind a traced step at the next look from outside.
+
+        Args:
+            begun: 1 inside a step that is not counted yet.
+            reads_device: look at a count for which a device must be waited for.
+        """
+        if self._steps is None or self._told or torch.compiler.is_compiling():
+            return
+        if not reads_device and self._clock.made.device.type != "cpu":
+            return
+        made = int(self._clock.made) + begun
+        if made > self._steps:
             self._told = True
             warnings.warn(
-                f"GSO(steps={self._steps}): step {self._count} is beyond the end of the run, and the share stays at "
+                f"GSO(steps={self._steps}): step {made - 1} is beyond the end of the run, and the share stays at "
                 "zero. Give steps= the whole length, or use a scheduler.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _init_group(self) -> None:
@@ -349,6 +380,8 @@ class GSO(Optimizer):
             make_memories(self, part, self._options["second_moment"])
 
     def _step_part(self, part: Part, scaling: Scaling | None = None) -> None:
+        if isinstance(part.update, ShareUpdate):
+            part.update.measures = self.measures or self._watched()
         step_part(self, part, scaling, alone=self._one_tensor_a_part or not part.split.needs_others)
 
     def _step_of(self, owner: Tensor) -> None:
@@ -377,15 +410,12 @@ class GSO(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state, and under "gradsplit" what no parameter holds: histories, usual norms, the count."""
+        self._tell_of_the_end()
         return {**without_compiler_guard(super().state_dict)(), **self._history()}
 
     def _history(self) -> dict[str, Any]:
         saved: dict[str, Any] = {HISTORY: [part.state() for part in self._parts]}
-        if self.by_share:
-            # torch's compiler forgets what a traced step writes to an optimizer, but no tensor of a part.
-            taken = [int(part.update.taken) for part in self._parts if isinstance(part.update, ShareUpdate)]
-            saved[COUNT] = max(taken, default=0) if self._steps else self._count
-        return saved
+        return {**saved, COUNT: int(self._clock.made)} if self.by_share else saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -408,9 +438,7 @@ class GSO(Optimizer):
             self._parts = parts
             load_history(self._parts, before)
             raise
-        self._count = int(state_dict.get(COUNT, 0))
-        for part in self._parts:
-            part.set_schedule(self._steps, self._count)
+        self._clock.set(int(state_dict.get(COUNT, 0)))
         mend_memories(self, state_dict)
 
     def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:
@@ -435,24 +463,24 @@ class GSO(Optimizer):
             self._parts = [part for parts in made for part in parts]
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in _KEPT} | {"_count": self._history().get(COUNT, self._count)}
+        own = {key: self.__dict__[key] for key in _KEPT}
         if callable(self._direction):  # a function may not be picklable; what it chose is kept with the kinds
             own["_direction"] = "auto"
-        own |= {"_owners": {}, "sinks": []}
+        own |= {"_owners": {}, "sinks": [], "measures": False}
         if callable(self._options["plan"]) and self._parts:  # a function may not be picklable; the plan it made is
             own["_options"] = {**self._options, "plan": self._parts[0].split.plan}
         own["_options"] = {**own["_options"], "process_group": None, "stages": None}  # a group ends with its process
         base: dict[str, Any] = super().__getstate__()
-        return {**base, **own, "_history": [part.state() for part in self._parts]}
+        return {**base, **own, "_history": [part.state() for part in self._parts], "_made": int(self._clock.made)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        history = state.pop("_history", None)
+        history, made = state.pop("_history", None), state.pop("_made", 0)
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in {**FLAGS, **self.defaults}.items():
                 group.setdefault(key, value)
         if history is not None:  # a copy or an unpickled one; load_state_dict keeps its parts
-            self._build()
+            self._build(made)
             self._in_backward = InBackward(self) if self._one_tensor_a_part else None
             for part, saved in zip(self._parts, history, strict=True):
                 part.load(saved, call="GSO.__setstate__(…)")

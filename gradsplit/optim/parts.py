@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..plan import Layout, Plan, make_plan, one_device, part_of
 from ..split import Split, StepRecord
 from .directions import DIRECTIONS
 from .kinds import Kind
-from .share import ShareUpdate
+from .share import Clock, ShareUpdate
 from .updates import Update, make_update, refusal_of_fused
 
 __all__ = [
@@ -72,19 +73,10 @@ class Part:
         if isinstance(self.update, ShareUpdate) and "share" in state:
             self.update.load(state["share"], call=call)
 
-    def set_schedule(self, steps: int | None, taken: int) -> None:
-        """Let the share fall to zero over a number of steps, of which some have been taken."""
-        if isinstance(self.update, ShareUpdate):
-            self.update.run_length = steps
-            self.update.taken = torch.full_like(self.update.taken, taken)
-
-    def advance(self) -> None:
-        """End a step of the built-in schedule."""
-        if isinstance(self.update, ShareUpdate) and self.update.run_length is not None:
-            self.update.taken = self.update.taken + 1
-
     def record(self, step: int) -> StepRecord | None:
         """Return the record of the last step, numbered ``step``; None before the first."""
+        if isinstance(self.update, ShareUpdate):
+            return self.update.record(step)
         decision = self.update.decision
         if decision is None:
             return None
@@ -105,6 +97,7 @@ def make_parts(
     options: Mapping[str, Any],
     kinds: Sequence[Kind] | None,
     collective: Collective,
+    clock: Clock,
     *,
     one_tensor_each: bool,
 ) -> list[Part]:
@@ -116,6 +109,7 @@ def make_parts(
         options: ``second_moment`` and ``fused`` as in `GSO`, the others as in `Split`.
         kinds: one per parameter for the share step; None: updates as by AdamW.
         collective: shared by all parts.
+        clock: likewise.
         one_tensor_each: one part per tensor, for updates inside backward.
 
     Raises:
@@ -140,8 +134,9 @@ def make_parts(
         kept = [t for t, p in enumerate(owners) if p.requires_grad or names[t] in plan.layout.names]
         names, positions = [names[t] for t in kept], [positions[t] for t in kept]
         owners, held = [owners[t] for t in kept], None if held is None else [held[t] for t in kept]
-    part = _make_part(optimizer, names, owners, positions, options, held, collective)
-    return _one_by_one(part, collective) if one_tensor_each else [part]
+    shared = collective, clock
+    part = _make_part(optimizer, names, owners, positions, options, held, shared)
+    return _one_by_one(part, shared) if one_tensor_each else [part]
 
 
 def _make_part(
@@ -151,7 +146,7 @@ def _make_part(
     positions: list[int],
     options: Mapping[str, Any],
     kinds: list[Kind] | None,
-    collective: Collective,
+    shared: tuple[Collective, Clock],
 ) -> Part:
     more = dict(options)
     second_moment, fused = more.pop("second_moment"), more.pop("fused")
@@ -160,7 +155,8 @@ def _make_part(
         seen(name, p, None if kinds is None else kinds[t])
         for t, (name, p) in enumerate(zip(names, owners, strict=True))
     ]
-    layout = Layout(tuple(names), tuple(tuple(int(size) for size in p.shape) for p in tensors))
+    forms = [form_of(p, None if kinds is None else kinds[t]) for t, p in enumerate(owners)]
+    layout = Layout(tuple(names), tuple(forms))
     plan = make_plan(more.pop("plan"), layout, call=_CALL)
     split = Split(plan, tensors, more.pop("budget"), owners=owners, caps_updates=True, call=_CALL, **more)
     split.read_rates(optimizer)
@@ -177,21 +173,21 @@ def _make_part(
             f"GSO(budget=…): expected budgets of gradients, got {split.update_budgets[0][1]!r}, which bounds the "
             "update: here every row moves by its share. Leave it out, or use direction='adam'."
         )
-    return Part(split, positions, _update(split, kinds, collective, fused), kinds)
+    return Part(split, positions, _update(split, kinds, shared, fused), kinds)
 
 
-def _update(split: Split, kinds: list[Kind] | None, collective: Collective, fused: bool | None) -> Update:
+def _update(split: Split, kinds: list[Kind] | None, shared: tuple[Collective, Clock], fused: bool | None) -> Update:
     if kinds is None:
         return make_update(split, fused=fused)
     compiled = split.kernel.name == "numba" and fused is not False
     if fused and not compiled:
         raise RuntimeError(refusal_of_fused(split))
     made = importlib.import_module(".updates.share_numba", __package__).CompiledShare if compiled else ShareUpdate
-    update: ShareUpdate = made(split, kinds, collective)
+    update: ShareUpdate = made(split, kinds, *shared)
     return update
 
 
-def _one_by_one(part: Part, collective: Collective) -> list[Part]:
+def _one_by_one(part: Part, shared: tuple[Collective, Clock]) -> list[Part]:
     """Return one part per tensor, for updates that see one tensor at a time."""
     split, parts = part.split, []
     check_budget(split)
@@ -199,12 +195,28 @@ def _one_by_one(part: Part, collective: Collective) -> list[Part]:
         if not numel:  # of the whole tensor: a rank without a piece still takes part
             continue
         one, kinds = split.of_one(t, part_of(split.plan, [t])[0]), None if part.kinds is None else [part.kinds[t]]
-        parts.append(Part(one, [part.groups[t]], _update(one, kinds, collective, None), kinds))
+        parts.append(Part(one, [part.groups[t]], _update(one, kinds, shared, None), kinds))
     return parts
 
 
+def form_of(tensor: Tensor, kind: Kind | None) -> tuple[int, ...]:
+    """Return the shape as which a split sees a parameter, whole or sharded: experts by rows, complex numbers as pairs.
+
+    >>> form_of(torch.zeros(2, 3, 4), Kind("matrix", "orthogonal", rows=6, cols=4))
+    (6, 4)
+    >>> form_of(torch.zeros(3, dtype=torch.complex64), Kind("vector", "adam", rows=1, cols=3))
+    (6,)
+    """
+    shape, pair = tuple(int(size) for size in tensor.shape), (2,) if tensor.is_complex() else ()
+    if kind is not None and tensor.dim() == 1:
+        return (math.prod(shape + pair),)  # a complex vector is one row
+    if kind is None or tensor.dim() < 3 or kind.rows == shape[0]:
+        return shape + pair
+    return (kind.rows, kind.cols, *pair)
+
+
 def seen(name: str, tensor: Tensor, kind: Kind | None) -> Tensor:
-    """Return a parameter as its split sees it, sharing memory: complex numbers as pairs of real ones, experts by rows.
+    """Return a parameter as its split sees it, in the form of `form_of`, sharing memory; a sharded one as it is.
 
     Raises:
         ValueError: the memory of a tensor cannot be seen in that form.
@@ -212,20 +224,14 @@ def seen(name: str, tensor: Tensor, kind: Kind | None) -> Tensor:
     >>> seen("experts", torch.zeros(2, 3, 4), Kind("matrix", "orthogonal", rows=6, cols=4)).shape
     torch.Size([6, 4])
     """
-    plain = real(tensor)
-    if kind is None or is_sharded(tensor):
-        return plain
-    if tensor.dim() == 1:
-        form: tuple[int, ...] = (plain.numel(),)  # a complex vector is one row
-    elif tensor.dim() < 3 or kind.rows == tensor.shape[0]:
-        return plain
-    else:
-        form = (kind.rows, kind.cols, 2) if tensor.is_complex() else (kind.rows, kind.cols)
+    if is_sharded(tensor):
+        return tensor
+    plain, form = real(tensor), form_of(tensor, kind)
     try:
         return plain if plain.shape == form else plain.view(form)
     except RuntimeError:
         raise ValueError(
-            f"GSO(…): expected memory that can be seen as {kind.rows} rows of {kind.cols}, got {name!r} of shape "
+            f"GSO(…): expected memory that can be seen as {form[0]} rows of {form[1]}, got {name!r} of shape "
             f"{tuple(tensor.shape)} and strides {tensor.stride()}. Make the parameter contiguous()."
         ) from None
 
@@ -258,21 +264,21 @@ def new_memory(owner: Tensor, kind: Kind | None, num_bins: int | None, *, captur
     return state
 
 
-def advance(states: Sequence[dict[str, Tensor]], found_inf: Tensor | None) -> None:
-    """Count a step of every state, unless a GradScaler found an overflow; without waiting for its answer."""
+def advance(states: Sequence[dict[str, Tensor]], found_inf: Tensor | None, by: float = 1.0) -> None:
+    """Count a step of every state, or take one back; not where a GradScaler found an overflow, without waiting."""
     if found_inf is None:
         steps = [state["step"] for state in states]
         if not torch.compiler.is_compiling() and all(_is_number(step) for step in steps):
             for step in steps:  # torch's own way takes several times as long: each is an operator call
-                ctypes.c_float.from_address(step.data_ptr()).value += 1.0
+                ctypes.c_float.from_address(step.data_ptr()).value += by
             torch.autograd.graph.increment_version(steps)
         elif steps:
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, by)
         return
     for state in states:
         if state["step"].device != found_inf.device:
             state["step"] = state["step"].to(found_inf.device)
-        state["step"] += (found_inf.reshape(()) <= 0).to(state["step"].dtype)
+        state["step"] += by * (found_inf.reshape(()) <= 0).to(state["step"].dtype)
 
 
 def _is_number(step: Tensor) -> bool:
@@ -284,7 +290,7 @@ def local_memory(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return a parameter's state as real views of what this rank holds."""
     if all(type(v) is Tensor and not v.is_complex() for v in state.values()):  # nearly always: each is its own view
         return state
-    return {k: local_of(real(v)) for k, v in state.items()}
+    return {k: real(local_of(v)) for k, v in state.items()}
 
 
 def local_gradient(owner: Tensor) -> Tensor | None:
@@ -303,7 +309,7 @@ def local_gradient(owner: Tensor) -> Tensor | None:
             f"GSO does not support sparse gradients, got one of shape {tuple(owner.shape)}. Make the embedding with "
             "sparse=False, or put GradientSplitter in front of SparseAdam."
         )
-    local: Tensor = local_of(real(gradient))
+    local: Tensor = real(local_of(gradient))
     return local
 
 
@@ -355,9 +361,14 @@ def step_part(optimizer: torch.optim.Optimizer, part: Part, scaling: Scaling | N
         {} if gradient is None else optimizer.state[owner]
         for owner, gradient in zip(split.owners, gradients, strict=True)
     ]
-    advance([state for state in own if state], None if scaling is None else scaling.found_inf)
+    found_inf = None if scaling is None else scaling.found_inf
+    advance([state for state in own if state], found_inf)
     states: list[dict[str, Any]] = [local_memory(state) if state else state for state in own]
-    part.update.step(gradients, states, groups, scaling)
+    try:
+        part.update.step(gradients, states, groups, scaling)
+    except Exception:  # a direction from outside that does not fit: nothing has moved, and no step is counted
+        advance([state for state in own if state], found_inf, by=-1.0)
+        raise
 
 
 def check_budget(split: Split) -> None:

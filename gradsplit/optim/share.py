@@ -17,6 +17,7 @@ as it is, and so does its memory.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,82 @@ from ..budget import Decision
 from ..collective import Collective
 from ..distributed import is_sharded, shard_of
 from ..plan import pattern_of
-from ..split import Split
-from .directions import DIRECTIONS, Turn
+from ..split import Split, StepRecord
+from .directions import DIRECTIONS, Adam, Orthogonal, Turn
 from .kinds import Kind
 
-__all__ = ["ShareUpdate"]
+__all__ = ["Clock", "ShareRecord", "ShareUpdate"]
+
+
+class Clock:
+    """How many steps an optimizer has made, and of how many; its parts share one.
+
+    Args:
+        steps: the length of the run, over which the share falls to zero; None: it does not.
+        device: where a captured graph must find the count; None: on the CPU, where reading it waits for nothing.
+    """
+
+    def __init__(self, steps: int | None, device: torch.device | None = None) -> None:
+        self.steps = steps
+        # A tensor, since a traced step knows a number only as it was when it was traced.
+        narrow = device is not None and device.type == "mps"
+        self.made = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.made = self.made + 1
+
+    def set(self, made: int) -> None:
+        """Go on after some steps."""
+        self.made = torch.full_like(self.made, made)
+
+    def pace(self) -> float | Tensor:
+        """Return the share of this step as a fraction of what ``lr`` says."""
+        return 1.0 if self.steps is None else (1 - self.made / self.steps).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ShareRecord(StepRecord):
+    """The record of one step by shares. Nothing here waits for the device but the methods that return names.
+
+    Attributes:
+        factor: 0-d, by which the whole gradient was multiplied; below 1 where the collective rule fired.
+        moved_B: (B,) bool, the rows that moved.
+        at_limit_B: (B,) bool, the rows that had grown beyond their longest length and were drawn back to it.
+        cosine_B: (B,) cosine of the angle between the gradient and the step against it: 1 straight down, 0 across, nan
+            where there was no gradient or no step. None where nobody watched, see `GSO`.
+    """
+
+    factor: Tensor
+    moved_B: Tensor
+    at_limit_B: Tensor
+    cosine_B: Tensor | None = None
+
+    def turned_B(self) -> Tensor | None:
+        """Return by how many degrees the direction turned each row's step away from its gradient, (B,)."""
+        return None if self.cosine_B is None else torch.rad2deg(torch.acos(self.cosine_B.clamp(-1, 1)))
+
+    def at_limit(self) -> list[str]:
+        """Return the names of the rows that stand at their growth limit."""
+        return [self.plan.bins[b].name for b in self.at_limit_B.cpu().nonzero()[:, 0].tolist()]
+
+    def most_turned(self, k: int = 5) -> list[tuple[str, float]]:
+        """Return the k rows that were turned furthest, and by how many degrees; none where nobody watched."""
+        turned_B = self.turned_B()
+        if turned_B is None:
+            return []
+        turned = turned_B.cpu().nan_to_num(nan=-1.0)
+        order = torch.argsort(turned, descending=True, stable=True)[:k].tolist()
+        return [(self.plan.bins[b].name, float(turned[b])) for b in order if turned[b] >= 0]
+
+    def __str__(self) -> str:
+        """Say what was bounded, what stands at its limit, and by how much steps were turned."""
+        said, num, factor = super().__str__(), int(self.at_limit_B.sum()), float(self.factor)
+        said += f"; {num} at their growth limit"
+        turned_B = self.turned_B()
+        if turned_B is not None and not bool(turned_B.isnan().all()):
+            said += f"; turned by {float(torch.nanmedian(turned_B)):.0f} degrees at the median"
+        return said if factor == 1 else f"{said}; the whole gradient was divided by {1 / factor:.3g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +170,22 @@ class ShareUpdate:
     Args:
         split: rows or other bins, each inside one tensor.
         kinds: what each tensor is.
-        names: of the tensors, for errors.
         collective: shared by all parts of the optimizer.
+        clock: likewise.
+
+    Attributes:
+        measures: whether the next step measures by how much it turns the rows.
+        decision, collected, moved_B, grown_B, cosine_B: of the last step, see `ShareRecord`.
     """
 
-    def __init__(self, split: Split, kinds: list[Kind], collective: Collective) -> None:
-        self.split, self.kinds, self.collective = split, kinds, collective
-        self.run_length: int | None = None  # of the built-in schedule, in steps
+    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock) -> None:
+        self.split, self.kinds, self.collective, self.clock = split, kinds, collective, clock
+        self.measures = False
         self.decision: Decision | None = None
-        self.grown_B: Tensor | None = None
         self.collected: Tensor | None = None
+        self.moved_B: Tensor | None = None
+        self.grown_B: Tensor | None = None
+        self.cosine_B: Tensor | None = None
         plan, like = split.plan, split.like
         numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
         share_B, least_B, longest_B, keeps_B = (torch.empty_like(like) for _ in range(4))
@@ -120,18 +198,26 @@ class ShareUpdate:
         self._floor_B = torch.where(keeps_B > 0, root_B, 1e-30)
         # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
         self.recent_B, self.most_B = torch.zeros_like(like), torch.zeros_like(like)
-        self.seen_steps, self.taken = like.new_zeros(()), like.new_zeros(())
+        self.seen_steps = like.new_zeros(())
         self._has_limits = any(math.isfinite(kind.longest) for kind in kinds)
         self._looks_above = any(level != "bin" for level, _ in split.gradient_budgets)
         self._patterns = [pattern_of(split.local_plan, t) for t in range(len(kinds))]
         self._ids_T = [torch.from_numpy(bins.reshape(-1)).to(like.device) for _, bins in self._patterns]
         self._alike_T = self._alike()
         self._stacked: tuple[Any, list[_Stack]] = (None, [])
+        # What these return is checked, and no row moves to where it is not finite.
+        known = (Adam, Orthogonal)
+        self._outside = {kind.direction for kind in kinds if type(DIRECTIONS[kind.direction]) not in known}
+        self._told: set[int] = set()  # tensors whose directions were once not finite
 
-    @property
-    def pace(self) -> float | Tensor:
-        """The share of this step as a fraction of what ``lr`` says."""
-        return 1.0 if self.run_length is None else (1 - self.taken / self.run_length).clamp(min=0)
+    def record(self, step: int) -> ShareRecord | None:
+        """Return the record of the last step, numbered ``step``; None before the first."""
+        decision, none_B = self.decision, torch.zeros_like(self.split.like, dtype=torch.bool)
+        if decision is None or self.collected is None or self.moved_B is None:
+            return None
+        squares_B = torch.where(decision.finite_B, decision.norm_B.square(), torch.nan)
+        grown_B = none_B if self.grown_B is None else self.grown_B
+        return ShareRecord(step, squares_B, decision, self.collected, self.moved_B, grown_B, self.cosine_B)
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms and the longest lengths, (B,) each, and the number of steps."""
@@ -171,19 +257,24 @@ class ShareUpdate:
         """
         weights, split, ledger = self.split.parameters, self.split, self.split.gradient
         gradients = [None if g is None else g.reshape(w.shape) for g, w in zip(gradients, weights, strict=True)]
-        history = ledger.history
+        history, collected = ledger.history, self.collected
         stacks = self._stacks_of(gradients, weights, groups)
         try:
             given = [stack.gathered(gradients) for stack in stacks]
             decision, length_B, recent_B, seen_steps = self._bound(*self._measured(stacks, given, gradients), scaling)
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
+            cosine_B = self._cosine_B(stacks, given, directions, groups, decision, ahead_B) if self.measures else None
+            lost_B = decision.finite_B & ~ahead_B.isfinite()
+            if self._outside:
+                self._pass_over(stacks, directions, memories, states, lost_B)
+                ahead_B = torch.where(lost_B, 0.0, ahead_B)
             moves_B = decision.finite_B & (ahead_B > 0)
             first_B = moves_B & (self.most_B == 0)
             most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
             assert split.rates is not None
             num_bins = split.plan.num_bins
-            tau_B = split.rates.value_B("lr", num_bins) * self._share_B * self.pace
+            tau_B = split.rates.value_B("lr", num_bins) * self._share_B * self.clock.pace()
             decay_B = torch.where(moves_B, split.rates.value_B("weight_decay", num_bins) * tau_B, 0.0)
             length = torch.maximum(length_B, self._least_B)
             step_B = torch.where(moves_B, tau_B * length / torch.maximum(ahead_B, self._floor_B), 0.0)
@@ -191,7 +282,7 @@ class ShareUpdate:
             grown_B = self._shorten(stacks, fresh, moves_B, most_B)
             written = [w.to(weights[s.at[0]].dtype) for s, w in zip(stacks, fresh, strict=True)]
         except BaseException:
-            ledger.history = history
+            ledger.history, self.collected = history, collected
             raise
         for stack, array in zip(stacks, written, strict=True):
             torch._foreach_copy_([weights[t] for t in stack.at], stack.parts(array, weights))
@@ -202,7 +293,9 @@ class ShareUpdate:
         self.recent_B.copy_(recent_B)
         self.most_B.copy_(most_B)
         self.seen_steps.copy_(seen_steps)
-        self.decision, self.grown_B = decision, grown_B
+        self.decision, self.moved_B, self.grown_B, self.cosine_B = decision, moves_B, grown_B, cosine_B
+        if self._outside:
+            self._tell(lost_B)
 
     def _alike(self) -> list[int]:
         """A number per tensor, the same for tensors that may be stacked; each shard is alone, since it is gathered."""
@@ -310,8 +403,95 @@ class ShareUpdate:
                     *_gathering(self.split, stack.at[0], kind),
                 )
             )
-        made = {name: iter(DIRECTIONS[name].turn(alike)) for name, alike in turns.items()}
+        made = {name: iter(self._turned(name, alike, stacks)) for name, alike in turns.items()}
         return [next(made[stack.kind.direction]) for stack in stacks], memories
+
+    def _turned(self, name: str, turns: list[Turn], stacks: list[_Stack]) -> list[Tensor]:
+        """Return what a direction returns, one per turn.
+
+        Raises:
+            ValueError: one from outside has not returned one direction per turn, or one of another shape; names the
+                first tensor of the turn.
+        """
+        made: Any = DIRECTIONS[name].turn(turns)
+        if name not in self._outside:
+            return made
+        names = [self.split.plan.layout.names[stack.at[0]] for stack in stacks if stack.kind.direction == name]
+        if not isinstance(made, (list, tuple)) or len(made) != len(turns):
+            got = f"{len(made)}" if isinstance(made, (list, tuple)) else type(made).__name__
+            raise ValueError(
+                f"GSO(direction={name!r}): expected one direction per turn, {len(turns)} of them from {names[0]!r} on, "
+                f"got {got}. Let turn() return a list; nothing has moved."
+            )
+        for first, d, turn in zip(names, made, turns, strict=True):
+            if not isinstance(d, Tensor) or d.shape != turn.gradient.shape:
+                got = f"shape {tuple(d.shape)}" if isinstance(d, Tensor) else type(d).__name__
+                raise ValueError(
+                    f"GSO(direction={name!r}): expected a direction of shape {tuple(turn.gradient.shape)} for "
+                    f"{first!r}, got {got}. Return it like turn.gradient; nothing has moved."
+                )
+        return [d.to(turn.gradient) for d, turn in zip(made, turns, strict=True)]
+
+    def _pass_over(
+        self,
+        stacks: list[_Stack],
+        directions: list[Tensor],
+        memories: list[dict[str, Tensor]],
+        states: list[dict[str, Any]],
+        lost_B: Tensor,
+    ) -> None:
+        """Let rows whose direction is not finite stay, and their memories; only directions from outside make such."""
+        for i, stack in enumerate(stacks):
+            if stack.kind.direction in self._outside:
+                lost = stack.spread(lost_B, torch.bool)
+                directions[i] = torch.where(lost, 0.0, directions[i])
+                for key, fresh in memories[i].items():
+                    old = stack.gathered({t: states[t][key] for t in stack.at})
+                    memories[i][key] = torch.where(lost, old, fresh)
+
+    def _tell(self, lost_B: Tensor) -> None:
+        """Name rows whose direction was not finite; on the CPU, since elsewhere a look would wait for the device.
+
+        Warns:
+            UserWarning: such a row, once per tensor.
+        """
+        if lost_B.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        plan, where = self.split.plan, lost_B.nonzero()[:, 0].tolist()
+        new = [b for b in where if int(plan.tensor_B[b]) not in self._told]
+        if new:
+            self._told |= {int(plan.tensor_B[b]) for b in new}
+            name = self.kinds[int(plan.tensor_B[new[0]])].direction
+            warnings.warn(
+                f"GSO(direction={name!r}): expected finite directions, got inf or nan for {plan.bins[new[0]].name!r} "
+                f"and {len(where) - 1} more rows in step {int(self.clock.made)}. They stay as they are, and so do "
+                "their memories. Mend the direction.",
+                UserWarning,
+                stacklevel=6,
+            )
+
+    def _cosine_B(
+        self,
+        stacks: list[_Stack],
+        given: list[Tensor],
+        directions: list[Tensor],
+        groups: list[dict[str, Any]],
+        decision: Decision,
+        ahead_B: Tensor,
+    ) -> Tensor:
+        """Cosines of the angles between gradients and directions, (B,); nan where one of them is zero or not finite.
+
+        For two vectors of length one, cos = 1 - ||a - b||^2 / 2; squares are what a kernel can add over ranks.
+        """
+        valid_B = decision.finite_B & (decision.norm_B > 0) & ahead_B.isfinite() & (ahead_B > 0)
+        per_g_B, per_d_B = (torch.where(valid_B, 1 / length_B, 0.0) for length_B in (decision.norm_B, ahead_B))
+        apart = []
+        for stack, g, d in zip(stacks, given, directions, strict=True):
+            per_g = stack.spread(per_g_B, d.dtype)
+            between = g.to(d.dtype) * (-per_g if groups[stack.at[0]]["maximize"] else per_g)
+            between.addcmul_(d, stack.spread(per_d_B, d.dtype), value=-1)
+            apart.append(between.masked_fill_(~stack.spread(valid_B, torch.bool), 0))
+        return torch.where(valid_B, 1 - self._squares(stacks, apart) / 2, torch.nan)
 
     def _counts(self, stacks: list[_Stack], states: list[dict[str, Any]]) -> list[Tensor]:
         """The number of steps of each tensor, (S, 1, 1) per stack; at least 1, also where the first was an overflow."""
@@ -360,28 +540,31 @@ class ShareUpdate:
 
 
 def _gathering(split: Split, t: int, kind: Kind) -> tuple[Any, Any]:
-    """How a shard becomes the whole matrix and back; two None where the tensor is whole."""
-    owner: Any = split.tensors[t]
-    if not is_sharded(owner):
+    """How a shard becomes the whole matrix and back; two None where every rank holds the whole."""
+    owner: Any = split.owners[t]
+    if not is_sharded(owner) or not owner.numel() or split.kernel.is_whole_T[t]:
         return None, None
     from torch.distributed.tensor import DTensor
 
-    shard = shard_of(split.plan.layout.names[t], owner)
-    shape, rows = owner.shape, owner.shape[0] if owner.dim() > 1 else 1
+    layout = split.plan.layout
+    shard = shard_of(layout.names[t], owner, layout.shapes[t])
+    pair = (2,) if owner.is_complex() else ()
+    shape, mine = (*owner.shape, *pair), (*owner.to_local().shape, *pair)
+    steps = torch.empty(shape, device="meta").stride()
 
     def whole(local: Tensor) -> Tensor:
         made = DTensor.from_local(
-            local.view(shard.shape),
+            local.view(mine),
             owner.device_mesh,
             owner.placements,
             run_check=False,
-            shape=shape,
-            stride=owner.stride(),
+            shape=torch.Size(shape),
+            stride=steps,
         )
         return made.full_tensor().reshape(1, kind.rows, -1)
 
     def piece(matrix: Tensor) -> Tensor:
-        at = slice(shard.row_start, shard.row_stop), slice(shard.col_start, shard.col_stop)
-        return matrix.reshape(rows, -1)[at].contiguous()[None]
+        rows, cols = slice(shard.row_start, shard.row_stop), slice(shard.col_start, shard.col_stop)
+        return matrix.reshape(layout.rows[t], -1)[rows, cols].contiguous()[None]
 
     return whole, piece

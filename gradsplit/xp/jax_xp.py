@@ -169,10 +169,11 @@ def in_unit(array: Array, unit: float) -> Array:
     return lax.optimization_barrier(array * (1.0 / unit))
 
 
-def median(values: Array) -> Array:
-    """Return the lower median of the entries that are not nan, 0-d; nan where there is none."""
+def median(values: Array, *, fewest: int = 1) -> Array:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there are fewer than ``fewest``."""
     num = jnp.sum(~jnp.isnan(values))
-    return jnp.sort(values).at[jnp.maximum((num - 1) // 2, 0)].get(mode="promise_in_bounds")  # nan come last
+    middle = jnp.sort(values).at[jnp.maximum((num - 1) // 2, 0)].get(mode="promise_in_bounds")  # nan come last
+    return jnp.where(num >= fewest, middle, jnp.nan)
 
 
 def wide(array: Array) -> Array:

@@ -158,10 +158,10 @@ def in_unit(array: np.ndarray, unit: float) -> np.ndarray:
     return array * (1.0 / unit)
 
 
-def median(values: np.ndarray) -> np.ndarray:
-    """Return the lower median of the entries that are not nan, 0-d; nan where there is none."""
+def median(values: np.ndarray, *, fewest: int = 1) -> np.ndarray:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there are fewer than ``fewest``."""
     known = np.sort(values[~np.isnan(values)])
-    return np.asarray(known[(len(known) - 1) // 2] if len(known) else np.nan)
+    return np.asarray(known[(len(known) - 1) // 2] if len(known) >= fewest else np.nan)
 
 
 def wide(array: np.ndarray) -> np.ndarray:

@@ -169,13 +169,13 @@ def times(array: Tensor, factor: Tensor) -> Tensor:
     return tf.cast(tf.cast(array, wide) * tf.cast(factor, wide), array.dtype)
 
 
-def median(values: Tensor) -> Tensor:
-    """Return the lower median of the entries that are not nan, 0-d; nan where there is none."""
+def median(values: Tensor, *, fewest: int = 1) -> Tensor:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there are fewer than ``fewest``."""
     unknown = tf.math.is_nan(values)
     ordered = tf.sort(tf.where(unknown, tf.constant(float("inf"), values.dtype), values))
     num = tf.reduce_sum(tf.cast(tf.logical_not(unknown), tf.int32))
     middle = tf.gather(ordered, tf.maximum((num - 1) // 2, 0))
-    return tf.where(num > 0, middle, tf.constant(float("nan"), values.dtype))
+    return tf.where(num >= fewest, middle, tf.constant(float("nan"), values.dtype))
 
 
 def wide(array: Tensor) -> Tensor:

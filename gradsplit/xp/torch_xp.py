@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, exp, expm1, isfinite, log, logical_or, matmul, maximum, minimum, reshape, sqrt, zeros_like
-from torch import nanmedian as median
 from torch import permute as transpose
 
 __all__ = [
@@ -159,6 +158,12 @@ def times(array: Tensor, factor: Tensor) -> Tensor:
 def in_unit(array: Tensor, unit: float) -> Tensor:
     """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     return array * (1.0 / unit)
+
+
+def median(values: Tensor, *, fewest: int = 1) -> Tensor:
+    """Return the lower median of the entries that are not nan, 0-d; nan where there are fewer than ``fewest``."""
+    middle = torch.nanmedian(values)
+    return middle if fewest <= 1 else torch.where((~values.isnan()).sum() >= fewest, middle, torch.nan)
 
 
 def wide(array: Tensor) -> Tensor:

@@ -20,17 +20,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all Adam": {"direction": {"*": "adam"}},
     "columns": {"plan": lambda layout: gs.xsp(layout, axis=1)},
 }
-SHARDED_MATRICES = {"ddp": 0, "fsdp": 6, "tp": 2}
+SHARDED_MATRICES = {"ddp": 0, "hsdp": 0, "fsdp": 6, "tp": 2}  # hsdp: two replicas, each whole on one rank
 
 
 def collectives(mode: str, variant: str) -> tuple[int, int]:
     """All-reduces and all-gathers per step: none for replicas.
 
     Of shards three sums, since some rows lie on several ranks (norms, lengths of directions, lengths afterwards), and
-    one all-gather for each sharded matrix whose direction is orthogonal.
+    one all-gather for each sharded matrix whose direction is orthogonal. Of replicas held whole the norms alone.
     """
     if mode == "ddp":
         return 0, 0
+    if mode == "hsdp":
+        return 1, 0
     return 3, 0 if variant == "all Adam" else SHARDED_MATRICES[mode]
 
 
@@ -61,7 +63,7 @@ def run(model: nn.Module, variant: str, **options: Any) -> tuple[dict[str, torch
 def work(rank: int, world: int) -> dict[Any, Any]:
     return {
         (mode, variant): run(shard(make_net(), mode, world), variant)
-        for mode in ("ddp", "fsdp", "tp")
+        for mode in SHARDED_MATRICES
         for variant in VARIANTS
     }
 
@@ -84,3 +86,42 @@ def test_two_ranks_make_the_steps_of_one_process() -> None:
                     atol=1e-9,
                     msg=lambda m, key=(mode, variant), n=name: f"{key} {n}: {m}",
                 )
+
+
+INSIDE = ("fsdp", "hsdp")
+
+
+def train_inside(model: nn.Module, scaled: int | None = None) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train with updates inside backward; return the weights, and the smallest collective factor of each step."""
+    optimizer, factors = gs.GSO(model, in_backward=True, fused=False), []
+    for step in range(STEPS):
+        x, y = batch(step)
+        x = x / x.std()  # the rule sees some tensors before others, which makes it keener
+        (torch.nn.functional.cross_entropy(model(x), y) * (1e6 if step == scaled else 1.0)).backward()
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
+        factors.append(min(float(part.update.collected) for part in optimizer._parts))
+    return weights_of(model), factors
+
+
+def work_inside(rank: int, world: int) -> dict[Any, Any]:
+    return {
+        (mode, scaled): train_inside(shard(make_net(), mode, world), scaled)
+        for mode in INSIDE
+        for scaled in (None, STEPS - 1)
+    }
+
+
+def test_inside_backward_two_ranks_make_the_steps_of_one_process() -> None:
+    """FSDP2 completes gradients in another order. The median over those that have come is another one then."""
+    true_weights, ones = train_inside(make_net())
+    answers = on_ranks(2, work_inside)
+    for answer in answers:
+        for mode in INSIDE:
+            weights, factors = answer[mode, None]
+            assert factors == ones == [1.0] * STEPS
+            for name, weight in true_weights.items():
+                torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            weights, factors = answer[mode, STEPS - 1]
+            assert factors[:-1] == [1.0] * (STEPS - 1) and factors[-1] < 1e-2
+            assert all(torch.equal(w, answers[0][mode, STEPS - 1][0][name]) for name, w in weights.items())

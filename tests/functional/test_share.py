@@ -221,3 +221,16 @@ def test_an_error_names_the_rule_and_the_place(case):
     with pytest.raises(ValueError) as caught:
         call()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 16])
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, jnp.asarray], ids=["numpy", "torch", "jax"])
+def test_fewer_than_sixteen_rows_are_no_batch(make, rows):
+    """Every row has jumped a hundredfold; a median of few rows says nothing of the batch."""
+    ones_B, more_B = make(np.ones(rows)), make(np.append(np.full(rows, 100.0), 0.0))
+    factor, recent_B = splitting.collective_factor(ones_B * 100.0, ones_B > 0, ones_B, ones_B[0] * 5.0)
+    assert float(factor) == pytest.approx(0.01 if rows == 16 else 1.0)
+    assert float(recent_B[0]) == pytest.approx(1.05 if rows == 16 else 2.0)
+    before_B = make(np.ones(rows + 1))  # one more row, without a gradient, does not count
+    factor, _ = splitting.collective_factor(more_B, more_B > 0, before_B, before_B[0] * 5.0)
+    assert float(factor) == pytest.approx(0.01 if rows == 16 else 1.0)

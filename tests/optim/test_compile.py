@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -39,14 +40,29 @@ def assert_close(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+ADAM = {"direction": "adam"}
+TREE = {"root": gs.Fixed(1.0), "module": gs.Ema(1.5), "bin": gs.RelativeStep()}
 OPTIONS = {
-    "default": {},
-    "bin": {"second_moment": "bin"},
-    "history": {"budget": (gs.Ema(1.1, warmup=1), gs.Percentile(0.5), gs.RelativeStep())},
-    "tree": {"plan": "tree_sp", "budget": {"root": gs.Fixed(1.0), "module": gs.Ema(1.5), "bin": gs.RelativeStep()}},
-    "nearest": {"plan": "tree_sp", "budget": {"root": gs.Fixed(1.0), "bin": gs.Fixed(0.9)}, "rule": "nearest"},
-    "ascending, capturable": {"maximize": True, "capturable": True, "backend": "eager"},
+    "adam": ADAM,
+    "adam, one moment per row": {"second_moment": "bin", **ADAM},
+    "adam, history": {"budget": (gs.Ema(1.1, warmup=1), gs.Percentile(0.5), gs.RelativeStep()), **ADAM},
+    "adam, tree": {"plan": "tree_sp", "budget": TREE, **ADAM},
+    "adam, nearest": {
+        "plan": "tree_sp",
+        "budget": {"root": gs.Fixed(1.0), "bin": gs.Fixed(0.9)},
+        "rule": "nearest",
+        **ADAM,
+    },
+    "adam, ascending, capturable": {"maximize": True, "capturable": True, "backend": "eager", **ADAM},
+    "share": {},
+    "share, capturable": {"capturable": True},
+    "share, steps": {"steps": 40},
+    "share, constants": {"maximize": True, "betas": (0.8, 0.95), "weight_decay": 0.1},
+    "share, blocks": {"blocks": {"0.weight": 2}},
+    "share, all Adam": {"direction": {"*": "adam"}},
+    "share, history": {"budget": (gs.Ema(1.1, warmup=1), gs.Relative(0.2))},
 }
+FRONTS = {"adam": ADAM, "share": {}}
 
 
 # torch's scheduler looks for calls of the original step and does not see those of a compiled one.
@@ -54,12 +70,14 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_of_gso_is_one_graph_that_serves_all_steps_of_a_schedule(name):
     model, other = model_of(), model_of()
-    compiled, eager = (gs.GSO(m, lr=torch.tensor(0.01), **OPTIONS[name], direction="adam") for m in (model, other))
+    compiled, eager = (gs.GSO(m, lr=torch.tensor(0.01), **OPTIONS[name]) for m in (model, other))
     counter = CompileCounter()
     # First the graph: a scheduler wraps `step` in a function that torch does not trace.
     step_of_graph = torch.compile(compiled.step, backend=counter, fullgraph=True)
-    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (compiled, eager)]
-    for step in range(100 if name == "default" else 8):
+    schedulers = []
+    if "steps" not in name:
+        schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (compiled, eager)]
+    for step in range(100 if name == "adam" else 8):
         for m, optimizer, update in ((model, compiled, step_of_graph), (other, eager, eager.step)):
             optimizer.zero_grad()
             backward(m, step)
@@ -68,6 +86,75 @@ def test_a_step_of_gso_is_one_graph_that_serves_all_steps_of_a_schedule(name):
             scheduler.step()
     assert counter.frame_count == 1
     assert_close(model, other)
+
+
+def both(model, other, optimizers, update, steps, spoil=lambda model, step: None):
+    """Train two models, one by a traced step and one by an eager one."""
+    for step in steps:
+        for m, optimizer, run in zip((model, other), optimizers, (update, optimizers[1].step), strict=True):
+            optimizer.zero_grad()
+            backward(m, step)
+            spoil(m, step)
+            run()
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_records_and_the_count_of_a_traced_step_are_those_of_an_eager_one(front):
+    model, other = model_of(), model_of()
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), **FRONTS[front]) for m in (model, other)]
+    update = torch.compile(optimizers[0].step, backend="eager", fullgraph=True)
+    for step in range(4):
+        both(model, other, optimizers, update, [step])
+        ours, theirs = (optimizer.records[0] for optimizer in optimizers)
+        assert ours.step == theirs.step == step
+        torch.testing.assert_close(ours.norm_B, theirs.norm_B, rtol=1e-4, atol=1e-6)
+    counts = [optimizer.state_dict().get("gradsplit_count") for optimizer in optimizers]
+    assert counts == [None if front == "adam" else 4] * 2
+    copied = copy.deepcopy(optimizers[0])
+    assert copied._clock.made == 4
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_sinks_see_every_traced_step(front):
+    model, other = model_of(), model_of()
+    seen = [], []
+    optimizers = [
+        gs.GSO(m, lr=torch.tensor(0.01), sinks=[s.append], **FRONTS[front])
+        for m, s in zip((model, other), seen, strict=True)
+    ]
+    counter = CompileCounter()
+    both(model, other, optimizers, torch.compile(optimizers[0].step, backend=counter), range(5))
+    assert [record.step for record in seen[0]] == [record.step for record in seen[1]] == list(range(5))
+    assert counter.frame_count == 1
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours.decision.scale_B, theirs.decision.scale_B, rtol=1e-4, atol=1e-6)
+        if front == "share":
+            torch.testing.assert_close(ours.cosine_B, theirs.cosine_B, rtol=0, atol=1e-4)
+    assert_close(model, other)
+
+
+def test_behind_a_traced_step_beyond_the_end_the_next_look_warns_once():
+    model = model_of()
+    optimizer = gs.GSO(model, lr=torch.tensor(0.03), steps=3)
+    update = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    for step in range(4):
+        optimizer.zero_grad()  # a warning here would be an error
+        backward(model, step)
+        update()
+    with pytest.warns(UserWarning, match=r"GSO\(steps=3\): step 3 is beyond the end of the run"):
+        optimizer.zero_grad()
+    backward(model, 4)
+    update()
+    optimizer.zero_grad()
+    assert optimizer.state_dict()["gradsplit_count"] == 5
+
+
+def test_the_built_in_schedule_goes_on_in_a_traced_step():
+    model, other = model_of(), model_of()
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.03), steps=6) for m in (model, other)]
+    both(model, other, optimizers, torch.compile(optimizers[0].step, backend="eager"), range(6))
+    assert_close(model, other)
+    assert optimizers[0].state_dict()["gradsplit_count"] == optimizers[1].state_dict()["gradsplit_count"] == 6
 
 
 def test_a_number_as_learning_rate_may_stay_as_it_is_without_another_graph():
@@ -96,16 +183,14 @@ def test_a_parameter_that_gets_its_first_gradient_later_is_one_more_graph():
     assert_close(model, other)
 
 
-def test_a_traced_step_passes_over_a_bad_bin_as_any_other_does():
+@pytest.mark.parametrize("front", FRONTS)
+def test_a_traced_step_passes_over_a_bad_bin_as_any_other_does(front):
+    def spoil(m, step):
+        m[2].weight.grad[1, 0] = INF if step == 1 else 0.0
+
     model, other = model_of(), model_of()
-    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), direction="adam") for m in (model, other)]
-    update = torch.compile(optimizers[0].step, backend="eager", fullgraph=True)
-    for step in range(3):
-        for m, optimizer, run in zip((model, other), optimizers, (update, optimizers[1].step), strict=True):
-            optimizer.zero_grad()
-            backward(m, step)
-            m[2].weight.grad[1, 0] = INF if step == 1 else 0.0
-            run()
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), **FRONTS[front]) for m in (model, other)]
+    both(model, other, optimizers, torch.compile(optimizers[0].step, backend="eager", fullgraph=True), range(3), spoil)
     assert_close(model, other)
 
 
@@ -163,13 +248,29 @@ def test_the_gradients_of_a_compiled_model_are_bounded_under_the_models_own_name
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
-def test_inductors_code_makes_the_same_steps():
+@pytest.mark.parametrize("front", FRONTS)
+def test_inductors_code_makes_the_same_steps(front):
     model, other = model_of(), model_of()
-    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), direction="adam") for m in (model, other)]
-    update = torch.compile(optimizers[0].step, fullgraph=True)
-    for step in range(4):
-        for m, optimizer, run in zip((model, other), optimizers, (update, optimizers[1].step), strict=True):
-            optimizer.zero_grad()
-            backward(m, step)
-            run()
+    optimizers = [gs.GSO(m, lr=torch.tensor(0.01), **FRONTS[front]) for m in (model, other)]
+    both(model, other, optimizers, torch.compile(optimizers[0].step, fullgraph=True), range(4))
     assert_close(model, other)
+
+
+def test_a_capturable_step_keeps_its_counters_beside_the_parameters_and_reads_no_value(monkeypatch):
+    """Where a number of a tensor is read, a device is waited for, and a graph cannot be captured."""
+    model = model_of()
+    optimizer = gs.GSO(model, lr=torch.tensor(0.03), capturable=True, fused=False)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model, 1)
+
+    def refuse(self, *_):
+        raise AssertionError("a tensor was read")
+
+    with monkeypatch.context() as m:
+        m.setattr(torch.compiler, "is_compiling", lambda: True)  # the one reading that is free on the CPU is left out
+        for reading in ("item", "__bool__", "__float__", "tolist", "numpy"):
+            m.setattr(torch.Tensor, reading, refuse)
+        optimizer.step()
+    assert all(state["step"] == 2 for state in optimizer.state.values())

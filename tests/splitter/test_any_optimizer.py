@@ -122,12 +122,12 @@ def test_in_front_of_adam_single_rows_are_bounded_and_a_whole_batch_is_divided()
 def test_the_collective_rule_is_saved_and_may_be_chosen():
     def after(splitter, sizes):
         for size in sizes:
-            splitter.parameters[0].grad = torch.full((8, 4), 1e-3 * size)
+            splitter.parameters[0].grad = torch.full((16, 4), 1e-3 * size)
             splitter.step()
         return splitter.parameters[0].grad
 
     torch.manual_seed(0)
-    model = nn.Linear(4, 8, bias=False)
+    model = nn.Linear(4, 16, bias=False)
     first = gs.GradientSplitter(model, optimizer=torch.optim.Adam(model.parameters()))
     after(first, [1.0, 1.2, 0.9])
     saved = copy.deepcopy(first.state_dict())
@@ -137,12 +137,12 @@ def test_the_collective_rule_is_saved_and_may_be_chosen():
     older = {key: value for key, value in saved.items() if key != "collective"}
     again.load_state_dict(older)  # a state of a version before the rule
     broken = {**saved, "collective": {"recent": torch.ones(3), "steps": torch.zeros(())}}
-    with pytest.raises(ValueError, match="expected 8 numbers >= 0 at 'recent' of the collective rule"):
+    with pytest.raises(ValueError, match="expected 16 numbers >= 0 at 'recent' of the collective rule"):
         again.load_state_dict(broken)
     without = gs.GradientSplitter(model, optimizer=torch.optim.Adam(model.parameters()), collective=False)
     with_it = gs.GradientSplitter(model, budget=gs.Fixed(1e9), collective=True)
     assert after(without, [1.0, 100.0]).mean() > 0.04
-    torch.testing.assert_close(after(with_it, [1.0, 100.0]), torch.full((8, 4), 1e-3))
+    torch.testing.assert_close(after(with_it, [1.0, 100.0]), torch.full((16, 4), 1e-3))
 
 
 def closure_of(model, optimizer, calls):

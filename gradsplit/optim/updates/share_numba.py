@@ -26,11 +26,11 @@ from ...plan.lowering import lower
 from ...split import Split
 from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
 from ..kinds import Kind
-from ..share import ShareUpdate
+from ..share import Clock, ShareUpdate
 from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
 from .numba_loops import _bin_square, _entry
 
-__all__ = ["COLUMNS", "DIRECTION", "apply", "decide", "enter", "ratios", "CompiledShare"]
+__all__ = ["COLUMNS", "DIRECTION", "apply", "decide", "enter", "ratios", "turn", "CompiledShare"]
 
 DIRECTION = 4
 """The row of ``bases`` with the addresses of the directions, behind those of `compiled`."""
@@ -171,6 +171,7 @@ def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, mo
                 continue
             if most[b] == 0.0:
                 most[b] = max(lengths[b], numbers[t, LONGEST])
+            grown[b] = 1.0
             floor = root if numbers[t, IS_ADAM] > 0.0 else 1e-30
             long = max(lengths[b], numbers[t, LEAST] * root)
             rate = narrow(p, numbers[t, SHARE] * long / max(math.sqrt(ahead2), floor))
@@ -178,7 +179,7 @@ def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, mo
             for r in range(rows):
                 fresh2 += _step_row(p, d, at + r * row_step, length, shrink, rate)
             if numbers[t, LONGEST] < np.inf and fresh2 > most[b] * most[b]:
-                grown[b] = 1.0
+                grown[b] = 2.0
                 fresh2 = _bin_square(p, at, rows, row_step, length)
                 factor = narrow(p, most[b] / math.sqrt(fresh2))
                 for r in range(rows):
@@ -187,8 +188,41 @@ def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, mo
 
 @_plain
 def apply(work, *arguments):
-    """Move every bin by its share, and draw back what has grown beyond its longest length."""
+    """Move every bin by its share, and draw back what has grown beyond its longest length.
+
+    ``grown`` (B,): 1 where a bin has moved, 2 where it was drawn back.
+    """
     share(_apply, work, arguments)
+
+
+@_reduced
+def _dot_row(g, d, start, length):
+    total = narrow(d, 0.0)
+    for j in range(start, start + length):
+        total += load(g, j) * load(d, j)
+    return np.float64(total)
+
+
+@_reduced
+def _turn(c, worker, kind, entries, chunks, bases, numbers, norms, cosines):
+    for e in range(chunks[c], chunks[c + 1]):
+        first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
+        if bases[GRADIENT, t] == 0:
+            continue
+        g, d = pointer(bases[GRADIENT, t], kind), pointer(bases[DIRECTION, t], kind)
+        for i in range(count):
+            b, at = first + i, offset + i * step
+            ahead2, dot = _bin_square(d, at, rows, row_step, length), 0.0
+            if norms[b] > 0.0 and ahead2 > 0.0:
+                for r in range(rows):
+                    dot += _dot_row(g, d, at + r * row_step, length)
+                cosines[b] = numbers[t, SIGN] * dot / (norms[b] * math.sqrt(ahead2))
+
+
+@_plain
+def turn(work, *arguments):
+    """Write the cosines of the angles between gradients and directions; nan where one of them is zero."""
+    share(_turn, work, arguments)
 
 
 class CompiledShare(ShareUpdate):
@@ -198,8 +232,8 @@ class CompiledShare(ShareUpdate):
     beyond a bin, and for directions from outside.
     """
 
-    def __init__(self, split: Split, kinds: list[Kind], collective: Collective) -> None:
-        super().__init__(split, kinds, collective)
+    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock) -> None:
+        super().__init__(split, kinds, collective, clock)
         plan = split.plan
         lines = lines_of(split.gradient_budgets)
         known = all(type(DIRECTIONS[kind.direction]) in (Adam, Orthogonal) for kind in kinds)
@@ -248,14 +282,17 @@ class CompiledShare(ShareUpdate):
         ]
         run(calls, threads)
         self._orthogonalise(bases)
-        grown = np.zeros(len(squares_B))
+        cosines, grown = np.full(len(squares_B), np.nan), np.zeros(len(squares_B))
+        if self.measures:
+            run([(turn, (KINDS[d], t.entries, t.chunks, bases, numbers, out[0], cosines)) for d, t in self._tables], 1)
+        self.cosine_B = torch.from_numpy(cosines) if self.measures else None
         most = self.most_B.numpy()
         calls = [
             (apply, (KINDS[d], t.entries, t.chunks, bases, numbers, out[3], out[4], most, grown))
             for d, t in self._tables
         ]
         run(calls, threads)
-        self.grown_B = torch.from_numpy(grown) > 0
+        self.moved_B, self.grown_B = torch.from_numpy(grown > 0), torch.from_numpy(grown > 1)
         moved = [w for w in present if w is not None]
         bump_versions([*moved, *(v for state in states for k, v in state.items() if k != "step")])
 
@@ -356,7 +393,7 @@ class CompiledShare(ShareUpdate):
 
     def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
         """The constants of each tensor's step, (T, 12), see `COLUMNS`."""
-        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.pace)
+        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.clock.pace())
         for t, (state, group, kind) in enumerate(zip(states, groups, self.kinds, strict=True)):
             if not state:
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradsplit as gs
 from tests.optim.share.oracle import SHARE
-from tests.optim.share.zoo import SHEETS, assert_follows, follow, give, oracle_of, zoo
+from tests.optim.share.zoo import SHEETS, assert_follows, follow, give, gradient_of, oracle_of, zoo
 
 Make = Callable[..., Any]
 
@@ -115,6 +115,21 @@ def check_a_scaled_batch_is_scaled_back(make: Make) -> None:
     clean, scaled = (weights_of(model) for model in models)
     for name in clean:
         torch.testing.assert_close(scaled[name], clean[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_few_rows_are_no_batch(make: Make, without: Make) -> None:
+    """With fewer than 16 rows a jump of all of them is bounded row by row: no median tells it from single rows."""
+    for rows, fires in ((1, False), (2, False), (15, False), (16, True)):
+        runs = []
+        for build in (make, without):
+            torch.manual_seed(0)
+            model = nn.Linear(3, rows, bias=False, dtype=torch.float64)
+            optimizer = build(model)
+            for step in range(4):
+                model.weight.grad = gradient_of(model.weight, step, 1e-3 if step == 2 else 1e-6)
+                optimizer.step()
+            runs.append(model.weight.detach().clone())
+        assert torch.equal(*runs) != fires, f"{rows} rows"
 
 
 def check_the_rule_costs_a_clean_run_nothing(make: Make, without: Make) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import gradsplit as gs
 from gradsplit import collective, rates
-from gradsplit.optim import gso, kinds, parts, share
+from gradsplit.optim import gso, kinds, share
 from gradsplit.optim.directions import adam, orthogonal
 from tests.optim.share import laws
 
@@ -176,6 +176,10 @@ def _clean(make=true):
     laws.check_the_rule_costs_a_clean_run_nothing(make, without_the_rule(make))
 
 
+def _few(make=true):
+    laws.check_few_rows_are_no_batch(make, without_the_rule(make))
+
+
 _huge = laws.check_one_huge_row_moves_no_other_tensor
 _scale = laws.check_the_scale_of_the_loss_does_not_matter
 _share = laws.check_rows_move_by_their_share
@@ -188,6 +192,7 @@ LAWS = (
     _huge,
     laws.check_a_scaled_batch_is_scaled_back,
     _clean,
+    _few,
     _scale,
     laws.check_rows_do_not_outgrow_their_limit,
     _share,
@@ -220,6 +225,7 @@ MUTANTS = {
         _huge,
     ),
     "no collective rule": ([(collective, "COLLECTIVE", float("inf"))], laws.check_a_scaled_batch_is_scaled_back),
+    "a median of any number of rows": ([(collective, "ENOUGH", 1)], _few),
     "the rule fires early": ([(collective, "COLLECTIVE", 0.5)], _clean),
     "a matrix is not made orthogonal but divided": ([(orthogonal, "orthogonalised", _whole)], _formulas),
     "small gradients are left as they are": (
@@ -240,6 +246,6 @@ MUTANTS = {
     "memory in half precision": ([(gso, "mend_memories", _rounds_memory)], laws.check_saving_changes_nothing),
     "gradients are halved": ([(UPDATE, "step", _writes_gradients)], laws.check_gradients_are_only_read),
     "no blocks": ([_with_kinds(_changed(blocks=1))], laws.check_blocks_do_not_see_each_other),
-    "the schedule stands still": ([(parts.Part, "advance", lambda *_: None)], laws.check_the_built_in_schedule),
+    "the schedule stands still": ([(share.Clock, "pace", lambda _: 1.0)], laws.check_the_built_in_schedule),
 }
 """Name -> (what is replaced, the law that must catch it)."""

@@ -118,7 +118,7 @@ class Oracle:
             if k[b] and s[b] > 0
         )
         c = ratios[(len(ratios) - 1) // 2] if ratios else 1.0
-        fires = self.collective and c > 5.0
+        fires = self.collective and c > 5.0 and len(ratios) >= 16
         falls = min(0.98, self.steps / (self.steps + 2))
         for norm, recent, known in zip(norms, self.recent, seen, strict=True):
             for b in np.flatnonzero(known):

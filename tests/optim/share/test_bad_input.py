@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
-from gradsplit.optim.directions import Direction, register
+from gradsplit.optim.directions import DIRECTIONS, Direction, register
 from tests.optim.amp_runs import assert_same, snapshot
 from tests.optim.share.test_protocol import loss_of, net_of, train
 
@@ -208,3 +208,91 @@ def test_nothing_can_be_registered_twice_or_as_auto():
 
     with pytest.raises(ValueError, match=r"register\(Auto\(\)\): expected a new name, got 'auto'"):
         register(Auto())
+
+
+class Odd(Direction):
+    """Momentum, but for what a test plants."""
+
+    name, memory = "odd, of a test", ("momentum",)
+    fault = staticmethod(lambda made: made)
+
+    def turn(self, turns):
+        for turn in turns:
+            turn.state["momentum"].add_(turn.gradient)
+        return self.fault([turn.state["momentum"].clone() for turn in turns])
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    register(Odd())
+    yield monkeypatch
+    del DIRECTIONS[Odd.name]
+
+
+def _raises(made):
+    raise ZeroDivisionError("inside the direction")
+
+
+WRONG = {
+    "another shape": (
+        lambda made: [made[0], made[1].mT],
+        r"GSO\(direction='odd, of a test'\): expected a direction of shape \(1, 6, 8\) for 'conv.weight', got shape "
+        r"\(1, 8, 6\). Return it like turn.gradient; nothing has moved",
+    ),
+    "one too few": (
+        lambda made: made[:1],
+        "expected one direction per turn, 2 of them from 'words.weight' on, got 1",
+    ),
+    "none at all": (lambda made: None, "expected one direction per turn, 2 of them from .*, got NoneType"),
+    "no tensor": (lambda made: [made[0], 3.0], "of shape .* for 'conv.weight', got float"),
+    "an error of its own": (_raises, "inside the direction"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("budget", [None, gs.Ema(1.5)], ids=str)
+def test_a_direction_from_outside_that_does_not_fit_leaves_everything_as_it_was(odd, fault, budget):
+    make, words = WRONG[fault]
+    model = net_of()
+    chosen = {"words.weight": Odd.name, "conv.weight": Odd.name}
+    optimizer = gs.GSO(model, direction=chosen, budget=budget)
+    train(model, optimizer, range(2))
+    loss_of(model, 2).backward()
+    before = snapshot(model, optimizer)
+    odd.setattr(Odd, "fault", staticmethod(make))
+    with pytest.raises((ValueError, ZeroDivisionError), match=words):
+        optimizer.step()
+    assert_same(before, snapshot(model, optimizer))
+    odd.setattr(Odd, "fault", staticmethod(lambda made: made))
+    optimizer.step()
+    assert not torch.equal(before[0][-2], model.head.weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_whose_direction_is_not_finite_stays_as_it_was_and_is_named(odd, bad):
+    def spoilt(made):
+        made[1][0, 2, 3] = bad
+        return made
+
+    models = [net_of() for _ in range(2)]
+    optimizers = [gs.GSO(m, direction={"words.weight": Odd.name, "conv.weight": Odd.name}, fused=False) for m in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(2))
+        optimizer.zero_grad()
+        loss_of(model, 2).backward()
+    before = [t[2].clone() for t in (models[1].conv.weight, optimizers[1].state[models[1].conv.weight]["momentum"])]
+    optimizers[0].step()
+    odd.setattr(Odd, "fault", staticmethod(spoilt))
+    with pytest.warns(
+        UserWarning, match=r"got inf or nan for 'conv.weight\[2:3\]' and 0 more rows in step 2. They stay"
+    ):
+        optimizers[1].step()
+    assert not optimizers[1].records[0].moved_B.all()
+    optimizers[1].step()  # a second warning for the same tensor would be an error
+    odd.setattr(Odd, "fault", staticmethod(lambda made: made))
+    optimizers[0].step()
+    after = [t[2] for t in (models[1].conv.weight, optimizers[1].state[models[1].conv.weight]["momentum"])]
+    assert_same(before, [t.detach() for t in after])
+    for name, p in models[0].named_parameters():
+        rest = [i for i in range(len(p)) if name != "conv.weight" or i != 2]
+        assert torch.equal(p[rest], dict(models[1].named_parameters())[name][rest]), name
