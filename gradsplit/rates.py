@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .plan import Plan
 
-__all__ = ["Members", "Rates", "held_by"]
+__all__ = ["Clock", "Members", "Rates", "held_by"]
 
 TOP = "gradsplit_top_lr"
 """The key of a parameter group under which its largest learning rate stands: it is saved and restored with the rate."""
@@ -22,6 +22,33 @@ def held_by(optimizer: Any) -> list[int]:
     """The identities of an optimizer's parameters, in order."""
     groups = getattr(optimizer, "param_groups", None)
     return [id(p) for group in groups for p in group["params"]] if isinstance(groups, list) else []
+
+
+class Clock:
+    """How many steps an optimizer has made, and of how many; its parts share one.
+
+    Args:
+        steps: the length of the run, over which the share falls to zero; None: it does not.
+        device: where a captured graph must find the count; None: on the CPU, where reading it waits for nothing.
+    """
+
+    def __init__(self, steps: int | None, device: torch.device | None = None) -> None:
+        self.steps = steps
+        # A tensor, since a traced step knows a number only as it was when it was traced.
+        narrow = device is not None and device.type == "mps"
+        self.made = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.made = self.made + 1
+
+    def set(self, made: int) -> None:
+        """Go on after some steps."""
+        self.made = torch.full_like(self.made, made)
+
+    def pace(self) -> float | Tensor:
+        """Return the share of this step as a fraction of what ``lr`` says."""
+        return 1.0 if self.steps is None else (1 - self.made / self.steps).clamp(min=0)
 
 
 class Members:

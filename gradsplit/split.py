@@ -28,7 +28,7 @@ from .plan import Plan
 from .rates import Rates
 from .xp import Array
 
-__all__ = ["BinReport", "DeferredDecision", "Split", "StepRecord", "check_state"]
+__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "Split", "StepRecord", "check_state"]
 
 
 def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
@@ -135,6 +135,50 @@ class StepRecord:
         scaled, zeroed = int((outcome == Outcome.SCALED).sum()), int((outcome == Outcome.ZEROED).sum())
         worst = ", ".join(f"{r.name} {r.norm:.3g} -> {r.norm_after:.3g}" for r in self.worst(3))
         return f"step {self.step}: {scaled} of {self.plan.num_bins} bins scaled, {zeroed} zeroed; worst: {worst}"
+
+
+@dataclass(frozen=True)
+class ShareRecord(StepRecord):
+    """The record of one step by shares. Nothing here waits for the device but the methods that return names.
+
+    Attributes:
+        factor: 0-d, by which the whole gradient was multiplied; below 1 where the collective rule fired.
+        moved_B: (B,) bool, the rows that moved.
+        at_limit_B: (B,) bool, the rows that had grown beyond their longest length and were drawn back to it.
+        cosine_B: (B,) cosine of the angle between the gradient and the step against it: 1 straight down, 0 across, nan
+            where there was no gradient or no step. None where nobody watched, see `GSO`.
+    """
+
+    factor: Tensor
+    moved_B: Tensor
+    at_limit_B: Tensor
+    cosine_B: Tensor | None = None
+
+    def turned_B(self) -> Tensor | None:
+        """Return by how many degrees the direction turned each row's step away from its gradient, (B,)."""
+        return None if self.cosine_B is None else torch.rad2deg(torch.acos(self.cosine_B.clamp(-1, 1)))
+
+    def at_limit(self) -> list[str]:
+        """Return the names of the rows that stand at their growth limit."""
+        return [self.plan.bins[b].name for b in self.at_limit_B.cpu().nonzero()[:, 0].tolist()]
+
+    def most_turned(self, k: int = 5) -> list[tuple[str, float]]:
+        """Return the k rows that were turned furthest, and by how many degrees; none where nobody watched."""
+        turned_B = self.turned_B()
+        if turned_B is None:
+            return []
+        turned = turned_B.cpu().nan_to_num(nan=-1.0)
+        order = torch.argsort(turned, descending=True, stable=True)[:k].tolist()
+        return [(self.plan.bins[b].name, float(turned[b])) for b in order if turned[b] >= 0]
+
+    def __str__(self) -> str:
+        """Say what was bounded, what stands at its limit, and by how much steps were turned."""
+        said, num, factor = super().__str__(), int(self.at_limit_B.sum()), float(self.factor)
+        said += f"; {num} at their growth limit"
+        turned_B = self.turned_B()
+        if turned_B is not None and not bool(turned_B.isnan().all()):
+            said += f"; turned by {float(torch.nanmedian(turned_B)):.0f} degrees at the median"
+        return said if factor == 1 else f"{said}; the whole gradient was divided by {1 / factor:.3g}"
 
 
 class DeferredDecision(Decision):

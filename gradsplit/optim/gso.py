@@ -16,6 +16,7 @@ from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import constant_while_traced, not_traced, without_compiler_guard
 from ..plan import refuse_lazy
+from ..rates import Clock
 from ..split import StepRecord
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
@@ -32,7 +33,7 @@ from .parts import (
     step_part,
     translated,
 )
-from .share import Clock, ShareUpdate
+from .share import ShareUpdate
 
 __all__ = ["GSO"]
 

@@ -18,10 +18,11 @@ from ..amp import Scaling
 from ..collective import Collective
 from ..distributed import is_sharded, local_of
 from ..plan import Layout, Plan, make_plan, one_device, part_of
+from ..rates import Clock
 from ..split import Split, StepRecord
 from .directions import DIRECTIONS
 from .kinds import Kind
-from .share import Clock, ShareUpdate
+from .share import ShareUpdate
 from .updates import Update, make_update, refusal_of_fused
 
 __all__ = [

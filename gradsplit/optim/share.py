@@ -30,82 +30,12 @@ from ..budget import Decision
 from ..collective import Collective
 from ..distributed import is_sharded, shard_of
 from ..plan import pattern_of
-from ..split import Split, StepRecord
+from ..rates import Clock
+from ..split import ShareRecord, Split
 from .directions import DIRECTIONS, Adam, Orthogonal, Turn
 from .kinds import Kind
 
-__all__ = ["Clock", "ShareRecord", "ShareUpdate"]
-
-
-class Clock:
-    """How many steps an optimizer has made, and of how many; its parts share one.
-
-    Args:
-        steps: the length of the run, over which the share falls to zero; None: it does not.
-        device: where a captured graph must find the count; None: on the CPU, where reading it waits for nothing.
-    """
-
-    def __init__(self, steps: int | None, device: torch.device | None = None) -> None:
-        self.steps = steps
-        # A tensor, since a traced step knows a number only as it was when it was traced.
-        narrow = device is not None and device.type == "mps"
-        self.made = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
-
-    def advance(self) -> None:
-        """Count a step."""
-        self.made = self.made + 1
-
-    def set(self, made: int) -> None:
-        """Go on after some steps."""
-        self.made = torch.full_like(self.made, made)
-
-    def pace(self) -> float | Tensor:
-        """Return the share of this step as a fraction of what ``lr`` says."""
-        return 1.0 if self.steps is None else (1 - self.made / self.steps).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class ShareRecord(StepRecord):
-    """The record of one step by shares. Nothing here waits for the device but the methods that return names.
-
-    Attributes:
-        factor: 0-d, by which the whole gradient was multiplied; below 1 where the collective rule fired.
-        moved_B: (B,) bool, the rows that moved.
-        at_limit_B: (B,) bool, the rows that had grown beyond their longest length and were drawn back to it.
-        cosine_B: (B,) cosine of the angle between the gradient and the step against it: 1 straight down, 0 across, nan
-            where there was no gradient or no step. None where nobody watched, see `GSO`.
-    """
-
-    factor: Tensor
-    moved_B: Tensor
-    at_limit_B: Tensor
-    cosine_B: Tensor | None = None
-
-    def turned_B(self) -> Tensor | None:
-        """Return by how many degrees the direction turned each row's step away from its gradient, (B,)."""
-        return None if self.cosine_B is None else torch.rad2deg(torch.acos(self.cosine_B.clamp(-1, 1)))
-
-    def at_limit(self) -> list[str]:
-        """Return the names of the rows that stand at their growth limit."""
-        return [self.plan.bins[b].name for b in self.at_limit_B.cpu().nonzero()[:, 0].tolist()]
-
-    def most_turned(self, k: int = 5) -> list[tuple[str, float]]:
-        """Return the k rows that were turned furthest, and by how many degrees; none where nobody watched."""
-        turned_B = self.turned_B()
-        if turned_B is None:
-            return []
-        turned = turned_B.cpu().nan_to_num(nan=-1.0)
-        order = torch.argsort(turned, descending=True, stable=True)[:k].tolist()
-        return [(self.plan.bins[b].name, float(turned[b])) for b in order if turned[b] >= 0]
-
-    def __str__(self) -> str:
-        """Say what was bounded, what stands at its limit, and by how much steps were turned."""
-        said, num, factor = super().__str__(), int(self.at_limit_B.sum()), float(self.factor)
-        said += f"; {num} at their growth limit"
-        turned_B = self.turned_B()
-        if turned_B is not None and not bool(turned_B.isnan().all()):
-            said += f"; turned by {float(torch.nanmedian(turned_B)):.0f} degrees at the median"
-        return said if factor == 1 else f"{said}; the whole gradient was divided by {1 / factor:.3g}"
+__all__ = ["ShareUpdate"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,10 +23,11 @@ from ...kernels.addresses import KINDS, compiled, load, narrow, pointer, store
 from ...kernels.numba_loops import _limit, share
 from ...kernels.threads import Call, run, threads_for
 from ...plan.lowering import lower
+from ...rates import Clock
 from ...split import Split
 from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
 from ..kinds import Kind
-from ..share import Clock, ShareUpdate
+from ..share import ShareUpdate
 from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
 from .numba_loops import _bin_square, _entry
 

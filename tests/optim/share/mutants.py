@@ -246,6 +246,6 @@ MUTANTS = {
     "memory in half precision": ([(gso, "mend_memories", _rounds_memory)], laws.check_saving_changes_nothing),
     "gradients are halved": ([(UPDATE, "step", _writes_gradients)], laws.check_gradients_are_only_read),
     "no blocks": ([_with_kinds(_changed(blocks=1))], laws.check_blocks_do_not_see_each_other),
-    "the schedule stands still": ([(share.Clock, "pace", lambda _: 1.0)], laws.check_the_built_in_schedule),
+    "the schedule stands still": ([(rates.Clock, "pace", lambda _: 1.0)], laws.check_the_built_in_schedule),
 }
 """Name -> (what is replaced, the law that must catch it)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradsplit as gs
-from gradsplit.optim.share import ShareRecord
+from gradsplit.split import ShareRecord
 from tests.optim.share.laws import rows_of, weights_of
 from tests.optim.share.zoo import SHEETS, give, zoo
 
