@@ -81,6 +81,12 @@ RATES = {
     "prodigy": (1.0, 0.3, 3.0),
     "lamb": (1e-3, 3e-3, 1e-2, 3e-2),
 }
+NARROW = {  # three rates each, for the workloads that came last
+    "gso": (0.03,),
+    "adamw+clip1+warmup": (1e-3, 3e-3, 1e-2),
+    "muon": (0.02, 0.01, 0.05),
+    "soap": (3e-3, 1e-3, 1e-2),
+}
 STRONGEST = ("gso", "adamw+clip1+warmup", "muon", "soap")
 OTHERS = tuple(name for name in RATES if name not in STRONGEST)
 
@@ -94,14 +100,20 @@ TASKS: dict[str, tuple[int, dict[str, Any]]] = {
     "adapters": (200, {}),
     "experts": (200, {}),
 }
+LAST = ("diffusion", "control", "adapters", "experts")
 SPOKEN = {"spoken-digits": TASKS["spoken-digits"]}  # cheap enough for every method
 LARGE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 M": (120, {"text": "sotu.txt", "layers": 4, "width": 144}),
     "3 M": (80, {"text": "sotu.txt", "layers": 6, "width": 208}),
 }
 SIZES = {"22 k": {"layers": 1, "width": 32}, "160 k": {"layers": 3, "width": 64}}
-SENSITIVE = ("gso", "adamw+clip1+warmup", "muon", "soap")
+SENSITIVE = ("gso", "adamw+clip1+warmup", "muon")
 AROUND = tuple(10**power for power in (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25))  # a factor of 316
+
+
+def rates_of(name: str, method: str) -> tuple[float, ...]:
+    """The rates that are tried with a method on a workload, the usual one first."""
+    return NARROW[method] if name in LAST and method in NARROW else RATES[method]
 
 
 def choosing(tasks: Mapping[str, tuple[int, dict[str, Any]]], methods: tuple[str, ...]) -> list[Job]:
@@ -110,18 +122,20 @@ def choosing(tasks: Mapping[str, tuple[int, dict[str, Any]]], methods: tuple[str
         Job(name, steps, method, lr, CHOOSING, options)
         for name, (steps, options) in tasks.items()
         for method in methods
-        for lr in RATES[method]
+        for lr in rates_of(name, method)
     ]
 
 
-def confirming(tasks: Mapping[str, tuple[int, dict[str, Any]]], methods: tuple[str, ...]) -> list[Job]:
+def confirming(
+    tasks: Mapping[str, tuple[int, dict[str, Any]]], methods: tuple[str, ...], seeds: tuple[int, ...] = FRESH
+) -> list[Job]:
     """The best cell of each method on fresh seeds; GSO's is its default, whatever the choosing seed says."""
     finished, jobs = done(), []
     for name, (steps, options) in tasks.items():
         for method in methods:
             best = best_rate(finished, name, steps, options, method)
             if best is not None:
-                jobs += [Job(name, steps, method, best, seed, options) for seed in FRESH]
+                jobs += [Job(name, steps, method, best, seed, options) for seed in seeds]
     return jobs
 
 
@@ -131,10 +145,11 @@ def best_rate(
     """The rate with the best score on the choosing seed; GSO's default; None: not all rates have run."""
     if method == "gso":
         return RATES["gso"][0]
-    rows = [finished.get(Job(name, steps, method, lr, CHOOSING, options).key) for lr in RATES[method]]
+    rates = rates_of(name, method)
+    rows = [finished.get(Job(name, steps, method, lr, CHOOSING, options).key) for lr in rates]
     if any(row is None for row in rows):
         return None
-    return max(zip(RATES[method], rows, strict=True), key=lambda pair: _worth(name, pair[1]))[0]
+    return max(zip(rates, rows, strict=True), key=lambda pair: _worth(name, pair[1]))[0]
 
 
 def _worth(name: str, row: Mapping[str, Any]) -> float:
@@ -191,14 +206,25 @@ def _aerial_fresh() -> list[Job]:
     return jobs
 
 
+def _choosing_one(name: str) -> Callable[[], list[Job]]:
+    return lambda: choosing({name: TASKS[name]}, STRONGEST)
+
+
+def _confirming_one(name: str) -> Callable[[], list[Job]]:
+    return lambda: confirming({name: TASKS[name]}, STRONGEST, FRESH[:1])
+
+
 GROUPS: dict[str, Callable[[], list[Job]]] = {
     "first": lambda: choosing(TASKS, STRONGEST),
-    "confirm": lambda: confirming(TASKS, STRONGEST),
+    "confirm": lambda: confirming(TASKS, STRONGEST, FRESH[:1]),
+    "confirm-again": lambda: confirming(TASKS, STRONGEST),
     "sensitivity": _sensitivity,
     "strategies": _strategies,
     "large": _large,
     "aerial": _aerial,
     "aerial-fresh": _aerial_fresh,
+    **{f"first-{name}": _choosing_one(name) for name in TASKS},
+    **{f"confirm-{name}": _confirming_one(name) for name in TASKS},
     "others": lambda: choosing(TASKS, OTHERS),
     "confirm-others": lambda: confirming(TASKS, OTHERS),
     "others-spoken": lambda: choosing(SPOKEN, OTHERS),
