@@ -109,7 +109,7 @@ class _Variant(Split):
 
 
 def of_default() -> list[dict[str, Any]]:
-    """The default's own rows, from the sweeps that docs/results.md prints."""
+    """The default's own rows, from the sweeps that docs/results/splitter.md prints."""
     rows = []
     for name, folder in OF_DEFAULT.items():
         cells = json.loads((RESULTS / folder / "results.json").read_text(encoding="utf8"))["cells"]

@@ -51,7 +51,7 @@ SETTINGS: list[tuple[str, int, dict[str, Any], str, list[float], dict[str, Any]]
     ("lora", 400, {}, "reference", [0.03], {"floor": 0.1}),
     ("lora", 400, {}, "adamw", [3e-3, 1e-2, 3e-2], {}),
 ]
-"""Task, steps, its options, method, rates, the method's options: the cells of docs/results.md."""
+"""Task, steps, its options, method, rates, the method's options: the cells of docs/results/gso.md."""
 
 DRAWN = (
     ("GSO, nothing chosen", "gso", 0.03, {}),

@@ -29,11 +29,11 @@ class RelativeStep(Budget):
     then keeps the momentum's sum within it. `GSO` caps the update itself. In front of another optimizer a bound on the
     gradient says nothing about the step: use `GSO`, or ``cap_updates=True``.
 
-    It is a one-sided LARS, and AGC with its factor tied to the learning rate. docs/results.md has what was measured: it
-    is as good as the best *tuned* split on the hot residual net, and .78 of it on the exploding detector, where 3 % per
-    step is slow. Under SGD with momentum the learning rate nearly stops mattering. In trials without ``length`` it lost
-    on a plain He-initialised stack of 36 layers (.272 against .482 for a tuned global clip: use ``{"root":
-    Fixed(1.0)}`` there). A tau of .01 is flatter and slower, and .05 is too loose for the hot residual net.
+    It is a one-sided LARS, and AGC with its factor tied to the learning rate. docs/results/splitter.md has what was
+    measured: it is as good as the best *tuned* split on the hot residual net, and .78 of it on the exploding detector,
+    where 3 % per step is slow. Under SGD with momentum the learning rate nearly stops mattering. In trials without
+    ``length`` it lost on a plain He-initialised stack of 36 layers (.272 against .482 for a tuned global clip: use
+    ``{"root": Fixed(1.0)}`` there). A tau of .01 is flatter and slower, and .05 is too loose for the hot residual net.
 
     Args:
         tau: largest share of its own length that a node moves by in one step, > 0.

@@ -19,9 +19,7 @@ PLAIN = [
     _DOCS / "results/speed.md",
     _DOCS / "decisions/0037-the-step-is-a-share-of-the-row.md",
 ]
-GUIDES = [
-    page for page in pages() if page.parent == _DOCS and page.name not in {"README.md", "method.md", "results.md"}
-]
+GUIDES = [page for page in pages() if page.parent == _DOCS and page.name not in {"README.md", "method.md"}]
 
 
 def sentences_of(page: Path) -> list[str]:
