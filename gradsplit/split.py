@@ -439,16 +439,27 @@ class Split:
 
         return squares_B, DeferredDecision(self.plan, decide)
 
+    @cached_property
+    def updates_stand_alone(self) -> bool:
+        """Whether a limit on the update of a bin needs nothing but the bin."""
+        alone = all(level == "bin" for level, _ in self.update_budgets)
+        return alone and not (self.update is not None and self.update.state_dict())
+
     def update_squares(self, updates: list[Tensor | None]) -> Tensor:
         """Return the squares of this rank's updates, added over the ranks only where a limit needs the others.
 
         Where every rank that holds a part of a bin holds all of it, a bound on bins alone is decided where they lie.
         """
-        alone = all(level == "bin" for level, _ in self.update_budgets) and not (
-            self.update and self.update.state_dict()
-        )
-        whole = self.is_sharded and alone and self.kernel.bins_are_local
+        whole = self.is_sharded and self.updates_stand_alone and self.kernel.bins_are_local
         return self.kernel.squares_here(updates) if whole else self.kernel.squares(updates)
+
+    def copies_of_tensors(self) -> list[float]:
+        """Return on how many ranks each element of a tensor lies; every rank has to ask."""
+        if not self.is_sharded:
+            return [1.0] * len(self.tensors)
+        held_T = torch.tensor([p.numel() for p in self.parameters], dtype=self.like.dtype, device=self.like.device)
+        held = self.kernel.add_(held_T).tolist()
+        return [max(1.0, round(h / max(1, n))) for h, n in zip(held, self.plan.layout.numels, strict=True)]
 
     def of_one(self, t: int, plan: Plan) -> Split:
         """Return tensor t under its own part of the plan, with budgets and history of its own."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from .budget import Decision
-from .kernels.eager import EagerKernel
-from .plan import part_of
+from .budget import Reading
+from .plan import pattern_of
 from .split import Split
+from .xp import torch_xp
 
 __all__ = ["STEPS", "UpdateCap"]
 
-BLOCK = 1 << 20
-"""Elements of a tensor that are compared with their copy at a time."""
+BLOCK, BLOCK_ON_DEVICE = 1 << 18, 1 << 24
+"""Elements that are compared with their copy at a time: they stay in cache between measuring and drawing back. On a
+device fewer launches count for more, so there it is a 32nd of all elements, up to the second number."""
 
 STEPS = ("cap", "share")
 """What a step may be made into: at most the limit, or exactly the limit."""
@@ -30,9 +35,10 @@ class UpdateCap:
     With "share" the optimizer gives the direction alone, and every bin moves by its limit, tau of its own length. A bin
     whose gradient was zero in this step is only capped, since momentum or decay alone say nothing of a direction.
 
-    Tensors are looked at block by block, twice: the memory is one copy of the weights and a few megabytes beside it.
-    Decoupled weight decay is part of what is bounded here; `GSO` bounds the update apart from it. Where tensors are
-    sharded, all are looked at together, at the price of a second copy of the shards.
+    The memory is one copy of the weights and one block beside it. The cost is two passes over the weights: the copy
+    before the step, and one in which each block is measured and drawn back. Bins that are cut by a block or by a rank
+    are measured first and drawn back later, which is a third pass; so are all bins where a limit needs the others.
+    Decoupled weight decay is part of what is bounded here; `GSO` bounds the update apart from it.
 
     Args:
         split: whose ledger ``update`` decides.
@@ -52,14 +58,7 @@ class UpdateCap:
         self._before: list[Tensor] = []
         self._holds = False
         self._gradient_B: Tensor | None = None
-        plan, device = split.plan, split.kernel.device
-        self._shapes = EagerKernel(split.local_plan, device)
-        self._parts = []
-        if not split.is_sharded:
-            for t in range(len(split.tensors)):
-                part, bins = part_of(plan, [t])
-                # Not the compiled kernel, which keeps the tensors that it has read.
-                self._parts.append((EagerKernel(part, device), torch.from_numpy(bins).to(device)))
+        self._blocks, self._copies = _blocks_of(split), split.copies_of_tensors()
 
     @property
     def remembers(self) -> bool:
@@ -94,60 +93,230 @@ class UpdateCap:
         if not self._holds or split.rates is None or split.update is None:
             return
         self._holds = False
-        before_B = split.kernel.squares([*self._before])
-        decision = split.update.decide(self._moved_squares(), before_B, split.pace_B())
-        scale_B = self._scale_B(decision)
-        touched_B = (scale_B != 1) | ~decision.finite_B
-        # On the CPU looking costs nothing; elsewhere it would wait for the device.
-        if touched_B.device.type == "cpu" and not bool(touched_B.any()):
-            return
-        for t, (w, before) in enumerate(zip(split.parameters, self._before, strict=True)):
-            for rows in _blocks(w):
-                now, old = (w, before) if rows is None else (w[rows], before[rows])
-                at = None if rows is None else torch.arange(rows.start, rows.stop, device=w.device)
-                move = now - old
-                move.mul_(self._shapes.factor(t, scale_B, w.dtype, at))
-                move.masked_fill_(self._shapes.factor(t, ~decision.finite_B, w.dtype, at), 0)
-                old.add_(move)
-                del move
-                # A bin within its limit keeps the optimizer's bits.
-                now.copy_(torch.where(self._shapes.factor(t, touched_B, w.dtype, at), old, now))
+        weights, pace_B = split.parameters, split.pace_B()
+        for block in self._blocks:
+            scale, finite = self._decide(block, self._measured(block, weights), pace_B)
+            self._draw(block, weights, scale, finite)
 
-    def _moved_squares(self) -> Tensor:
-        """Squares of the update, (B,); block by block, so that one small difference exists at a time."""
+    def _measured(self, block: _Block, weights: list[Tensor]) -> Tensor:
+        """Squares of the update and of the weights before it, (2, b)."""
+        squares = self.split.like.new_zeros(2, block.num_bins)
+        for piece in block.pieces:
+            now, old = piece.of(weights), piece.of(self._before)
+            part = 1 / self._copies[piece.t] if block.on_ranks else 1.0
+            piece.add_squares(now - old, squares[0], part)
+            piece.add_squares(old, squares[1], part)
+        return squares
+
+    def _decide(self, block: _Block, squares: Tensor, pace_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of the block's bins and whether their updates are finite, (b,) each."""
         split = self.split
-        if not self._parts:
-            return split.kernel.squares([w - b for w, b in zip(split.parameters, self._before, strict=True)])
-        squares_B = torch.zeros_like(split.like)
-        for (kernel, ids), w, before in zip(self._parts, split.parameters, self._before, strict=True):
-            for rows in _blocks(w):
-                if rows is None:
-                    move = w - before
-                else:  # a block of rows is what a sparse tensor stores
-                    at = torch.arange(rows.start, rows.stop, device=w.device)
-                    move = torch.sparse_coo_tensor(
-                        at[None], w[rows] - before[rows], w.shape, is_coalesced=True, check_invariants=False
-                    )
-                squares_B.index_add_(0, ids, kernel.squares([move]))
-        return squares_B
+        assert split.update is not None
+        at = block.bins
+        if block.on_ranks:
+            squares = split.kernel.add_(squares)
+        if not split.updates_stand_alone:
+            decision = split.update.decide(squares[0], squares[1], pace_B)
+            norm, finite, scale, limit = decision.norm_B, decision.finite_B, decision.scale_B, decision.limit_B
+        else:
+            finite = squares[0].isfinite()
+            norm, weight = squares.where(squares.isfinite(), 0.0).sqrt()
+            reading = Reading(norm, weight, block.numel, block.num_rows, pace_B[at].to(norm.dtype))
+            limits = [budget.limits(torch_xp, reading, ()) for _, budget in split.update_budgets]
+            limit = limits[0] if len(limits) == 1 else torch.stack(limits).amin(0)
+            over = finite & (norm > limit)
+            scale = torch.where(over, limit / norm, finite.to(norm.dtype))
+        if self.step == "share":
+            moves = finite & (norm > 0)
+            if self._gradient_B is not None:
+                gradient = self._gradient_B[at]
+                moves = moves & gradient.isfinite() & (gradient > 0)
+            scale = torch.where(moves, limit / torch.where(norm > 0, norm, 1.0), scale)
+        return scale, finite
 
-    def _scale_B(self, decision: Decision) -> Tensor:
-        scale_B: Tensor = decision.scale_B
-        if self.step == "cap":
-            return scale_B
-        norm_B = decision.norm_B
-        whole_B = decision.limit_B / torch.where(norm_B > 0, norm_B, 1.0)
-        moves_B = decision.finite_B & (norm_B > 0)
-        if self._gradient_B is not None:
-            moves_B = moves_B & self._gradient_B.isfinite() & (self._gradient_B > 0)
-        return torch.where(moves_B, whole_B, scale_B)
+    def _draw(self, block: _Block, weights: list[Tensor], scale: Tensor, finite: Tensor) -> None:
+        # On the CPU looking costs nothing; elsewhere it would wait for the device.
+        looks = scale.device.type == "cpu"
+        if looks and bool((scale == 1).all()):
+            return
+        undoes = not (looks and bool(finite.all()))
+        for piece in block.pieces:
+            if looks and bool((scale[piece.place] == 1).all()):
+                continue
+            now, old = piece.of(weights), piece.of(self._before)
+            if undoes:
+                now.copy_(torch.where(piece.factor(finite), now, old))
+            # A bin whose factor is 1 keeps the optimizer's bits.
+            if now.dtype in (torch.float32, torch.float64):
+                torch.lerp(old, now, piece.factor(scale.to(now.dtype)), out=now)
+            else:
+                factor = piece.factor(scale.to(torch.float64 if now.dtype == torch.complex128 else torch.float32))
+                now.copy_(torch.where(factor == 1, now, old + (now - old) * factor))
 
 
-def _blocks(tensor: Tensor) -> list[slice | None]:
-    """Slices of rows of at most `BLOCK` elements, or of one row; None stands for the tensor as a whole."""
-    if not tensor.numel():
-        return []
-    if tensor.numel() <= BLOCK or tensor.dim() == 0:
-        return [None]
-    size = max(1, BLOCK * len(tensor) // tensor.numel())
-    return [slice(start, min(start + size, len(tensor))) for start in range(0, len(tensor), size)]
+@dataclass
+class _Piece:
+    """A tensor, or some rows of it, and where its bins stand in a vector of bins.
+
+    Attributes:
+        t: the tensor's place in the layout.
+        rows: which rows; None: all.
+        kind: what tells its bins apart, as in `pattern_of`.
+        place: of its rows, columns or elements in the vector; a slice where each is a bin of its own.
+        shape: of one value per row, column or element, so that it broadcasts.
+    """
+
+    t: int
+    rows: slice | None
+    kind: str
+    place: slice | Tensor
+    shape: tuple[int, ...]
+
+    def of(self, tensors: list[Tensor]) -> Tensor:
+        """The piece of its tensor."""
+        return tensors[self.t] if self.rows is None else tensors[self.t][self.rows]
+
+    def add_squares(self, x: Tensor, squares: Tensor, part: float) -> None:
+        """Add a part of the squares of its bins to a vector of bins."""
+        x = x.abs() if x.is_complex() else x
+        dtype = squares.dtype
+        if self.kind == "cells" or x.dim() == 0 or (self.kind == "cols" and x.dim() == 1):
+            lengths = x.reshape(-1).to(dtype)
+        else:
+            dims = {"tensor": None, "rows": tuple(range(1, x.dim())), "cols": 0}[self.kind]
+            lengths = torch.linalg.vector_norm(x, dim=dims, dtype=dtype).reshape(-1)
+        if isinstance(self.place, slice):
+            torch.mul(lengths, lengths, out=squares[self.place])
+        else:
+            squares.index_add_(0, self.place, lengths.square(), alpha=part)
+
+    def factor(self, values: Tensor) -> Tensor:
+        """Values of bins in a shape that broadcasts over the piece."""
+        return values[self.place].view(self.shape)
+
+
+@dataclass
+class _Block:
+    """Pieces that are decided on together.
+
+    Attributes:
+        pieces: what is measured and drawn back.
+        bins: (b,) which bins they make up.
+        num_bins: b.
+        numel, num_rows: (b,) sizes of these bins.
+        on_ranks: other ranks hold parts of them, so that squares are added over the ranks.
+    """
+
+    pieces: list[_Piece]
+    bins: Tensor
+    num_bins: int
+    numel: Tensor
+    num_rows: Tensor
+    on_ranks: bool
+
+
+class _Cut(NamedTuple):
+    """A piece that has no place yet: the bins of its rows, columns or elements, and how many elements it has."""
+
+    t: int
+    rows: slice | None
+    kind: str
+    ids: np.ndarray
+    shape: tuple[int, ...]
+    numel: int
+
+
+def _cuts(split: Split) -> list[_Cut]:
+    """All that this rank holds, in pieces of at most one block, or of one row."""
+    weights, cuts = split.parameters, []
+    total = sum(weight.numel() for weight in weights)
+    size = BLOCK if split.like.device.type == "cpu" else max(BLOCK, min(BLOCK_ON_DEVICE, total // 32))
+    for t, weight in enumerate(weights):
+        if not weight.numel():
+            continue
+        kind, bins = pattern_of(split.local_plan, t)
+        shape, ids = tuple(weight.shape), bins.reshape(-1)
+        one_by_one = {"tensor": (), "rows": (-1, *(1,) * (len(shape) - 1)), "cols": (1, *shape[1:])}
+        if kind == "cols" and len(shape) == 1:  # a vector is one row, whose columns are its entries
+            one_by_one["cols"] = (-1,)
+        like = one_by_one.get(kind, (-1, *shape[1:]))
+        if weight.numel() <= size or not shape:
+            cuts.append(_Cut(t, None, kind, ids, like, weight.numel()))
+            continue
+        step = max(1, size * len(weight) // weight.numel())
+        per_row = len(ids) // len(weight) if like and like[0] == -1 else 0
+        for start in range(0, len(weight), step):
+            rows = slice(start, min(start + step, len(weight)))
+            mine = ids[rows.start * per_row : rows.stop * per_row] if per_row else ids
+            cuts.append(_Cut(t, rows, kind, mine, like, weight[rows].numel()))
+    return cuts
+
+
+def _block(
+    split: Split, cuts: list[_Cut], bins: np.ndarray | None = None, *, adds: bool = False, on_ranks: bool = False
+) -> _Block:
+    """Give pieces their places in the vector of some bins.
+
+    Args:
+        split: whose bins they are.
+        cuts: the pieces.
+        bins: of the vector, sorted; None: those of the pieces.
+        adds: pieces share bins, so that each adds to what others have found.
+        on_ranks: other ranks hold parts of the bins.
+    """
+    plan, like = split.plan, split.like
+    if bins is None:
+        bins = np.unique(np.concatenate([cut.ids for cut in cuts]))
+    pieces = []
+    for cut in cuts:
+        at = np.searchsorted(bins, cut.ids)
+        if not adds and bool((np.diff(at) == 1).all()):
+            place: slice | Tensor = slice(int(at[0]), int(at[-1]) + 1)
+        else:
+            place = torch.from_numpy(at.astype(np.int32)).to(like.device)
+        pieces.append(_Piece(cut.t, cut.rows, cut.kind, place, cut.shape))
+    numel, num_rows = (
+        torch.from_numpy(np.asarray(sizes_B, dtype=np.float64)[bins]).to(like.device, like.dtype)
+        for sizes_B in (plan.numel_B, plan.num_rows_B)
+    )
+    return _Block(pieces, torch.from_numpy(bins).to(like.device), len(bins), numel, num_rows, on_ranks)
+
+
+def _blocks_of(split: Split) -> list[_Block]:
+    """Pieces side by side up to a size, each with whole bins; then the bins that are cut; then those cut by ranks."""
+    cuts, all_B = _cuts(split), np.arange(split.plan.num_bins)
+    if not split.updates_stand_alone:
+        return [_block(split, cuts, all_B, adds=True, on_ranks=split.is_sharded)]
+    count_B = np.zeros(split.plan.num_bins, dtype=np.int64)
+    for cut in cuts:
+        count_B[np.unique(cut.ids)] += 1
+    spread_B = _with_neighbours(split.kernel.spread_B, cuts)
+    lots: list[list[_Cut]] = []
+    apart: list[_Cut] = []
+    spread: list[_Cut] = []
+    for cut in cuts:
+        if spread_B[cut.ids].any():
+            spread.append(cut)
+        elif (count_B[cut.ids] > 1).any():
+            apart.append(cut)
+        elif lots and sum(other.numel for other in lots[-1]) + cut.numel <= BLOCK:
+            lots[-1].append(cut)
+        else:
+            lots.append([cut])
+    blocks = [_block(split, lot) for lot in lots]
+    if apart:
+        blocks.append(_block(split, apart, adds=True))
+    if spread_B.any():  # on every rank, whatever it holds of them
+        blocks.append(_block(split, spread, all_B, adds=True, on_ranks=True))
+    return blocks
+
+
+def _with_neighbours(spread_B: np.ndarray, cuts: list[_Cut]) -> np.ndarray:
+    """Which bins are spread over ranks, or share a piece with one that is: a bin is decided on in one block."""
+    while True:
+        wider_B = spread_B.copy()
+        for cut in cuts:
+            wider_B[cut.ids] |= spread_B[cut.ids].any()
+        if (wider_B == spread_B).all():
+            return wider_B
+        spread_B = wider_B

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsplit as gs
 from gradsplit import update_cap
@@ -192,3 +195,93 @@ def test_a_cap_holds_one_copy_of_the_weights_and_little_beside(monkeypatch):
             now += event.nbytes()
             peak = max(peak, now)
     assert weights <= peak <= 1.1 * weights + 8 * 8 * splitter.plan.num_bins
+
+
+class Visits(TorchDispatchMode):
+    """Notes, operation by operation, which block of which tensor is read or written."""
+
+    def __init__(self, tensors, block):
+        super().__init__()
+        self.found, self.operations = [], 0
+        self._spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        self._bytes = block * tensors[0].element_size()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.is_view or function.namespace != "aten":
+            return out
+        flat = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        touched = set()
+        for i, (start, stop) in enumerate(self._spans):
+            for x in flat:
+                if start <= x.data_ptr() < stop:
+                    touched.add((i, (x.data_ptr() - start) // self._bytes))
+                    assert x.numel() * x.element_size() <= self._bytes, "more than one block at a time"
+        if touched:
+            self.operations += 1
+            self.found += [one for one in touched if self.found[-1:] != [one]]
+        return out
+
+
+@pytest.mark.parametrize(("plan", "most"), [("xsp", 1), ("per_tensor", 2)])
+def test_a_cap_that_bites_comes_to_every_block_once_where_rows_are_bins(plan, most, monkeypatch):
+    """Beside the copy before the step it is one pass over the weights; two where a bin is larger than a block."""
+    block = 1 << 12
+    monkeypatch.setattr(update_cap, "BLOCK", block)
+    model = nn.Sequential(nn.Linear(128, 256, bias=False), nn.Linear(256, 96, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+    cap = gs.GradientSplitter(model, plan, optimizer=optimizer, cap_updates=True)._cap
+    cap.remember(anew=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    with Visits(list(model.parameters()), block) as seen:
+        cap.apply()
+    blocks = sum(p.numel() for p in model.parameters()) // block
+    counts = collections.Counter(seen.found)
+    assert len(counts) == blocks
+    assert max(counts.values()) == most
+    assert seen.operations == 2 * blocks, "one difference and one interpolation per block"
+    assert all(
+        (rows(p) - rows(old)).norm() < 0.031 * old.norm() for p, old in zip(model.parameters(), before, strict=True)
+    )
+
+
+def test_rows_within_the_cap_keep_their_bits_beside_rows_that_are_drawn_back():
+    model = model_of(torch.float32)
+    finals = []
+    for capped in (True, False):
+        model = model_of(torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        if capped:
+            gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e-4)
+        model[0].weight.grad[[1, 4]] = 1e3
+        optimizer.step()
+        finals.append(model[0].weight.detach().clone())
+    capped, free = finals
+    assert torch.equal(capped[[0, 2, 3, 5]], free[[0, 2, 3, 5]])
+    assert (capped[[1, 4]] - free[[1, 4]]).abs().min() > 1
+
+
+@pytest.mark.parametrize("level", ["root", "tensor"])
+def test_a_limit_above_the_bins_is_decided_on_all_at_once(level, monkeypatch):
+    monkeypatch.setattr(update_cap, "BLOCK", 7)
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+    gs.GradientSplitter(model, budget={level: gs.RelativeStep(0.03)}, optimizer=optimizer, cap_updates=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    moved = [(p.detach() - old).norm() for p, old in zip(model.parameters(), before, strict=True)]
+    length = [old.norm() for old in before]
+    pairs = (
+        [(torch.stack(moved).norm(), torch.stack(length).norm())]
+        if level == "root"
+        else zip(moved, length, strict=True)
+    )
+    for far, long in pairs:
+        torch.testing.assert_close(far, 0.03 * long, rtol=1e-9, atol=0)
