@@ -113,17 +113,16 @@ def _below(folder: str) -> list[str]:
 
 def navigation() -> list[dict[str, Any]]:
     """Return the order of all pages."""
-    own = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"README", "method", "results"}
+    own = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"README", "method"}
     guides = [*(name for name in GUIDES if name in own), *sorted(own - set(GUIDES))]
-    others = [name for name in ("method", "results") if (ROOT / "docs" / f"{name}.md").is_file()]
     return [
         {"Home": "index.md"},
         {"Your question": "contents.md"},
         {"Guides": [{_title(f"{name}.md"): f"{name}.md"} for name in guides]},
-        *({_title(f"{name}.md"): f"{name}.md"} for name in others),
+        {"Method": "method.md"},
         {"Reference": [{_title(place): place} for place in _below("reference")]},
         {"Names": [{f"gradsplit.{room}": f"names/{room}.md"} for room in rooms()]},
-        {"Results, topic by topic": [{_title(place): place} for place in _below("results")]},
+        {"Results": [{_title(place): place} for place in _below("results")]},
         {"Decisions": [{_title(place): place} for place in _below("decisions")]},
         {"Project": [{"Contributing": "contributing.md"}, {"Changelog": "changelog.md"}, {"中文": "chinese.md"}]},
     ]
