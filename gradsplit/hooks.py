@@ -53,6 +53,16 @@ class Turn:
         self.held: Any = None
         self._is_open = False
         self._seen: list[tuple[Any, int]] = []
+        self._others: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+    def stand_at(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note at which optimizer this is, so that two at one optimizer notice each other."""
+        self._others = _TURNS.setdefault(optimizer, weakref.WeakSet())
+        self._others.add(self)
+
+    def done_by_another(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether another one at the same optimizer has acted on these very gradients."""
+        return len(self._others) > 1 and any(one.done(parameters) for one in self._others if one is not self)
 
     def begin(self) -> None:
         """Note that a step of the optimizer begins."""
@@ -91,6 +101,7 @@ def _ends(parameters: Sequence[Tensor]) -> list[Tensor]:
     return ends
 
 
+_TURNS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Turn]] = weakref.WeakKeyDictionary()
 _TAKEN: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Any]] = weakref.WeakKeyDictionary()
 
 

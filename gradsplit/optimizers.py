@@ -85,9 +85,13 @@ def optimizer_of(optimizer: Any, *, call: str) -> torch.optim.Optimizer:
             break
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "param_groups"):
-        several = " Make one splitter per optimizer." if isinstance(optimizer, (list, tuple)) else ""
+        name, hint = type(optimizer).__name__, ""
+        if isinstance(optimizer, (list, tuple)):
+            hint = " Make one splitter per optimizer."
+        elif isinstance(optimizer, type):
+            name, hint = f"{optimizer.__name__}, a class", f" Write {optimizer.__name__}(model.parameters())."
         raise TypeError(
-            f"{call}(optimizer={type(optimizer).__name__}): expected a torch optimizer with param_groups.{several} "
+            f"{call}(optimizer={name}): expected a torch optimizer with param_groups.{hint} "
             "Without one, call GradientSplitter.step() before the update and give a budget, for example Relative(0.2)."
         )
     return optimizer

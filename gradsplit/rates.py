@@ -78,7 +78,7 @@ class Members:
         self._held = held_by(optimizer)
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         if others:
-            self._warn_of(set(self._held), "the model that was given does not hold")
+            self._warn_of(set(self._held), "are not in the model that was given")
 
     def look(self) -> bool:
         """Return whether parameters have moved between groups or groups were added, so that rates are read anew.
@@ -101,7 +101,7 @@ class Members:
                 "after parameters are replaced."
             )
         self._held, self._sizes = now, sizes
-        self._warn_of(new, "were added after the splitter was made, which does not hold")
+        self._warn_of(new, "were added after the splitter was made")
         return True
 
     def _warn_of(self, keys: set[int], why: str) -> None:
@@ -110,7 +110,7 @@ class Members:
             shapes = [tuple(p.shape) for g in self.optimizer.param_groups for p in g["params"] if id(p) in free]
             warnings.warn(
                 f"{self.call}(optimizer={type(self.optimizer).__name__}): {len(free)} parameters of the optimizer "
-                f"{why} them, the first of shape {shapes[0]}: no limit holds there. Make the splitter with a model "
+                f"{why}, the first of shape {shapes[0]}: no limit holds there. Make the splitter with a model "
                 "that holds all of them, or with pairs (name, parameter) if that is meant.",
                 UserWarning,
                 stacklevel=5,

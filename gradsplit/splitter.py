@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .amp import Scaling
 from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, RelativeStep, StagedLedger
-from .collective import COLLECTIVE
+from .collective import COLLECTIVE, ENOUGH
 from .distributed import local_of, whole_of
 from .hooks import Handle, Place, Turn, attach_to, not_traced
 from .kernels import Kernel
@@ -117,6 +117,13 @@ def check_options(on_nonfinite: str, step: str, cap_updates: bool) -> None:
 def stand_by(splitter: GradientSplitter, optimizer: Any) -> torch.optim.Optimizer:
     """Let a splitter stand at an optimizer, or at the one inside a wrapper, and return that."""
     optimizer = optimizer_of(optimizer, call="GradientSplitter")
+    at = splitter.optimizer
+    if at is not None and at is not optimizer and splitter._handle is not None and splitter._handle.is_attached:
+        raise ValueError(
+            f"GradientSplitter.attach({type(optimizer).__name__}): expected one optimizer, got a second one beside "
+            f"{type(at).__name__}, to which this is attached. Call remove() on its handle first, or make another "
+            "splitter for the second one."
+        )
     if splitter._chooses:
         budget, collective = usual_bounds(optimizer, caps=splitter._after_updates)
         collective = collective if splitter._collective is None else splitter._collective
@@ -131,6 +138,7 @@ def stand_by(splitter: GradientSplitter, optimizer: Any) -> torch.optim.Optimize
             optimizer, splitter.layout.names, splitter.parameters, others=splitter._all_named, call="GradientSplitter"
         )
     splitter.optimizer = optimizer
+    splitter._turn.stand_at(optimizer)
     return optimizer
 
 
@@ -139,7 +147,17 @@ def refuse_too_early(splitter: GradientSplitter) -> None:
 
     Raises:
         ValueError: no learning rate for RelativeStep; a cap on the update that stands at no optimizer.
+
+    Warns:
+        UserWarning: another splitter at the same optimizer has bounded these gradients.
     """
+    if not torch.compiler.is_compiling() and splitter._turn.done_by_another(splitter.parameters):
+        warnings.warn(
+            f"GradientSplitter.step(): another splitter at this {type(splitter.optimizer).__name__} has bounded these "
+            "gradients already, so that limits hold twice. Leave one of them out; one splitter takes several budgets.",
+            UserWarning,
+            stacklevel=4,
+        )
     if splitter._split.needs_rates and splitter._split.rates is None:
         raise ValueError(
             "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
@@ -168,6 +186,7 @@ def described(splitter: GradientSplitter) -> str:
         said.append(
             f"Where the median bin is more than {COLLECTIVE:g} times its recent norm, the whole gradient is divided by "
             "that ratio."
+            + (f" That needs {ENOUGH} bins, so it never happens here." if split.plan.num_bins < ENOUGH else "")
         )
     if splitter._cap is not None:
         said.append(f"This bounds the step after {name} has made it, whatever its rule.")

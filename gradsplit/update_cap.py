@@ -75,7 +75,7 @@ class UpdateCap:
         if self._holds and not anew:
             return
         weights = self.split.parameters
-        if not self._before:
+        if not self._before or self._before[0].dtype != weights[0].dtype:  # the model may have been cast since
             self._before = [torch.empty_like(w) for w in weights]
         for copy, w in zip(self._before, weights, strict=True):
             copy.copy_(w)

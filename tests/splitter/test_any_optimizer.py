@@ -100,9 +100,9 @@ def test_the_three_lines_run_and_a_fault_stays_in_its_row(name):
 
 
 def test_in_front_of_adam_single_rows_are_bounded_and_a_whole_batch_is_divided():
-    model = nn.Linear(4, 8, bias=False)
+    model = nn.Linear(4, 20, bias=False)
     splitter = gs.GradientSplitter(model, optimizer=torch.optim.AdamW(model.parameters()))
-    small = 1e-3 * torch.ones(8, 4)
+    small = 1e-3 * torch.ones(20, 4)
     for _ in range(5):
         model.weight.grad = small.clone()
         splitter.step()
@@ -287,7 +287,9 @@ def test_replaced_parameters_are_an_error_and_added_ones_a_warning():
 def test_parameters_that_nobody_bounds_are_warned_of_unless_pairs_were_given():
     model = model_for("AdamW")
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.warns(UserWarning, match=r"2 parameters of the optimizer the model that was given does not hold"):
+    with pytest.warns(
+        UserWarning, match=r"2 parameters of the optimizer are not in the model that was given, the first"
+    ):
         gs.GradientSplitter(model[0], optimizer=optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -307,11 +309,69 @@ def test_one_splitter_per_parameter_is_attached():
     second.attach(optimizer)
 
 
+def test_a_splitter_is_attached_to_one_optimizer():
+    model = model_for("AdamW")
+    first, second = torch.optim.AdamW(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.1)
+    splitter = gs.GradientSplitter(model, optimizer=first)
+    handle = splitter.attach(first)
+    with pytest.raises(ValueError, match=r"attach\(SGD\): .* second one beside AdamW, .* Call remove\(\)"):
+        splitter.attach(second)
+    assert splitter.optimizer is first
+    handle.remove()
+    splitter.attach(second)
+    assert splitter.optimizer is second
+
+
+def test_two_splitters_that_act_on_one_gradient_are_warned_of():
+    model = model_for("AdamW")
+    optimizer = torch.optim.AdamW(model.parameters())
+    first, second = (gs.GradientSplitter(model, optimizer=optimizer) for _ in range(2))
+    elsewhere = gs.GradientSplitter(model, optimizer=torch.optim.AdamW(model.parameters()))
+
+    def gradients():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+
+    gradients()
+    first.step()
+    with pytest.warns(UserWarning, match=r"another splitter at this AdamW has bounded these gradients already"):
+        second.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients()
+        second.step()  # other gradients: one after the other is a choice
+        elsewhere.step()
+        gradients()
+        first.step()
+        first.step()
+
+
+def test_a_foreign_optimizer_is_refused_and_a_model_that_was_cast_goes_on():
+    model = model_for("AdamW")
+    for make in (lambda o: gs.GradientSplitter(model, optimizer=o), gs.GradientSplitter(model, budget="fixed").attach):
+        with pytest.raises(ValueError, match=r"expected an optimizer of this model's parameters, got one without '0"):
+            make(torch.optim.AdamW(model_for("AdamW").parameters()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=10.0)
+    gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        optimizer.state.clear()
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert p.dtype == dtype
+            assert 0 < (p - old).norm() < 0.031 * max(float(old.norm()), 0.01 * old.numel() ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
         (object(), r"GradientSplitter\(optimizer=object\): expected a torch optimizer with param_groups"),
         ([], r"GradientSplitter\(optimizer=list\).*Make one splitter per optimizer"),
+        (torch.optim.AdamW, r"optimizer=AdamW, a class\): .* Write AdamW\(model.parameters\(\)\)"),
+        ("adamw", r"GradientSplitter\(optimizer=str\): expected a torch optimizer"),
     ],
 )
 def test_what_is_no_optimizer_is_named(optimizer, words):
@@ -327,3 +387,13 @@ def test_wrappers_stand_for_what_is_inside():
     wrapped = accelerate.optimizer.AcceleratedOptimizer(inner)
     assert gs.GradientSplitter(model, optimizer=wrapped).optimizer is inner
     assert gs.GradientSplitter(model, optimizer=others.Lookahead(inner)).optimizer is inner
+    assert gs.GradientSplitter(model, optimizer=schedulefree.ScheduleFreeWrapper(inner)).optimizer is inner
+    around = others.SAM(model.parameters(), base_optimizer=torch.optim.AdamW)
+    assert type(gs.GradientSplitter(model, optimizer=around).optimizer) is torch.optim.AdamW
+
+
+def test_the_wrapper_of_lightning_stands_for_what_is_inside():
+    module = pytest.importorskip("lightning.pytorch.core.optimizer")
+    model = model_for("AdamW")
+    inner = torch.optim.AdamW(model.parameters())
+    assert gs.GradientSplitter(model, optimizer=module.LightningOptimizer(inner)).optimizer is inner
