@@ -158,6 +158,25 @@ class ShareRecord(StepRecord):
         """Return by how many degrees the direction turned each row's step away from its gradient, (B,)."""
         return None if self.cosine_B is None else torch.rad2deg(torch.acos(self.cosine_B.clamp(-1, 1)))
 
+    def by_tensor(self) -> Tensor:
+        """Return what happened to each tensor's rows, (3, T).
+
+        The mean number of degrees by which they were turned (nan where nothing was measured), the share of them that
+        stand at their growth limit, and the share that was bounded. Bins over several tensors are left out.
+        """
+        inside = np.flatnonzero(self.plan.tensor_B >= 0)
+        ids = torch.from_numpy(self.plan.tensor_B[inside]).to(self.moved_B.device)
+        bins, turned_B = torch.from_numpy(inside).to(ids.device), self.turned_B()
+        turned_B = torch.full_like(self.norm_B, torch.nan) if turned_B is None else turned_B
+        bounded_B = self.decision.scale_B < 0.999 * self.factor
+        known_B = ~turned_B.isnan()
+        rows = torch.stack(
+            [turned_B.nan_to_num(nan=0.0), known_B, self.at_limit_B, bounded_B, torch.ones_like(known_B)]
+        )
+        sums = turned_B.new_zeros(5, len(self.plan.layout)).index_add_(1, ids, rows.to(turned_B.dtype)[:, bins])
+        num = sums[4].clamp(min=1)
+        return torch.stack([sums[0] / sums[1], sums[2] / num, sums[3] / num])
+
     def at_limit(self) -> list[str]:
         """Return the names of the rows that stand at their growth limit."""
         return [self.plan.bins[b].name for b in self.at_limit_B.cpu().nonzero()[:, 0].tolist()]

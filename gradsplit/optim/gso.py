@@ -312,14 +312,18 @@ class GSO(Optimizer):
             for part in self._parts:
                 self._step_part(part, scaling)
         self._clock.advance()
-        if self._watched():
+        if self._has_sinks():
             self._show()
         return loss
 
+    # torch's compiler would look into the sinks, and trace anew whenever one of them has changed.
     @constant_while_traced
-    def _watched(self) -> bool:
-        """Whether there are sinks; torch's compiler would look into them, and trace anew whenever one has changed."""
+    def _has_sinks(self) -> bool:
         return bool(self.sinks)
+
+    @constant_while_traced
+    def _is_watched(self) -> bool:
+        return self.measures or bool(self.sinks)
 
     @not_traced
     def _show(self) -> None:
@@ -334,9 +338,14 @@ class GSO(Optimizer):
 
         By how much steps were turned is measured where there are sinks, or ``measures`` is set: see `ShareRecord`.
         """
+        return [record for _, record in self.records_of()]
+
+    def records_of(self) -> list[tuple[list[Tensor], StepRecord]]:
+        """Return each record with its parameters, in the order of its layout."""
         self._tell_of_the_end()
         step = int(self._clock.made) - 1
-        return [record for part in self._parts if (record := part.record(step)) is not None]
+        made = ((part.split.owners, part.record(step)) for part in self._parts)
+        return [(owners, record) for owners, record in made if record is not None]
 
     def _check_schedule(self) -> None:
         for group in self.param_groups if self.by_share else ():
@@ -382,7 +391,7 @@ class GSO(Optimizer):
 
     def _step_part(self, part: Part, scaling: Scaling | None = None) -> None:
         if isinstance(part.update, ShareUpdate):
-            part.update.measures = self.measures or self._watched()
+            part.update.measures = self._is_watched()
         step_part(self, part, scaling, alone=self._one_tensor_a_part or not part.split.needs_others)
 
     def _step_of(self, owner: Tensor) -> None:

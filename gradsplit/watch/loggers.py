@@ -10,10 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
-from .record import Rows, RowSink, Stream
+import numpy as np
+
+from .record import Rows, RowSink, Stream, Turns
 
 __all__ = [
     "scalars_of",
+    "turns_of",
     "top_nodes",
     "JsonLinesSink",
     "TensorBoardSink",
@@ -77,6 +80,30 @@ def scalars_of(rows: Rows, depth: int = 1) -> Iterator[tuple[int, float, dict[st
         yield int(rows.step_S[s]), float(rows.time_S[s]), finite
 
 
+def turns_of(turns: Turns, depth: int = 1) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield (step, {name: value}) of the steps of GSO that were read; what was not measured is left out.
+
+    Names: ``turned/all`` and ``turned/<module>`` (degrees between gradients and steps, means over tensors),
+    ``at_limit/all`` and ``bounded/all`` (shares of rows, means over tensors), ``batch_factor`` (below 1 where the batch
+    was scaled as a whole). ``depth``: see `top_nodes`.
+    """
+    stream, names = turns.stream, list(turns.stream.about.get("names") or ())
+    prefix, inside = f"{stream.index}/" if stream.index else "", {"all": list(range(len(names)))}
+    for node in top_nodes(stream, depth):
+        top = stream.outline.names_N[node]
+        inside[top] = [t for t, name in enumerate(names) if name == top or name.startswith(f"{top}.")]
+    for k in range(len(turns)):
+        values = {f"turned/{name}": _mean(turns.turned_KT[k, at]) for name, at in inside.items()}
+        values |= {"at_limit/all": _mean(turns.limit_KT[k]), "bounded/all": _mean(turns.bounded_KT[k])}
+        values["batch_factor"] = float(turns.factor_K[k])
+        yield int(turns.step_K[k]), {prefix + name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
 class JsonLinesSink:
     """Append ``{"step": 12, "time": …, "loss": …, "norm/all": …}`` per step to a file; a sink of `Recorder`.
 
@@ -95,6 +122,12 @@ class JsonLinesSink:
             for step, when, values in scalars_of(rows, self._depth):
                 line = {"step": step, "time": round(when, 3), "optimizer": rows.stream.index, **values}
                 self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def add_turns(self, turns: Turns) -> None:
+        """Take what GSO's steps did."""
+        for step, values in turns_of(turns, self._depth):
+            self._file.write(json.dumps({"step": step, "optimizer": turns.stream.index, **values}) + "\n")
         self._file.flush()
 
     def close(self, **meta: Any) -> None:
@@ -132,6 +165,13 @@ class TensorBoardSink:
             for step, when, values in scalars_of(rows, self._depth):
                 for name, value in values.items():
                     self._writer.add_scalar(f"gradsplit/{name}", value, step, walltime=when)
+        self._writer.flush()
+
+    def add_turns(self, turns: Turns) -> None:
+        """Take what GSO's steps did."""
+        for step, values in turns_of(turns, self._depth):
+            for name, value in values.items():
+                self._writer.add_scalar(f"gradsplit/{name}", value, step)
         self._writer.flush()
 
     def close(self, **meta: Any) -> None:
@@ -175,6 +215,11 @@ class WandbSink:
             for step, _, values in scalars_of(rows, self._depth):
                 self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
 
+    def add_turns(self, turns: Turns) -> None:
+        """Take what GSO's steps did."""
+        for step, values in turns_of(turns, self._depth):
+            self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
+
     def close(self, **meta: Any) -> None:
         """Finish the run, if it is ours."""
         if self._owns:
@@ -217,8 +262,16 @@ class MlflowSink:
         """Take the rows of one flush."""
         for rows in batch:
             for step, _, values in scalars_of(rows, self._depth):
-                metrics = {f"gradsplit/{_NOT_ALLOWED.sub('_', name)}": value for name, value in values.items()}
-                self._client.log_metrics(metrics, step=step)
+                self._log(step, values)
+
+    def add_turns(self, turns: Turns) -> None:
+        """Take what GSO's steps did."""
+        for step, values in turns_of(turns, self._depth):
+            self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        metrics = {f"gradsplit/{_NOT_ALLOWED.sub('_', name)}": value for name, value in values.items()}
+        self._client.log_metrics(metrics, step=step)
 
     def close(self, **meta: Any) -> None:
         """End the run, if it is ours."""

@@ -4,9 +4,9 @@ from ...resume.actions import GuardAction
 from ...split import BinReport, StepRecord
 from .outline import Outline, recording_plan
 from .reader import Event, RunFile, Series
-from .rows import Rows, Stream
+from .rows import Rows, Stream, Turns
 from .run_file import RunFileError, tell
-from .sinks import Recorder, RowSink, summed_up
+from .sinks import Recorder, RowSink, next_reading, summed_up
 from .writer import RunWriter
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "Series",
     "StepRecord",
     "Stream",
+    "Turns",
+    "next_reading",
     "recording_plan",
     "summed_up",
     "tell",

@@ -23,7 +23,7 @@ from ...resume.actions import GuardAction
 from .checks import check_about, check_chunk, check_meta, check_thinning
 from .codec import to_float, unpack_bits, unpack_counts, unpack_exact, window_starts
 from .outline import Outline
-from .rows import Stream
+from .rows import Stream, Turns
 from .run_file import RunFileError, open_to_read
 from .writer import ROW_COLUMNS
 
@@ -215,8 +215,7 @@ class RunFile:
     def lengths(self, stream: Stream) -> tuple[np.ndarray, np.ndarray]:
         """Return (K,) steps and (K, T) lengths of the weights before those steps; empty in files without them."""
         num_tensors = len(stream.about.get("names") or ())
-        there = self._query("SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'weight'")
-        if not there[0][0] or not num_tensors:
+        if not self._has("weight") or not num_tensors:
             return np.zeros(0, dtype=np.int64), np.zeros((0, num_tensors), dtype=np.float32)
         rows = self._query("SELECT step, length FROM weight WHERE stream = ? ORDER BY id", (stream.index,))
         with self._whole():
@@ -225,6 +224,24 @@ class RunFile:
                 raise ValueError(f"expected one length per tensor of {num_tensors} in the table 'weight'")
             step_K = np.array([int(step) for step, _ in rows], dtype=np.int64)
             return step_K, np.array(lengths, dtype=np.float32).reshape(len(rows), num_tensors)
+
+    def _has(self, table: str) -> bool:
+        return bool(self._query("SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?", (table,))[0][0])
+
+    def turns(self, stream: Stream) -> Turns:
+        """Return what GSO's steps did, as far as it was read; empty in files without it."""
+        num_tensors, rows = len(stream.about.get("names") or ()), []
+        if self._has("turn") and num_tensors:
+            text = "SELECT step, factor, turned, at_limit, bounded FROM turn WHERE stream = ? ORDER BY step, id"
+            rows = self._query(text, (stream.index,))
+        with self._whole():
+            tables = [[unpack_exact(blob, "f4") for blob in row[2:]] for row in rows]
+            if any(len(values_T) != num_tensors for row in tables for values_T in row):
+                raise ValueError(f"expected one number per tensor of {num_tensors} in the table 'turn'")
+            made = np.array(tables, dtype=np.float32).reshape(len(rows), 3, num_tensors)
+            step_K = np.array([int(row[0]) for row in rows], dtype=np.int64)
+            factor_K = np.array([float(row[1]) for row in rows], dtype=np.float64)
+            return Turns(stream, step_K, factor_K, made[:, 0], made[:, 1], made[:, 2])
 
     def norms(self, name: str = "all", *, stream: int = 0) -> np.ndarray:
         """Return the norms of a module, a tensor or a block of rows at every row, as floats.

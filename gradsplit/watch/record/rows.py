@@ -13,7 +13,7 @@ import numpy as np
 
 from .outline import Outline
 
-__all__ = ["Rows", "Stream"]
+__all__ = ["Rows", "Stream", "Turns"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,30 @@ class Stream:
     outline: Outline
     controlled: bool = False
     about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What GSO's steps did, read now and then; see `gradsplit.split.ShareRecord`.
+
+    Attributes:
+        stream: whose steps these are.
+        step_K: the steps that were read.
+        factor_K: by which the whole gradient was multiplied; below 1 where the batch was scaled as a whole.
+        turned_KT: mean degrees by which a tensor's rows were turned away from their gradients; nan: not measured.
+        limit_KT: share of a tensor's rows that stood at their growth limit.
+        bounded_KT: share of a tensor's rows whose gradient was bounded.
+    """
+
+    stream: Stream
+    step_K: np.ndarray
+    factor_K: np.ndarray
+    turned_KT: np.ndarray
+    limit_KT: np.ndarray
+    bounded_KT: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.step_K)
 
 
 @dataclass

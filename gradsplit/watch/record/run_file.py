@@ -74,6 +74,16 @@ CREATE TABLE weight (
     length BLOB NOT NULL             -- float32 a tensor, in the order of the layout
 );
 
+CREATE TABLE turn (
+    id INTEGER PRIMARY KEY,
+    stream INTEGER NOT NULL REFERENCES stream (id),
+    step INTEGER NOT NULL,           -- of GSO, read now and then
+    factor REAL NOT NULL,            -- by which the whole gradient was multiplied
+    turned BLOB NOT NULL,            -- float32 a tensor: degrees between gradients and steps; nan: not measured
+    at_limit BLOB NOT NULL,          -- float32 a tensor: share of rows at their growth limit
+    bounded BLOB NOT NULL            -- float32 a tensor: share of rows that were bounded
+);
+
 CREATE TABLE thinning (
     id INTEGER PRIMARY KEY,
     time REAL NOT NULL,

@@ -14,14 +14,23 @@ import torch
 from torch import Tensor
 
 from ...resume.actions import GuardAction
-from ...split import StepRecord
+from ...split import ShareRecord, StepRecord
 from .outline import Outline
-from .rows import Rows, Stream
+from .rows import Rows, Stream, Turns
 from .run_file import tell
 
-__all__ = ["RowBuffer", "Recorder", "RowSink", "summed_up"]
+__all__ = ["RowBuffer", "Recorder", "RowSink", "next_reading", "summed_up"]
 
 _LARGEST = 3.4028234e38  # of float32: a finite norm is recorded as finite
+
+
+def next_reading(step: int) -> int:
+    """Return the step of the next thin reading after one: every 16 steps at first, later 1/64 of the run.
+
+    >>> next_reading(32), next_reading(6400)
+    (48, 6500)
+    """
+    return step + max(16, step // 64)
 
 
 class RowBuffer:
@@ -135,7 +144,8 @@ class RowSink(Protocol):
     """Takes rows on the host, a flush at a time: a run file, TensorBoard, Weights & Biases, MLflow, JSON lines.
 
     A sink that also has ``note(action)`` is told what a guard did; one with ``add_lengths(…)`` gets the lengths of the
-    weights, and one with ``remark(values)`` gets what was seen beside the rows.
+    weights, one with ``add_turns(turns)`` what GSO's steps did, and one with ``remark(values)`` what was seen beside
+    the rows.
     """
 
     def write(self, batch: Sequence[Rows]) -> None:
@@ -163,12 +173,14 @@ class Recorder:
         self._buffers: dict[int, RowBuffer] = {}
         self._full: list[Rows] = []
         self._lengths: list[tuple[int, int, Tensor]] = []
+        self._turns: list[tuple[int, int, Tensor, Tensor]] = []
         self._fill = threading.Lock()  # guards the buffers; held by the training thread for one row at most
         self._flush = threading.Lock()  # guards the sinks
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid, self._closed = os.getpid(), False
-        self._leaf_of_bin_B: Tensor | None = None
+        self._plans: dict[str, tuple[int, Tensor]] = {}  # fingerprint -> stream, and the leaf of each bin
+        self._next_turns: dict[int, int] = {}
         atexit.register(self.close)
 
     def open(self, stream: Stream, device: torch.device) -> None:
@@ -194,16 +206,23 @@ class Recorder:
             self._thread.start()
 
     def __call__(self, record: StepRecord) -> None:
-        """Record a splitter's step."""
+        """Record a step of a splitter or of GSO; each plan is a stream of its own."""
         if self._closed or os.getpid() != self._pid:
             return
         plan, squares_B = record.plan, record.squares_B
-        if self._leaf_of_bin_B is None:
-            outline = Outline.of(plan, max_nodes=self.max_nodes)
+        if plan.fingerprint not in self._plans:
+            outline, index = Outline.of(plan, max_nodes=self.max_nodes), len(self._plans)
             about = {"plan": plan.describe(max_lines=0), "fingerprint": plan.fingerprint, "num_bins": plan.num_bins}
-            self.open(Stream(0, "", outline, True, about), squares_B.device)
-            self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
-        self.add(0, record.step, **summed_up(record, self._leaf_of_bin_B, self._buffers[0].stream.outline.num_leaves))
+            about["names"] = list(plan.layout.names)
+            name = "GSO" if isinstance(record, ShareRecord) else ""
+            self.open(Stream(index, name, outline, True, about), squares_B.device)
+            self._plans[plan.fingerprint] = index, torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
+        index, leaf_of_bin_B = self._plans[plan.fingerprint]
+        num_leaves = self._buffers[index].stream.outline.num_leaves
+        if isinstance(record, ShareRecord) and record.step >= self._next_turns.get(index, 0):
+            self._next_turns[index] = next_reading(record.step)
+            self.add_turns(index, record.step, record.factor, record.by_tensor())
+        self.add(index, record.step, **summed_up(record, leaf_of_bin_B, num_leaves))
 
     def add_lengths(self, stream: int, step: int, length_T: Tensor) -> None:
         """Add the lengths of all tensors before an update, in the order of the layout; copied at the next flush."""
@@ -211,6 +230,23 @@ class Recorder:
             return
         with self._fill:
             self._lengths.append((stream, step, length_T))
+
+    def add_turns(self, stream: int, step: int, factor: Tensor, values: Tensor) -> None:
+        """Add what a step of GSO did to each tensor, see `ShareRecord.by_tensor`; copied at the next flush."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._fill:
+            self._turns.append((stream, step, factor, values))
+
+    def _read_turns(self, turns: list[tuple[int, int, Tensor, Tensor]]) -> list[Turns]:
+        """Copy to the host, one entry per stream."""
+        made = []
+        for stream in dict.fromkeys(one[0] for one in turns):
+            mine = [(step, float(factor), values.cpu().numpy()) for at, step, factor, values in turns if at == stream]
+            step_K, factor_K = np.array([m[0] for m in mine]), np.array([m[1] for m in mine])
+            turned_KT, limit_KT, bounded_KT = np.stack([m[2] for m in mine], axis=1).astype(np.float32)
+            made.append(Turns(self._buffers[stream].stream, step_K, factor_K, turned_KT, limit_KT, bounded_KT))
+        return made
 
     def remark(self, values: Mapping[str, Any]) -> None:
         """Hand something that was seen beside the rows to the sinks that keep it."""
@@ -236,11 +272,14 @@ class Recorder:
                 batch, self._full = self._full, []
                 batch += [rows for buffer in self._buffers.values() if (rows := buffer.take()) is not None]
                 lengths, self._lengths = self._lengths, []
+                turns, self._turns = self._turns, []
             if batch:
                 self._to_sinks(lambda sink: sink.write(batch))
             if lengths:
                 read = [(stream, step, length_T.cpu().numpy()) for stream, step, length_T in lengths]
                 self._to_sinks(lambda sink: sink.add_lengths(read) if hasattr(sink, "add_lengths") else None)
+            for one in self._read_turns(turns):
+                self._to_sinks(lambda sink, one=one: sink.add_turns(one) if hasattr(sink, "add_turns") else None)
 
     def close(self, **meta: Any) -> None:
         """Flush and end every sink; later rows are ignored."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...resume.actions import GuardAction
 from .codec import Thinning, pack_counts, pack_exact, pack_wide
-from .rows import Rows
+from .rows import Rows, Turns
 from .run_file import create, finish, tell
 
 __all__ = ["ROW_COLUMNS", "RunWriter"]
@@ -90,6 +90,19 @@ class RunWriter:
                 connection.executemany(
                     "INSERT INTO weight VALUES (NULL, ?, ?, ?)",
                     [(stream, step, pack_exact(length_T, "f4")) for stream, step, length_T in lengths],
+                )
+
+    def add_turns(self, turns: Turns) -> None:
+        """Keep what GSO's steps did."""
+        with self._transaction() as connection:
+            if connection is not None:
+                columns = (turns.turned_KT, turns.limit_KT, turns.bounded_KT)
+                connection.executemany(
+                    "INSERT INTO turn VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                    [
+                        (turns.stream.index, int(step), float(factor), *(pack_exact(one[k], "f4") for one in columns))
+                        for k, (step, factor) in enumerate(zip(turns.step_K, turns.factor_K, strict=True))
+                    ],
                 )
 
     def remark(self, values: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...resume.actions import GuardAction
-from ..record import RunFile, RunFileError, Series, Stream
+from ..record import RunFile, RunFileError, Series, Stream, Turns
 from .rules import ALONE, FACTOR, HISTORY, RISEN, SCORE, Scores, Seen, Weights, counted, scores_of, seen_in
 
 __all__ = [
@@ -159,6 +159,7 @@ class StreamAccount:
         own_median: the median of these factors.
         scaled: share of (bin, row) pairs that were scaled.
         kept: median share of the whole gradient's norm that was kept.
+        turns: what GSO's steps did; empty for other optimizers.
     """
 
     series: Series
@@ -173,6 +174,7 @@ class StreamAccount:
     own_median: float
     scaled: float
     kept: float
+    turns: Turns
 
     @property
     def stream(self) -> Stream:
@@ -241,7 +243,9 @@ def account_of(file: RunFile) -> Account:
     """
     with np.errstate(all="ignore"):
         streams = tuple(
-            _stream_account(file.series(stream), _weights_of(file, stream), _remarks_of(file, stream))
+            _stream_account(
+                file.series(stream), _weights_of(file, stream), _remarks_of(file, stream), file.turns(stream)
+            )
             for stream in file.streams
             if file.num_rows(stream.index)
         )
@@ -270,7 +274,7 @@ def _remarks_of(file: RunFile, stream: Stream) -> list[dict[str, Any]]:
     return [one for one in file.meta.get("remarks", []) if int(one.get("stream", 0)) == stream.index]
 
 
-def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, Any]]) -> StreamAccount:
+def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, Any]], turns: Turns) -> StreamAccount:
     outline = series.stream.outline
     tensors = tuple(dict.fromkeys(outline.tensors_L))
     place = {tensor: t for t, tensor in enumerate(tensors)}
@@ -303,6 +307,7 @@ def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, An
         float(np.median(finite_own)) if len(finite_own) else 1.0,
         scaled,
         kept,
+        turns,
     )
 
 

@@ -92,6 +92,13 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
         "there. Bound every row by a budget of its own; the others then go on as they were.",
         _command(account, "--control"),
     )
+    if any(len(stream.turns) for stream in account.streams if stream.stream.index == first.stream):
+        lower = f"Lower the share{named}: 0.03 is the default. gradsplit diagnose says what is wrong with the model."
+        control = Advice(
+            f"{'Everything' if first.tensor == 'all' else first.tensor} {word} at step {first.step}. GSO bounded every "
+            "row before its memory took it in: if the loss went on as before, nothing has to be changed.",
+            "",
+        )
     if first.kind == "weights":
         told = "Look for what writes to these weights beside the optimizer (a copy, an initialisation, an average)."
         return [Advice(told, ""), guard]

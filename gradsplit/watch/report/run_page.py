@@ -18,7 +18,7 @@ from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
 from .html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
 from .rules import GROWN, LOSS_TIMES, NORM_TIMES, WEIGHT_TIMES
-from .text import GLOSSARY, USE_HEADINGS, findings, headline, use_rows
+from .text import GLOSSARY, TURN_HEADINGS, USE_HEADINGS, findings, headline, turn_rows, use_rows
 
 __all__ = ["run_page", "write_run_page", "curves", "heat_map", "pooled"]
 
@@ -80,8 +80,17 @@ def _stream_sections(stream: StreamAccount, *, several: bool) -> list[Section]:
     parts: list[Any] = [heat_map(stream)]
     if stream.first is not None and len(stream.series.start_W) > COLUMNS:
         parts += [text("The steps around the first departure, one a column:"), heat_map(stream, close=True)]
+    gso = []
+    if len(stream.turns):
+        lead = (
+            "Degrees between the gradient and the step against it, means over the rows of a tensor, and rows at their "
+            "growth limit. Steps were read now and then."
+        )
+        rows = html_table(TURN_HEADINGS, turn_rows(stream, 15))
+        gso = [Section(f"What GSO did{name}", lead, [turn_curves(stream), rows])]
     return [
         Section(f"Norms and loss{name}", axis, [curves(stream)]),
+        *gso,
         Section(f"Nodes and steps{name}", heat, parts),
         Section(f"Tensors{name}", "By what happened to them.", [html_table(USE_HEADINGS, use_rows(stream, 30))]),
         Section(f"Modules{name}", "Unfold a module to see its parts.", [_tree(stream)]),
@@ -207,6 +216,35 @@ def curves(account: StreamAccount) -> str:
     if np.isfinite(loss).any():
         made += courses("loss", [Line("loss", "#D55E00", series.step_R, loss)], marked=marked)
     return made
+
+
+def turn_curves(account: StreamAccount) -> str:
+    """By how much steps were turned, all tensors and those turned furthest; and the share of rows at their limit."""
+    turns, names, made = account.turns, list(account.stream.about["names"]), ""
+    half, orders = CURVES // 2, [np.argsort(-_levels(t), kind="stable") for t in (turns.limit_KT, turns.turned_KT)]
+    shown = list(dict.fromkeys([*orders[0][:half].tolist(), *orders[1].tolist()]))[:CURVES]
+    for title, table_KT in (
+        ("turned by, degrees", turns.turned_KT.astype(np.float64)),
+        ("rows at their growth limit, %", 100 * turns.limit_KT.astype(np.float64)),
+    ):
+        known = np.isfinite(table_KT)
+        count_K = known.sum(axis=1)
+        if not known.any() or not table_KT[known].any():
+            continue
+        mean_K = np.where(known, table_KT, 0.0).sum(axis=1) / np.maximum(count_K, 1)
+        lines = [Line("mean over tensors", "#1c1c1c", turns.step_K[count_K > 0], mean_K[count_K > 0])]
+        for t, colour in zip(shown, COLOURS, strict=False):
+            if known[:, t].any():
+                lines.append(Line(names[t], colour, turns.step_K[known[:, t]], table_KT[known[:, t], t]))
+        made += courses(title, lines, logarithmic=False)
+    return made
+
+
+def _levels(table_KT: np.ndarray) -> np.ndarray:
+    """The mean of each tensor over the readings where it has a value, (T,)."""
+    known = np.isfinite(table_KT)
+    level_T: np.ndarray = np.where(known, table_KT, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return level_T
 
 
 def heat_map(account: StreamAccount, *, close: bool = False) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
+
 from .account import Account, Departure, NodeUse, StreamAccount
 from .advice import action_sentence, advice_of, number
 
-__all__ = ["printable", "findings", "headline", "report_text", "use_rows"]
+__all__ = ["TURN_HEADINGS", "printable", "findings", "headline", "report_text", "turn_rows", "use_rows"]
 
 
 def printable(text: str) -> str:
@@ -128,6 +130,17 @@ GLOSSARY: dict[str, str] = {
     "… of all bins were scaled on the average step": (
         "How often the budgets acted under control, and which share of the gradient they kept."
     ),
+    "… each step was turned by … degrees from its gradient": (
+        "How far GSO's step lies from the gradient, the median of all readings and tensors. 0 is straight down, 90 is "
+        "across: there the step follows the momentum, and hardly this batch."
+    ),
+    "… of the rows of matrices stood at their growth limit": (
+        "Rows that had grown to the larger of their first length and 3, at the last reading. They go on turning. Where "
+        "most rows of a tensor stand there, its scale is what the loss wants to change."
+    ),
+    "… the batch was scaled as a whole": (
+        "Readings in which most rows were beyond five times their recent norm, so that the whole gradient was divided."
+    ),
     "To bound the file, … old rows were thinned": (
         "Old steps share windows now; the largest norm of each window is kept."
     ),
@@ -213,7 +226,64 @@ def _stream(stream: StreamAccount, *, several: bool) -> list[str]:
             f"{name}: {stream.scaled:.1%} of all bins were scaled on the average step, {zeroed} zeroed in all; "
             f"{stream.kept:.1%} of the gradient's length was kept at the median."
         )
+    return said + _turns(stream, name)
+
+
+def _turns(stream: StreamAccount, name: str) -> list[str]:
+    """What GSO's steps did."""
+    turns, said = stream.turns, []
+    known = turns.turned_KT[np.isfinite(turns.turned_KT)]
+    if len(known):
+        said.append(f"{name}: each step was turned by {np.median(known):.0f} degrees from its gradient at the median.")
+    if len(turns):
+        last_T = np.nan_to_num(turns.limit_KT[-1])
+        if last_T.max(initial=0.0) > 0:
+            most = list(stream.stream.about["names"])[int(last_T.argmax())]
+            said.append(
+                f"{name}: {last_T.max():.0%} of the rows of {most} stood at their growth limit at the last reading, "
+                f"the most of {int((last_T > 0).sum())} tensors with such rows."
+            )
+        fired = int((turns.factor_K < 1).sum())
+        if fired:
+            said.append(f"{name}: the batch was scaled as a whole in {fired} of {len(turns)} steps that were read.")
     return said
+
+
+TURN_HEADINGS = ["tensor", "turned by, degrees", "at the end", "rows at their limit", "at the end", "rows bounded"]
+
+
+def turn_rows(stream: StreamAccount, most: int = 30) -> list[list[str]]:
+    """Return table rows of what GSO did to each tensor, those turned furthest first."""
+    turns, names = stream.turns, list(stream.stream.about.get("names") or ())
+    with np.errstate(all="ignore"):
+        usual_T = np.array([_middle(turns.turned_KT[:, t]) for t in range(len(names))])
+    order = np.argsort(-np.nan_to_num(usual_T, nan=-1.0), kind="stable")[:most]
+    percent = [[f"{_mean(table[:, t]):.1%}" for t in range(len(names))] for table in (turns.limit_KT, turns.bounded_KT)]
+    return [
+        [
+            names[t],
+            _degrees(usual_T[t]),
+            _degrees(turns.turned_KT[-1, t]),
+            percent[0][t],
+            f"{np.nan_to_num(turns.limit_KT[-1, t]):.1%}",
+            percent[1][t],
+        ]
+        for t in order.tolist()
+    ]
+
+
+def _middle(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else math.nan
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def _degrees(value: float) -> str:
+    return f"{value:.0f}" if math.isfinite(value) else "–"
 
 
 def use_rows(stream: StreamAccount, most: int = 15) -> list[list[str]]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ...budget import DEFAULT_OF_SPLITTER, Relative, RelativeStep
+from ...optim import GSO
 from ...optimizers import follows_gradient
 from ...plan import Layout, Plan
+from ...split import ShareRecord
 from ...splitter import GradientSplitter
-from ..record import Outline, Recorder, Stream, recording_plan, summed_up
+from ..record import Outline, Recorder, Stream, next_reading, recording_plan, summed_up
 from .ending import say
 from .names import named_parameters_of
 from .settings import Settings, budget_from_words
@@ -153,7 +155,7 @@ class _Reading:
     own_scale: Tensor | None = None
 
 
-_FIRST_LENGTHS = 16  # steps between two readings of the weights, at first; later 1/64 of the run
+_FIRST_TURNS = 8  # the first step of GSO whose turns are read; a step that is traced is traced without them
 _MOST_AT_ONCE = 200  # readings of the weights beside the regular ones, where the gradient jumped
 _JUMP = 64.0  # of the gradient's square from one step to the next
 
@@ -187,6 +189,7 @@ class Track:
         self._pending: _Reading | None = None
         self._missed_scale: Tensor | None = None
         self._remembered, self._next_lengths, self._at_once = False, 0, 0
+        self._next_turns, self._turns_at = _FIRST_TURNS, -1
         self._last_square = float("nan")
         self._small = sum(p.numel() for p in self.parameters) <= 100_000 and self.parameters[0].device.type == "cpu"
         self._whole = not any(hasattr(parameter, "device_mesh") for parameter in self.parameters)
@@ -277,6 +280,8 @@ class Track:
             not_made: a gradient scaler lets no step follow.
         """
         self.last_loss = loss
+        if isinstance(optimizer, GSO) and optimizer.by_share:
+            self._watch_turns(optimizer, not_made=not_made)
         if not_made and self.splitter is not None:
             self._pending = self._missed_scale = None
             return  # no update is made, so that nothing is bounded and no history moves
@@ -337,8 +342,23 @@ class Track:
             self._last_square = square if math.isfinite(square) else self._last_square
         if self.step >= self._next_lengths or jumped:
             self._at_once += self.step < self._next_lengths
-            self._next_lengths = self.step + max(_FIRST_LENGTHS, self.step // 64)
+            self._next_lengths = next_reading(self.step)
             self.read_weights()
+
+    def _watch_turns(self, optimizer: GSO, *, not_made: bool) -> None:
+        """Record what the step before did, if it measured it, and let this one measure if its turn has come."""
+        if self._turns_at >= 0:
+            place = {id(parameter): t for t, parameter in enumerate(self.parameters)}
+            values, factor = torch.full((3, len(place)), torch.nan, device=self.parameters[0].device), torch.ones(())
+            for owners, record in optimizer.records_of():
+                at = [(i, place[id(p)]) for i, p in enumerate(owners) if id(p) in place]
+                if isinstance(record, ShareRecord):
+                    values[:, [t for _, t in at]] = record.by_tensor()[:, [i for i, _ in at]].to(values)
+                    factor = record.factor
+            self.recorder.add_turns(self.index, self._turns_at, factor, values)
+            optimizer.measures, self._turns_at = False, -1
+        if self.step >= self._next_turns and not not_made and not optimizer.measures:
+            optimizer.measures, self._turns_at, self._next_turns = True, self.step, next_reading(self.step)
 
     @torch.no_grad()
     def read_weights(self, step: int | None = None) -> None:

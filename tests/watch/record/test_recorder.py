@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import numpy as np
 import pytest
@@ -131,6 +132,18 @@ def test_tensorboard(tmp_path):
     assert [event.value for event in events.Scalars("gradsplit/zeroed")] == [0, 0, 1, 0]
 
 
+def test_tensorboard_gets_the_angles_of_gso(tmp_path):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = _turned([sink_from_words(f"tensorboard:{tmp_path}")])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    told = events.Scalars("gradsplit/turned/2")
+    assert [event.step for event in told] == [0, 16, 32]
+    assert told[1].value == pytest.approx(float(seen[16].by_tensor()[0, 2:].mean()), rel=1e-5)
+
+
 def test_services_get_plain_finite_floats():
     """Weights & Biases and MLflow by their interfaces: a run and a client of the user's are used and stay open."""
     from gradsplit.watch.loggers import MlflowSink, WandbSink
@@ -152,6 +165,8 @@ def test_services_get_plain_finite_floats():
         service = Service()
         _recorded(sink(service), None)
         assert len(service.sent) == 4
+        _turned([sink(service)])
+        assert sum(any(name.endswith("turned/all") for name in line) for line in service.sent) == 3
         values = [value for line in service.sent for value in line.values()]
         assert all(type(value) in (int, float) and np.isfinite(value) for value in values)
 
@@ -160,3 +175,75 @@ def test_services_get_plain_finite_floats():
 def test_a_wrong_sink_is_refused(word):
     with pytest.raises(ValueError, match=f"--to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}"):
         sink_from_words(word)
+
+
+def _turned(sinks, *, steps=40, seconds=0.0):
+    """GSO's steps in recorders; the last of them had a batch that was scaled as a whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 20), nn.Tanh(), nn.Linear(20, 3))
+    seen, recorder = [], Recorder(sinks, seconds=seconds)
+    optimizer = gs.GSO(model, lr=0.3, sinks=[seen.append, recorder])
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(8, 5)
+        (model(x).square().mean() * (1e5 if step == 32 else 1.0)).backward()
+        optimizer.step()
+    recorder.close()
+    return seen
+
+
+def test_what_gso_did_is_recorded_now_and_then(tmp_path):
+    seen = _turned([RunWriter(tmp_path / "run.db")])
+    with RunFile(tmp_path / "run.db") as file:
+        (stream,) = file.streams
+        turns = file.turns(stream)
+        assert file.series(stream).num_rows == 40
+    assert stream.optimizer == "GSO" and stream.about["names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert turns.step_K.tolist() == [0, 16, 32]
+    assert (turns.factor_K < 1).tolist() == [False, False, True]
+    for k, step in enumerate(turns.step_K):
+        record, plan = seen[step], seen[step].plan
+        for t in range(4):
+            rows = torch.from_numpy(plan.tensor_B == t)
+            mean = torch.rad2deg(torch.acos(record.cosine_B[rows])).mean()
+            assert turns.turned_KT[k, t] == pytest.approx(float(mean), rel=1e-4)
+            assert turns.limit_KT[k, t] == pytest.approx(float(record.at_limit_B[rows].double().mean()))
+            bounded = record.decision.scale_B[rows] / record.factor < 0.999
+            assert turns.bounded_KT[k, t] == pytest.approx(float(bounded.double().mean()))
+
+
+def test_a_file_without_turns_has_none(tmp_path):
+    recorder = Recorder([RunWriter(tmp_path / "run.db")], seconds=0)
+    model = _model()
+    _step(model, gs.GradientSplitter(model, sinks=[recorder], budget=gs.Fixed(1.0)))
+    recorder.close()
+    with sqlite3.connect(tmp_path / "run.db") as connection:
+        connection.execute("DROP TABLE turn")  # as in a file of a version before
+    connection.close()
+    with RunFile(tmp_path / "run.db") as file:
+        assert len(file.turns(file.streams[0])) == 0
+
+
+def test_loggers_get_the_angles_of_gso(tmp_path):
+    seen = _turned([sink_from_words(f"jsonl:{tmp_path / 'run.jsonl'}")])
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    told = {line["step"]: line for line in lines if "batch_factor" in line}
+    assert sorted(told) == [0, 16, 32]
+    values = seen[16].by_tensor()
+    assert told[16]["turned/all"] == pytest.approx(float(values[0].mean()), rel=1e-5)
+    assert told[16]["turned/0"] == pytest.approx(float(values[0, :2].mean()), rel=1e-5)
+    assert told[16]["at_limit/all"] == pytest.approx(float(values[1].mean()), abs=1e-6)
+    assert told[32]["batch_factor"] < 1e-2
+
+
+def test_every_plan_of_an_optimizer_is_a_stream(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    recorder = Recorder([RunWriter(tmp_path / "run.db")], seconds=0)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[1].parameters()), "plan": "per_tensor"}]
+    optimizer = gs.GSO(groups, sinks=[recorder])
+    model(torch.randn(2, 5)).sum().backward()
+    optimizer.step()
+    recorder.close()
+    with RunFile(tmp_path / "run.db") as file:
+        assert [stream.outline.num_leaves for stream in file.streams] == [5, 2]
+        assert all(len(file.turns(stream)) == 1 for stream in file.streams)

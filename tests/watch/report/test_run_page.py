@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import html
 import re
+import sqlite3
 
 import numpy as np
 import pytest
 
-from gradsplit.watch.record import RunFile, RunWriter, Stream
+from gradsplit.watch.record import RunFile, RunFileError, RunWriter, Stream, Turns
 from gradsplit.watch.report.account import account_of
 from gradsplit.watch.report.html import Line, courses
 from gradsplit.watch.report.run_page import pooled, write_run_page
+from gradsplit.watch.report.text import report_text
 from tests.watch.record.recorded import noise, outline, rows_of
 from tests.watch.report.browser import Browser, chromium
 
@@ -110,3 +112,57 @@ def _check_tree(browser):
     browser.click(x, y)
     browser.until(f"document.querySelectorAll('.tree details[open]').length == {before + 1}")
     assert browser.run("document.querySelectorAll('.tree details').length") > before
+
+
+def _page_of_gso(folder, *, turns=6):
+    names = list(SHAPES)
+    stream = Stream(0, "GSO", outline(SHAPES), about={"names": names})
+    step_K, factor_K = np.arange(turns) * 16 + 8, np.ones(turns)
+    factor_K[2] = 0.01
+    turned_KT = np.tile(np.array([70.0, 30.0, np.nan, 50.0]), (turns, 1))
+    limit_KT = np.linspace(0, 1, turns)[:, None] * np.array([0.0, 0.25, 0.0, 0.5])
+    writer = RunWriter(folder / "run.db", {"argv": ["train.py"], "mode": "watch"})
+    writer.write([rows_of(stream, noise(100, stream.outline.num_leaves))])
+    writer.add_turns(Turns(stream, step_K, factor_K, turned_KT, limit_KT, np.zeros((turns, 4))))
+    writer.close()
+    with RunFile(folder / "run.db") as file:
+        account = account_of(file)
+    return account, write_run_page(account, folder / "run.html")
+
+
+def test_the_report_says_and_draws_what_gso_did(tmp_path):
+    account, place = _page_of_gso(tmp_path)
+    told, text = report_text(account), place.read_text(encoding="utf8")
+    assert "GSO: each step was turned by 50 degrees from its gradient at the median." in told
+    assert "50% of the rows of head.weight stood at their growth limit at the last reading, the most of 2" in told
+    assert "GSO: the batch was scaled as a whole in 1 of 6 steps that were read." in told
+    section = text[text.index("<h2>What GSO did") :]
+    section = section[: section.index("</section>")]
+    assert section.count("<svg") == 4 and "turned by, degrees" in section and "rows at their growth limit, %" in section
+    rows = re.findall(r"<tr><td>(.*?)</td>.*?class=num>(.*?)</td>.*?class=num>(.*?)</td>", section)
+    assert [row[:2] for row in rows[:3]] == [("enc.0.weight", "70"), ("head.weight", "50"), ("enc.1.weight", "30")]
+    assert EVIL not in section and "&lt;img src=x" in section
+
+
+def test_other_optimizers_have_no_such_section(tmp_path):
+    assert "What GSO did" not in _page(tmp_path).read_text(encoding="utf8")
+
+
+@pytest.mark.skipif(chromium() is None, reason="looking at a page needs Chromium")
+@pytest.mark.parametrize("width", [1280, 420])
+def test_what_gso_did_fits_wide_and_narrow_screens(tmp_path, width):
+    _, place = _page_of_gso(tmp_path)
+    with Browser(chromium()) as browser:
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        browser.open(place)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.errors == []
+
+
+def test_a_damaged_table_of_turns_is_refused_by_name(tmp_path):
+    _page_of_gso(tmp_path)
+    with sqlite3.connect(tmp_path / "run.db") as connection:
+        connection.execute("UPDATE turn SET at_limit = x'00000000'")
+    connection.close()
+    with RunFile(tmp_path / "run.db") as file, pytest.raises(RunFileError, match="one number per tensor of 4"):
+        file.turns(file.streams[0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradsplit as gs
 from gradsplit.plan import Layout, xsp
 from gradsplit.watch.record import RunFile, recording_plan
 from gradsplit.watch.run.names import named_parameters_of
@@ -305,3 +306,34 @@ def test_a_module_is_waited_for_and_keeps_its_loader(tmp_path, monkeypatch):
 def test_a_wrong_budget_is_refused(word, message):
     with pytest.raises(ValueError, match=f"--budget {word}: {message}"):
         budget_from_words([word])
+
+
+@pytest.mark.parametrize("options", [{}, {"in_backward": True}, {"direction": "adam"}], ids=str)
+def test_what_gso_does_is_read_now_and_then_and_changes_no_bit(tmp_path, options):
+    torch.manual_seed(0)
+    plain = _net()
+    watched = copy.deepcopy(plain)
+    _train(plain, gs.GSO(plain, **options), 30)
+    session, mine = _session(tmp_path), gs.GSO(watched, **options)
+    mine.register_step_pre_hook(session.pre)
+    _train(watched, mine, 30)
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a, b)
+    session.close()
+    if "in_backward" in options:  # no gradient is left at the step, so that nothing is recorded
+        return
+    with RunFile(tmp_path / "run.db") as file:
+        turns = file.turns(file.streams[0])
+    assert turns.step_K.tolist() == ([] if options else [8, 24])
+    assert np.isfinite(turns.turned_KT).all() and (turns.turned_KT > 0).all() and (turns.turned_KT <= 180).all()
+    assert not mine.measures
+
+
+def test_a_script_that_measures_by_itself_goes_on_measuring(tmp_path):
+    model = _net()
+    session, optimizer = _session(tmp_path), gs.GSO(model)
+    optimizer.measures = True
+    optimizer.register_step_pre_hook(session.pre)
+    _train(model, optimizer, 12)
+    assert optimizer.measures and optimizer.records[0].cosine_B is not None
+    session.close()
