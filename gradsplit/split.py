@@ -23,7 +23,7 @@ from .amp import Scaling
 from .budget import Budget, Decision, Ledger, Outcome, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
 from .collective import Recent
-from .distributed import adder, local_of, make_kernel
+from .distributed import adder, in_form, local_of, make_kernel
 from .plan import Plan
 from .rates import Rates
 from .xp import Array
@@ -159,10 +159,9 @@ class ShareRecord(StepRecord):
         return None if self.cosine_B is None else torch.rad2deg(torch.acos(self.cosine_B.clamp(-1, 1)))
 
     def by_tensor(self) -> Tensor:
-        """Return what happened to each tensor's rows, (3, T).
+        """Return three numbers per tensor, (3, T), over its rows.
 
-        The mean number of degrees by which they were turned (nan where nothing was measured), the share of them that
-        stand at their growth limit, and the share that was bounded. Bins over several tensors are left out.
+        The mean of the degrees by which they were turned (nan: not measured), the shares at their limit and bounded.
         """
         inside = np.flatnonzero(self.plan.tensor_B >= 0)
         ids = torch.from_numpy(self.plan.tensor_B[inside]).to(self.moved_B.device)
@@ -186,9 +185,10 @@ class ShareRecord(StepRecord):
         turned_B = self.turned_B()
         if turned_B is None:
             return []
-        turned = turned_B.cpu().nan_to_num(nan=-1.0)
-        order = torch.argsort(turned, descending=True, stable=True)[:k].tolist()
-        return [(self.plan.bins[b].name, float(turned[b])) for b in order if turned[b] >= 0]
+        turned, order = turned_B.cpu().nan_to_num(nan=-1.0).sort(descending=True, stable=True)
+        return [
+            (self.plan.bins[b].name, float(a)) for a, b in zip(turned[:k], order[:k].tolist(), strict=True) if a >= 0
+        ]
 
     def __str__(self) -> str:
         """Say what was bounded, what stands at its limit, and by how much steps were turned."""
@@ -326,7 +326,7 @@ class Split:
         if not self.is_sharded:
             return self.tensors
         forms = self.local_plan.layout.shapes
-        return [_in_form(local_of(tensor), form) for tensor, form in zip(self.tensors, forms, strict=True)]
+        return [in_form(local_of(tensor), form) for tensor, form in zip(self.tensors, forms, strict=True)]
 
     @property
     def bins_in_one_tensor(self) -> bool:
@@ -533,13 +533,6 @@ class Split:
         if self.update is not None:
             self.update.load_state_dict(state["update"], call=call)
         self.load_tops(tops)
-
-
-def _in_form(local: Tensor, form: tuple[int, ...]) -> Tensor:
-    """What a rank holds, in the form that a plan knows it by; complex numbers as pairs where the plan does so."""
-    if local.shape == form:
-        return local
-    return (torch.view_as_real(local) if local.is_complex() else local).view(form)
 
 
 def _spared(decision: Decision, squares_B: Tensor, overflow: Tensor) -> Decision:

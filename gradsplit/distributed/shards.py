@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..plan import Boxes, Plan
@@ -18,7 +19,7 @@ from ..plan import Boxes, Plan
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Shard", "is_sharded", "local_of", "shard_of", "whole_of", "local_plan_of", "pieces_of"]
+__all__ = ["Shard", "in_form", "is_sharded", "local_of", "shard_of", "whole_of", "local_plan_of", "pieces_of"]
 
 
 class Shard(NamedTuple):
@@ -47,6 +48,13 @@ def local_of(tensor: Tensor | None) -> Tensor | None:
     A step needs it: operations on DTensors would gather once per bin, and the `data_ptr()` of a DTensor is 0.
     """
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def in_form(local: Tensor, form: tuple[int, ...]) -> Tensor:
+    """Return what a rank holds in the form that a plan knows it by, sharing memory; complex numbers as pairs there."""
+    if local.shape == form:
+        return local
+    return (torch.view_as_real(local) if local.is_complex() else local).view(form)
 
 
 def whole_of(tensor: Tensor) -> Tensor:
