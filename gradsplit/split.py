@@ -186,14 +186,12 @@ class ShareRecord(StepRecord):
         if turned_B is None:
             return []
         turned, order = turned_B.cpu().nan_to_num(nan=-1.0).sort(descending=True, stable=True)
-        return [
-            (self.plan.bins[b].name, float(a)) for a, b in zip(turned[:k], order[:k].tolist(), strict=True) if a >= 0
-        ]
+        pairs = zip(order[:k].tolist(), turned[:k].tolist(), strict=True)
+        return [(self.plan.bins[b].name, angle) for b, angle in pairs if angle >= 0]
 
     def __str__(self) -> str:
         """Say what was bounded, what stands at its limit, and by how much steps were turned."""
-        said, num, factor = super().__str__(), int(self.at_limit_B.sum()), float(self.factor)
-        said += f"; {num} at their growth limit"
+        said, factor = f"{super().__str__()}; {int(self.at_limit_B.sum())} at their growth limit", float(self.factor)
         turned_B = self.turned_B()
         if turned_B is not None and not bool(turned_B.isnan().all()):
             said += f"; turned by {float(torch.nanmedian(turned_B)):.0f} degrees at the median"
