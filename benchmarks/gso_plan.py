@@ -434,6 +434,52 @@ def _proof_seconds() -> list[Job]:
     return jobs + cells("gpt", 690, "soap", 1e-2, FRESH[:2])
 
 
+def _proof_why() -> list[Job]:
+    """Why deep plain stacks fail: the share, or the length to which rows may grow."""
+    jobs = []
+    for seed in CHOOSING:
+        for options in ({"limit": 1.5}, {"limit": 2.0}, {"limit": 1.0}):
+            for task, steps, depth in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
+                jobs += cells(task, steps, "reference", SHARE, (seed,), options=depth, method_options=options)
+        for share in (0.015, 0.0075, 0.004, 0.002):
+            for task, steps, depth in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
+                jobs += cells(task, steps, "gso", share, (seed,), options=depth)
+    return jobs
+
+
+def _proof_more() -> list[Job]:
+    """Where a wider grid moved the best cell, and where the default share failed: the same on fresh seeds."""
+    jobs = cells("lstm", 500, "muon", 0.03, (0,), method_options={"adam": 1e-1})
+    jobs += cells("lstm", 500, "muon", 0.06, (0,), method_options={"adam": 3e-2})
+    jobs += cells("lstm", 500, "muon", 0.03, FRESH, method_options={"adam": 3e-2})
+    jobs += cells("lstm", 500, "soap", 6e-2, (0,)) + cells("lstm", 500, "soap", 3e-2, FRESH)
+    deep = {"depth": 36}
+    jobs += cells("plain-stack", 350, "gso", 0.0075, FRESH, options=deep)
+    jobs += cells("plain-stack", 350, "gso", SHARE, FRESH, options=deep)
+    jobs += cells("plain-stack", 350, "adamw", 3e-3, FRESH, options=deep)
+    jobs += [job for lr in (3e-3, 3e-2) for job in cells("plain-stack", 350, "soap", lr, (0,), options=deep)]
+    jobs += cells("plain-stack", 350, "soap", 1e-2, FRESH, options=deep) + cells(
+        "plain-stack", 350, "soap", 1e-2, FRESH
+    )
+    jobs += cells("deep-stack", 300, "gso", 0.0075, FRESH[:2]) + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
+    text = {"text": "second"}
+    jobs += cells(*MAIN, "soap", 1e-2, (0, *FRESH[:3]), options=text)
+    jobs += cells(*MAIN, "schedulefree", 1e-2, FRESH[3:])
+    jobs += cells(*MAIN, "lamb", 3e-2, FRESH[:3]) + cells(*MAIN, "prodigy", 0.3, FRESH[:3])
+    return jobs
+
+
+def _proof_length() -> list[Job]:
+    """Whether the best share of a deep net is a matter of the run's length: 400 and 1,000 steps."""
+    jobs = []
+    for layers, shares in ((6, (0.03, 0.045, 0.06)), (12, (0.03, 0.045, 0.06)), (24, (0.03, 0.045))):
+        options = {"layers": layers, "width": 48}
+        jobs += [job for share in shares for job in cells("gpt", 400, "gso", share, (0,), options=options)]
+    options = {"layers": 6, "width": 48}
+    jobs += [job for share in (0.03, 0.045, 0.02) for job in cells(*MAIN, "gso", share, (0,), options=options)]
+    return jobs
+
+
 GROUPS: dict[str, list[Job]] = {
     "timing": _timing(),
     "collective": _collective(),
@@ -470,4 +516,7 @@ GROUPS: dict[str, list[Job]] = {
     "proof-depth": _proof_depth(),
     "proof-aerial": _proof_aerial(),
     "proof-seconds": _proof_seconds(),
+    "proof-why": _proof_why(),
+    "proof-more": _proof_more(),
+    "proof-length": _proof_length(),
 }
