@@ -151,6 +151,14 @@ def _sgdm(task: tasks.Task, lr: float, steps: int, clip: float = CLIP) -> Prepar
     return Prepared([made], partial(nn.utils.clip_grad_norm_, list(task.model.parameters()), clip), warmup=False)
 
 
+def _split(task: tasks.Task, lr: float, steps: int) -> Prepared:
+    """The project's splitter at its default, in front of SGD with momentum."""
+    from gradsplit import GradientSplitter
+
+    made = torch.optim.SGD(task.model.parameters(), lr=lr, momentum=0.9)
+    return Prepared([made], GradientSplitter(task.model, optimizer=made).step, warmup=False)
+
+
 METHODS: dict[str, Callable[..., Prepared]] = {
     "gso": _shipped,
     "reference": _gso,
@@ -161,6 +169,7 @@ METHODS: dict[str, Callable[..., Prepared]] = {
     "lamb": _lamb,
     "prodigy": _prodigy,
     "sgdm": _sgdm,
+    "split": _split,
 }
 
 

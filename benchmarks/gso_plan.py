@@ -462,6 +462,9 @@ def _proof_more() -> list[Job]:
         "plain-stack", 350, "soap", 1e-2, FRESH
     )
     jobs += cells("deep-stack", 300, "gso", 0.0075, FRESH[:2]) + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
+    healthy = {"healthy": True}
+    jobs += [job for lr in (3e-3, 1e-2, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,), options=healthy)]
+    jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH, options=healthy)
     text = {"text": "second"}
     jobs += cells(*MAIN, "soap", 1e-2, (0, *FRESH[:3]), options=text)
     jobs += cells(*MAIN, "schedulefree", 1e-2, FRESH[3:])
@@ -478,6 +481,24 @@ def _proof_length() -> list[Job]:
     options = {"layers": 6, "width": 48}
     jobs += [job for share in (0.03, 0.045, 0.02) for job in cells(*MAIN, "gso", share, (0,), options=options)]
     return jobs
+
+
+def _proof_photographs() -> list[Job]:
+    """Real photographs, where a run is cheap: every baseline over its rates, then on fresh seeds."""
+    photo = ("aerial", 500)
+    jobs = cells(*photo, "gso", SHARE, FRESH)
+    for lr in (1e-3, 3e-3, 1e-2, 3e-2):
+        jobs += cells(*photo, "adamw", lr, (0,)) + cells(*photo, "soap", lr, (0,))
+    for lr in (0.03, 0.1, 0.3):
+        jobs += cells(*photo, "split", lr, (0,))
+        for clip in (0.1, 1.0):
+            jobs += cells(*photo, "sgdm", lr, (0,), method_options={"clip": clip})
+    for share in (0.015, 0.06):
+        jobs += cells(*photo, "gso", share, (0,))
+    jobs += cells(*photo, "gso", SHARE, (0,))
+    jobs += cells("lstm", 500, "muon", 0.06, FRESH, method_options={"adam": 3e-2})
+    jobs += cells("lstm", 500, "muon", 0.1, (0,), method_options={"adam": 3e-2})
+    return jobs + cells("lstm", 500, "muon", 0.06, (0,), method_options={"adam": 1e-1})
 
 
 GROUPS: dict[str, list[Job]] = {
@@ -519,4 +540,5 @@ GROUPS: dict[str, list[Job]] = {
     "proof-why": _proof_why(),
     "proof-more": _proof_more(),
     "proof-length": _proof_length(),
+    "proof-photographs": _proof_photographs(),
 }
