@@ -33,13 +33,16 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.gso_plan import GROUPS, Job
+from benchmarks.gso_plan import GROUPS as TRIALS
+from benchmarks.gso_plan import Job
+from benchmarks.gso_proof import PROOF
 from benchmarks.gso_reference import Collective, GSOReference, output_layers
 from benchmarks.gso_tasks import build, evidence, faulty, inject, tasks
 
 RESULTS = Path(__file__).parent / "results" / "gso"
 RUNS = RESULTS / "runs.jsonl"
 DECAY, CLIP = 0.01, 1.0
+GROUPS = {**TRIALS, **PROOF}
 
 
 # ---- methods: (optimizers, what stands before them, steps of warm-up in tenths, own schedule)

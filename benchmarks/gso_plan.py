@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["GROUPS", "Job"]
+__all__ = ["CHOOSING", "DETECTOR", "FRESH", "GPT", "GROUPS", "HOT", "MAIN", "MIXER", "SHARE", "Job", "cells"]
 
 Pairs = tuple[tuple[str, Any], ...]
 CHOOSING, FRESH = (0, 1), (10, 11, 12, 13, 14, 15)
@@ -85,7 +85,6 @@ LSTM = ("lstm", 500, "reference", SHARE)
 MIXER = ("mixer", 600)
 MAIN = ("gpt", 1000)
 OURS = {"median": "tensors", "free_outputs": True}
-ADAMW_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 KINDS = ("batch", "nan", "row", "layer", "huge")
 
 
@@ -317,190 +316,6 @@ def _fresh() -> list[Job]:
     return jobs
 
 
-def _proof_main() -> list[Job]:
-    """The shipped optimizer and every baseline's best cell on six fresh seeds; rates beyond an edge that won."""
-    muon = {"method_options": {"adam": 1e-2}}
-    jobs = cells(*MAIN, "gso", SHARE, FRESH) + cells(*MAIN, "muon", 0.03, FRESH, **muon)
-    jobs += cells(*MAIN, "soap", 1e-2, FRESH) + cells(*MAIN, "adamw", 1e-2, FRESH)
-    jobs += cells(*MAIN, "lamb", 1e-1, (0,)) + cells(*MAIN, "prodigy", 0.1, (0,))
-    jobs += cells(*MAIN, "schedulefree", 2e-2, (0,)) + cells(*MAIN, "schedulefree", 1e-2, FRESH[:3])
-    return jobs
-
-
-def _proof_text() -> list[Job]:
-    text = {"text": "second"}
-    jobs = cells(*MAIN, "gso", SHARE, FRESH[:3], options=text) + cells(*MAIN, "adamw", 3e-2, (0,), options=text)
-    for lr, adam in ((0.02, 1e-2), (0.03, 3e-2)):
-        jobs += cells(*MAIN, "muon", lr, (0,), options=text, method_options={"adam": adam})
-    jobs += cells(*MAIN, "adamw", 1e-2, FRESH[:3], options=text)
-    return jobs + cells(*MAIN, "muon", 0.03, FRESH[:3], options=text, method_options={"adam": 1e-2})
-
-
-def _proof_rates() -> list[Job]:
-    """The right side of the README's picture: a factor of 100 in each method's own rate."""
-    rates = (0.003, 0.01, 0.03, 0.1, 0.3)
-    jobs = [job for lr in rates for job in cells(*GPT[:2], "gso", lr, (0,))]
-    for method in ("adamw", "schedulefree"):
-        jobs += [job for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for job in cells(*GPT[:2], method, lr, (0,))]
-    return jobs + [job for lr in rates for job in cells(*GPT[:2], "muon", lr, (0,), method_options={"adam": 1e-2})]
-
-
-def _proof_elsewhere() -> list[Job]:
-    """Recurrent nets and detectors: the shipped optimizer and each baseline's best on six fresh seeds."""
-    jobs = cells("lstm", 500, "gso", SHARE, FRESH) + cells("lstm", 500, "adamw", 3e-2, FRESH)
-    for lr, adam in ((0.03, 3e-2), (0.06, 1e-2)):
-        jobs += cells("lstm", 500, "muon", lr, (0,), method_options={"adam": adam})
-    jobs += [job for lr in (3e-3, 3e-2) for job in cells("lstm", 500, "soap", lr, (0,))]
-    jobs += cells("lstm", 500, "muon", 0.03, FRESH, method_options={"adam": 1e-2})
-    jobs += cells("lstm", 500, "soap", 1e-2, FRESH[:3])
-    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH) + cells(*DETECTOR[:2], "adamw", 3e-3, FRESH)
-    jobs += [job for lr in (3e-3, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,))]
-    jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH)
-    healthy = {"healthy": True}
-    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH, options=healthy)
-    return jobs + cells(*DETECTOR[:2], "adamw", 1e-2, FRESH, options=healthy)
-
-
-def _proof_hot() -> list[Job]:
-    return cells(*HOT[:2], "gso", SHARE, FRESH)
-
-
-def _proof_gains() -> list[Job]:
-    return [job for gain in (1.0, 2.0) for job in cells(*HOT[:2], "gso", SHARE, FRESH[:2], options={"gain": gain})]
-
-
-def _proof_cool() -> list[Job]:
-    """The residual stack at half of He's gain."""
-    cool = {"gain": 0.5}
-    jobs = cells(*HOT[:2], "gso", SHARE, FRESH[:3], options=cool)
-    return jobs + [job for lr in ADAMW_RATES for job in cells(*HOT[:2], "adamw", lr, (0,), options=cool)]
-
-
-def _proof_stacks() -> list[Job]:
-    """Plain stacks of 12, 36 and 146 layers."""
-    jobs = cells("plain-stack", 350, "gso", SHARE, FRESH) + cells("plain-stack", 350, "adamw", 1e-2, FRESH)
-    jobs += [job for lr in (3e-3, 1e-2) for job in cells("plain-stack", 350, "soap", lr, (0,))]
-    for task, steps, options in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
-        jobs += cells(task, steps, "gso", SHARE, FRESH[:2], options=options)
-        jobs += [job for lr in ADAMW_RATES for job in cells(task, steps, "adamw", lr, (0,), options=options)]
-        jobs += cells(task, steps, "sgdm", 0.03, (0,), options=options)
-    jobs += cells("plain-stack", 350, "soap", 1e-2, (0,), options={"depth": 36})
-    return jobs
-
-
-def _proof_small() -> list[Job]:
-    jobs = cells(*MIXER, "gso", SHARE, FRESH) + cells(*MIXER, "adamw", 3e-3, FRESH)
-    return jobs + cells(*MIXER, "gso", 0.01, FRESH[:3])
-
-
-def _proof_zero() -> list[Job]:
-    """Matrices that start at zero: adapters of low rank, and a GPT's projections and head."""
-    jobs = cells("lora", 400, "gso", SHARE, FRESH[:3]) + cells("lora", 400, "adamw", 3e-2, FRESH[:3])
-    jobs += cells(*GPT[:2], "gso", SHARE, FRESH[:3], options={"zero": True})
-    jobs += [job for lr in (1e-3, 3e-4) for job in cells(*GPT[:2], "adamw", lr, (0,), options={"zero": True})]
-    return jobs
-
-
-def _proof_faults() -> list[Job]:
-    jobs = cells(*GPT[:2], "gso", SHARE, (0, 1, 2))
-    for kind in ("nan", "batch", "row", "layer", "huge"):
-        jobs += cells(*GPT[:2], "gso", SHARE, (0, 1, 2), fault={"kind": kind, "rate": 0.05})
-    return jobs
-
-
-def _proof_depth() -> list[Job]:
-    jobs = []
-    for layers in (6, 24, 12):
-        options = {"layers": layers, "width": 48}
-        for share in (0.03, 0.02, 0.045, 0.015, 0.06):
-            jobs += cells("gpt", 300, "gso", share, (0,), options=options)
-        for lr in (3e-3, 1e-2, 1e-3, 3e-2):
-            jobs += cells("gpt", 300, "adamw", lr, (0,), options=options)
-    return jobs
-
-
-def _proof_aerial() -> list[Job]:
-    jobs = cells("aerial", 500, "gso", SHARE, FRESH[:1])
-    jobs += [job for lr in (3e-3, 1e-2) for job in cells("aerial", 500, "adamw", lr, (0,))]
-    jobs += cells("aerial", 500, "sgdm", 0.1, (0,)) + cells("aerial", 500, "soap", 1e-2, (0,))
-    return jobs
-
-
-def _proof_seconds() -> list[Job]:
-    """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see gso_equal.py."""
-    text = {"text": "second"}
-    jobs = cells("gpt", 833, "gso", SHARE, FRESH[:2]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
-    jobs += cells("gpt", 841, "gso", SHARE, FRESH[:2], options=text)
-    return jobs + cells("gpt", 690, "soap", 1e-2, FRESH[:2])
-
-
-def _proof_why() -> list[Job]:
-    """Why deep plain stacks fail: the share, or the length to which rows may grow."""
-    jobs = []
-    for seed in CHOOSING:
-        for options in ({"limit": 1.5}, {"limit": 2.0}, {"limit": 1.0}):
-            for task, steps, depth in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
-                jobs += cells(task, steps, "reference", SHARE, (seed,), options=depth, method_options=options)
-        for share in (0.015, 0.0075, 0.004, 0.002):
-            for task, steps, depth in (("plain-stack", 350, {"depth": 36}), ("deep-stack", 300, {})):
-                jobs += cells(task, steps, "gso", share, (seed,), options=depth)
-    return jobs
-
-
-def _proof_more() -> list[Job]:
-    """Where a wider grid moved the best cell, and where the default share failed: the same on fresh seeds."""
-    jobs = cells("lstm", 500, "muon", 0.03, (0,), method_options={"adam": 1e-1})
-    jobs += cells("lstm", 500, "muon", 0.06, (0,), method_options={"adam": 3e-2})
-    jobs += cells("lstm", 500, "muon", 0.03, FRESH, method_options={"adam": 3e-2})
-    jobs += cells("lstm", 500, "soap", 6e-2, (0,)) + cells("lstm", 500, "soap", 3e-2, FRESH)
-    deep = {"depth": 36}
-    jobs += cells("plain-stack", 350, "gso", 0.0075, FRESH, options=deep)
-    jobs += cells("plain-stack", 350, "gso", SHARE, FRESH, options=deep)
-    jobs += cells("plain-stack", 350, "adamw", 3e-3, FRESH, options=deep)
-    jobs += [job for lr in (3e-3, 3e-2) for job in cells("plain-stack", 350, "soap", lr, (0,), options=deep)]
-    jobs += cells("plain-stack", 350, "soap", 1e-2, FRESH, options=deep) + cells(
-        "plain-stack", 350, "soap", 1e-2, FRESH
-    )
-    jobs += cells("deep-stack", 300, "gso", 0.0075, FRESH[:2]) + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
-    healthy = {"healthy": True}
-    jobs += [job for lr in (3e-3, 1e-2, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,), options=healthy)]
-    jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH, options=healthy)
-    text = {"text": "second"}
-    jobs += cells(*MAIN, "soap", 1e-2, (0, *FRESH[:3]), options=text)
-    jobs += cells(*MAIN, "schedulefree", 1e-2, FRESH[3:])
-    jobs += cells(*MAIN, "lamb", 3e-2, FRESH[:3]) + cells(*MAIN, "prodigy", 0.3, FRESH[:3])
-    return jobs
-
-
-def _proof_length() -> list[Job]:
-    """Whether the best share of a deep net is a matter of the run's length: 400 and 1,000 steps."""
-    jobs = []
-    for layers, shares in ((6, (0.03, 0.045, 0.06)), (12, (0.03, 0.045, 0.06)), (24, (0.03, 0.045))):
-        options = {"layers": layers, "width": 48}
-        jobs += [job for share in shares for job in cells("gpt", 400, "gso", share, (0,), options=options)]
-    options = {"layers": 6, "width": 48}
-    jobs += [job for share in (0.03, 0.045, 0.02) for job in cells(*MAIN, "gso", share, (0,), options=options)]
-    return jobs
-
-
-def _proof_photographs() -> list[Job]:
-    """Real photographs, where a run is cheap: every baseline over its rates, then on fresh seeds."""
-    photo = ("aerial", 500)
-    jobs = cells(*photo, "gso", SHARE, FRESH)
-    for lr in (1e-3, 3e-3, 1e-2, 3e-2):
-        jobs += cells(*photo, "adamw", lr, (0,)) + cells(*photo, "soap", lr, (0,))
-    for lr in (0.03, 0.1, 0.3):
-        jobs += cells(*photo, "split", lr, (0,))
-        for clip in (0.1, 1.0):
-            jobs += cells(*photo, "sgdm", lr, (0,), method_options={"clip": clip})
-    for share in (0.015, 0.06):
-        jobs += cells(*photo, "gso", share, (0,))
-    jobs += cells(*photo, "gso", SHARE, (0,))
-    jobs += cells("lstm", 500, "muon", 0.06, FRESH, method_options={"adam": 3e-2})
-    jobs += cells("lstm", 500, "muon", 0.1, (0,), method_options={"adam": 3e-2})
-    return jobs + cells("lstm", 500, "muon", 0.06, (0,), method_options={"adam": 1e-1})
-
-
 GROUPS: dict[str, list[Job]] = {
     "timing": _timing(),
     "collective": _collective(),
@@ -523,22 +338,4 @@ GROUPS: dict[str, list[Job]] = {
     "soap": _soap(),
     "second-text": _second_text(),
     "fresh": _fresh(),
-    "proof-main": _proof_main(),
-    "proof-text": _proof_text(),
-    "proof-rates": _proof_rates(),
-    "proof-elsewhere": _proof_elsewhere(),
-    "proof-hot": _proof_hot(),
-    "proof-gains": _proof_gains(),
-    "proof-cool": _proof_cool(),
-    "proof-stacks": _proof_stacks(),
-    "proof-small": _proof_small(),
-    "proof-zero": _proof_zero(),
-    "proof-faults": _proof_faults(),
-    "proof-depth": _proof_depth(),
-    "proof-aerial": _proof_aerial(),
-    "proof-seconds": _proof_seconds(),
-    "proof-why": _proof_why(),
-    "proof-more": _proof_more(),
-    "proof-length": _proof_length(),
-    "proof-photographs": _proof_photographs(),
 }
