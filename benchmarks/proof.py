@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import errno
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from gradsplit.lab.controls import CALIBRATION_STEPS, NoControl
 from gradsplit.lab.methods import METHODS, Method
 from gradsplit.lab.optimizers import OPTIMIZERS, Settings
 from gradsplit.lab.sweep import finite_or_none
-from gradsplit.lab.task import Task, data_path
+from gradsplit.lab.task import MissingPackageError, Task, data_path
 from gradsplit.lab.text import Block, TextTask
 from gradsplit.lab.train import train
 
@@ -206,6 +207,22 @@ def _aerial_fresh() -> list[Job]:
     return jobs
 
 
+# What is run first where time is short: two rates of AdamW, one of the others.
+SHORT = (("gso", 0.03), ("adamw+clip1+warmup", 3e-3), ("muon", 0.02), ("soap", 1e-2), ("adamw+clip1+warmup", 1e-2))
+
+
+def _short() -> list[Job]:
+    jobs = [Job("sentences", *TASKS["sentences"][:1], "soap", lr, CHOOSING) for lr in (1e-3, 3e-3)]
+    for name in LAST:
+        steps, options = TASKS[name]
+        jobs += [Job(name, steps, method, lr, CHOOSING, options) for method, lr in SHORT]
+    return jobs
+
+
+def _sensitive_small() -> list[Job]:
+    return [job for job in _sensitivity() if job.options == SIZES["22 k"]]
+
+
 def _choosing_one(name: str) -> Callable[[], list[Job]]:
     return lambda: choosing({name: TASKS[name]}, STRONGEST)
 
@@ -223,6 +240,8 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "large": _large,
     "aerial": _aerial,
     "aerial-fresh": _aerial_fresh,
+    "short": _short,
+    "sensitivity-small": _sensitive_small,
     **{f"first-{name}": _choosing_one(name) for name in TASKS},
     **{f"confirm-{name}": _confirming_one(name) for name in TASKS},
     "others": lambda: choosing(TASKS, OTHERS),
@@ -339,11 +358,28 @@ def done() -> dict[str, dict[str, Any]]:
     return held
 
 
+_unwritten: list[tuple[Path, str]] = []  # lines that a full disk has refused so far
+
+
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line."""
+    """Add one line, and those before it that the disk has refused; a refusal is named, and the queue goes on."""
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    with path.open("a", encoding="utf8") as file:
-        file.write(json.dumps(finite_or_none({**row, "date": date})) + "\n")
+    _unwritten.append((path, json.dumps(finite_or_none({**row, "date": date})) + "\n"))
+    try:
+        while _unwritten:
+            append_line(*_unwritten[0])
+            _unwritten.pop(0)
+    except OSError as error:
+        print(f"not written yet: {len(_unwritten)} lines: {error}. Make room; the next run tries again.", flush=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line, whole or not at all."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(line.encode()) < len(line.encode()):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def execute(groups: list[str]) -> None:
@@ -360,7 +396,7 @@ def execute(groups: list[str]) -> None:
             try:
                 result = run(job)
             except MissingDataError as error:
-                lacking.add(job.method if "method of the package" in str(error) else job.workload)
+                lacking.add(job.method if isinstance(error, MissingPackageError) else job.workload)
                 print(f"left out: {job.workload}, {job.method}: {error}", flush=True)
                 continue
             except Exception as error:

@@ -83,7 +83,7 @@ def _finite(value: float) -> float | None:
 def scene_table(scene: dict[str, Any]) -> Group:
     """One line per row: score, steps to target, whether it diverged, processor time and memory."""
     way = "higher is better" if scene["higher_is_better"] else "lower is better"
-    title = f"{scene['workload']}: {scene['metric']} after {scene['steps']} steps of {scene['optimizer']} ({way})"
+    title = f"{scene['workload']}: {scene['metric']} after {scene['steps']} steps ({way})"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True, min_width=20)
     for heading, width in ((scene["metric"], 8), ("to target", 9), ("diverged", 12), ("ms/step", 7), ("state", 5)):
@@ -113,10 +113,16 @@ def _verdict(row: dict[str, Any]) -> str:
     return "worse than at start" if row["ends_above_start"] else "no"
 
 
+def _without_pictures(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without its norms and without the photograph; the boxes in it stay."""
+    example = row["example"] and {key: value for key, value in row["example"].items() if key != "jpeg"}
+    return {**row, "norms": None, "example": example}
+
+
 def _write(scenes: list[dict[str, Any]], evidence: dict[str, Any], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     raw = out / "demo.json"
-    plain = [{**scene, "rows": [{**row, "norms": None, "example": None} for row in scene["rows"]]} for scene in scenes]
+    plain = [{**scene, "rows": [_without_pictures(row) for row in scene["rows"]]} for scene in scenes]
     raw.write_text(json.dumps({"conditions": evidence, "scenes": plain}, indent=1) + "\n", encoding="utf8")
     try:
         from ..lab.pages.demo import demo_page

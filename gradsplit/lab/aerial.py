@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .detector import Detector, DetectorTask
+from .detector import Detector, DetectorTask, overlap
 from .scenes import Scenes
 from .task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, MissingDataError, Workload, generator, measured, seeded
 
@@ -52,10 +52,7 @@ INSTALL = "pip install --no-deps deepforest==2.1.0"
 HALVED, TILE, CELL, ANCHOR = 2, 64, 8, 16.0
 LIGHT = 0.3  # brightness varies by this share: the sites were flown at other hours
 TREE, BACKGROUND = 0, 1
-EXAMPLE_TILES, SHOWN = (
-    (4, 2),
-    0.3,
-)  # tiles across and down of the piece that pictures show; confidence of what they show
+EXAMPLE_TILES = (4, 2)  # across and down of the piece that pictures show
 
 
 def read_boxes(stem: str) -> Tensor:
@@ -207,29 +204,32 @@ class AerialTask(DetectorTask):
 
         Returns:
             "jpeg": the piece as base64 text; "size": its width and height; "truth": boxes [x0, y0, x1, y1]; "found":
-            boxes with their confidence as a fifth number, where it is above `SHOWN`. Lengths in pixels of the piece.
+            as many boxes as were drawn, the surest, with their confidence as a fifth number; "hit": how many of those
+            drawn a found one overlaps by more than half. Lengths in pixels of the piece.
         """
         across, down = EXAMPLE_TILES
         image, boxes = photograph(VALIDATION)
         places = [(TILE * column, TILE * row) for row in range(down) for column in range(across)]
         corner = [(image.shape[2] - TILE * across) // 2, (image.shape[1] - TILE * down) // 2]
         images = torch.stack([image[:, corner[1] + top :, corner[0] + left :][:, :TILE, :TILE] for left, top in places])
-        found = []
+        finds = []
         for (left, top), (corners, _, scores) in zip(places, self.finds(model, images)[2], strict=True):
-            shift = torch.tensor([left, top, left, top])
-            sure = scores > SHOWN
-            found += torch.cat([HALVED * (corners[sure] + shift), scores[sure, None]], 1).tolist()
+            finds.append(torch.cat([HALVED * (corners + torch.tensor([left, top, left, top])), scores[:, None]], 1))
         local = boxes - torch.tensor(corner * 2)
         centre = (local[:, :2] + local[:, 2:]) / 2
         size = (TILE * across, TILE * down)
         inside = ((centre >= 0) & (centre < torch.tensor(size))).all(-1)
         left, top = (HALVED * at for at in corner)
         piece = read_image(VALIDATION)[:, top : top + HALVED * size[1], left : left + HALVED * size[0]]
+        truth, found = HALVED * local[inside], torch.cat(finds)
+        found = found[found[:, 4].argsort(descending=True, stable=True)][: len(truth)]
+        overlaps = overlap(truth[:, None], found[None, :, :4])
         return {
             "jpeg": _jpeg(piece),
             "size": [HALVED * side for side in size],
-            "truth": (HALVED * local[inside]).tolist(),
-            "found": found,
+            "truth": truth.tolist(),
+            "found": found.tolist(),
+            "hit": int((overlaps > 0.5).any(1).sum()) if len(found) else 0,
         }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

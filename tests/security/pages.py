@@ -51,7 +51,7 @@ def demo(folder):
          "diverged": False, "ends_above_start": False, "steps_run": 2, "num_bins": 2, "scaled_share": 0.1,
          "zeroed_share": 0.0, "worst": [[name, 0.1]], "seconds": 1.0, "ours": i % 2 == 0, "losses": [2.0, 1.0],
          "norms": norms, "chosen_by": name, "cpu_ms_a_step": 1.0, "state_per_weight": 2.0,
-         "example": {"jpeg": "", "size": [4, 2], "truth": [[0.0, 0.0, 1.0, 1.0]], "found": [[0.0, 0.0, 1e9, -1e9, 0.5]]}}  # noqa: E501
+         "example": {"jpeg": "", "size": [4, 2], "truth": [[0.0, 0.0, 1.0, 1.0]], "found": [[0.0, 0.0, 1e9, -1e9, 0.5]], "hit": 0}}  # noqa: E501
         for i, name in enumerate(HOSTILE)
     ]  # fmt: skip
     scene = {"workload": HOSTILE[0], "title": HOSTILE[1], "expect": HOSTILE[2], "metric": HOSTILE[3],

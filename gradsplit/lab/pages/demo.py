@@ -41,15 +41,16 @@ def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
     yield Section(
         f"{name}: the table",
         f"{scene['title'][:1].upper()}{scene['title'][1:]}. {scene['expect']} {scene['steps']} steps; "
-        f"{scene['metric']}: {way}. To target: steps until the training loss is down to where the global clip ends.",
+        f"{scene['metric']}: {way}. To target: steps until the training loss is down to where the global clip ends. "
+        "Scaled: share of bins and steps. ms/step: processor time. Memory: bytes of the optimizer per byte of weights.",
         [_table(scene), text("What chose learning rate and strength: " + _choices(scene["rows"]))],
     )
     pictured = [row for row in scene["rows"] if row.get("example")]
     if pictured:
         yield Section(
             f"{name}: what each method found",
-            "A piece of the photograph that no step has seen. White: drawn by hand; orange: found with a confidence "
-            "above 0.3, the surer the stronger.",
+            "A piece of the photograph that no step has seen. White: the trees drawn by hand; orange: as many of the "
+            "boxes found, the surest. A tree is hit where such a box overlaps it by more than half.",
             [boxes_html([(row["label"], row["example"]) for row in pictured], identity=f"photo{at}")],
         )
     yield Section(
@@ -57,7 +58,8 @@ def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
         "Each point is the mean of a few steps. A bar along the top: not finite.",
         [_losses(scene)],
     )
-    watched = next((row for row in scene["rows"] if row["norms"] and row["scaled_share"]), None)
+    scaled = [row for row in scene["rows"] if row["norms"] and row["scaled_share"]]
+    watched = next((row for row in scaled if row["ours"]), scaled[0] if scaled else None)
     if watched:
         yield Section(
             f"{name}: norms before and after, {watched['label']}",
@@ -69,15 +71,14 @@ def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
 
 def _table(scene: Mapping[str, Any]) -> str:
     metric = scene["metric"]
-    headings = ["method", "lr", "strength", metric, "to target", "diverged", "bins scaled", "worst bin × mean scale",
-                "CPU ms a step", "state bytes / weight bytes"]  # fmt: skip
+    headings = ["method", "rate", metric, "to target", "diverged", "scaled", "worst bin × mean scale",
+                "ms/step", "memory"]  # fmt: skip
     rows = []
     for row in scene["rows"]:
         worst = row["worst"][0] if row["worst"] else None
         rows.append([
             row["label"],
-            f"{row['lr']:g}",
-            "" if row["strength"] is None else f"{row['strength']:g}",
+            f"{row['lr']:g}" + ("" if row["strength"] is None else f", limit {row['strength']:g}"),
             number(row["score"]),
             "never" if row["steps_to_target"] is None else f"{row['steps_to_target']}",
             _verdict(row),
@@ -157,7 +158,7 @@ def boxes_html(examples: Sequence[tuple[str, Mapping[str, Any]]], identity: str)
     figures = "".join(
         f'<div class="piece"><div class="{identity}"><svg viewBox="0 0 {wide} {tall}" role="img" '
         f'xmlns="http://www.w3.org/2000/svg">{box_marks(example)}</svg></div>'
-        f"<p>{html.escape(label)}: {len(example['found'])} found, {len(example['truth'])} drawn</p></div>"
+        f"<p>{html.escape(label)}: {example['hit']} of {len(example['truth'])} hit</p></div>"
         for label, example in examples
     )
     return f'{style}<div class="pieces">{figures}</div>'
