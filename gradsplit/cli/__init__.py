@@ -10,16 +10,16 @@ import sys
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "Train detection and text with and without splitting."),
-    "compare": ("compare", "Sweep a workload over methods and rates."),
-    "run": ("run", "Run a training script, measured or bounded."),
-    "report": ("report", "Show what a run file says; write its page."),
-    "watch": ("watch", "Show a run while it goes on."),
-    "diagnose": ("diagnose", "Say in words what is wrong with a gradient."),
-    "ladder": ("ladder", "Show how far each bin may step."),
-    "plan": ("plan", "Show how a model is split: bins and bytes."),
-    "bench": ("bench", "Time a step beside clip and fused AdamW."),
-    "doctor": ("doctor", "Show versions, backends and data found."),
+    "demo": ("demo", "Train two small models by several methods."),
+    "compare": ("compare", "Compare methods and rates on one workload."),
+    "run": ("run", "Run your script, and record its gradients."),
+    "report": ("report", "Say what happened in a run; write a page."),
+    "watch": ("watch", "Show a run in the terminal as it goes on."),
+    "diagnose": ("diagnose", "Say what is wrong with a model, in words."),
+    "ladder": ("ladder", "Show how far each part may step."),
+    "plan": ("plan", "Show how a model is split into bins."),
+    "bench": ("bench", "Time a step beside a clip and AdamW."),
+    "doctor": ("doctor", "Show what is installed and what is missing."),
 }
 """Command -> (module of this package, one line for the list of commands)."""
 

@@ -14,9 +14,11 @@ import gradsplit
 
 __all__ = ["run_app"]
 
-_HELP = """Split the gradient into bins and bound each by a budget of its own.
+_HELP = """Split the gradient into bins, and bound each bin by a budget of its own.
 
-Example: gradsplit demo
+See it work with `gradsplit demo`. On a script of yours, begin with `gradsplit run` and `gradsplit report`.
+
+Example: gradsplit run --watch train.py
 """
 
 

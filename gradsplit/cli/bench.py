@@ -11,16 +11,17 @@ __all__ = ["run"]
 
 
 def run(
-    layouts: Annotated[str, typer.Option(help="Layouts, comma-separated; all: every one.")] = "gpt-23m,small-tensors",
-    seconds: Annotated[float, typer.Option(help="Time for each figure.")] = 5.0,
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0: as it is.")] = 0,
-    start: Annotated[bool, typer.Option(help="Measure import, first call and memory too.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the raw results to this JSON file.")] = None,
+    layouts: Annotated[
+        str, typer.Option(help="Which sets of tensors, separated by commas; all is every one.")
+    ] = "gpt-23m,small-tensors",
+    seconds: Annotated[float, typer.Option(help="How long to measure each figure.")] = 5.0,
+    threads: Annotated[int, typer.Option(help="How many threads torch uses. 0 leaves them as they are.")] = 0,
+    start: Annotated[bool, typer.Option(help="Also measure import, first call and memory.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the raw results to this JSON file.")] = None,
 ) -> None:
-    """Time a step against a global clip and a fused AdamW, in turn, and print each figure beside its bar.
+    """Time a step of gradsplit beside a global clip and a fused AdamW, and print each figure beside its aim.
 
-    Figures are ratios of programs that ran in turn in one process, so they hold on a machine that is busy; seconds do
-    not.
+    A figure is a ratio of two programs that take turns in one process, so it also holds on a busy machine.
 
     Example: gradsplit bench --layouts gpt-23m --seconds 5
     """

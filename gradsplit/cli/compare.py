@@ -19,25 +19,25 @@ _ADAM_METHODS = "none,clip,xsp,lbf,tree_sp,default,gso,adamw+clip+warmup"
 
 
 def run(
-    workload: Annotated[str, typer.Argument(help="A workload: detection, gpt, lstm, residual-stack, …")],
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; 'all' for every one.")] = "",
-    strategies: Annotated[str, typer.Option(help="Every method that splits by these: xsp,per_tensor,lbf,…")] = "",
-    lr: Annotated[
-        str, typer.Option(help="Rates, the same for all; 'usual': each method's own; by default three.")
-    ] = "",
-    strengths: Annotated[str, typer.Option(help="Strengths in place of each tuned method's own seven.")] = "",
-    seeds: Annotated[int, typer.Option(help="Seeds that choose the best cell.")] = 3,
-    fresh_seeds: Annotated[int, typer.Option(help="Other seeds, on which each best cell is confirmed.")] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps; 0: the workload's usual number.")] = 0,
-    optimizer: Annotated[str, typer.Option(help="sgd, sgdm, adam or adamw; by default the workload's.")] = "",
+    workload: Annotated[str, typer.Argument(help="What is trained: detection, gpt, lstm, residual-stack, …")],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; 'all' is every one.")] = "",
+    strategies: Annotated[str, typer.Option(help="Also every method that splits by these: xsp,per_tensor,lbf,…")] = "",
+    lr: Annotated[str, typer.Option(help="Rates for all methods; 'usual' is each method's own. Left out: three.")] = "",
+    strengths: Annotated[str, typer.Option(help="Strengths, in place of each tuned method's own seven.")] = "",
+    seeds: Annotated[int, typer.Option(help="How many seeds choose the best setting.")] = 3,
+    fresh_seeds: Annotated[int, typer.Option(help="On how many other seeds each best setting runs again.")] = 0,
+    steps: Annotated[int, typer.Option(help="How many training steps. 0 is the workload's usual number.")] = 0,
+    optimizer: Annotated[str, typer.Option(help="sgd, sgdm, adam or adamw. Left out: the workload's own.")] = "",
     schedule: Annotated[str, typer.Option(help="constant, cosine to 1 %, or linear to zero.")] = "constant",
-    warmup: Annotated[int, typer.Option(help="Steps of warm-up of the methods that warm up; -1: a tenth.")] = -1,
-    beta2: Annotated[float, typer.Option(help="Memory of Adam's second moment, for all methods.")] = 0.99,
-    option: Annotated[list[str] | None, typer.Option(help="key=value for the workload; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for raw results and page; an earlier sweep goes on.")] = None,
-    jobs: Annotated[int, typer.Option(help="Worker processes, one thread each; 0: none.")] = 2,
+    warmup: Annotated[int, typer.Option(help="How many steps the methods that warm up do so. -1 is a tenth.")] = -1,
+    beta2: Annotated[float, typer.Option(help="The memory of Adam's second moment, for all methods.")] = 0.99,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the workload. May be repeated.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for raw results and page. An earlier comparison goes on.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="How many processes, of one thread each. 0 runs in this one.")] = 2,
 ) -> None:
-    """Sweep a workload over methods, strengths, learning rates and seeds; keep the raw results as CSV and JSON.
+    """Train one workload by several methods, at several learning rates and seeds, and keep the raw results.
 
     Example: gradsplit compare residual-stack --methods none,clip,xsp,default --lr 0.03,0.1,0.3 --seeds 2
     """

@@ -20,14 +20,16 @@ __all__ = ["run"]
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for page and raw results.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny models for 20 steps: a smoke test.")] = False,
-    jobs: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of weights and batches, the same for every row.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the page and the raw results.")] = Path("runs/demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train tiny models for 20 steps, to see that all works.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="How many processes, of one thread each.")] = 2,
+    seed: Annotated[int, typer.Option(help="The seed of weights and batches, the same for every row.")] = 0,
 ) -> None:
     """Train a detector and a language model on real data, with the usual methods and with gradient splitting.
 
-    Ends with two tables and one self-contained HTML page. About two minutes on two cores.
+    It takes about two minutes on two cores. It ends with two tables and one HTML page that needs no network.
 
     Example: gradsplit demo --out runs/demo
     """

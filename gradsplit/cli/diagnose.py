@@ -44,18 +44,21 @@ DEMOS = {"deep-stack": "deep-stack", "detection": "detection", "recurrence": "te
 
 
 def run(
-    problem: Annotated[str, typer.Argument(help="module:factory that returns (model, loss_fn, batch).")] = "",
-    demo: Annotated[str, typer.Option(help="deep-stack, detection or recurrence, in its place.")] = "",
-    ladder: Annotated[bool, typer.Option("--ladder", help="Ask how far each part may step; needs --lr.")] = False,
-    optimizer: Annotated[str, typer.Option(help="A class of torch.optim, at the start of its run.")] = "SGD",
-    lr: Annotated[float | None, typer.Option(help="Its learning rate, held against sharpness and ladder.")] = None,
-    limit: Annotated[int, typer.Option(help="Findings shown at the most.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Write the findings to this JSON file.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write the findings and the chain to this HTML file.")] = None,
+    problem: Annotated[str, typer.Argument(help="MODULE:FUNCTION; the function returns (model, loss_fn, batch).")] = "",
+    demo: Annotated[str, typer.Option(help="An example in its place: deep-stack, detection or recurrence.")] = "",
+    ladder: Annotated[bool, typer.Option("--ladder", help="Also ask how far each part may step. Needs --lr.")] = False,
+    optimizer: Annotated[
+        str, typer.Option(help="The class of torch.optim whose step is judged, at the start of a run.")
+    ] = "SGD",
+    lr: Annotated[float | None, typer.Option(help="Its learning rate, to be judged as well.")] = None,
+    limit: Annotated[int, typer.Option(help="How many findings to show at most.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Also write the findings to this JSON file.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Also write the findings and the chain to this HTML file.")] = None,
 ) -> None:
-    """Factor the gradient layer by layer and say where it explodes, vanishes or breaks, and what to change.
+    """Say in words what is wrong with a model, from one batch: where the gradient explodes, vanishes or breaks.
 
-    A few forward and backward passes on one batch, some dozens with --ladder; nothing is trained.
+    Each finding comes with its evidence and what to change. Nothing is trained. It takes a few forward and backward
+    passes, and some dozens with --ladder.
 
     Example: gradsplit diagnose --demo deep-stack
     """

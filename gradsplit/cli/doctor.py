@@ -45,7 +45,7 @@ PARTS = (
 
 
 def run() -> None:
-    """Show versions, backends and why each is or is not available, and the data that was found.
+    """Show versions, which backends can be used and why others cannot, and which data were found.
 
     Example: gradsplit doctor
     """

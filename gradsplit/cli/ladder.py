@@ -13,15 +13,20 @@ __all__ = ["run"]
 
 
 def run(
-    problem: Annotated[str, typer.Argument(help="A workload, or module:factory for (model, loss_fn, batch).")],
-    order: Annotated[int, typer.Option(help="Highest order of the derivatives.")] = 10,
-    strategy: Annotated[str, typer.Option(help="Bins: per_tensor, xsp, …; whole: all weights as one.")] = "per_tensor",
-    count: Annotated[int, typer.Option(help="Bins shown at the most, smallest step first.")] = 20,
-    page: Annotated[Path | None, typer.Option(help="Write the figure to this HTML file.")] = None,
+    problem: Annotated[
+        str, typer.Argument(help="A workload, or MODULE:FUNCTION that returns (model, loss_fn, batch).")
+    ],
+    order: Annotated[int, typer.Option(help="The highest order of the derivatives.")] = 10,
+    strategy: Annotated[
+        str, typer.Option(help="What is one part: per_tensor, xsp (rows), …; whole is all weights.")
+    ] = "per_tensor",
+    count: Annotated[int, typer.Option(help="How many parts to show at most, the smallest step first.")] = 20,
+    page: Annotated[Path | None, typer.Option(help="Also write the figure to this HTML file.")] = None,
 ) -> None:
-    """Show, per bin, the derivatives along minus its gradient, the radius of the series and the step it foretells.
+    """Show how far each part of a model may step along minus its gradient before the loss goes up.
 
-    Steps are learning rates of plain gradient descent on that bin alone.
+    The answer comes from derivatives of high order. A step is a learning rate of plain gradient descent on that part
+    alone.
 
     Example: gradsplit ladder temporal-order --order 10
     """

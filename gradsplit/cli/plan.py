@@ -16,13 +16,15 @@ __all__ = ["run"]
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="module:factory, or the name of a workload.")],
-    strategy: Annotated[str, typer.Option(help="The strategy whose tensors are listed.")] = "xsp",
-    lines: Annotated[int, typer.Option(help="Tensors listed at the most; 0: none.")] = 20,
+    model: Annotated[str, typer.Argument(help="MODULE:FUNCTION that returns a model, or the name of a workload.")],
+    strategy: Annotated[
+        str, typer.Option(help="The strategy whose tensors are listed: xsp (rows), per_tensor, …")
+    ] = "xsp",
+    lines: Annotated[int, typer.Option(help="How many tensors to list at most. 0 is none.")] = 20,
 ) -> None:
-    """Show how a model is split: bins, nodes and bytes of every strategy, and the tensors of one.
+    """Show how each strategy splits a model into bins, and how much memory that takes.
 
-    Nothing is trained, and weights are not allocated where the factory allows it.
+    Nothing is trained. Weights are not allocated where the function allows it.
 
     Example: gradsplit plan train:make_model --strategy xsp
     """

@@ -19,16 +19,17 @@ def newest() -> Path:
 
 def run(
     file: Annotated[
-        Path | None, typer.Argument(help="A run file; it may still be written to. Without: the newest here.")
+        Path | None, typer.Argument(help="A run file, also of a run that goes on. Left out: the newest one here.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Where the page goes; by default beside the run file.")] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Write the page.")] = True,
-    jsonl: Annotated[Path | None, typer.Option(help="Also write every step as a line of JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Where to write the page. Left out: beside the run file.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Whether to write the page.")] = True,
+    jsonl: Annotated[Path | None, typer.Option(help="Also write every step to this file, as a line of JSON.")] = None,
     fail_on: Annotated[
-        list[str] | None, typer.Option(help="explosion, nonfinite or exception: exit code 1 if so; may be repeated.")
+        list[str] | None,
+        typer.Option(help="explosion, nonfinite or exception. The exit code is 1 if that happened. May be repeated."),
     ] = None,
 ) -> None:
-    """Print what left its history first, what that did and what to change; write it as one HTML page.
+    """Say what went wrong first in a recorded run, what followed, and what to change; write it as one HTML page.
 
     Example: gradsplit report run.db --fail-on explosion
     """

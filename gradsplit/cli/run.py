@@ -16,42 +16,54 @@ CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 def run(
     program: Annotated[
         list[str],
-        typer.Argument(metavar="SCRIPT [ARGUMENTS]…", help="A script, -m MODULE, or a launcher (torchrun, …)."),
+        typer.Argument(metavar="SCRIPT [ARGUMENTS]…", help="Your script, -m MODULE, or a launcher such as torchrun."),
     ],
-    watch: Annotated[bool, typer.Option("--watch", help="Only measure; gradients stay bit for bit (default).")] = False,
-    control: Annotated[bool, typer.Option("--control", help="Bound the gradients, too.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Only measure: the training stays the same (default).")
+    ] = False,
+    control: Annotated[bool, typer.Option("--control", help="Also bound the gradients.")] = False,
     guard: Annotated[
         bool,
         typer.Option(
             "--guard",
-            help="Go back to a snapshot and lower the learning rate when the run diverges, at most 3 times. Beside "
-            "--watch or --control. Data cannot be skipped from outside the script.",
+            help="When the run diverges, go back to a snapshot and lower the learning rate, at most 3 times. Goes with "
+            "--watch and with --control. The script's data go on: they cannot be rewound from outside.",
         ),
     ] = False,
-    plan: Annotated[str, typer.Option(help="With --control: xsp, per_tensor, tree_sp or whole.")] = "xsp",
+    plan: Annotated[
+        str, typer.Option(help="With --control: what is bounded together, xsp (rows), per_tensor, tree_sp or whole.")
+    ] = "xsp",
     budget: Annotated[
         list[str] | None,
-        typer.Option(help="With --control: [LEVEL@]NAME[:KEY=NUMBER]…, e.g. relative_step:tau=0.03; may be repeated."),
+        typer.Option(
+            help="With --control: how large a bin may be, for example relative_step:tau=0.03. Written as "
+            "[LEVEL@]NAME[:KEY=NUMBER]…; may be repeated."
+        ),
     ] = None,
-    record: Annotated[Path, typer.Option(help="The run file; run-2.db and so on if it exists.")] = Path("run.db"),
+    record: Annotated[Path, typer.Option(help="The run file. If it exists, run-2.db and so on.")] = Path("run.db"),
     to: Annotated[
-        list[str] | None, typer.Option(help="Also tensorboard:FOLDER, jsonl:FILE, wandb:PROJECT, mlflow:EXPERIMENT.")
+        list[str] | None,
+        typer.Option(
+            help="Also send every step to tensorboard:FOLDER, jsonl:FILE, wandb:PROJECT or mlflow:EXPERIMENT."
+        ),
     ] = None,
     depth: Annotated[
-        int, typer.Option(help="With --to: levels of modules, each a curve; 0: every module and tensor.")
+        int, typer.Option(help="With --to: how many levels of modules get a curve each. 0 is every module and tensor.")
     ] = 1,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
-            help="explosion, nonfinite or exception: the script's process ends with code 3 if so, or if nothing was "
-            "attached; may be repeated."
+            help="explosion, nonfinite or exception. The process ends with code 3 if that happens, or if nothing could "
+            "be recorded. May be repeated."
         ),
     ] = None,
-    max_nodes: Annotated[int, typer.Option(help="Nodes recorded at every step.")] = 1000,
-    max_megabytes: Annotated[float, typer.Option(help="Size above which old steps are thinned.")] = 400.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing at the end.")] = False,
+    max_nodes: Annotated[int, typer.Option(help="How many modules, tensors and blocks are recorded at most.")] = 1000,
+    max_megabytes: Annotated[
+        float, typer.Option(help="The largest size of the run file. Beyond it, old steps are thinned.")
+    ] = 400.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing at the end.")] = False,
 ) -> None:
-    """Run a training script unchanged, measure every optimizer step and keep the evidence in a run file.
+    """Run your training script unchanged, and record the gradient of every optimizer step in a run file.
 
     Example: gradsplit run --watch train.py --epochs 3
     """

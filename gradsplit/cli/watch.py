@@ -21,13 +21,13 @@ _WIDTH = 40
 
 
 def run(
-    file: Annotated[Path | None, typer.Argument(help="The run file. Without: the newest here.")] = None,
-    seconds: Annotated[float, typer.Option(help="Between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
-    module: Annotated[str, typer.Option(help="Only what lies below this module, for example h.1.attn.")] = "",
-    depth: Annotated[int, typer.Option(help="Levels of modules and tensors; 0: all of them.")] = 1,
+    file: Annotated[Path | None, typer.Argument(help="A run file. Left out: the newest one here.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to wait between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+    module: Annotated[str, typer.Option(help="Show only what lies below this module, for example h.1.attn.")] = "",
+    depth: Annotated[int, typer.Option(help="How many levels of modules and tensors to show. 0 is all of them.")] = 1,
 ) -> None:
-    """Show norms of the top modules, the loss, the last events and the rate while the training goes on.
+    """Show a run in the terminal while it goes on: the loss, the rate, norms of modules and the last events.
 
     Example: gradsplit watch run.db
     """
