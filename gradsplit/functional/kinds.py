@@ -10,7 +10,7 @@ from typing import Any
 
 from .arrays import Oriented
 
-__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds"]
+__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds", "by_shape"]
 
 Choice = str | Mapping[str, Any] | Callable[[str, tuple[int, ...]], Any] | None
 """One answer for all arrays, answers by patterns of paths, or a function (path, shape) -> answer or None."""
@@ -42,7 +42,7 @@ KINDS: dict[str, ArrayKind] = {
     "embedding": ArrayKind("embedding", "adam"),
     "vector": ArrayKind("vector", "adam", share=1 / 3, least=1.0),
 }
-"""The kinds by name, with the constants of `gradsplit.GSO`."""
+"""The kinds by name, with the constants of GSO: for torch and for every other framework."""
 
 _DIRECTIONS = ("orthogonal", "adam")
 
@@ -88,7 +88,7 @@ def array_kinds(
         turned = oriented.layout.shapes[t]
         usual, parts = (known or {}).get(name, (None, _stacked(oriented, t)))
         said = _chosen(kinds, name, shape)
-        kind = KINDS[_one_of(KINDS, said or usual or _by_shape(turned), "kinds", name, call)]
+        kind = KINDS[_one_of(KINDS, said or usual or by_shape(turned), "kinds", name, call)]
         towards = _chosen(direction, name, shape)
         if towards not in (None, "auto"):
             kind = replace(kind, direction=_one_of(_DIRECTIONS, towards, "direction", name, call))
@@ -108,7 +108,14 @@ def array_kinds(
     return tuple(made)
 
 
-def _by_shape(turned: tuple[int, ...]) -> str:
+def by_shape(turned: tuple[int, ...]) -> str:
+    """Return the kind of an array, by its shape in PyTorch's order alone.
+
+    Where a row has a single entry, its sign alone would be left of an orthogonal direction.
+
+    >>> [by_shape(shape) for shape in ((4,), (4, 3), (4, 1), (1, 5, 3))]
+    ['vector', 'matrix', 'embedding', 'embedding']
+    """
     if len(turned) < 2:
         return "vector"
     few = math.prod(turned[1:]) == 1 or (len(turned) > 2 and turned[0] == 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..functional.kinds import KINDS, ArrayKind, by_shape
 from ..plan import Plan
 from .directions import DIRECTIONS
 
@@ -26,29 +27,17 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """How the share step treats one tensor.
+class Kind(ArrayKind):
+    """How the share step treats one tensor: an `ArrayKind`, whose constants are those of every framework, and a form.
 
     Attributes:
-        name: "matrix", "embedding" or "vector".
-        direction: a row of `gradsplit.optim.directions.DIRECTIONS`.
         rows, cols: the matrix that it is seen as; each row moves by a share of its own length.
-        share: times the group's share.
-        least: the smallest root mean square that a row counts as, weight units.
-        longest: no row grows beyond this length, or its first one; inf: no limit.
-        blocks: equal blocks of rows, each made orthogonal by itself.
         boxes: blocks of other forms, in place of ``blocks``.
         is_complex: the entries are complex numbers.
     """
 
-    name: str
-    direction: str
-    rows: int
-    cols: int
-    share: float = 1.0
-    least: float = 0.1
-    longest: float = math.inf
-    blocks: int = 1
+    rows: int = 0
+    cols: int = 0
     boxes: tuple[Box, ...] = ()
     is_complex: bool = False
 
@@ -71,24 +60,21 @@ def owners_of(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
 def _usual(parameter: Tensor, owner: tuple[nn.Module, str] | None) -> Kind:
     """Return what a tensor is, by its owner and its shape."""
     shape, module = tuple(int(size) for size in parameter.shape), owner[0] if owner else None
-    numel, is_complex = math.prod(shape), parameter.is_complex()
-    if len(shape) < 2:
-        return Kind("vector", "adam", 1, numel, share=1 / 3, least=1.0, is_complex=is_complex)
-    rows, cols = shape[0], math.prod(shape[1:])
-    if isinstance(module, _EMBEDDINGS):
-        return Kind("embedding", "adam", rows, cols, is_complex=is_complex)
-    if len(shape) > 2 and shape[0] == 1 and not _has_kernel(module):  # positions (1, T, d), class tokens (1, 1, d)
-        return Kind("embedding", "adam", math.prod(shape[:-1]), shape[-1], is_complex=is_complex)
-    if cols == 1:  # each row is one number: its sign alone would be left of an orthogonal direction
-        return Kind("embedding", "adam", rows, cols, is_complex=is_complex)
-    blocks = 1
+    rows, cols = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    name, blocks = by_shape(shape), 1
+    if len(shape) > 1 and isinstance(module, _EMBEDDINGS):
+        name = "embedding"
+    elif name == "embedding" and cols != 1:  # positions (1, T, d), class tokens; or one channel of a convolution
+        name = "matrix" if _has_kernel(module) else name
+        rows, cols = (rows, cols) if _has_kernel(module) else (math.prod(shape[:-1]), shape[-1])
     if isinstance(module, _CONVOLUTIONS):
-        blocks = module.groups if rows % module.groups == 0 else 1
+        blocks = module.groups if name == "matrix" and rows % module.groups == 0 else 1
     elif isinstance(module, nn.MultiheadAttention) and owner is not None and owner[1] == "in_proj_weight":
         blocks = 3  # queries, keys and values are three matrices
-    elif len(shape) == 3 and module is not None and not _has_kernel(module):  # experts (E, out, in)
-        rows, cols, blocks = shape[0] * shape[1], shape[2], shape[0]
-    return Kind("matrix", "orthogonal", rows, cols, longest=3.0, blocks=blocks, is_complex=is_complex)
+    elif name == "matrix" and len(shape) == 3 and module is not None and not _has_kernel(module):
+        rows, cols, blocks = shape[0] * shape[1], shape[2], shape[0]  # experts (E, out, in)
+    constants = {**vars(KINDS[name]), "blocks": blocks}
+    return Kind(**constants, rows=rows, cols=cols, is_complex=parameter.is_complex())
 
 
 def _has_kernel(module: nn.Module | None) -> bool:
