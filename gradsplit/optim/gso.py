@@ -20,18 +20,26 @@ from ..rates import Clock
 from ..split import StepRecord
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
-from .options import FLAGS, check_flags, check_numbers, check_share, differentiable_backend
-from .parts import (
+from .options import (
     COUNT,
+    FLAGS,
     HISTORY,
-    Part,
+    check_flags,
     check_moments,
+    check_numbers,
+    check_saved,
+    check_share,
+    checked_sinks,
+    differentiable_backend,
     load_history,
+    mend_memories,
+    translated,
+)
+from .parts import (
+    Part,
     make_memories,
     make_parts,
-    mend_memories,
     step_part,
-    translated,
 )
 from .share import ShareUpdate
 
@@ -179,14 +187,14 @@ class GSO(Optimizer):
             "stages": stages,
             "fused": False if differentiable else fused,
         }
-        self._direction, self._blocks, self.sinks, self.measures = direction, blocks, list(sinks), False
+        self._direction, self._blocks, self.sinks, self.measures = direction, blocks, checked_sinks(sinks), False
         self._one_tensor_a_part = in_backward
         self._in_backward: InBackward | None = None
         self._overrides: list[dict[str, Any]] = []
         self._kinds: list[list[Kind]] = []  # of each group, one per parameter
         self._shared_groups = 0
         self._parts: list[Part] = []
-        self._steps, self._told = steps, False
+        self._steps, self._told = None if steps is None else int(steps), False
         self._owners: dict[int, tuple[nn.Module, str]] = {}
         if isinstance(params, nn.Module):
             model: nn.Module = getattr(params, "_orig_mod", params)  # torch.compile puts it behind a prefix
@@ -218,7 +226,13 @@ class GSO(Optimizer):
         return self._direction != "adam"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, under the optimizer's options or under their own ``plan``, ``budget`` and ``direction``."""
+        """Add parameters, or a module, under the optimizer's options or its own ``plan``, ``budget`` and ``direction``.
+
+        Where the other groups have names and these have none, they are called by their places.
+
+        Raises:
+            ValueError: as at construction; everything is as it was then.
+        """
         if self._in_backward is not None:
             raise ValueError(
                 "GSO.add_param_group(…): expected all parameters at construction with in_backward=True. Make a second "
@@ -229,6 +243,9 @@ class GSO(Optimizer):
         direction = group.pop("direction", self._direction)
         check_numbers({**self.defaults, **group}, by_share=self.by_share)
         check_flags({**self.defaults, **group}, self.defaults)
+        group["params"] = self._named(group.get("params", ()))
+        if not group["params"] and "param_names" in next(iter(self.param_groups), ()):
+            group["param_names"] = []
         if group.get("fused", self.defaults["fused"]) != self.defaults["fused"]:
             override["fused"] = group["fused"]
         without_compiler_guard(super().add_param_group)(group)
@@ -242,6 +259,18 @@ class GSO(Optimizer):
             self._overrides.pop()
             del self._kinds[len(self.param_groups) :]
             raise
+
+    def _named(self, params: Any) -> Any:
+        """The parameters of a new group with names, where it is a module, or where the other groups have names."""
+        if isinstance(params, nn.Module):
+            self._owners |= owners_of(params)
+            return list(params.named_parameters())
+        if not self.param_groups or "param_names" not in self.param_groups[0]:
+            return params
+        given = [params] if isinstance(params, Tensor) else list(params)
+        if any(not isinstance(one, Tensor) for one in given):
+            return given
+        return [(f"group{len(self.param_groups)}.param{j}", one) for j, one in enumerate(given)]
 
     def _kinds_of(self, group: dict[str, Any], direction: Any) -> list[Kind]:
         names = _names_of(group)
@@ -349,7 +378,7 @@ class GSO(Optimizer):
 
     def _check_schedule(self) -> None:
         for group in self.param_groups if self.by_share else ():
-            if not isinstance(group["lr"], Tensor):  # to look at a tensor may be to wait
+            if not isinstance(group["lr"], Tensor) or not torch.compiler.is_compiling():
                 check_numbers(group, by_share=True)
         if self._steps is None:
             return
@@ -436,8 +465,9 @@ class GSO(Optimizer):
         a learning rate is no share.
 
         Raises:
-            ValueError: the state of another plan, of other budgets, or of another direction.
+            ValueError: the state of another model, plan or direction, of other budgets, or a damaged one.
         """
+        check_saved(state_dict, self.param_groups)
         state_dict = self._translated(state_dict)
         before, parts = self._history(), self._parts
         try:
@@ -453,13 +483,10 @@ class GSO(Optimizer):
 
     def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The saved state in the names of this optimizer's memories; refuses what means something else."""
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
         if not self.by_share:
             check_moments(saved, self._options["second_moment"])
             return saved
         kinds = [kind for group in self._kinds for kind in group]
-        if len(ids) != len(kinds):
-            return saved  # torch's own words are to the point
         return dict(translated(saved, kinds, self.param_groups))
 
     def _regroup(self, history: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..amp import Scaling
 from ..collective import Collective
@@ -32,12 +31,6 @@ __all__ = [
     "real",
     "seen",
     "step_part",
-    "COUNT",
-    "HISTORY",
-    "check_moments",
-    "load_history",
-    "mend_memories",
-    "translated",
 ]
 
 _CALL = "GSO"
@@ -391,138 +384,3 @@ def check_budget(split: Split) -> None:
             f"GSO(in_backward=True): expected bins inside one tensor each, got {split.plan!r} with bins over several."
             " Use a plan by rows or tensors, or in_backward=False."
         )
-
-
-HISTORY, COUNT = "gradsplit", "gradsplit_count"
-"""The keys of what no parameter holds, beside torch's "state" and "param_groups"."""
-
-
-def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
-    """Take over what the parts returned; nothing is taken unless all of it fits.
-
-    A state without history, such as torch's AdamW leaves or a distributed checkpoint, starts it anew.
-
-    Raises:
-        ValueError: the state of other plans or budgets.
-    """
-    history = saved.get(HISTORY)
-    if history is not None and len(history) != len(parts):
-        raise ValueError(
-            f"GSO.load_state_dict(…): expected the state of {len(parts)} plans, got {len(history)}. Add the groups of "
-            "the saved run in the same order first."
-        )
-    call = "GSO.load_state_dict(…)"
-    before = [part.state() for part in parts]
-    try:
-        for part, state in zip(parts, history or (), strict=False):
-            part.load(state, call=call)
-    except Exception:
-        for part, state in zip(parts, before, strict=True):
-            part.load(state, call=call)
-        raise
-
-
-_OTHER_DIRECTION = "Make GSO with the direction of the saved run, or start without its state."
-_FOREIGN = (
-    "That is the state of another optimizer, such as SGD, and no mean that GSO could go on with. Start GSO without it: "
-    "load the model's weights alone."
-)
-
-
-def check_moments(saved: Mapping[str, Any], second_moment: str) -> None:
-    """Refuse the moments of the other kind, and those of a run by share.
-
-    Raises:
-        ValueError: a saved parameter without the second moment that this optimizer keeps; a history of shares.
-    """
-    if any("share" in part for part in saved.get(HISTORY, ()) if isinstance(part, Mapping)):
-        raise ValueError(
-            "GSO.load_state_dict(…): expected the state of a run with direction='adam', got that of a run whose lr was "
-            "a share. Make GSO with the direction of the saved run, or start without its state."
-        )
-    wanted, other = ("bin_sq", "element") if second_moment == "bin" else ("exp_avg_sq", "bin")
-    for i, state in saved["state"].items():
-        if state and wanted not in state:
-            ours = f"Make GSO with second_moment={other!r} as in the saved run, or start without its state."
-            advice = ours if {"exp_avg_sq", "bin_sq"} & set(state) else _FOREIGN
-            got = f"in the state of parameter {i}, got {sorted(state)}"
-            raise ValueError(f"GSO.load_state_dict(…): expected {wanted!r} {got}. {advice}")
-
-
-_SAME = {"momentum": ("exp_avg", "momentum_buffer")}
-"""Memory -> the names under which other optimizers keep the same: a running mean of gradients."""
-
-_MOMENTS = {"momentum", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "bin_sq"}
-"""What an optimizer keeps of gradients; anything else in a state belongs to a wrapper, which finds it again."""
-
-
-def translated(
-    saved: Mapping[str, Any], kinds: Sequence[Kind], groups: Sequence[Mapping[str, Any]]
-) -> Mapping[str, Any]:
-    """Return a saved state in the names of each tensor's memory.
-
-    Where the state is that of another optimizer, its rates, betas and history mean something else: the groups then
-    keep the constants that they have here, and history begins anew.
-
-    Args:
-        saved: what ``state_dict()`` returned, of as many parameters as there are kinds.
-        kinds: one per parameter.
-        groups: the optimizer's own.
-
-    Raises:
-        ValueError: a state that does not hold what the tensor's direction remembers; names the tensor.
-    """
-    owners = [(i, group) for group in saved["param_groups"] for i in group["params"]]
-    names = [
-        name
-        for group in groups
-        for name in group.get("param_names") or [f"parameter {j}" for j in range(len(group["params"]))]
-    ]
-    made: dict[Any, dict[str, Any]] = {}
-    foreign = any("share" not in part for part in saved.get(HISTORY, ()))
-    foreign = foreign or any("amsgrad" in group or "momentum" in group for group in saved["param_groups"])
-    for (i, group), kind, name in zip(owners, kinds, names, strict=True):
-        state = dict(saved["state"].get(i, {}))
-        if not state:
-            continue
-        memory = DIRECTIONS[kind.direction].memory
-        for key in memory:
-            if key in state:
-                continue
-            same = [other for other in _SAME.get(key, ()) if other in state]
-            if not same or (same[0] == "momentum_buffer" and "dampening" in group):  # SGD's is a sum, not a mean
-                raise ValueError(
-                    f"GSO.load_state_dict(…): expected {key!r} in the state of {name!r}, whose direction is "
-                    f"{kind.direction!r}, got {sorted(saved['state'][i])}. "
-                    + (_OTHER_DIRECTION if set(state) & {"momentum", "exp_avg", "exp_avg_sq", "bin_sq"} else _FOREIGN)
-                )
-            state[key], foreign = state[same[0]], True
-        made[i] = {key: value for key, value in state.items() if key in memory or key not in _MOMENTS}
-        made[i].setdefault("step", torch.ones(()))
-    told = {**saved, "state": {**saved["state"], **made}}
-    if foreign and len(groups) == len(saved["param_groups"]):
-        told["param_groups"] = [
-            {**own, "params": group["params"]} for own, group in zip(groups, saved["param_groups"], strict=True)
-        ]
-        told.pop(HISTORY, None)
-        told.pop(COUNT, None)
-    return told
-
-
-def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Undo what torch's loading did to the memories.
-
-    It casts all but "step" to the parameter's dtype. Statistics per bin, and the memories of half-precision
-    parameters, must keep their own. Overriding torch's choice of the dtype has no effect, since it is called by its
-    class's name. Old states hold "step" as a number.
-    """
-    saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
-    owners = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, owner in zip(saved_ids, owners, strict=True):
-        for key, value in saved["state"].get(i, {}).items():
-            if key == "step" and not isinstance(value, Tensor):
-                optimizer.state[owner]["step"] = torch.tensor(float(value), dtype=torch.float32)
-            elif key == "bin_sq":
-                optimizer.state[owner][key] = value.to(owner.device, torch.float32, copy=True)
-            elif key != "step" and value.dtype != owner.dtype and optimizer.state[owner][key].dtype == owner.dtype:
-                optimizer.state[owner][key] = value.to(owner.device, copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,6 +109,14 @@ CASES = {
         lambda m: gs.GSO(m, direction="adam", blocks={"head.weight": 3}),
         r"GSO\(direction='adam', …\): expected neither steps= nor blocks=",
     ),
+    "a share in quotes": (lambda m: gs.GSO(m, lr="0.03"), r"GSO\(lr='0.03'\): expected a number, got str"),
+    "a tensor above one half": (lambda m: gs.GSO(m, lr=torch.tensor(3.0)), r"GSO\(lr=3.0\): expected a share of a row"),
+    "no decay": (lambda m: gs.GSO(m, weight_decay=None), r"GSO\(weight_decay=None\): expected a number, got NoneType"),
+    "one beta": (lambda m: gs.GSO(m, betas=0.9), r"GSO\(betas=0.9\): expected two numbers in \[0, 1\)"),
+    "three betas": (lambda m: gs.GSO(m, betas=(0.9, 0.9, 0.9)), r"GSO\(betas=.*\): expected two numbers"),
+    "betas in quotes": (lambda m: gs.GSO(m, betas=("a", "b")), r"GSO\(betas=\('a', 'b'\)\): expected two numbers"),
+    "a sink that is none": (lambda m: gs.GSO(m, sinks=[3]), r"GSO\(sinks=\[3\]\): expected functions of a record in a"),
+    "a sink without its list": (lambda m: gs.GSO(m, sinks=print), r"GSO\(sinks=<built-in function print>\): expected"),
     "betas": (lambda m: gs.GSO(m, betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
 }
 
@@ -296,3 +305,80 @@ def test_a_row_whose_direction_is_not_finite_stays_as_it_was_and_is_named(odd, b
     for name, p in models[0].named_parameters():
         rest = [i for i in range(len(p)) if name != "conv.weight" or i != 2]
         assert torch.equal(p[rest], dict(models[1].named_parameters())[name][rest]), name
+
+
+def _without(key):
+    return lambda state: {name: value for name, value in state.items() if name != key}
+
+
+def _spoilt(key, value):
+    def spoil(state):
+        return {**state, "state": {**state["state"], 5: {**state["state"][5], key: value(state["state"][5][key])}}}
+
+    return spoil
+
+
+STATES = {
+    "nothing": (
+        lambda state: None,
+        "expected what state_dict.. returned, with .*, got NoneType",
+    ),
+    "no groups": (_without("param_groups"), r"got a mapping with \['gradsplit', 'gradsplit_count', 'state'\]"),
+    "a count that is none": (lambda state: {**state, "gradsplit_count": "x"}, "got gradsplit_count='x'"),
+    "a negative count": (
+        lambda state: {**state, "gradsplit_count": -5},
+        "got gradsplit_count=-5. The state",
+    ),
+    "a memory of another shape": (
+        _spoilt("momentum", lambda old: old[:4]),
+        r"expected memories of shape \(9, 6\) for 'head.weight', got 'momentum' of shape \(4, 6\)",
+    ),
+    "a memory with nan": (
+        _spoilt("momentum", lambda old: old * float("nan")),
+        "expected finite memories, got inf or nan in 'momentum' of 'head.weight'. Such a row would never move again",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_does_not_fit_names_the_tensor_and_changes_nothing(name):
+    spoil, words = STATES[name]
+    model = net_of()
+    optimizer = gs.GSO(model)
+    train(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"GSO.load_state_dict\(…\): .*" + words):
+        optimizer.load_state_dict(spoil(optimizer.state_dict()))
+    assert_same(before, snapshot(model, optimizer))
+
+
+def test_the_state_of_fewer_parameters_is_refused_in_our_words():
+    model = net_of()
+    optimizer = gs.GSO(model)
+    train(model, optimizer, range(1))
+    with pytest.raises(ValueError, match=r"expected the state of 2 parameters, got that of 7\. Make GSO with"):
+        gs.GSO(model.head).load_state_dict(optimizer.state_dict())
+
+
+def test_groups_without_names_and_modules_join_an_optimizer_that_was_given_a_module():
+    model, more = net_of(), nn.Embedding(5, 3)
+    optimizer = gs.GSO(model.words)
+    optimizer.add_param_group({"params": list(model.conv.parameters())})
+    optimizer.add_param_group({"params": model.head.weight})
+    optimizer.add_param_group({"params": []})
+    optimizer.add_param_group({"params": more})
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert names == ["weight", "group1.param0", "group1.param1", "group2.param0", "weight"]
+    assert [kind.name for kinds in optimizer._kinds for kind in kinds] == [
+        *("embedding", "matrix", "vector", "matrix", "embedding")
+    ]
+    loss_of(model, 0).backward()
+    more(torch.tensor([1])).sum().backward()
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    optimizer.step()
+    after = [p for group in optimizer.param_groups for p in group["params"]]
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_number_of_steps_may_come_from_numpy():
+    assert gs.GSO(net_of(), steps=np.int64(5))._clock.pace() == 1.0
