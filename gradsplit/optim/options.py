@@ -143,7 +143,7 @@ def check_share(steps: Any, *, second_moment: str, differentiable: bool) -> None
     Raises:
         ValueError: a length below one step; an option of direction="adam".
     """
-    if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1):
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 1):
         raise ValueError(f"GSO(steps={steps!r}): expected the number of steps of the run, >= 1, or None.")
     if second_moment != "element":
         raise ValueError(
