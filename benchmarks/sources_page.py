@@ -96,8 +96,8 @@ def _together(runs: list[dict[str, Any]]) -> str:
     head, seeds = runs[0], sorted({run["seed"] for run in runs} - {CHOOSING})
     text = (
         "## Alone and together\n\nThe exploding detector (score, more is better) and the text GPT (validation loss, "
-        "less is better); in the third 5 % of the sequences are random characters. AdamW has the best of three rates, without a clip or "
-        "warm-up; GSO has nothing chosen. Command: `python benchmarks/sources_together.py`. "
+        "less is better); in the third 5 % of the sequences are random characters. AdamW has the best of three rates, "
+        "without a clip or warm-up; GSO has nothing chosen. Command: `python benchmarks/sources_together.py`. "
         f"Seeds {', '.join(map(str, seeds))}, {head['hardware']}, {head['date'][:10]}.\n\n"
         "<!-- evidence: benchmarks/results/sources/together.jsonl -->\n\n"
         "| task | method | median | range | processor seconds |\n|---|---|---|---|---|\n"
