@@ -1,4 +1,4 @@
-"""A picture of what two methods found in the same piece of a photograph, from the raw file of a demo.
+"""A picture of what three methods found in the same piece of a photograph, from the raw file of a demo.
 
     gradsplit demo --out benchmarks/results/demo
     python benchmarks/boxes.py                     # writes docs/results/boxes.svg
@@ -21,12 +21,12 @@ from gradsplit.lab.pages.demo import box_marks
 ROOT = Path(__file__).resolve().parents[1]
 RAW = ROOT / "benchmarks" / "results" / "demo" / "demo.json"
 PICTURE = ROOT / "docs" / "results" / "boxes.svg"
-SHOWN = ("AdamW, clip, warm-up", "GSO, nothing chosen")
+SHOWN = ("SGD, global clip", "AdamW, clip, warm-up", "GSO, nothing chosen")
 GAP, HEAD = 16, 30
 
 
 def main() -> None:
-    """Draw the two rows side by side; the photograph stands in the file once."""
+    """Draw the rows side by side; the photograph stands in the file once."""
     scenes = json.loads(RAW.read_text(encoding="utf8"))["scenes"]
     rows = {row["label"]: row for scene in scenes if scene["workload"] == "aerial" for row in scene["rows"]}
     if not all(label in rows and rows[label]["example"] for label in SHOWN):
@@ -42,10 +42,10 @@ def main() -> None:
             f'<g transform="translate({at * (wide + GAP)} 0)"><text x="0" y="20">{html.escape(words)}</text>'
             f'<g transform="translate(0 {HEAD})"><use href="#photograph"/>{box_marks(example)}</g></g>'
         )
-    whole = 2 * wide + GAP
+    whole = len(SHOWN) * (wide + GAP) - GAP
     PICTURE.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {tall + HEAD}" width="{whole}" '
-        f'height="{tall + HEAD}" role="img" aria-label="Boxes found in a photograph by AdamW and by GSO">'
+        f'height="{tall + HEAD}" role="img" aria-label="Boxes found by SGD with a clip, by AdamW and by GSO">'
         "<style>text{font:15px system-ui,sans-serif;fill:#222}</style>"
         f'<rect width="{whole}" height="{tall + HEAD}" fill="#fff"/>'
         f'<defs><image id="photograph" width="{wide}" height="{tall}" href="data:image/jpeg;base64,{jpeg}"/></defs>'

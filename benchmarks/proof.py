@@ -212,7 +212,7 @@ SHORT = (("gso", 0.03), ("adamw+clip1+warmup", 3e-3), ("muon", 0.02), ("soap", 1
 
 
 def _short() -> list[Job]:
-    jobs = [Job("sentences", *TASKS["sentences"][:1], "soap", lr, CHOOSING) for lr in (1e-3, 3e-3)]
+    jobs = [Job("sentences", *TASKS["sentences"][:1], "soap", lr, CHOOSING) for lr in (3e-3, 1e-3, 1e-2, 3e-2)]
     for name in LAST:
         steps, options = TASKS[name]
         jobs += [Job(name, steps, method, lr, CHOOSING, options) for method, lr in SHORT]

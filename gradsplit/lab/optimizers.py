@@ -111,8 +111,11 @@ def _prodigy(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Opt
 
 
 def _soap(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    # Its own betas: the second one is also the memory of its rotation.
-    return _package("pytorch_optimizer", "SOAP")(model.parameters(), lr=lr, weight_decay=settings.weight_decay)
+    # Its own betas: the second one is also the memory of its rotation. A dimension beyond 2,048, such as a vocabulary,
+    # is not rotated: its rotation would have more entries than the model.
+    return _package("pytorch_optimizer", "SOAP")(
+        model.parameters(), lr=lr, weight_decay=settings.weight_decay, max_precondition_dim=2048
+    )
 
 
 def _lion(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
