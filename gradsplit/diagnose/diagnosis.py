@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..chain.chain import Chain
 from ..chain.joints import LossFn, bare
@@ -45,6 +47,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("vanishing through time", signals.vanishing_through_time),
     Kind("head share", signals.head_share),
     Kind("one sample", samples.one_sample, reads_broken=True),
+    Kind("loud term", samples.loud_term, reads_broken=True),
     Kind("missing normalisation", weights.missing_norm, reads_broken=True),
     Kind("long step", steps.long_step, reads_broken=True),
     Kind("unstable rate", steps.unstable_rate),
@@ -134,7 +137,12 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module, loss_fn: LossFn, batch: Any, optimizer: Any = None, *, ladder: bool = False
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]],
+    batch: Any,
+    optimizer: Any = None,
+    *,
+    ladder: bool = False,
 ) -> Diagnosis:
     """Say in plain words what is wrong with the gradient of a net, worst first.
 
@@ -144,7 +152,8 @@ def diagnose(
 
     Args:
         model: any module, in the mode in which it trains.
-        loss_fn: `loss_fn(model, batch) -> scalar tensor`; it may not be finite.
+        loss_fn: `loss_fn(model, batch) -> scalar tensor`; it may not be finite. A mapping from names to scalar tensors
+            stands for their sum, and the terms are then compared.
         batch: what the loss takes.
         optimizer: if given, its learning rate is compared with the sharpness of the loss (20 more backward passes).
         ladder: whether to try the optimizer's next step with one tensor after the other. For the rows for which the
@@ -171,10 +180,20 @@ def diagnose(
         )
     model = bare(model)
     with undisturbed(model, loss_fn, batch, optimizer):
-        evidence = gather(model, loss_fn, batch, optimizer)
-        evidence.ladder = ladder
+        evidence = gather(model, _summed(loss_fn), batch, optimizer)
+        evidence.ladder, evidence.terms_of = ladder, loss_fn
         findings = judge(evidence)
     return Diagnosis(tuple(findings), evidence.chain, tuple(evidence.forks), evidence.chain.loss, tuple(evidence.notes))
+
+
+def _summed(loss_fn: Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]) -> LossFn:
+    """The loss as one tensor, where the user's function may give its terms by name."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        found = loss_fn(model, batch)
+        return reduce(operator.add, found.values()) if isinstance(found, Mapping) and found else found  # type: ignore[return-value]
+
+    return loss
 
 
 def judge(evidence: Evidence) -> list[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,6 +183,7 @@ class Evidence:
         hot: weights that are hotter than their siblings.
         ladder: whether to ask the ladder how far each part may step.
         notes: what was not examined, and why.
+        terms_of: gives the named terms of the loss, where the user's function has names for them.
     """
 
     model: nn.Module
@@ -197,6 +198,7 @@ class Evidence:
     hot: list[WeightHeat] = field(default_factory=list)
     ladder: bool = False
     notes: list[str] = field(default_factory=list)
+    terms_of: Callable[[nn.Module, Any], Any] | None = None
 
     @property
     def finite(self) -> bool:

@@ -1,10 +1,11 @@
-"""The sample that carries most of the gradient, and the sample that is not finite."""
+"""Where the gradient comes from: the sample or the loss term that carries most of it, or is not finite."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .finding import Finding
 FEWEST = 4  # samples: of fewer, one carries a large share by itself
 MOST = 0.5  # share of a layer's gradient
 BEYOND = 20.0  # times the median sample
+LOUD = 30.0  # times the gradient of the next term
 
 
 def one_sample(evidence: Evidence) -> list[Finding]:
@@ -40,6 +42,58 @@ def one_sample(evidence: Evidence) -> list[Finding]:
         ratio = row.ratio if isinstance(row.ratio, float) else math.nan
         layers.setdefault(row.layer, {})[row.sample] = ratio
     return _not_finite(layers) or _heavy(layers)
+
+
+def loud_term(evidence: Evidence) -> list[Finding]:
+    """Terms that are not finite while others are, or one term whose gradient drowns all others.
+
+    The figure is ||g_1|| / ||g_2||, the norms over all parameters of the largest and the next gradient of a term.
+    """
+    terms = None if evidence.terms_of is None else evidence.terms_of(evidence.model, evidence.batch)
+    if not isinstance(terms, Mapping) or len(terms) < 2:
+        return []
+    parameters = [parameter for parameter in evidence.model.parameters() if parameter.requires_grad]
+    norms: dict[str, float] = {}
+    for name, term in terms.items():
+        if term.requires_grad:
+            found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            squares = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in found if g is not None]
+            norms[name] = math.sqrt(sum(squares))
+    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    if bad and len(bad) < len(norms):
+        shown = ", ".join(bad)
+        return [
+            Finding(
+                "loud term",
+                shown,
+                float(len(bad)),
+                "terms that are not finite",
+                f"the gradient of the loss term {shown} is not finite, the others are",
+                "the norm of each term's own gradient: " + _listed(norms),
+                "look at this term; gs.TermSplitter(model).backward(…) trains on without it, and names it",
+                90.0,
+            )
+        ]
+    ordered = sorted((norm, name) for name, norm in norms.items() if norm > 0)
+    if len(ordered) < 2 or not ordered[-1][0] > LOUD * ordered[-2][0]:
+        return []
+    (next_norm, _), (norm, name) = ordered[-2:]
+    return [
+        Finding(
+            "loud term",
+            name,
+            norm / next_norm,
+            "times the gradient of the next term",
+            f"the gradient of the loss term {name} is {norm / next_norm:.3g} times that of the next term",
+            "the norm of each term's own gradient: " + _listed(norms),
+            f"weigh it with {next_norm / norm:.2g}, or let gs.TermSplitter(model).backward(…) bound each term",
+            math.log10(norm / next_norm / LOUD),
+        )
+    ]
+
+
+def _listed(norms: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
 
 
 def _not_finite(layers: dict[str, dict[int, float]]) -> list[Finding]:

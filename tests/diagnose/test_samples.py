@@ -1,4 +1,4 @@
-"""diagnose names the sample that is not finite, and the one that carries most of the gradient."""
+"""diagnose names the sample, or the loss term, that is not finite or carries most of the gradient."""
 
 from __future__ import annotations
 
@@ -75,3 +75,44 @@ def test_the_model_is_left_as_it_was():
     gs.diagnose(model, _loss, _batch())
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def _terms(weight: float):
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"data": _loss(model, batch), "penalty": weight * model[0].weight.square().sum()}
+
+    return loss
+
+
+def _loud(weight: float) -> list:
+    return [f for f in gs.diagnose(_net(), _terms(weight), _batch()).findings if f.kind == "loud term"]
+
+
+def test_terms_of_one_size_have_no_finding():
+    assert _loud(0.1) == []
+
+
+def test_the_term_that_drowns_the_others_is_named_with_its_weight():
+    model, batch = _net(), _batch()
+    norms = {}
+    for name, term in _terms(1e4)(model, batch).items():
+        grads = torch.autograd.grad(term, list(model.parameters()), allow_unused=True)
+        norms[name] = math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
+    (finding,) = _loud(1e4)
+    assert finding.name == "penalty"
+    assert math.isclose(finding.value, norms["penalty"] / norms["data"], rel_tol=1e-6)
+    assert f"weigh it with {norms['data'] / norms['penalty']:.2g}" in finding.change
+
+
+def test_a_term_that_is_not_finite_is_named():
+    (finding,) = _loud(math.inf)
+    assert finding.name == "penalty"
+    assert "is not finite, the others are" in finding.sentence
+
+
+def test_a_loss_by_terms_is_judged_as_their_sum():
+    found = gs.diagnose(_net(), _terms(0.1), _batch())
+    model, batch = _net(), _batch()
+    total = gs.diagnose(model, lambda m, b: sum(_terms(0.1)(m, b).values()), batch)
+    assert found.loss == total.loss
+    assert [f.kind for f in found.findings] == [f.kind for f in total.findings]
