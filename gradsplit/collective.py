@@ -101,11 +101,15 @@ class Recent:
         Args:
             squares_B: (B,) sums of squares, gradient units squared; not finite where an entry was not.
         """
+        factor, self.recent_B, self.steps = self.after(squares_B, self.recent_B, self.steps)
+        return factor
+
+    def after(self, squares_B: Tensor, recent_B: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the factor, and recent norms and number of steps after a step from the given ones; nothing is kept."""
         norm_B = squares_B.sqrt()
         seen_B = squares_B.isfinite() & (norm_B > 0)
-        factor, self.recent_B = self._collective.look(norm_B, seen_B, self.recent_B, self.steps)
-        self.steps = self.steps + seen_B.any()
-        return factor
+        factor, moved_B = self._collective.look(norm_B, seen_B, recent_B, steps)
+        return factor, moved_B, steps + seen_B.any()
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms (B,) and the number of steps."""

@@ -25,6 +25,7 @@ from .budget.lines import line_table, lines_of
 from .collective import Recent
 from .distributed import adder, in_form, local_of, make_kernel
 from .plan import Plan
+from .programs import Programs
 from .rates import Rates
 from .xp import Array
 
@@ -303,6 +304,7 @@ class Split:
         bounds = plan.boxes.slices_T(len(plan.layout))
         self.bins_of_tensor = [np.unique(plan.bin_K[bounds[t] : bounds[t + 1]]) for t in range(len(plan.layout))]
         self._bin_of_tensor = plan.bin_K[np.minimum(bounds[:-1], len(plan.bin_K) - 1)]
+        self._programs = Programs.of(self.kernel, self.gradient, self.recent, self.like)
 
     def _ledger(self, budgets: list[tuple[str, Budget]]) -> Ledger | StagedLedger:
         add = adder(self._ranks["stages"])
@@ -395,7 +397,34 @@ class Split:
             scaling: what a GradScaler says of the gradients. Limits then hold in unscaled units. On an overflow, which
                 the scaler sees and answers, gradients and history are left as they are.
             held: the decision made earlier in the same step of the optimizer, whose scales hold here too.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: the device has no memory left; weights and histories are as before.
         """
+        if torch.compiler.is_compiling() or not isinstance(self.gradient, Ledger):
+            return self._bound_(gradients, check, scaling, held)
+        recent = self.recent
+        before = self.gradient.history, None if recent is None else (recent.recent_B, recent.steps)
+        try:
+            return self._bound_(gradients, check, scaling, held)
+        except torch.cuda.OutOfMemoryError as error:
+            self.gradient.history = before[0]
+            if recent is not None and before[1] is not None:
+                recent.recent_B, recent.steps = before[1]
+            raise torch.cuda.OutOfMemoryError(
+                f"{self.call}.step(): expected memory for the bins' numbers on {self.like.device}, got none ({error}). "
+                "Weights and histories are as before the step, and gradients may be bounded in part. Free memory, then "
+                "run backward() and step() again."
+            ) from error
+
+    def _bound_(
+        self,
+        gradients: list[Tensor | None],
+        check: Callable[[Tensor], None] | None,
+        scaling: Scaling | None,
+        held: Decision | None,
+    ) -> tuple[Tensor, Decision]:
+        """See `bound_`."""
         if held is not None:
             squares_B = self.kernel.squares(gradients)
             finite_B = squares_B.isfinite()
@@ -406,7 +435,10 @@ class Split:
         rates = self.rates if self.needs_rates and self.update is None else None
         pace_B = None if rates is None else rates.pace_B(self.plan.num_bins)
         gain_B = None if rates is None else rates.gain_B(self.plan.num_bins)
-        plain = check is None and scaling is None and self.recent is None and not torch.compiler.is_compiling()
+        plain = scaling is None and not torch.compiler.is_compiling()
+        if plain and self._programs is not None:
+            return self._by_programs(gradients, check, pace_B, gain_B)
+        plain = plain and check is None and self.recent is None
         if plain and self._lines is not None and self.kernel.bounds_while_reading:
             done = self._bin_by_bin(gradients, pace_B, gain_B)
             if done is not None:
@@ -435,6 +467,23 @@ class Split:
         factor = self.recent.factor(squares_B)
         made = self.gradient.decide(squares_B * factor.square(), weight_squares_B, pace_B, gain_B)
         return Decision(made.plan, made.norm_B / factor, made.finite_B, made.scale_B * factor, made.limits)
+
+    def _by_programs(
+        self,
+        gradients: list[Tensor | None],
+        check: Callable[[Tensor], None] | None,
+        pace_B: Tensor | None,
+        gain_B: Tensor | None,
+    ) -> tuple[Tensor, Decision]:
+        """Do the same in a few launches; the decision as a whole is worked out when it is looked at."""
+        assert self._programs is not None
+        squares_B, weight_squares_B = self.measure(gradients)
+        if check is not None:
+            check(squares_B)
+        step = self._programs.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        self.kernel.scale_(gradients, step.scale_B, step.zero_B)
+        step.remember()
+        return squares_B, DeferredDecision(self.plan, step.worked_out)
 
     def _bin_by_bin(
         self, gradients: list[Tensor | None], pace_B: Tensor | None, gain_B: Tensor | None

@@ -157,11 +157,13 @@ class EagerKernel(Kernel):
         groups, odd = self._groups_of(tensors)
         if groups is not None and not _apart(groups, tensors):
             groups, odd = None, [t for t, tensor in enumerate(tensors) if tensor is not None and tensor.numel()]
-        if groups is not None:
-            for pack in groups.packs:
-                self._scale_pack_(_at(tensors, pack.at), pack, scale_B, zero_B)
+        if groups is not None:  # all copies are made before the first write, since there may be no memory for one
+            packs = [(_at(tensors, pack.at), pack) for pack in groups.packs]
+            scaled = [(of, self._scaled(of, pack, scale_B, zero_B)) for of, pack in packs]
             if groups.alone:
                 self._scale_alone_(_at(tensors, groups.alone), groups, scale_B, zero_B)
+            for of, flat in scaled:
+                torch._foreach_copy_(of, torch._C._nn.unflatten_dense_tensors(flat, of))
         for t in odd:
             tensor = tensors[t]
             assert tensor is not None
@@ -170,13 +172,12 @@ class EagerKernel(Kernel):
             dense.mul_(self.factor(t, scale_B, tensor.dtype, rows))
             dense.masked_fill_(self._patterns[t].factor(zero_B, rows), 0)
 
-    def _scale_pack_(self, tensors: list[Tensor], pack: _Pack, scale_B: Tensor, zero_B: Tensor) -> None:
-        """Scale small tensors in a copy of them beside each other."""
-        flat = torch._C._nn.flatten_dense_tensors(tensors)
+    def _scaled(self, tensors: list[Tensor], pack: _Pack, scale_B: Tensor, zero_B: Tensor) -> Tensor:
+        """Return a scaled copy of small tensors beside each other."""
+        flat: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
         row_of = torch.repeat_interleave(pack.sizes, output_size=pack.numel)
         flat.mul_(scale_B.index_select(0, pack.ids).to(_wide(flat.dtype)).index_select(0, row_of))
-        flat.masked_fill_(zero_B.index_select(0, pack.ids).index_select(0, row_of), 0)
-        torch._foreach_copy_(tensors, torch._C._nn.unflatten_dense_tensors(flat, tensors))
+        return flat.masked_fill_(zero_B.index_select(0, pack.ids).index_select(0, row_of), 0)
 
     def _scale_alone_(self, tensors: list[Tensor], groups: _Groups, scale_B: Tensor, zero_B: Tensor) -> None:
         """Scale tensors where they lie, by factors that are read at once."""

@@ -8,6 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +47,13 @@ class Kernel(ABC):
         is_whole_T: (T,) bool, whether every rank holds the whole tensor.
         bins_are_local: no bin is spread: every rank that holds a part of a bin holds all of it.
         bounds_while_reading: `bound_` can do its work; otherwise a caller need not make the table of limits for it.
+        decides: `decider` makes programs for budgets as text; otherwise a caller need not write them.
         by_name: the user asked for this backend by name, so what it cannot do raises where it would fall back.
     """
 
     name: str
     bounds_while_reading: bool = False
+    decides: bool = False
     by_name: bool = False
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -113,6 +116,15 @@ class Kernel(ABC):
         Returns:
             Squares of the gradients and of the weights as they were, (B,) each, the latter None without weights. None,
             with nothing done, where the kernel cannot do this: then call `squares_many` and `scale_`.
+        """
+        return None
+
+    def decider(self, formula: Any, *, collective: bool) -> Any:
+        """Return programs that decide for all bins in a few launches; None where there are none.
+
+        Args:
+            formula: the budgets as text, see `gradsplit.budget.formulas`.
+            collective: with the rule of `gradsplit.collective`.
         """
         return None
 

@@ -20,7 +20,7 @@ STOREYS: tuple[set[str], ...] = (
     {"xp", "hooks", "amp", "moved", "collective"},
     {"plan"},
     {"budget", "kernels", "rates"},
-    {"distributed", "functional", "optimizers"},
+    {"distributed", "functional", "optimizers", "programs"},
     {"split", "update_cap"},
     {"splitter", "optim", "ladder"},
     {"chain", "sources", "resume"},

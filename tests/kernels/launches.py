@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradsplit as gs
 
 VIEWS = frozenset(
     [
@@ -36,6 +39,9 @@ VIEWS = frozenset(
 )
 """Operations that move nothing."""
 
+MADE = frozenset(("empty", "empty_like", "empty_strided", "new_empty"))
+"""Operations that take memory and launch nothing."""
+
 WAITS = frozenset(("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"))
 """Operations that bring a value, or a shape that depends on values, to the host."""
 
@@ -63,7 +69,7 @@ class Operations(TorchDispatchMode):
         there = [x.device.type for x in _tensors(made)]
         if name in WAITS:
             self.brought[name] += 1
-        if self.device in (*here, *there) and name not in VIEWS:
+        if self.device in (*here, *there) and name not in VIEWS | MADE:
             self.seen[name] += 1
         moved = name in ("_to_copy", "copy_") and {*here, *there} == {"cpu", self.device} != {"cpu"}
         if moved and not (kwargs or {}).get("non_blocking", False):
@@ -109,3 +115,23 @@ def named(shapes: dict[str, tuple[int, ...]], device: str) -> list[tuple[str, Pa
     for _, p in made:
         p.grad = torch.randn_like(p)
     return made
+
+
+Pairs = list[tuple[str, Parameter]]
+
+SPLITTERS: dict[str, Callable[[Pairs, str], gs.GradientSplitter]] = {
+    "the default": lambda pairs, backend: gs.GradientSplitter(pairs, backend=backend, budget=gs.Relative(0.2)),
+    "in front of SGD": lambda pairs, backend: gs.GradientSplitter(
+        pairs, backend=backend, optimizer=torch.optim.SGD([p for _, p in pairs], lr=0.1, momentum=0.9)
+    ),
+    "in front of AdamW": lambda pairs, backend: gs.GradientSplitter(
+        pairs, backend=backend, optimizer=torch.optim.AdamW([p for _, p in pairs])
+    ),
+    "Ema with the root": lambda pairs, backend: gs.GradientSplitter(
+        pairs, backend=backend, budget={"bin": gs.Ema(), "root": gs.Ema(2.0)}
+    ),
+    "nearest": lambda pairs, backend: gs.GradientSplitter(
+        pairs, backend=backend, budget={"bin": gs.Ema(), "root": gs.Fixed(1.0)}, rule="nearest"
+    ),
+}
+"""What is counted."""

@@ -5,28 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import gradsplit as gs
 from gradsplit.kernels import eager
-from tests.kernels.launches import FULL, TINY, Operations, named
+from tests.kernels.launches import FULL, SPLITTERS, TINY, Operations, named
 
 MOST = 350
 """Dispatched operations of one warm step, views left out."""
-
-SPLITTERS = {
-    "the default": lambda pairs: gs.GradientSplitter(pairs, backend="eager", budget=gs.Relative(0.2)),
-    "in front of SGD": lambda pairs: gs.GradientSplitter(
-        pairs, backend="eager", optimizer=torch.optim.SGD([p for _, p in pairs], lr=0.1, momentum=0.9)
-    ),
-    "in front of AdamW": lambda pairs: gs.GradientSplitter(
-        pairs, backend="eager", optimizer=torch.optim.AdamW([p for _, p in pairs])
-    ),
-    "Ema with the root": lambda pairs: gs.GradientSplitter(
-        pairs, backend="eager", budget={"bin": gs.Ema(), "root": gs.Ema(2.0)}
-    ),
-    "nearest": lambda pairs: gs.GradientSplitter(
-        pairs, backend="eager", budget={"bin": gs.Ema(), "root": gs.Fixed(1.0)}, rule="nearest"
-    ),
-}
 
 # Tiny tensors are read and scaled beside each other; of the full widths only the vectors are. The meta device
 # dispatches what a GPU would, and computes nothing.
@@ -36,7 +19,7 @@ LAYOUTS = {"tiny": (TINY, "cpu"), "tiny, no values": (TINY, "meta"), "full": (FU
 def operations(make, layout):
     shapes, device = LAYOUTS[layout]
     pairs = named(shapes, device)
-    splitter = make(pairs)
+    splitter = make(pairs, "eager")
     splitter.step()
     with Operations(device) as seen:
         splitter.step()
