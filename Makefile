@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 try = for n in 1 2 3; do $(1) && exit 0; echo "attempt $$n of 3 failed: $(1)" >&2; sleep $$((5 * n)); done; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-tensorflow test-timm check static docs site format bench clean
+.PHONY: help venv demo test test-tensorflow test-gpu test-timm check static docs site format bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ demo: $(INSTALLED) ## train a detector on photographs and a text model, by sever
 
 test: $(INSTALLED) ## run every test; skips are printed with their reasons
 	$(PYTEST) $(ARGS)
+
+test-gpu: $(INSTALLED) ## on a graphics card: kernels against the definition, nothing waits; without one, skips
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -rs tests/gpu/test_on_a_card.py $(ARGS)
 
 test-timm: $(TIMM)/.installed ## timm's NFNet, ResNet and ViT, in .venv-timm: its torchvision wants the torch it was built for
 	OMP_NUM_THREADS=1 $(TIMM)/bin/python -m pytest -n 0 tests/integrations/test_timm.py $(ARGS)

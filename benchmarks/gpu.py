@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.gpu.kernels import DTYPES, STRIDES, decision_job, gso_job, kernel_job
+from benchmarks.gpu.kernels import DTYPES, STRIDES, beyond_job, decision_job, gso_job, kernel_job
 from benchmarks.gpu.page import page
 from benchmarks.gpu.setting import BUDGETS, Job, Setting
 from benchmarks.gpu.steps import cost_job, layouts, steps_of, sync_job
@@ -45,6 +46,7 @@ def jobs(setting: Setting) -> Iterator[tuple[str, Job]]:
             for strides in STRIDES:
                 what = {"backend": backend, "dtype": dtype, "strides": strides}
                 yield f"a/{backend}/{str(dtype)[6:]}/{strides}", functools.partial(kernel_job, **what)
+    yield "a/triton/beyond 2^31 elements", beyond_job
     for budget in BUDGETS:
         yield f"a/decision/{budget}", functools.partial(decision_job, budget=budget)
     for dtype in DTYPES:
@@ -80,6 +82,7 @@ def run(setting: Setting, place: Path, only: str = "") -> int:
             done[name]["took"] = round(time.monotonic() - before, 2)
             said = {k: v for k, v in done[name].items() if k not in ("curve", "where", "took")}
             print(f"[{number}/{len(todo)}] {time.monotonic() - begun:6.1f} s  {name}: {str(said)[:150]}", flush=True)
+            gc.collect()
             if setting.on_card:
                 torch.cuda.empty_cache()
         _write(place, {"about": about, "date": time.strftime("%Y-%m-%d"), "jobs": done})
@@ -103,7 +106,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=FOLDER / "gpu.json", help="the results; the page stands beside it")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a setting for tests")
-    parser.add_argument("--seconds", type=float, default=35.0, help="of each of the six training runs")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each of the six training runs")
     parser.add_argument("--only", default="", help="the beginning of the jobs' names, for example a/ or c/ResNet")
     asked = parser.parse_args(words)
     if asked.device == "cuda" and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ def odd_shapes(tiny: bool) -> Shapes:
     shapes: Shapes = {"scalar": (), "one": (1,), "row": (1, 7), "column": (7, 1), "vector": (1025,), "rows": (6, 1023)}
     shapes |= {"narrow": (130, 3), "none": (0, 4), "conv": (5, 3, 3, 3), "three": (4, 2, 5)}
     if not tiny:
-        shapes |= {"long": (3, 70_001), "wide": (257, 8_193), "table": (50_257, 768), "deep": (64, 64, 3, 3)}
+        shapes |= {"long": (3, 70_001), "wide": (257, 8_193), "table": (5_025, 768), "deep": (64, 64, 3, 3)}
     return shapes
 
 
@@ -36,15 +37,29 @@ def in_strides(tensor: Tensor, strides: str) -> Tensor:
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if strides == "channels_last" and tensor.dim() == 4:
         return tensor.to(memory_format=torch.channels_last)
-    if strides == "gaps" and tensor.dim():
+    if strides == "gaps" and tensor.dim() and tensor.numel():
         return torch.stack([tensor, tensor], dim=-1).reshape(*tensor.shape[:-1], -1)[..., ::2]
     return tensor.contiguous()
 
 
-def plans(layout: gs.Layout) -> dict[str, gs.Plan]:
-    """Plans of every kind of bin that a kernel meets."""
+@functools.cache
+def plans(device: torch.device, tiny: bool) -> dict[str, tuple[gs.Plan, list[Tensor]]]:
+    """Plans of every kind of bin that a kernel meets, and the bin of every element."""
+    layout = gs.Layout.from_shapes(odd_shapes(tiny))
     made = {"xsp": gs.xsp(layout), "columns": gs.xsp(layout, axis=1, parts=3), "whole": gs.whole(layout)}
-    return made | {"per_tensor": gs.per_tensor(layout), "parts": gs.xsp(layout, parts=3)}
+    made |= {"per_tensor": gs.per_tensor(layout), "parts": gs.xsp(layout, parts=3)}
+    return {name: (plan, labels(plan, device)) for name, plan in made.items()}
+
+
+def labels(plan: gs.Plan, device: torch.device) -> list[Tensor]:
+    """The bin of every element, painted box by box."""
+    sizes = zip(plan.layout.rows, plan.layout.cols, strict=True)
+    made = dict(zip(plan.layout.names, (torch.zeros(size, dtype=torch.int64) for size in sizes), strict=True))
+    for b, bin_ in enumerate(plan.bins):
+        for box in bin_.boxes:
+            (r0, c0), (r1, c1) = box.start, box.stop
+            made[box.tensor][r0:r1, c0:c1] = b
+    return [x.reshape(shape).to(device) for x, shape in zip(made.values(), plan.layout.shapes, strict=True)]
 
 
 def kernel_job(setting: Setting, backend: str, dtype: torch.dtype, strides: str) -> dict[str, Any]:
@@ -52,60 +67,55 @@ def kernel_job(setting: Setting, backend: str, dtype: torch.dtype, strides: str)
     row = BACKENDS[backend]
     if row.missing(setting.device):
         return {"skipped": row.missing(setting.device)}
-    layout = gs.Layout.from_shapes(odd_shapes(setting.tiny))
+    shapes = odd_shapes(setting.tiny)
     generator, found = torch.Generator().manual_seed(0), {"squares": 0.0, "scaled": 0.0}
-    values = [torch.randn(shape, generator=generator) for shape in layout.shapes]
-    for name, plan in plans(layout).items():
+    values = [torch.randn(shape, generator=generator) for shape in shapes.values()]
+    for name, (plan, label_T) in plans(setting.device, setting.tiny).items():
         made = [in_strides(v.to(setting.device, dtype), strides) for v in values]
         made[1].fill_(math.nan)
         kernel = row.make(plan, setting.device)
         kernel.by_name = True
         squares_B = kernel.squares(made)
-        wanted_B = _squares_of(plan, made, setting.device)
+        wanted_B = torch.zeros(plan.num_bins, dtype=torch.float64, device=setting.device)
+        for label, tensor in zip(label_T, made, strict=True):
+            wanted_B.index_add_(0, label.reshape(-1), tensor.double().square().reshape(-1))
         finite_B = wanted_B.isfinite()
         assert torch.equal(finite_B, squares_B.isfinite()), f"{name}: other bins are finite"
         gap_B = torch.where(finite_B, (squares_B - wanted_B).abs() / wanted_B.clamp(min=1e-300), 0.0)
         found["squares"] = max(found["squares"], float(gap_B.max()) / ULP[accumulate_dtype(setting.device)])
         b = torch.arange(plan.num_bins, device=setting.device, dtype=torch.float64)
         scale_B = torch.where(finite_B, 1.0 / (1.0 + b % 4), 0.0)
-        factors = _factors_of(plan, scale_B, setting.device)
+        factors = [scale_B[label] for label in label_T]
         before = [tensor.clone() for tensor in made]
         kernel.scale_(made, scale_B, ~finite_B)
-        for at, (old, new, factor) in enumerate(zip(before, made, factors, strict=True)):
+        for at, old, new, factor in zip(shapes, before, made, factors, strict=True):
             true = torch.where(factor > 0, old.double() * factor, 0.0)
             gap = (new.double() - true).abs() / true.abs().clamp(min=torch.finfo(dtype).smallest_normal)
             worst = float(gap.max()) if gap.numel() else 0.0
-            assert not math.isnan(worst), f"{name}: {layout.names[at]} holds a NaN that it should not"
+            assert not math.isnan(worst), f"{name}: {at} holds a NaN that it should not"
             found["scaled"] = max(found["scaled"], worst / ULP[dtype])
             same = torch.where(factor == 1, new, old)
-            assert torch.equal(same.nan_to_num(), old.nan_to_num()), f"{name}: {layout.names[at]} kept and changed"
+            assert torch.equal(same.nan_to_num(), old.nan_to_num()), f"{name}: {at} kept and changed"
     assert found["squares"] <= 2**14 and found["scaled"] <= 1.01, f"beyond rounding: {found}"
     return {f"{name}_ulp": round(value, 3) for name, value in found.items()}
 
 
-def _labels(plan: gs.Plan, device: torch.device) -> list[Tensor]:
-    """The bin of every element, painted box by box."""
-    made = [
-        torch.zeros(rows, cols, dtype=torch.int64)
-        for rows, cols in zip(plan.layout.rows, plan.layout.cols, strict=True)
-    ]
-    for b, boxes in enumerate(bin_.boxes for bin_ in plan.bins):
-        for box in boxes:
-            (r0, c0), (r1, c1) = box.start, box.stop
-            made[plan.layout.names.index(box.tensor)][r0:r1, c0:c1] = b
-    return [x.reshape(shape).to(device) for x, shape in zip(made, plan.layout.shapes, strict=True)]
-
-
-def _squares_of(plan: gs.Plan, tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The definition, from the formula: every element's square, in float64, added to its bin."""
-    total_B = torch.zeros(plan.num_bins, dtype=torch.float64, device=device)
-    for label, tensor in zip(_labels(plan, device), tensors, strict=True):
-        total_B.index_add_(0, label.reshape(-1), tensor.double().square().reshape(-1))
-    return total_B
-
-
-def _factors_of(plan: gs.Plan, scale_B: Tensor, device: torch.device) -> list[Tensor]:
-    return [scale_B[label] for label in _labels(plan, device)]
+def beyond_job(setting: Setting) -> dict[str, Any]:
+    """Squares and scaling of the last rows of a tensor of more than 2^31 elements."""
+    if not setting.on_card or torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        return {"skipped": "no card with 8 GB to spare"}
+    shape = (33_000, 66_000)
+    tensor = torch.zeros(shape, dtype=torch.bfloat16, device=setting.device)
+    tensor[-2:] = 2.0
+    kernel = BACKENDS["triton"].make(gs.xsp(gs.Layout.from_shapes({"w": shape})), setting.device)
+    squares_B = kernel.squares([tensor])
+    assert squares_B[-3:].tolist() == [0.0, 4.0 * shape[1], 4.0 * shape[1]], squares_B[-3:].tolist()
+    scale_B = torch.ones(shape[0], dtype=torch.float64, device=setting.device)
+    scale_B[-1] = 0.5
+    kernel.scale_([tensor], scale_B, torch.zeros(shape[0], dtype=torch.bool, device=setting.device))
+    ends = [float(tensor[row].float().mean()) for row in (-3, -2, -1)]
+    assert ends == [0.0, 2.0, 1.0], ends
+    return {"elements": shape[0] * shape[1], "worst_relative": 0.0, "self_check": _self_check()}
 
 
 def decision_job(setting: Setting, budget: str) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def gso_job(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     moved = {}
     for (name, p), (_, q) in zip(made[0][0], made[1][0], strict=True):
         assert p.isfinite().all(), f"{name} is not finite"
-        moved[name] = round(float((p.cpu().double() - q).norm() / q.norm()), 6)
+        moved[name] = round(float((p.detach().cpu().double() - q.detach()).norm() / q.detach().norm()), 6)
     bound = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 6e-2}[dtype]
     assert max(moved.values()) < bound, f"weights differ by {moved}"
     return {"relative_distance": moved, "self_check": _self_check()}

@@ -57,7 +57,7 @@ def _kernels(jobs: dict[str, Any]) -> list[str]:
 def _waits(jobs: dict[str, Any]) -> list[str]:
     rows = ["## Nothing waits", "", "| step | |", "|---|---|"]
     for name, value in _of(jobs, "b/").items():
-        done = "no wait, and a CUDA graph replays it" if "replay_relative" in value else "no wait"
+        done = "no wait, and a CUDA graph replays it" if value.get("replayed") else "no wait"
         rows.append(f"| {name} | {done if 'waits' in value else _said(value)} |")
     return [*rows, ""]
 

@@ -87,12 +87,11 @@ def sync_job(setting: Setting, name: str) -> dict[str, Any]:
         step = gs.GSO(named, **({"direction": "adam"} if "adam" in name else {}), **options).step
     else:
         return found
-    found["replay_relative"] = _replayed(step, named)
-    return found
+    return found | _replayed(step, named)
 
 
-def _replayed(step: Callable[[], Any], named: list[tuple[str, Parameter]]) -> float:
-    """Capture a step, replay it on new gradients, and return how far it is from a step outside of the graph."""
+def _replayed(step: Callable[[], Any], named: list[tuple[str, Parameter]]) -> dict[str, Any]:
+    """Capture a step and replay it on other gradients; return the norms of the gradients before and after."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -102,16 +101,18 @@ def _replayed(step: Callable[[], Any], named: list[tuple[str, Parameter]]) -> fl
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for _, p in named:
-        assert p.grad is not None
-        p.grad.copy_(torch.randn_like(p) * 10.0)
+    gradients = [p.grad for _, p in named if p.grad is not None]
+    for gradient in gradients:
+        gradient.copy_(torch.randn_like(gradient) * 10.0)
+    weights = [p.detach().clone() for _, p in named]
+    before = float(torch.stack(torch._foreach_norm(gradients)).norm())
     graph.replay()
     torch.cuda.synchronize()
-    worst = 0.0
-    for name, p in named:
-        assert p.isfinite().all() and p.grad is not None and p.grad.isfinite().all(), f"{name} after a replay"
-        worst = max(worst, float(p.grad.norm()))
-    return worst
+    after = float(torch.stack(torch._foreach_norm(gradients)).norm())
+    moved = max(float((p.detach() - w).abs().max()) for (_, p), w in zip(named, weights, strict=True))
+    assert math.isfinite(after) and math.isfinite(moved), f"after a replay: gradient {after:g}, moved {moved:g}"
+    assert after < before or moved > 0, "a replay does nothing"
+    return {"replayed": True, "gradient_before": before, "gradient_after": after, "weights_moved": moved}
 
 
 def layouts(setting: Setting) -> dict[str, Shapes]:
@@ -146,8 +147,11 @@ def cost_job(setting: Setting, layout: str, name: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     step = made[name]()
     for _ in range(3):
+        setting.settle()
+        begun = time.perf_counter()
         step()
     setting.settle()
+    turns = max(3, min(setting.turns, int(3.0 / (time.perf_counter() - begun))))
     found: dict[str, Any] = {"numel": sum(math.prod(shape) for shape in shapes.values()), "tensors": len(shapes)}
     if setting.on_card:
         stays = torch.cuda.memory_allocated()
@@ -157,7 +161,7 @@ def cost_job(setting: Setting, layout: str, name: str) -> dict[str, Any]:
         found["peak_above_mb"] = round((torch.cuda.max_memory_allocated() - stays) / 2**20, 1)
         found["stays_mb"] = round(stays / 2**20, 1)
     device_ms, host_ms = [], []
-    for _ in range(setting.turns):
+    for _ in range(turns):
         setting.settle()
         before = time.perf_counter()
         if setting.on_card:
