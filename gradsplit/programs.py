@@ -1,25 +1,347 @@
 """The decision of a step in a few launches: budgets as text, the kernel's programs of them, and the definition beside.
 
-Limits, scales and histories come from programs, see `gradsplit.kernels.triton_decide`. The definition checks them once,
-and works out the decision as a whole when somebody looks at it: `Ledger` computes the same from the same numbers.
+A budget is a pure function through a namespace. Called with names in the place of arrays, and with this module as the
+namespace, it computes nothing: each operation writes one statement of a Triton program, and the numbers that it met are
+collected, to be read from memory in full precision. What cannot be said elementwise, such as a sort, raises, and such
+budgets are worked out by torch.
+
+The definition checks the programs once, and works out the decision as a whole when somebody looks at it.
+
+>>> script = Script()
+>>> limit = maximum(script.name("weight_norm"), full(1, 0.5, script.name("weight_norm"))) * 2.0
+>>> print(script.text, script.numbers)
+a0 = tl.maximum(weight_norm, n0)
+a1 = a0 * n1
+ [0.5, 2.0]
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .budget import Decision, Ledger, StagedLedger, State, decide
-from .budget.formulas import formula_of
+from .budget import Decision, Ledger, Reading, StagedLedger, State, Term, decide
 from .collective import Recent
 from .kernels import Kernel
 from .kernels.selfcheck import is_sound
 
-__all__ = ["Programs", "Step"]
+__all__ = [
+    "Formula",
+    "Name",
+    "Part",
+    "Programs",
+    "Script",
+    "Step",
+    "Unwritten",
+    "asarray",
+    "cast",
+    "exp",
+    "formula_of",
+    "full",
+    "isfinite",
+    "log",
+    "logical_or",
+    "maximum",
+    "minimum",
+    "sqrt",
+    "where",
+    "zeros_like",
+]
+
+_HERE: Any = sys.modules[__name__]
+
+
+class Unwritten(TypeError):
+    """Something that an elementwise program cannot say."""
+
+
+class Script:
+    """The statements that were written so far, and the numbers in them.
+
+    Args:
+        numbers: a list to which numbers are added, so that several scripts can share it.
+        prefix: with what the names of results begin.
+    """
+
+    def __init__(self, numbers: list[float] | None = None, prefix: str = "a") -> None:
+        self.numbers: list[float] = [] if numbers is None else numbers
+        self.prefix = prefix
+        self._lines: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The statements, one a line."""
+        return "".join(f"{line}\n" for line in self._lines)
+
+    def name(self, text: str) -> Name:
+        """Return the name of something that the program knows already."""
+        return Name(self, text)
+
+    def number(self, value: Any) -> Name:
+        """Return a number's name."""
+        number = float(value)
+        if number not in self.numbers:
+            self.numbers.append(number)
+        return Name(self, f"n{self.numbers.index(number)}")
+
+    def write(self, expression: str) -> Name:
+        """Write a statement and return the name of its result."""
+        made = Name(self, f"{self.prefix}{len(self._lines)}")
+        self._lines.append(f"{made} = {expression}")
+        return made
+
+
+class Name:
+    """A vector that a program will hold, one entry per node; operators write statements."""
+
+    shape = (1,)
+
+    def __init__(self, script: Script, text: str) -> None:
+        self.script, self._text = script, text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __bool__(self) -> bool:
+        raise Unwritten("a program cannot branch on a value")
+
+    def of(self, value: Any) -> Name:
+        """Return another operand as a name."""
+        return value if isinstance(value, Name) else self.script.number(value)
+
+    def _write(self, sign: str, other: Any, *, turned: bool = False) -> Name:
+        left, right = (self.of(other), self) if turned else (self, self.of(other))
+        return self.script.write(f"{left} {sign} {right}")
+
+    def __add__(self, other: Any) -> Name:
+        return self._write("+", other)
+
+    def __radd__(self, other: Any) -> Name:
+        return self._write("+", other, turned=True)
+
+    def __sub__(self, other: Any) -> Name:
+        return self._write("-", other)
+
+    def __rsub__(self, other: Any) -> Name:
+        return self._write("-", other, turned=True)
+
+    def __mul__(self, other: Any) -> Name:
+        return self._write("*", other)
+
+    def __rmul__(self, other: Any) -> Name:
+        return self._write("*", other, turned=True)
+
+    def __truediv__(self, other: Any) -> Name:
+        return self._write("/", other)
+
+    def __rtruediv__(self, other: Any) -> Name:
+        return self._write("/", other, turned=True)
+
+    def __pow__(self, power: Any) -> Name:
+        if power != 2:
+            raise Unwritten(f"a program cannot raise to {power!r}")
+        return self._write("*", self)
+
+    def __neg__(self) -> Name:
+        return self._write("-", 0.0, turned=True)
+
+    def __lt__(self, other: Any) -> Name:
+        return self._write("<", other)
+
+    def __le__(self, other: Any) -> Name:
+        return self._write("<=", other)
+
+    def __gt__(self, other: Any) -> Name:
+        return self._write(">", other)
+
+    def __ge__(self, other: Any) -> Name:
+        return self._write(">=", other)
+
+    def __and__(self, other: Any) -> Name:
+        return self._write("&", other)
+
+    def __or__(self, other: Any) -> Name:
+        return self._write("|", other)
+
+
+def _call(function: str, *values: Any) -> Name:
+    names = [value for value in values if isinstance(value, Name)]
+    if not names:
+        raise Unwritten(f"{function} of numbers alone")
+    return names[0].script.write(f"tl.{function}({', '.join(str(names[0].of(value)) for value in values)})")
+
+
+def where(condition: Any, a: Any, b: Any) -> Name:
+    """Choose elementwise."""
+    return _call("where", condition, a, b)
+
+
+def maximum(a: Any, b: Any) -> Name:
+    """The larger of two."""
+    return _call("maximum", a, b)
+
+
+def minimum(a: Any, b: Any) -> Name:
+    """The smaller of two."""
+    return _call("minimum", a, b)
+
+
+def sqrt(a: Name) -> Name:
+    """The square root."""
+    return _call("sqrt", a)
+
+
+def exp(a: Name) -> Name:
+    """The exponential."""
+    return _call("exp", a)
+
+
+def log(a: Name) -> Name:
+    """The natural logarithm."""
+    return _call("log", a)
+
+
+def isfinite(a: Name) -> Name:
+    """Whether entries are finite; a nan is below nothing."""
+    return _call("abs", a) < float("inf")
+
+
+def logical_or(a: Name, b: Any) -> Name:
+    """Whether one of two holds."""
+    return a | b
+
+
+def full(num: int, value: float, like: Name) -> Name:
+    """Return a vector of one value."""
+    return like.script.number(value)
+
+
+def asarray(values: Any, like: Name) -> Name:
+    """Return a number; several numbers cannot be said."""
+    if isinstance(values, Name):
+        return values
+    try:
+        return like.script.number(values)
+    except TypeError:
+        raise Unwritten("a program cannot hold one number per node") from None
+
+
+def cast(array: Name, like: Any) -> Name:
+    """Return the vector as it is: a program computes in one precision."""
+    return array
+
+
+def zeros_like(array: Name) -> Name:
+    """Return zeros."""
+    return array.script.number(0.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the budgets of one level compute, as statements.
+
+    The names ``norm``, ``weight_norm``, ``numel``, ``num_rows``, ``pace``, ``reach`` and ``kept`` are given, the state
+    vectors ``s0``, ``s1``, …, and the formula's numbers ``n0``, ``n1``, ….
+
+    Attributes:
+        limits: statements; ``limit`` is the least limit.
+        learn: statements for the next history.
+        states: the names of the next history after them, in the order of ``s0``, ``s1``, ….
+        bounds: whether there is a budget at this level at all.
+    """
+
+    limits: str
+    learn: str
+    states: tuple[str, ...]
+    bounds: bool
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The budgets of a plan as text.
+
+    Attributes:
+        bins: the part of the bins.
+        root: the part of the root.
+        numbers: what ``n0``, ``n1``, … stand for.
+        numel, num_rows: of the root.
+        reads_weights: whether a limit depends on the norms of the weights.
+    """
+
+    bins: Part
+    root: Part
+    numbers: tuple[float, ...]
+    numel: float
+    num_rows: float
+    reads_weights: bool
+
+
+def formula_of(terms: tuple[Term, ...], rule: str) -> Formula | None:
+    """Return the terms as text; None where one bounds other nodes, sorts, or has one constant per node.
+
+    Args:
+        terms: from `terms_of`.
+        rule: how limits become scales; "bottom_up" alone can be said.
+
+    >>> from gradsplit.budget import Fixed, terms_of
+    >>> from gradsplit.plan import Layout, xsp
+    >>> import numpy as np
+    >>> plan = xsp(Layout.from_shapes({"w": (2, 2)}))
+    >>> made = formula_of(terms_of(plan, [("bin", Fixed(0.5))], np.ones(1), rule="bottom_up", call="f"), "bottom_up")
+    >>> print(made.bins.limits, made.numbers)
+    limit = tl.minimum(limit, n1)
+     (inf, 0.5)
+    """
+    if rule != "bottom_up" or any(term.level not in ("bin", "root") for term in terms):
+        return None
+    numbers = [float("inf")]
+    try:
+        parts = [_part([term for term in terms if term.level == level], numbers) for level in ("bin", "root")]
+    except (Unwritten, AttributeError, TypeError, ValueError):  # a function that the namespace does not have
+        return None
+    root = next((term for term in terms if term.level == "root"), None)
+    return Formula(
+        bins=parts[0],
+        root=parts[1],
+        numbers=tuple(numbers),
+        numel=1.0 if root is None else float(root.numel[0]),
+        num_rows=0.0 if root is None else float(root.num_rows[0]),
+        reads_weights=any(term.budget.reads_weights for term in terms),
+    )
+
+
+def _part(terms: list[Term], numbers: list[float]) -> Part:
+    learn = Script(numbers, "c")
+    text, states = "", list[str]()
+    for term in terms:
+        budget, num = term.budget, len(states)
+        one = Script(numbers, "b")
+        history = _named(one, term, num)
+        limit = one.name(str(budget.limits(_HERE, _reading(one), history)))
+        if budget.bounds_update:
+            limit = limit / one.name("reach")
+        text += f"{one.text}limit = tl.minimum(limit, {limit})\n"
+        fresh = budget.learn(_HERE, _reading(learn), learn.name("kept"), _named(learn, term, num)) if history else ()
+        states += [str(name) for name in fresh]
+    return Part(text, learn.text, tuple(states), bool(terms))
+
+
+def _named(script: Script, term: Term, first: int) -> State:
+    """The names of a term's history."""
+    scratch = Script()
+    num = len(term.budget.init(_HERE, scratch.name("norm")))
+    return tuple(script.name(f"s{first + i}") for i in range(num))
+
+
+def _reading(script: Script) -> Reading:
+    return Reading(*(script.name(name) for name in ("norm", "weight_norm", "numel", "num_rows", "pace")))
+
 
 Memory = tuple[tuple[State, ...], tuple[Tensor, Tensor] | None]
 """The history of a ledger; recent norms and number of steps of the collective rule, if it is in force."""

@@ -20,7 +20,8 @@ from .kernels import Kernel
 from .optimizers import calls_closure_often, follows_gradient, optimizer_of, refuse_misfit, usual_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Members
-from .split import Split, StepRecord, check_state
+from .records import StepRecord
+from .split import Split, check_state
 from .update_cap import STEPS, UpdateCap
 
 __all__ = ["gradients_of", "Thawed", "GradientSplitter", "calibrate"]

@@ -4,7 +4,7 @@ The plan of each tensor is read once into a *pattern*: the bin of each row, of e
 tensor is then one reduction, and all bins are added up by one scatter-add. Scaling it is one multiplication by a factor
 that broadcasts.
 
-On a GPU a small tensor costs what its launches cost. So tensors are read and scaled in *groups*: those that are one bin
+On a GPU a small tensor costs what its launches cost. So tensors are read and scaled in *sets*: those that are one bin
 by one foreach operation, small ones of one shape in one reduction, and small ones of one dtype by one multiplication.
 """
 
@@ -86,7 +86,7 @@ class _Pack:
 
 
 @dataclass
-class _Groups:
+class _Together:
     """What is done at once with tensors of one signature; all lists hold places in the layout.
 
     Attributes:
@@ -123,21 +123,21 @@ class EagerKernel(Kernel):
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
         self._patterns = [_Pattern(plan, t, device) for t in range(len(plan.layout))]
-        self._known: list[_Groups] = []  # most recent first
+        self._known: list[_Together] = []  # most recent first
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares`."""
         dtype = accumulate_dtype(self.device)
-        groups, odd = self._groups_of(tensors)
+        sets, odd = self._together(tensors)
         ids: list[Tensor] = []
         lengths: list[Tensor] = []
-        if groups is not None:
-            ids.append(groups.read_ids)
-            lengths += [torch.stack(torch._foreach_norm(_at(tensors, of), 2, dtype)) for of in groups.wholes]
-            for of in groups.stacks:
+        if sets is not None:
+            ids.append(sets.read_ids)
+            lengths += [torch.stack(torch._foreach_norm(_at(tensors, of), 2, dtype)) for of in sets.wholes]
+            for of in sets.stacks:
                 stack = torch.stack(_at(tensors, of))
                 lengths.append(torch.linalg.vector_norm(stack, dim=tuple(range(2, stack.dim())), dtype=dtype).view(-1))
-            lengths += [self._patterns[t].lengths(tensors[t], dtype) for t in groups.singles]  # type: ignore[arg-type]
+            lengths += [self._patterns[t].lengths(tensors[t], dtype) for t in sets.singles]  # type: ignore[arg-type]
         for t in odd:
             tensor, pattern = tensors[t], self._patterns[t]
             assert tensor is not None
@@ -154,14 +154,14 @@ class EagerKernel(Kernel):
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
         """See `Kernel.scale_`. It multiplies unconditionally: to look first would be to wait for the device."""
-        groups, odd = self._groups_of(tensors)
-        if groups is not None and not _apart(groups, tensors):
-            groups, odd = None, [t for t, tensor in enumerate(tensors) if tensor is not None and tensor.numel()]
-        if groups is not None:  # all copies are made before the first write, since there may be no memory for one
-            packs = [(_at(tensors, pack.at), pack) for pack in groups.packs]
+        sets, odd = self._together(tensors)
+        if sets is not None and not _apart(sets, tensors):
+            sets, odd = None, [t for t, tensor in enumerate(tensors) if tensor is not None and tensor.numel()]
+        if sets is not None:  # all copies are made before the first write, since there may be no memory for one
+            packs = [(_at(tensors, pack.at), pack) for pack in sets.packs]
             scaled = [(of, self._scaled(of, pack, scale_B, zero_B)) for of, pack in packs]
-            if groups.alone:
-                self._scale_alone_(_at(tensors, groups.alone), groups, scale_B, zero_B)
+            if sets.alone:
+                self._scale_alone_(_at(tensors, sets.alone), sets, scale_B, zero_B)
             for of, flat in scaled:
                 torch._foreach_copy_(of, torch._C._nn.unflatten_dense_tensors(flat, of))
         for t in odd:
@@ -179,21 +179,21 @@ class EagerKernel(Kernel):
         flat.mul_(scale_B.index_select(0, pack.ids).to(_wide(flat.dtype)).index_select(0, row_of))
         return flat.masked_fill_(zero_B.index_select(0, pack.ids).index_select(0, row_of), 0)
 
-    def _scale_alone_(self, tensors: list[Tensor], groups: _Groups, scale_B: Tensor, zero_B: Tensor) -> None:
+    def _scale_alone_(self, tensors: list[Tensor], sets: _Together, scale_B: Tensor, zero_B: Tensor) -> None:
         """Scale tensors where they lie, by factors that are read at once."""
-        scales, zeros = (values_B.index_select(0, groups.alone_ids) for values_B in (scale_B, zero_B))
+        scales, zeros = (values_B.index_select(0, sets.alone_ids) for values_B in (scale_B, zero_B))
         in_dtype = {dtype: scales.to(dtype) for dtype in {_wide(tensor.dtype) for tensor in tensors}}
-        parts = {dtype: values.split(groups.alone_sizes) for dtype, values in in_dtype.items()}
-        patterns = [self._patterns[t] for t in groups.alone]
+        parts = {dtype: values.split(sets.alone_sizes) for dtype, values in in_dtype.items()}
+        patterns = [self._patterns[t] for t in sets.alone]
         factors = [
             p.broadcast(parts[_wide(x.dtype)][i]) for i, (p, x) in enumerate(zip(patterns, tensors, strict=True))
         ]
         torch._foreach_mul_(tensors, factors)
-        for tensor, pattern, zero in zip(tensors, patterns, zeros.split(groups.alone_sizes), strict=True):
+        for tensor, pattern, zero in zip(tensors, patterns, zeros.split(sets.alone_sizes), strict=True):
             tensor.masked_fill_(pattern.broadcast(zero), 0)
 
-    def _groups_of(self, tensors: Sequence[Tensor | None]) -> tuple[_Groups | None, list[int]]:
-        """The groups for tensors of these dtypes, made anew or found among the last four; and those without a group."""
+    def _together(self, tensors: Sequence[Tensor | None]) -> tuple[_Together | None, list[int]]:
+        """The sets of tensors of these dtypes, made anew or found among the last four; and those without one."""
         signature: Signature = []
         odd = []
         traced = torch.compiler.is_compiling()
@@ -207,15 +207,15 @@ class EagerKernel(Kernel):
                 signature.append((tensor.dtype, tensor.is_contiguous()))
         if len(odd) == len(signature) or not any(signature):
             return None, odd
-        for place, groups in enumerate(self._known):
-            if groups.signature == signature:
+        for place, sets in enumerate(self._known):
+            if sets.signature == signature:
                 if place:
-                    self._known = [groups, *(other for other in self._known if other is not groups)]
-                return groups, odd
-        self._known = [self._group(signature), *self._known[:3]]
+                    self._known = [sets, *(other for other in self._known if other is not sets)]
+                return sets, odd
+        self._known = [self._gather(signature), *self._known[:3]]
         return self._known[0], odd
 
-    def _group(self, signature: Signature) -> _Groups:
+    def _gather(self, signature: Signature) -> _Together:
         layout, patterns = self.plan.layout, self._patterns
         wholes: dict[torch.dtype, list[int]] = {}
         stacks: dict[tuple[torch.dtype, tuple[int, ...]], list[int]] = {}
@@ -240,7 +240,7 @@ class EagerKernel(Kernel):
         stacked = [of[i : i + STACKED] for of in stacks.values() for i in range(0, len(of), STACKED)]
         order = [t for of in (*wholes.values(), *stacked, singles) for t in of]
         packed = [of for in_dtype in packs.values() for of in _runs(in_dtype, [layout.numels[t] for t in in_dtype])]
-        return _Groups(
+        return _Together(
             signature=signature,
             wholes=list(wholes.values()),
             stacks=stacked,
@@ -294,12 +294,12 @@ def _runs(at: list[int], sizes: list[int]) -> list[list[int]]:
     return [[t for t, one in zip(at, run_of, strict=True) if one == run] for run in np.unique(run_of)]
 
 
-def _apart(groups: _Groups, tensors: Sequence[Tensor | None]) -> bool:
+def _apart(sets: _Together, tensors: Sequence[Tensor | None]) -> bool:
     """Whether no two tensors that are scaled in a copy share memory; looked at where one has moved."""
-    small = [tensors[t] for pack in groups.packs for t in pack.at]
+    small = [tensors[t] for pack in sets.packs for t in pack.at]
     addresses = [tensor.data_ptr() for tensor in small if tensor is not None]
-    if addresses != groups.apart_at:
+    if addresses != sets.apart_at:
         if all(addresses) and overlap([tensor for tensor in small if tensor is not None]):
             return False
-        groups.apart_at = addresses
+        sets.apart_at = addresses
     return True

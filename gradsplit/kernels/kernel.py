@@ -123,7 +123,7 @@ class Kernel(ABC):
         """Return programs that decide for all bins in a few launches; None where there are none.
 
         Args:
-            formula: the budgets as text, see `gradsplit.budget.formulas`.
+            formula: the budgets as text, see `gradsplit.programs`.
             collective: with the rule of `gradsplit.collective`.
         """
         return None

@@ -31,7 +31,7 @@ SUMS = 5
 
 
 class PartText(Protocol):
-    """What the budgets of one level compute, see `gradsplit.budget.formulas.Part`."""
+    """What the budgets of one level compute, see `gradsplit.programs.Part`."""
 
     limits: str
     learn: str
@@ -40,7 +40,7 @@ class PartText(Protocol):
 
 
 class FormulaText(Protocol):
-    """Budgets as text, see `gradsplit.budget.formulas.Formula`."""
+    """Budgets as text, see `gradsplit.programs.Formula`."""
 
     bins: Any
     root: Any

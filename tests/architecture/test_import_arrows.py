@@ -20,7 +20,7 @@ STOREYS: tuple[set[str], ...] = (
     {"xp", "hooks", "amp", "moved", "collective"},
     {"plan"},
     {"budget", "kernels", "rates"},
-    {"distributed", "functional", "optimizers", "programs"},
+    {"distributed", "functional", "optimizers", "programs", "records"},
     {"split", "update_cap"},
     {"splitter", "optim", "ladder"},
     {"chain", "sources", "resume"},

@@ -45,7 +45,7 @@ def test_the_count_can_fail(monkeypatch):
     """One tensor at a time is what it was before: more than twice the bar."""
     monkeypatch.setattr(
         eager.EagerKernel,
-        "_groups_of",
+        "_together",
         lambda kernel, tensors: (None, [t for t, x in enumerate(tensors) if x is not None]),
     )
     assert operations(SPLITTERS["the default"], "tiny").total() > 2 * MOST

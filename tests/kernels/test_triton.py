@@ -73,7 +73,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gradsplit.budget import budgets_by_level, terms_of
-from gradsplit.budget.formulas import formula_of
+from gradsplit.programs import formula_of
 from gradsplit.kernels import triton_decide, triton_gpu as programs
 
 pointers = {"table": "*i64", "addresses": "*i64", "others": "*i64", "zero": "*u8", "zeros": "*u8"}
