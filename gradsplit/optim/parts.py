@@ -170,13 +170,17 @@ def _make_part(
     return Part(split, positions, _update(split, kinds, shared, fused), kinds)
 
 
+_COMPILED = {"numba": (".updates.share_numba", "CompiledShare"), "triton": (".updates.share_triton", "TritonShare")}
+"""Backend -> module and class of the share step; by the definition where there is none."""
+
+
 def _update(split: Split, kinds: list[Kind] | None, shared: tuple[Collective, Clock], fused: bool | None) -> Update:
     if kinds is None:
         return make_update(split, fused=fused)
-    compiled = split.kernel.name == "numba" and fused is not False
-    if fused and not compiled:
+    place = _COMPILED.get(split.kernel.name) if fused is not False else None
+    if fused and place is None:
         raise RuntimeError(refusal_of_fused(split))
-    made = importlib.import_module(".updates.share_numba", __package__).CompiledShare if compiled else ShareUpdate
+    made = ShareUpdate if place is None else getattr(importlib.import_module(place[0], __package__), place[1])
     update: ShareUpdate = made(split, kinds, *shared)
     return update
 

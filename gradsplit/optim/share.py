@@ -110,7 +110,7 @@ class ShareUpdate:
 
     def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock) -> None:
         self.split, self.kinds, self.collective, self.clock = split, kinds, collective, clock
-        self.measures = False
+        self.measures, self.directions = False, DIRECTIONS
         self.decision: Decision | None = None
         self.collected: Tensor | None = None
         self.moved_B: Tensor | None = None
@@ -309,10 +309,11 @@ class ShareUpdate:
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Return the direction of each stack, and copies of its memories that have taken the gradients in."""
         turns: dict[str, list[Turn]] = {}
-        memories, rests_B = [], ~decision.finite_B
+        memories, rests_B, weights = [], ~decision.finite_B, self.split.parameters
         for stack, array, count in zip(stacks, given, self._counts(stacks, states), strict=True):
             group, kind = groups[stack.at[0]], stack.kind
-            array = array.to(torch.float32) if array.dtype in (torch.float16, torch.bfloat16) else array
+            dtype = weights[stack.at[0]].dtype
+            array = array.to(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
             array = array if scaling is None else scaling.unscaled(array)
             scale = stack.spread(decision.scale_B, array.dtype)
             bounded = array * (-scale if group["maximize"] else scale)
@@ -343,7 +344,7 @@ class ShareUpdate:
             ValueError: one from outside has not returned one direction per turn, or one of another shape; names the
                 first tensor of the turn.
         """
-        made: Any = DIRECTIONS[name].turn(turns)
+        made: Any = self.directions[name].turn(turns)
         if name not in self._outside:
             return made
         names = [self.split.plan.layout.names[stack.at[0]] for stack in stacks if stack.kind.direction == name]
