@@ -39,8 +39,8 @@ class Clock:
         self.made = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
 
     def advance(self) -> None:
-        """Count a step."""
-        self.made = self.made + 1
+        """Count a step, in place, so that a captured graph counts on."""
+        self.made.add_(1)
 
     def set(self, made: int) -> None:
         """Go on after some steps."""

@@ -220,12 +220,18 @@ class ShareUpdate:
             for key, array in memory.items():
                 held = [states[t][key] for t in stack.at]
                 torch._foreach_copy_(held, list(array.view(len(held), *held[0].shape).unbind()))
-        self.recent_B.copy_(recent_B)
         self.most_B.copy_(most_B)
-        self.seen_steps.copy_(seen_steps)
+        self._remember(recent_B, seen_steps, history, groups)
         self.decision, self.moved_B, self.grown_B, self.cosine_B = decision, moves_B, grown_B, cosine_B
         if self._outside:
             self._tell(lost_B)
+
+    def _remember(self, recent_B: Tensor, seen_steps: Tensor, history: Any, groups: list[dict[str, Any]]) -> None:
+        """Write what is remembered of the norms where a captured graph finds it at its next replay."""
+        self.recent_B.copy_(recent_B)
+        self.seen_steps.copy_(seen_steps)
+        if any(group["capturable"] for group in groups):
+            self.split.gradient.history = _written(history, self.split.gradient.history)
 
     def _alike(self) -> list[int]:
         """A number per tensor, the same for tensors that may be stacked; each shard is alone, since it is gathered."""
@@ -468,6 +474,11 @@ class ShareUpdate:
         for stack, array in zip(stacks, arrays, strict=True):
             stack.add_squares(total_B, array)
         return total_B
+
+
+def _written(old: Any, new: Any) -> Any:
+    """Nested tuples of tensors with their new values, in the memory of the old ones."""
+    return old.copy_(new) if isinstance(old, Tensor) else tuple(map(_written, old, new))
 
 
 def _gathering(split: Split, t: int, kind: Kind) -> tuple[Any, Any]:

@@ -185,8 +185,7 @@ class TritonShare(ShareUpdate):
                     programs.BLOCK,
                 ),
             )
-        self.recent_B.copy_(vectors[programs.RECENT.value])
-        self.seen_steps.copy_(seen_steps)
+        self._remember(vectors[programs.RECENT.value], seen_steps, history, groups)
         self.decision, self.moved_B, self.grown_B, self.cosine_B = decision, moved > 0, moved > 1, cosine_B
         written = [w for w, g in zip(weights, gradients, strict=True) if g is not None]
         bump_versions([*written, *(v for state in states for k, v in state.items() if k != "step")])
