@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,7 +278,7 @@ class ShareUpdate:
             squares_B, weight_squares_B = split.kernel.squares_many([gradients, [*weights]])
             return squares_B, weight_squares_B
         resting = [self._stack([t]) for t, g in enumerate(gradients) if g is None] if self._looks_above else []
-        moving = [stack.gathered(weights) for stack in (*stacks, *resting)]
+        moving = (stack.gathered(weights) for stack in (*stacks, *resting))
         return self._squares(stacks, given), self._squares([*stacks, *resting], moving)
 
     def _bound(
@@ -307,41 +307,51 @@ class ShareUpdate:
     def _directions_of(
         self,
         stacks: list[_Stack],
-        given: list[Tensor],
+        given: list[Any],
         states: list[dict[str, Any]],
         groups: list[dict[str, Any]],
         decision: Decision,
         scaling: Scaling | None,
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """Return the direction of each stack, and copies of its memories that have taken the gradients in."""
-        turns: dict[str, list[Turn]] = {}
+        """Return the direction of each stack, and copies of its memories that have taken the gradients in.
+
+        Stack by stack, so that little is in memory at once. Directions from outside, and matrices that are gathered
+        one by one and have equal shapes, come together.
+        """
+        made: list[Any] = [None] * len(stacks)
+        together: dict[str, list[tuple[int, Turn]]] = {}
         memories, rests_B, weights = [], ~decision.finite_B, self.split.parameters
-        for stack, array, count in zip(stacks, given, self._counts(stacks, states), strict=True):
-            group, kind = groups[stack.at[0]], stack.kind
-            dtype = weights[stack.at[0]].dtype
-            array = array.to(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
+        for i, (stack, count) in enumerate(zip(stacks, self._counts(stacks, states), strict=True)):
+            group, kind, dtype = groups[stack.at[0]], stack.kind, weights[stack.at[0]].dtype
+            array = given[i].to(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
+            if not self.measures:
+                given[i] = None
             array = array if scaling is None else scaling.unscaled(array)
             scale = stack.spread(decision.scale_B, array.dtype)
-            bounded = array * (-scale if group["maximize"] else scale)
-            bounded.masked_fill_(stack.spread(rests_B, torch.bool), 0)
+            array = array * (-scale if group["maximize"] else scale)
+            array.masked_fill_(stack.spread(rests_B, torch.bool), 0)
             memory = {
                 key: stack.copied({t: states[t][key] for t in stack.at}) for key in states[stack.at[0]] if key != "step"
             }
             memories.append(memory)
-            turns.setdefault(kind.direction, []).append(
-                Turn(
-                    bounded,
-                    {**memory, "step": count},
-                    stack.spread(decision.finite_B, array.dtype),
-                    group,
-                    kind.blocks,
-                    kind.boxes,
-                    kind.is_complex,
-                    *_gathering(self.split, stack.at[0], kind),
-                )
+            turn = Turn(
+                array,
+                {**memory, "step": count},
+                stack.spread(decision.finite_B, array.dtype),
+                group,
+                kind.blocks,
+                kind.boxes,
+                kind.is_complex,
+                *_gathering(self.split, stack.at[0], kind),
             )
-        made = {name: iter(self._turned(name, alike, stacks)) for name, alike in turns.items()}
-        return [next(made[stack.kind.direction]) for stack in stacks], memories
+            if self.split.is_sharded or kind.direction in self._outside:
+                together.setdefault(kind.direction, []).append((i, turn))
+            else:
+                (made[i],) = self.directions[kind.direction].turn([turn])
+        for name, pairs in together.items():
+            for (i, _), direction in zip(pairs, self._turned(name, [turn for _, turn in pairs], stacks), strict=True):
+                made[i] = direction
+        return made, memories
 
     def _turned(self, name: str, turns: list[Turn], stacks: list[_Stack]) -> list[Tensor]:
         """Return what a direction returns, one per turn.
@@ -444,7 +454,9 @@ class ShareUpdate:
     def _moved(self, stacks: list[_Stack], directions: list[Tensor], keep_B: Tensor, step_B: Tensor) -> list[Tensor]:
         """Return new weights: old ones times what is kept, plus the direction times the step."""
         fresh, weights = [], self.split.parameters
-        for stack, direction in zip(stacks, directions, strict=True):
+        directions.reverse()  # each is let go of as soon as it has served
+        for stack in stacks:
+            direction = directions.pop()
             moved = stack.gathered(weights).to(direction.dtype) * stack.spread(keep_B, direction.dtype)
             fresh.append(moved.addcmul_(direction, stack.spread(step_B, direction.dtype)))
         return fresh
@@ -461,7 +473,7 @@ class ShareUpdate:
             fresh[i].mul_(stacks[i].spread(shrink_B, fresh[i].dtype))
         return grown_B
 
-    def _squares(self, stacks: list[_Stack], arrays: list[Tensor]) -> Tensor:
+    def _squares(self, stacks: list[_Stack], arrays: Iterable[Tensor]) -> Tensor:
         """Squares of what was made here, (B,); of whole bins where a bin lies on several ranks."""
         kernel, weights = self.split.kernel, self.split.parameters
         if self.split.is_sharded:
