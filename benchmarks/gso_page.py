@@ -97,8 +97,8 @@ def setting(method: str, found: dict[str, Any]) -> str:
     if method == "gso":
         return "share 0.03"
     text = f"rate {found['lr']:g}"
-    adam = found["method_options"].get("adam")
-    return text if adam is None else f"{text}, AdamW's {adam:g}"
+    names = {"adam": "AdamW's", "clip": "clip"}
+    return ", ".join([text, *(f"{names[name]} {value:g}" for name, value in found["method_options"].items())])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -224,12 +224,13 @@ def detectors(runs: Runs, page: Page) -> None:
         asked = f"at least {runs.keep(f'bar {title}', bar):.2f}"
         page.bar(f"{title} detector", asked, shown(ours), middle(ours) >= bar)
     page.section("Detectors, 500 steps", *parts, note("detectors"))
-    methods = ["gso", "adamw", "soap", "sgdm"]
+    methods = ["gso", "adamw", "soap", "sgdm", "split"]
     made, found = beside(runs, "mAP at an overlap of .5", "aerial", 500, methods, more=True)
     if found["gso"]:
-        page.section("Aerial photographs, 500 steps", made, note("aerial"))
+        cells = rates(runs, "aerial", 500, methods[1:])
+        page.section("Aerial photographs, 500 steps", made, cells, note("aerial"))
         ours = found.pop("gso")
-        best = max(map(middle, found.values()))
+        best = max(middle(scores) for method, scores in found.items() if method != "split")
         page.bar(
             "aerial photographs",
             "above every baseline's best",
@@ -296,12 +297,15 @@ def why(runs: Runs) -> list[str]:
             line = [f"{value:g}"]
             for task, steps, wanted in (("plain-stack", 350, deep), ("deep-stack", 300, {})):
                 found = runs.find(task, steps, method, lr=lr, method_options=options, **wanted)
-                found = [row for row in found if row["seed"] in (0, 1)]
+                some = [row["score"] for row in found if row["seed"] in (0, 1)]
+                fresh = [row["score"] for row in found if row["seed"] in FRESH]
                 if found:
-                    runs.cells[f"{found[0]['key']} and on"] = {"scores": [row["score"] for row in found]}
-                line.append(", ".join(f"{row['score']:.3f}" for row in found) or "not run")
+                    runs.cells[f"{found[0]['key']} and on"] = {"choosing": some, "fresh": fresh}
+                text = ", ".join(f"{score:.3f}" for score in some) or "not run"
+                line += [text, shown(fresh) if fresh else ""] if wanted else [text]
             rows.append(line)
-        tables.append(table([head, "accuracy of 36 layers, seeds 0, 1", "146 layers, seeds 0, 1"], rows))
+        heads = [head, "accuracy of 36 layers, seeds 0, 1", "36 layers, fresh", "146 layers, seeds 0, 1"]
+        tables.append(table(heads, rows))
     return tables
 
 

@@ -158,21 +158,15 @@ def _more() -> list[Job]:
     jobs += [job for lr in (3e-3, 1e-2, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,), options=healthy)]
     jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH, options=healthy)
     text = {"text": "second"}
-    jobs += cells(*MAIN, "soap", 1e-2, (0, *FRESH[:3]), options=text)
-    jobs += cells(*MAIN, "schedulefree", 1e-2, FRESH[3:])
-    jobs += cells(*MAIN, "lamb", 3e-2, FRESH[:3]) + cells(*MAIN, "prodigy", 0.3, FRESH[:3])
-    return jobs
+    return jobs + cells(*MAIN, "soap", 1e-2, (0, *FRESH[:2]), options=text)
 
 
 def _length() -> list[Job]:
     """Whether the best share of a deep net is a matter of the run's length: 400 and 1,000 steps."""
-    jobs = []
-    for layers, shares in ((6, (0.03, 0.045, 0.06)), (12, (0.03, 0.045, 0.06)), (24, (0.03, 0.045))):
-        options = {"layers": layers, "width": 48}
-        jobs += [job for share in shares for job in cells("gpt", 400, "gso", share, (0,), options=options)]
-    options = {"layers": 6, "width": 48}
-    jobs += [job for share in (0.03, 0.045, 0.02) for job in cells(*MAIN, "gso", share, (0,), options=options)]
-    return jobs
+    six, twelve = ({"layers": layers, "width": 48} for layers in (6, 12))
+    jobs = [job for share in (0.03, 0.045) for job in cells("gpt", 400, "gso", share, (0,), options=six)]
+    jobs += [job for share in (0.03, 0.045) for job in cells(*MAIN, "gso", share, (0,), options=six)]
+    return jobs + [job for share in (0.03, 0.045) for job in cells("gpt", 400, "gso", share, (0,), options=twelve)]
 
 
 def _photographs() -> list[Job]:
@@ -185,12 +179,20 @@ def _photographs() -> list[Job]:
         jobs += cells(*photo, "split", lr, (0,))
         for clip in (0.1, 1.0):
             jobs += cells(*photo, "sgdm", lr, (0,), method_options={"clip": clip})
-    for share in (0.015, 0.06):
-        jobs += cells(*photo, "gso", share, (0,))
     jobs += cells(*photo, "gso", SHARE, (0,))
     jobs += cells("lstm", 500, "muon", 0.06, FRESH, method_options={"adam": 3e-2})
     jobs += cells("lstm", 500, "muon", 0.1, (0,), method_options={"adam": 3e-2})
     return jobs + cells("lstm", 500, "muon", 0.06, (0,), method_options={"adam": 1e-1})
+
+
+def _trees() -> list[Job]:
+    """The photographs again: each baseline's best on the same fresh seeds."""
+    jobs = cells("lstm", 500, "muon", 0.06, FRESH[:3], method_options={"adam": 1e-1})
+    jobs += cells("aerial", 500, "soap", 1e-3, FRESH) + cells("aerial", 500, "adamw", 1e-2, FRESH)
+    jobs += cells("plain-stack", 350, "gso", SHARE, CHOOSING, options={"depth": 36})
+    jobs += cells("plain-stack", 350, "soap", 3e-3, FRESH[:3], options={"depth": 36})
+    jobs += cells("deep-stack", 300, "gso", SHARE, CHOOSING)
+    return jobs + cells("aerial", 500, "split", 1e-1, FRESH[:3])
 
 
 PROOF: dict[str, list[Job]] = {
@@ -212,4 +214,5 @@ PROOF: dict[str, list[Job]] = {
     "proof-more": _more(),
     "proof-length": _length(),
     "proof-photographs": _photographs(),
+    "proof-trees": _trees(),
 }
