@@ -254,28 +254,38 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
 # ---- GSO with other plans
 
 
-def _calibrated(task: Task, first_unused: int) -> gs.Plan:
+def _layout(task: Task) -> gs.Layout:
+    """The model as GSO sees it: experts in one tensor (experts, out, in) are matrices below each other."""
+    shapes = {
+        name: (p.shape[0] * p.shape[1], p.shape[2]) if name.endswith(("experts.up", "experts.down")) else tuple(p.shape)
+        for name, p in task.model.named_parameters()
+    }
+    return gs.Layout.from_shapes(shapes)
+
+
+def _calibrated(task: Task, layout: gs.Layout, first_unused: int) -> gs.Plan:
     """L-BF's rectangles from the energies of a few batches that no step trains on."""
-    splitter = gs.GradientSplitter(task.model, "lbf", gs.Relative(0.2))
-
-    def closure() -> None:
+    energy = {name: torch.zeros(p.shape) for name, p in task.model.named_parameters()}
+    for step in range(first_unused, first_unused + CALIBRATION_STEPS):
         task.model.zero_grad()
-        task.loss(task.model, task.batch(next(at))).backward()
-
-    at = iter(range(first_unused, first_unused + CALIBRATION_STEPS))
-    splitter.calibrate(closure, CALIBRATION_STEPS)
+        torch.autograd.backward(task.loss(task.model, task.batch(step)))
+        for name, p in task.model.named_parameters():
+            if p.grad is not None:
+                energy[name] += p.grad.square()
     task.model.zero_grad()
-    return splitter.plan
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    return gs.lbf(layout, {name: value.reshape(shapes[name]).numpy() for name, value in energy.items()})
 
 
 def _planned(task: Task, name: str, steps: int) -> dict[str, Any]:
+    layout = _layout(task)
     if name == "gso-tensors":
-        return {"plan": "per_tensor"}
+        return {"plan": gs.per_tensor(layout)}
     if name == "gso-lbf":
-        return {"plan": _calibrated(task, steps)}
+        return {"plan": _calibrated(task, layout, steps)}
     if name == "gso-lbf-blocks":
-        return {"blocks": _calibrated(task, steps)}
-    tree = gs.tree_sp(gs.layout_of(task.model), inner="xsp")
+        return {"blocks": _calibrated(task, layout, steps)}
+    tree = gs.tree_sp(layout, inner="xsp")
     return {"plan": tree, "budget": {"bin": gs.Relative(0.2), "module": gs.Relative(0.2)}}
 
 
