@@ -15,7 +15,7 @@ from .arguments import names, numbers, options
 __all__ = ["run"]
 
 _SGD_METHODS = "none,clip,zclip,xsp,xsp-fixed,per_tensor,lbf,tree_sp,default,gso"
-_ADAM_METHODS = "none,clip,xsp,lbf,tree_sp,default,gso,adamw+clip+warmup"
+_ADAM_METHODS = "none,clip,xsp,lbf,tree_sp,default,gso,adamw+clip+warmup,muon"
 
 
 def run(

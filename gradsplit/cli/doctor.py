@@ -38,7 +38,7 @@ DATA = (
 )
 PARTS = (
     Need("plotly", "pages of compare, demo and report", "pip install plotly"),
-    Need("pytorch_optimizer", "method lamb of compare", "pip install pytorch-optimizer"),
+    Need("pytorch_optimizer", "methods lamb, lion and soap of compare", "pip install pytorch-optimizer"),
     Need("prodigyopt", "method prodigy of compare", "pip install prodigyopt"),
     Need("schedulefree", "method schedulefree of compare", "pip install schedulefree"),
 )
