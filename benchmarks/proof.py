@@ -101,7 +101,7 @@ TASKS: dict[str, tuple[int, dict[str, Any]]] = {
     "adapters": (200, {}),
     "experts": (200, {}),
 }
-LAST = ("diffusion", "control", "adapters", "experts")
+LAST = ("diffusion", "control", "experts", "adapters")
 SPOKEN = {"spoken-digits": TASKS["spoken-digits"]}  # cheap enough for every method
 LARGE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 M": (120, {"text": "sotu.txt", "layers": 4, "width": 144}),
@@ -241,6 +241,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "aerial": _aerial,
     "aerial-fresh": _aerial_fresh,
     "short": _short,
+    "short-experts": lambda: [job for job in _short() if job.workload in ("control", "experts")],
     "sensitivity-small": _sensitive_small,
     **{f"first-{name}": _choosing_one(name) for name in TASKS},
     **{f"confirm-{name}": _confirming_one(name) for name in TASKS},

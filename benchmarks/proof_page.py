@@ -110,11 +110,19 @@ THEIRS = (
     ("photographs", "aerial", 500, {}),
     ("hot residual stack", "residual-stack", 900, {}),
     ("cool residual stack", "residual-stack", 900, {"gain": 0.5}),
-    ("plain stack", "plain-stack", 350, {}),
+    ("residual stack, gain 1", "residual-stack", 900, {"gain": 1.0}),
+    ("residual stack, gain 2", "residual-stack", 900, {"gain": 2.0}),
+    ("plain stack, 12 layers", "plain-stack", 350, {}),
+    ("plain stack, 36 layers", "plain-stack", 350, {"depth": 36}),
+    ("plain stack, 146 layers", "deep-stack", 300, {}),
+    ("GPT, 12 layers", "gpt", 300, {"layers": 12, "width": 48}),
+    ("GPT, 24 layers", "gpt", 300, {"layers": 24, "width": 48}),
+    ("GPT, projections at zero", "gpt", 500, {"zero": True}),
     ("mixer, small data", "mixer", 600, {}),
+    ("LoRA of rank 4", "lora", 400, {}),
 )
 THEIR_NAMES = {"adamw": "adamw+clip1+warmup"}
-HIGHER = {"gpt": False, "lstm": False}
+HIGHER = {"gpt": False, "lstm": False, "lora": False}
 
 
 def their_rows() -> list[Row]:
@@ -165,25 +173,29 @@ def _chosen(cells: Mapping[tuple[float, str], list[Row]], higher: bool) -> tuple
 
 
 def _ranked(name: str, metric: str, higher: bool, steps: int, source: str, methods: dict[str, Row]) -> Row:
-    """A row with GSO's rank at the others' best, and how far it is behind the first, in shares of the first's score."""
-    compared = {m: _score_of(entry, methods) for m, entry in methods.items()}
-    scores = {m: s for m, s in compared.items() if s is not None}
-    ours = scores.get("gso")
+    """A row with GSO's rank at the others' best, and how far it is behind the first, in shares of that one's score.
+
+    GSO is compared with each method on seeds that both have: the fresh ones, else the one that chose.
+    """
+    pairs = {m: _pair(methods["gso"], entry) for m, entry in methods.items() if m != "gso"}
+    held = {m: pair for m, pair in pairs.items() if pair is not None}
     row = {"workload": name, "metric": metric, "higher_is_better": higher, "steps": steps, "source": source,
-           "methods": methods}  # fmt: skip
-    if ours is None or len(scores) < 2:
-        return row | {"rank": None, "of": len(scores), "behind": None}
-    first = (max if higher else min)(scores.values())
-    rank = 1 + sum(_better(higher, score, ours) for score in scores.values())
-    return row | {"rank": rank, "of": len(scores), "behind": abs(first - ours) / abs(first), "compared": scores}
+           "methods": methods, "first": None, "rank": None, "of": 1 + len(held), "behind": None}  # fmt: skip
+    if not held:
+        return row
+    ahead = {m: abs(theirs - ours) / abs(theirs) for m, (ours, theirs) in held.items() if _better(higher, theirs, ours)}
+    first = max(ahead, key=lambda m: ahead[m]) if ahead else "gso"
+    return row | {"first": first, "rank": 1 + len(ahead), "behind": max(ahead.values(), default=0.0)}
 
 
-def _score_of(entry: Row, methods: Mapping[str, Row]) -> float | None:
-    """What ranks compare: fresh seeds where GSO has them too, else the choosing seed of all."""
-    with_fresh = [m for m, e in methods.items() if e["fresh"]]
-    if "gso" in with_fresh and len(with_fresh) > 1:
-        return entry["fresh"]["median"] if entry["fresh"] else entry["choosing"]
-    return entry["choosing"]
+def _pair(ours: Row, theirs: Row) -> tuple[float, float] | None:
+    """Two scores on the same seeds; where there are none, what each has."""
+    if ours["fresh"] and theirs["fresh"]:
+        return ours["fresh"]["median"], theirs["fresh"]["median"]
+    if ours["choosing"] is not None and theirs["choosing"] is not None:
+        return ours["choosing"], theirs["choosing"]
+    mixed = [entry["fresh"]["median"] if entry["fresh"] else entry["choosing"] for entry in (ours, theirs)]
+    return None if None in mixed else (mixed[0], mixed[1])
 
 
 # ---- sensitivity, strategies, sizes
@@ -249,7 +261,7 @@ def sizes() -> list[Row]:
 # ---- words
 
 
-def _cell(entry: Row | None, ours: bool, first: bool) -> str:
+def _cell(entry: Row | None, *, first: bool) -> str:
     if entry is None:
         return ""
     value = entry["fresh"]["median"] if entry["fresh"] else entry["choosing"]
@@ -267,9 +279,7 @@ def main_table(rows: list[Row]) -> str:
         "|---|---|" + "---|" * (len(COLUMNS) + 2),
     ]
     for row in rows:
-        scores = row.get("compared", {})
-        best = (max if row["higher_is_better"] else min)(scores.values()) if scores else None
-        cells = [_cell(row["methods"].get(m), m == "gso", best is not None and scores.get(m) == best) for m in COLUMNS]
+        cells = [_cell(row["methods"].get(m), first=m == row["first"]) for m in COLUMNS]
         arrow = "↑" if row["higher_is_better"] else "↓"
         rank = "" if row["rank"] is None else f"{row['rank']} of {row['of']}"
         behind = "" if row["behind"] is None else "first" if row["rank"] == 1 else f"{100 * row['behind']:.1f} %"

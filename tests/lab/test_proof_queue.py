@@ -99,10 +99,18 @@ def test_ranks_compare_the_best_and_say_how_far_behind():
         spread = {"median": fresh, "min": fresh, "max": fresh, "seeds": [0]} if fresh is not None else None
         return {"fresh": spread, "choosing": choosing}
 
-    row = proof_page._ranked("x", "val_loss", False, 5, "proof", {"gso": entry(1.02), "soap": entry(1.0)})
-    assert (row["rank"], row["of"], row["behind"]) == (2, 2, pytest.approx(0.02))
-    row = proof_page._ranked("x", "accuracy", True, 5, "proof", {"gso": entry(0.9), "soap": entry(0.8)})
-    assert (row["rank"], row["behind"]) == (1, 0.0)
-    row = proof_page._ranked("x", "accuracy", True, 5, "proof", {"gso": entry(None, 0.7), "soap": entry(0.9, 0.8)})
-    assert row["rank"] == 2 and row["compared"] == {"gso": 0.7, "soap": 0.8}, "one seed of all, where GSO has no other"
-    assert proof_page.count_of([row, {**row, "rank": 1, "behind": 0.0}])["share"] == 0.5
+    def ranked(higher, **methods):
+        return proof_page._ranked("x", "score", higher, 5, "proof", methods)
+
+    row = ranked(False, gso=entry(1.02), soap=entry(1.0))
+    assert (row["first"], row["rank"], row["of"], row["behind"]) == ("soap", 2, 2, pytest.approx(0.02))
+    row = ranked(True, gso=entry(0.9), soap=entry(0.8), muon=entry(0.7))
+    assert (row["first"], row["rank"], row["of"], row["behind"]) == ("gso", 1, 3, 0.0)
+    row = ranked(True, gso=entry(0.6, 0.9), soap=entry(None, 0.8))
+    assert row["rank"] == 1, "on the seed that both have, GSO is ahead"
+    row = ranked(True, gso=entry(0.6, 0.9), soap=entry(None, 0.95), muon=entry(0.7, 0.7))
+    assert row["rank"] == 3 and row["first"] == "muon" and row["behind"] == pytest.approx(0.1 / 0.7)
+    assert ranked(True, gso=entry(None), soap=entry(0.9))["rank"] is None
+    near = ranked(True, gso=entry(0.99), soap=entry(1.0))
+    count = proof_page.count_of([row, near, ranked(True, gso=entry(None), soap=entry(0.9))])
+    assert (count["rows"], count["first"], count["first_or_near"], count["share"]) == (2, 0, 1, 0.5)
