@@ -111,6 +111,7 @@ def test_ranks_compare_the_best_and_say_how_far_behind():
     row = ranked(True, gso=entry(0.6, 0.9), soap=entry(None, 0.95), muon=entry(0.7, 0.7))
     assert row["rank"] == 3 and row["first"] == "muon" and row["behind"] == pytest.approx(0.1 / 0.7)
     assert ranked(True, gso=entry(None), soap=entry(0.9))["rank"] is None
+    assert ranked(True, gso={**entry(None), "lost": True}, soap=entry(None, 0.1))["behind"] == 1.0
     near = ranked(True, gso=entry(0.99), soap=entry(1.0))
     count = proof_page.count_of([row, near, ranked(True, gso=entry(None), soap=entry(0.9))])
     assert (count["rows"], count["first"], count["first_or_near"], count["share"]) == (2, 0, 1, 0.5)
