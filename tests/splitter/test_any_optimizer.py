@@ -119,6 +119,16 @@ def test_in_front_of_adam_single_rows_are_bounded_and_a_whole_batch_is_divided()
     assert torch.equal(model.weight.grad, small)
 
 
+@pytest.mark.parametrize("collective", [True, False])
+def test_the_collective_rule_acts_while_a_history_still_lets_everything_through(collective):
+    model = nn.Linear(4, 20, bias=False)
+    splitter = gs.GradientSplitter(model, budget=gs.Ema(1.5), collective=collective)
+    for times in (1.0, 1e3):
+        model.weight.grad = torch.full((20, 4), times)
+        splitter.step()
+    torch.testing.assert_close(model.weight.grad, torch.full((20, 4), 1.0 if collective else 1e3))
+
+
 def test_the_collective_rule_is_saved_and_may_be_chosen():
     def after(splitter, sizes):
         for size in sizes:
