@@ -130,11 +130,15 @@ class Split:
         bounds = plan.boxes.slices_T(len(plan.layout))
         self.bins_of_tensor = [np.unique(plan.bin_K[bounds[t] : bounds[t + 1]]) for t in range(len(plan.layout))]
         self._bin_of_tensor = plan.bin_K[np.minimum(bounds[:-1], len(plan.bin_K) - 1)]
-        self._programs = Programs.of(self.kernel, self.gradient, self.recent, self.like)
 
     def _ledger(self, budgets: list[tuple[str, Budget]]) -> Ledger | StagedLedger:
         add = adder(self._ranks["stages"])
         return make_ledger(self.plan, budgets, self.like, rule=self._options["rule"], call=self.call, add=add)
+
+    @cached_property
+    def programs(self) -> Programs | None:
+        """What decides in a few launches, where the kernel has programs; making it may wait for the device."""
+        return Programs.of(self.kernel, self.gradient, self.recent, self.like)
 
     @property
     def is_sharded(self) -> bool:
@@ -262,7 +266,7 @@ class Split:
         pace_B = None if rates is None else rates.pace_B(self.plan.num_bins)
         gain_B = None if rates is None else rates.gain_B(self.plan.num_bins)
         plain = scaling is None and not torch.compiler.is_compiling()
-        if plain and self._programs is not None:
+        if plain and self.programs is not None:
             return self._by_programs(gradients, check, pace_B, gain_B)
         plain = plain and check is None and self.recent is None
         if plain and self._lines is not None and self.kernel.bounds_while_reading:
@@ -302,11 +306,11 @@ class Split:
         gain_B: Tensor | None,
     ) -> tuple[Tensor, Decision]:
         """Do the same in a few launches; the decision as a whole is worked out when it is looked at."""
-        assert self._programs is not None
+        assert self.programs is not None
         squares_B, weight_squares_B = self.measure(gradients)
         if check is not None:
             check(squares_B)
-        step = self._programs.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        step = self.programs.decide(squares_B, weight_squares_B, pace_B, gain_B)
         self.kernel.scale_(gradients, step.scale_B, step.zero_B)
         step.remember()
         return squares_B, DeferredDecision(self.plan, step.worked_out)

@@ -304,6 +304,7 @@ class GradientSplitter:
             collective=self._is_collective,
             call="GradientSplitter",
         )
+        _ = self._split.programs  # now, since a step must not wait for the device
         self._cap = None if self._split.update is None else UpdateCap(self._split, self._step)
         if before is not None:
             self._split.load_tops(before.tops())

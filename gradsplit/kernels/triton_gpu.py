@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..hooks import constant_while_traced
 from ..plan import Layout, Plan, xsp
 from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, is_addressable, lower
 from .addressable import bump_versions, obstacle, remedy_of, warn_of_fallback
@@ -160,11 +161,21 @@ class TritonKernel(Kernel):
         self._sent: list[tuple[list[int], Tensor, Tensor]] = []  # addresses: as a list, on the host, on the device
         self._captured: list[Any] = []  # what a CUDA graph reads again at every replay
         self._warned = False
+        self._eager: Kernel | None = None
 
-    @cached_property
+    @property
     def eager(self) -> Kernel:
         """The kernel for tensors that are not addressable, and for steps that are traced."""
-        return BACKENDS["eager"].make(self.plan, self.device)
+        self._make_eager()
+        assert self._eager is not None
+        return self._eager
+
+    @constant_while_traced
+    def _make_eager(self) -> bool:
+        """Make it on first use; while a step is traced this runs at once and leaves nothing in the graph."""
+        if self._eager is None:
+            self._eager = BACKENDS["eager"].make(self.plan, self.device)
+        return True
 
     def prepare(self, dtypes: Iterable[torch.dtype]) -> bool:
         """See `Kernel.prepare`."""
@@ -307,7 +318,7 @@ class TritonKernel(Kernel):
         warn_of_fallback("The triton backend", self.plan.layout.names[t], reason, remedy_of(reason))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_known": [], "_sent": [], "_captured": []}
+        return {**vars(self), "_known": [], "_sent": [], "_captured": [], "_eager": None}
 
 
 def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:

@@ -62,6 +62,10 @@ def test_gradients_that_move_are_found_and_addresses_beyond_32_bits_are_right(fo
     assert not found["beyond 2^31"]
 
 
+def test_a_card_without_bfloat16_serves_the_other_dtypes(found):
+    assert not found["without bf16"]
+
+
 def test_a_program_is_tried_once_per_dtype_and_process(found):
     assert not found["remembered"]
 

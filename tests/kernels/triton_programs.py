@@ -167,7 +167,7 @@ def _splitter(backend: str, budget: Any) -> tuple[gs.GradientSplitter, list[Para
 def decides(budget: Any) -> str:
     """What differs between the programs and the definition over steps with faults; empty: nothing."""
     (ours, mine, _), (truth, theirs, _) = (_splitter(backend, budget) for backend in ("triton", "reference"))
-    if ours._split._programs is None:
+    if ours._split.programs is None:
         return "there are no programs"
     for step in range(12):
         for t, (p, q) in enumerate(zip(mine, theirs, strict=True)):
@@ -226,7 +226,7 @@ def caught_in_text(part: str, old: str, new: str, budget: Any) -> str:
             warnings.simplefilter("always")
             splitter, _, _ = _splitter("auto", budget)
         said = [str(warning.message) for warning in told if issubclass(warning.category, FallbackWarning)]
-        if splitter._split._programs is not None or len(said) != 1 or "triton: decision" not in said[0]:
+        if splitter._split.programs is not None or len(said) != 1 or "triton: decision" not in said[0]:
             return f"told {said}"
     finally:
         setattr(triton_decide, part, sound)
@@ -272,6 +272,43 @@ def moved() -> str:
     before = splitter.kernel._sent[0]
     splitter.step()
     return "" if splitter.kernel._sent[0] is before else "addresses were sent again"
+
+
+def without_bf16() -> str:
+    """On a card that cannot compile bfloat16, those tensors go to eager torch with one warning, all others do not."""
+    forget()
+    trial = triton_gpu._trial
+
+    def on_an_old_card(device: torch.device, dtype: torch.dtype) -> Any:
+        if dtype == torch.bfloat16:
+            raise RuntimeError("PTX .bf16 requires sm_80")
+        return trial(device, dtype)
+
+    triton_gpu._trial = on_an_old_card
+    try:
+        made = {dtype: Parameter(torch.full((3, 4), 2.0, dtype=dtype)) for dtype in REAL[::3]}
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            splitter = gs.GradientSplitter([(str(d)[6:], p) for d, p in made.items()], budget=gs.Fixed(0.5))
+            for _ in range(2):
+                for p in made.values():
+                    p.grad = torch.full_like(p, 2.0)
+                splitter.step()
+        said = [str(one.message) for one in told if "requires sm_80" in str(one.message)]
+        if len(said) != 1 or splitter.kernel.name != "triton":
+            return f"told {[str(one.message) for one in told]}"
+        if splitter.kernel._tables_of([p.grad for p in made.values()]).eager_T != (1,):
+            return "other tensors went to eager torch too"
+        for p in made.values():
+            torch.testing.assert_close(p.grad, torch.full_like(p, 0.25))
+        try:
+            gs.GradientSplitter([("w", made[torch.bfloat16])], budget=gs.Fixed(0.5), backend="triton")
+        except SelfCheckError:
+            return ""
+        return "backend='triton' did not raise"
+    finally:
+        triton_gpu._trial = trial
+        forget()
 
 
 @triton.jit
@@ -325,7 +362,7 @@ def main(folder: Path, only: str = "") -> None:
     cases |= {f"decides: {name}": partial(decides, levels) for name, levels in LEVELS.items()}
     cases |= {f"caught in text: {name}": partial(caught_in_text, *fault) for name, fault in TEXT_FAULTS.items()}
     cases |= {f"launches: {which}": partial(launches, which) for which in SPLITTERS}
-    cases |= {"remembered": remembered, "moved": moved, "beyond 2^31": beyond}
+    cases |= {"remembered": remembered, "moved": moved, "beyond 2^31": beyond, "without bf16": without_bf16}
     found = {}
     for name, case in cases.items():
         if not name.startswith(only):
