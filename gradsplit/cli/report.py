@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..watch.report.account import Account
 
 __all__ = ["newest", "run"]
 
@@ -50,15 +53,25 @@ def run(
         raise ValueError(str(error)) from error
     typer.echo(report_text(account))
     if page:
-        from ..watch.report.run_page import write_run_page
-
-        typer.echo(f"\nPage: {write_run_page(account, html or file.with_suffix('.html'))}")
+        _write_page(account, html or file.with_suffix(".html"))
     failed = [word for word in fail_on or [] if fails_on(word, account)]
     if failed:
         typer.echo(
             f"gradsplit report: failed on {', '.join(f'{word} ({FAILURES[word]})' for word in failed)}", err=True
         )
         raise typer.Exit(1)
+
+
+def _write_page(account: Account, place: Path) -> None:
+    """Write the page and say where it is; where plotly is missing, say so and go on."""
+    try:
+        from ..watch.report.run_page import write_run_page
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("plotly"):
+            raise
+        typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
+        return
+    typer.echo(f"\nPage: {write_run_page(account, place)}")
 
 
 def _write_lines(opened: object, place: Path) -> None:

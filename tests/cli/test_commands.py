@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import gradsplit as gs
 from gradsplit.cli import main
 from gradsplit.lab.demo import COMPOSED, PHOTOGRAPHS, TEXT, scenes
 from gradsplit.lab.methods import METHODS
 from gradsplit.lab.registry import REGISTRY
+from gradsplit.watch.record import Recorder, RunWriter
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +171,20 @@ def test_doctor_says_what_to_install(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "missing: pip install scikit-learn" in out
     assert "no: it needs the package numba: pip install numba" in " ".join(out.split())
+
+
+def test_report_without_plotly_prints_the_account_and_says_what_the_page_needs(capsys, tmp_path, monkeypatch):
+    recorder = Recorder([RunWriter(tmp_path / "run.db", {"argv": ["train.py"]})])
+    model = torch.nn.Linear(3, 2)
+    splitter = gs.GradientSplitter(model, budget=gs.Fixed(1.0), sinks=[recorder])
+    model(torch.ones(1, 3)).sum().backward()
+    splitter.step()
+    recorder.close()
+    for name in [n for n in sys.modules if n.partition(".")[0] == "plotly" or n.startswith("gradsplit.watch.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    _run("report", str(tmp_path / "run.db"))
+    printed = capsys.readouterr()
+    assert "No norm left its own history" in printed.out
+    assert printed.err == "no page: it needs the package plotly; run: pip install plotly\n"
+    assert not (tmp_path / "run.html").exists()
