@@ -21,7 +21,11 @@ STEPS = 5
 def orthogonalised(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """Return matrices with all singular values drawn near 1, by Newton-Schulz.
 
-        X <- X / ||X||_F;   then ``steps`` times:   X <- a X + (b A + c A A) X,   A = X X^T
+        X <- X / ||X||_F;   then ``steps`` times:   X <- Q X,   Q = a + b A + c A A,   A = X X^T
+
+    Where one side is at least twice the other, the long side takes part in the first and the last product alone. In
+    between A <- Q A Q, since Q and A commute, and the Qs are gathered. That is the same in exact arithmetic. Halves
+    keep to the products above, since A squares what is small.
 
     Args:
         matrices: (S, rows, cols), real or complex; the smaller side is multiplied.
@@ -35,10 +39,27 @@ def orthogonalised(matrices: Tensor, steps: int = STEPS) -> Tensor:
     flip = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mH if flip else matrices
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mH)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.shape[-1] >= 2 * x.shape[-2] and x.dtype not in (torch.float16, torch.bfloat16) and steps:
+        x = torch.bmm(_gathered(torch.bmm(x, x.mH), steps), x)
+    else:
+        for _ in range(steps):
+            gram = torch.bmm(x, x.mH)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mH if flip else x
+
+
+def _gathered(gram: Tensor, steps: int) -> Tensor:
+    """The product of all Qs, (S, n, n), of matrices whose Gram matrices these are."""
+    a, b, c = COEFFICIENTS
+    gathered = None
+    for step in range(steps):
+        q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        q.diagonal(dim1=-2, dim2=-1).add_(a)
+        gathered = q if gathered is None else torch.bmm(q, gathered)
+        if step < steps - 1:
+            gram = torch.bmm(torch.bmm(q, gram), q)
+    assert gathered is not None
+    return gathered
 
 
 class Orthogonal(Direction):

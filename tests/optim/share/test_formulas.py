@@ -181,6 +181,17 @@ def test_singular_values_are_drawn_near_one_and_singular_vectors_stay(shape, dty
     np.testing.assert_allclose(made.resolve_conj().numpy(), newton_schulz(x.numpy()), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(8, 64), (64, 8), (8, 15), (8, 8)])
+def test_in_single_precision_long_matrices_lose_no_more_than_a_thousandth(shape):
+    """Long matrices gather the polynomials of their Gram matrices, which square what is small."""
+    generator = torch.Generator().manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64, generator=generator), full_matrices=False)
+    x = (u * torch.logspace(0, -6, min(shape), dtype=torch.float64)) @ vh
+    true = newton_schulz(x.numpy())
+    made = orthogonalised(x.float()[None])[0]
+    assert np.linalg.norm(made.numpy() - true) < 1e-3 * np.linalg.norm(true)
+
+
 def test_a_matrix_of_zeros_has_no_direction():
     assert torch.equal(orthogonalised(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 
