@@ -29,6 +29,7 @@ GUIDES = [
         "with-your-optimizer",
         "trainers",
         "distributed",
+        "gpu",
         "amp-and-compile",
     ),
     *("sources", "detection", "recurrent", "migration", "plots", "bad-values", "jax", "keras"),

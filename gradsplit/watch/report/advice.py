@@ -82,14 +82,14 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
             guard,
         ]
     lower = (
-        f"Lower the learning rate{named}, to a tenth at first, or raise it over the first hundred steps. GSO "
-        "(gradsplit.GSO) takes a rate that no layer can turn into an explosion; gradsplit diagnose says what is wrong "
-        "with the model itself."
+        f"Lower the learning rate{named}, to a tenth at first, or raise it over the first hundred steps. Or use "
+        "gradsplit.GSO, which needs no rate: each row moves by a share of its own length. gradsplit diagnose says what "
+        "is wrong with the model itself."
     )
     word = "left its history" if first.kind == "history" else "rose most"
     control = Advice(
         f"{'Everything' if first.tensor == 'all' else first.tensor} {word} at step {first.step} and nothing kept it "
-        "there. Bound every row by a budget of its own; the others then go on as they were.",
+        "there. Bound every row by a budget of its own, and the other rows go on as they were.",
         _command(account, "--control"),
     )
     if any(len(stream.turns) for stream in account.streams if stream.stream.index == first.stream):
@@ -144,7 +144,7 @@ def _budget(account: Account, stream: StreamAccount) -> list[Advice]:
         return [
             Advice(
                 f"{len(tight)} nodes were scaled on most steps, {tight[0].name} on {tight[0].scaled:.0%}; the others "
-                "hardly. That is what bounds of their own are for; widen them only if these parts learn too slowly.",
+                "hardly. This is what a bound per row is for. Widen it only if these parts learn too slowly.",
                 _command(account, "--control", *_words(stream, 2.0)),
             )
         ]

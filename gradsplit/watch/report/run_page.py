@@ -71,28 +71,31 @@ def _lead(account: Account) -> str:
 
 def _stream_sections(stream: StreamAccount, *, several: bool) -> list[Section]:
     name = f": {stream.stream.optimizer} {stream.stream.index}" if several else ""
-    axis = "Norms as measured, before the script's own scaling and ours. The dashed line is the first departure."
+    axis = "Norms as measured, before the script's own clip and our bounds. The dashed line is the first departure."
     heat = (
-        "Each recorded leaf down, steps across, at most "
-        f"{COLUMNS} columns; a column shows the largest norm of its steps. Black: not finite. Move over the picture to "
-        "read a name and a step."
+        f"Each line is a recorded part of the model, and each of the at most {COLUMNS} columns a step or a few. The "
+        "colour shows the largest norm; black is not finite. Move over the picture to read a name and a step."
     )
     parts: list[Any] = [heat_map(stream)]
     if stream.first is not None and len(stream.series.start_W) > COLUMNS:
-        parts += [text("The steps around the first departure, one a column:"), heat_map(stream, close=True)]
+        parts += [text("The steps around the first departure, one per column:"), heat_map(stream, close=True)]
     gso = []
     if len(stream.turns):
         lead = (
-            "Degrees between the gradient and the step against it, means over the rows of a tensor, and rows at their "
-            "growth limit. Steps were read now and then."
+            "The angle between the step and minus the gradient, in degrees, as a mean over the rows of a tensor. "
+            "Beside it, how many rows stand at their limit of growth. Steps were read now and then."
         )
         rows = html_table(TURN_HEADINGS, turn_rows(stream, 15))
         gso = [Section(f"What GSO did{name}", lead, [turn_curves(stream), rows])]
     return [
         Section(f"Norms and loss{name}", axis, [curves(stream)]),
         *gso,
-        Section(f"Nodes and steps{name}", heat, parts),
-        Section(f"Tensors{name}", "By what happened to them.", [html_table(USE_HEADINGS, use_rows(stream, 30))]),
+        Section(f"Parts and steps{name}", heat, parts),
+        Section(
+            f"Tensors{name}",
+            "What happened to each tensor, the hardest hit first.",
+            [html_table(USE_HEADINGS, use_rows(stream, 30))],
+        ),
         Section(f"Modules{name}", "Unfold a module to see its parts.", [_tree(stream)]),
     ]
 
