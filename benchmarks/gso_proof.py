@@ -187,12 +187,13 @@ def _photographs() -> list[Job]:
 
 def _trees() -> list[Job]:
     """The photographs again: each baseline's best on the same fresh seeds."""
-    jobs = cells("lstm", 500, "muon", 0.06, FRESH[:3], method_options={"adam": 1e-1})
-    jobs += cells("aerial", 500, "soap", 1e-3, FRESH) + cells("aerial", 500, "adamw", 1e-2, FRESH)
+    photo = ("aerial", 500)
+    jobs = cells(*photo, "soap", 1e-3, FRESH[:5])
+    for share in (0.01, 0.003):
+        jobs += cells(*photo, "gso", share, CHOOSING)
+    jobs += cells(*photo, "gso", SHARE, CHOOSING) + cells(*photo, "adamw", 1e-2, FRESH[:3])
     jobs += cells("plain-stack", 350, "gso", SHARE, CHOOSING, options={"depth": 36})
-    jobs += cells("plain-stack", 350, "soap", 3e-3, FRESH[:3], options={"depth": 36})
-    jobs += cells("deep-stack", 300, "gso", SHARE, CHOOSING)
-    return jobs + cells("aerial", 500, "split", 1e-1, FRESH[:3])
+    return jobs + cells("plain-stack", 350, "soap", 3e-3, FRESH[:3], options={"depth": 36})
 
 
 PROOF: dict[str, list[Job]] = {
