@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--families", nargs="+", default=["sgdm", "adamw"], choices=METHODS)
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: processor time, for a machine in use")
+    parser.add_argument("--no-xla", action="store_true", help="leave out what is compiled by XLA")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -172,7 +173,7 @@ def main() -> None:
         row
         for model in options.models
         for family in options.families
-        for jit in (False, True)
+        for jit in ((False,) if options.no_xla else (False, True))
         for row in measure(model, family, jit=jit, rounds=options.rounds, repeats=options.repeats, clock=options.clock)
     ]
     found = {
