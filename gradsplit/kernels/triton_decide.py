@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..collective import COLLECTIVE, FALLS, LET_THROUGH, RISES
+from ..collective import COLLECTIVE, ENOUGH, FALLS, LET_THROUGH, RISES
 from .launch import launch
 
 __all__ = ["BINS", "Decided", "Decider", "FormulaText", "PartText"]
@@ -91,12 +91,18 @@ _RATIO = """\
     ratio = tl.where(known, norm / tl.where(known, recent, 1.0), infinite - infinite)
     tl.store(ratios + b, ratio, mask=there)
     seen = tl.where(there & finite & (norm > 0.0), 1.0, 0.0)
-    tl.store(flags + tl.program_id(0), tl.max(seen, axis=0).to(tl.float64))
+    tl.store(flags + 2 * tl.program_id(0), tl.sum(seen.to(tl.float64), axis=0))
+    tl.store(flags + 2 * tl.program_id(0) + 1, tl.sum(tl.where(there & known, 1.0, 0.0).to(tl.float64), axis=0))
 """
 
 _FACTOR = """\
+    num_seen, num_known = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    for lo in range(0, num_blocks, BLOCK):
+        i = lo + tl.arange(0, BLOCK)
+        num_seen += tl.load(flags + 2 * i, mask=i < num_blocks, other=0.0)
+        num_known += tl.load(flags + 2 * i + 1, mask=i < num_blocks, other=0.0)
     median = tl.load(medians)
-    fired = median > tl.load(rules)
+    fired = (median > tl.load(rules)) & (tl.sum(num_known, axis=0) >= tl.load(rules + 4))
     factor = tl.where(fired, 1.0 / median, 1.0)
 """
 
@@ -107,11 +113,7 @@ _COLLECTIVE = """\
     moved = tl.where(recent > 0.0, tl.where(fired, tl.load(rules + 1) * recent, follows), norm * factor)
     tl.store(new_recents + b, tl.where(finite & (norm > 0.0), moved, recent), mask=there)
     if tl.program_id(0) == 0:
-        total = tl.zeros([BLOCK], tl.float64)
-        for lo in range(0, num_blocks, BLOCK):
-            i = lo + tl.arange(0, BLOCK)
-            total += tl.load(flags + i, mask=i < num_blocks, other=0.0)
-        tl.store(new_counts, steps + tl.where(tl.sum(total, axis=0) > 0.0, 1.0, 0.0))
+        tl.store(new_counts, steps + tl.where(tl.sum(num_seen, axis=0) > 0.0, 1.0, 0.0))
 """
 
 _BOUND = """\
@@ -181,7 +183,7 @@ class Decider:
             torch.tensor(values, dtype=torch.float64, device=self.device)
             for values in (
                 formula.numbers,
-                (COLLECTIVE, LET_THROUGH, FALLS, RISES),
+                (COLLECTIVE, LET_THROUGH, FALLS, RISES, ENOUGH),
                 (formula.numel, formula.num_rows),
                 (1.0,),
             )
@@ -245,7 +247,7 @@ class Decider:
         if recent is not None:
             fresh_recent = torch.empty_like(recent[0]), torch.empty_like(recent[1])
             ratios, flags = (
-                torch.empty(n, dtype=torch.float64, device=self.device) for n in (self.num_bins, self.num_blocks)
+                torch.empty(n, dtype=torch.float64, device=self.device) for n in (self.num_bins, 2 * self.num_blocks)
             )
             given |= {"recents": recent[0], "counts": recent[1], "ratios": ratios, "flags": flags, "rules": self._rules}
             given |= {"new_recents": fresh_recent[0], "new_counts": fresh_recent[1]}
