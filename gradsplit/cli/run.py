@@ -67,8 +67,6 @@ def run(
 
     Example: gradsplit run --watch train.py --epochs 3
     """
-    from ..plan.registry import strategy_named
-    from ..watch.loggers import SINKS
     from ..watch.run.launch import launch
     from ..watch.run.settings import Settings, budget_from_words
 
@@ -76,9 +74,16 @@ def run(
         raise ValueError("gradsplit run --watch --control: expected one of the two. --control measures, too.")
     if (budget or plan != "xsp") and not control:
         raise ValueError("gradsplit run --plan/--budget: expected --control beside it, since --watch bounds nothing.")
-    strategy_named(plan, call=f"gradsplit run --plan {plan}")
-    budget_from_words(budget or [])
+    # What checks these imports torch, which the script then imports again: only where there is something to check.
+    if plan != "xsp":
+        from ..plan.registry import strategy_named
+
+        strategy_named(plan, call=f"gradsplit run --plan {plan}")
+    if budget:
+        budget_from_words(budget)
     for word in to or []:
+        from ..watch.loggers import SINKS
+
         if word.partition(":")[0] not in SINKS or not word.partition(":")[2]:
             raise ValueError(f"gradsplit run --to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}.")
     for word in fail_on or []:

@@ -122,9 +122,10 @@ def create(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> sqlite3.Con
     Raises:
         RunFileError: the folder is missing or read-only, or the file exists: evidence is never overwritten.
     """
-    place, connection = Path(path), None
+    place, connection, made = Path(path), None, False
     try:
         os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        made = True
         connection = sqlite3.connect(place, isolation_level=None, check_same_thread=False, timeout=5.0)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -141,6 +142,9 @@ def create(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> sqlite3.Con
     except (sqlite3.Error, OSError) as error:
         if connection is not None:
             connection.close()
+        for left in (place, Path(f"{place}-wal"), Path(f"{place}-shm"), Path(f"{place}-journal")) if made else ():
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)  # half a file is none
         raise RunFileError(
             f"run file {place}: expected a place that can be written to, got: {error}. Choose another, for example "
             "--record ~/runs/run.db."

@@ -54,11 +54,17 @@ class RunWriter:
         self.path = Path(path)
         about = {"started": time.time(), "pid": os.getpid(), "max_megabytes": max_megabytes, **(meta or {})}
         self._connection: sqlite3.Connection | None = create(path, about)
+        self.failed = ""  # why the recording stopped before the run did
         self._pid = os.getpid()
         self._rows: dict[int, int] = {}
         self._actions: list[dict[str, Any]] = []
         self._remarks: list[dict[str, Any]] = []
         self._thinning = Thinning(max_bytes=int(max_megabytes * 1e6))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows handed to the file, over all streams; the last of them may be lost where the disk failed."""
+        return sum(self._rows.values())
 
     def write(self, batch: Sequence[Rows]) -> None:
         """Add rows of any streams in one transaction."""
@@ -128,7 +134,7 @@ class RunWriter:
 
     def _give_up(self, error: Exception) -> None:
         """Stop recording for good: a second attempt on a full disk would fail at every flush."""
-        connection, self._connection = self._connection, None
+        connection, self._connection, self.failed = self._connection, None, str(error)
         if connection is not None:
             connection.close()
         tell(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +11,22 @@ import numpy as np
 
 from ...resume.actions import GuardAction
 from ..record import RunFile, RunFileError, Series, Stream, Turns
-from .rules import ALONE, FACTOR, HISTORY, RISEN, SCORE, Scores, Seen, Weights, counted, scores_of, seen_in
+from .rules import (
+    ALONE,
+    FACTOR,
+    HISTORY,
+    RISEN,
+    SCORE,
+    Scores,
+    Seen,
+    Weights,
+    counted,
+    outgrown,
+    rises_of,
+    scores_of,
+    seen_in,
+    unlike_batch,
+)
 
 __all__ = [
     "FAILURES",
@@ -111,9 +128,12 @@ class Departure:
         loss_before: the last finite loss before; nan if no loss was seen.
         loss_after: largest loss of this row and the ten after; inf if one was not finite.
         kind: by which rule: "history", a rule without one ("norm", "loss_rose", "settled", "growth", "weights",
-            "loss_lost"), or what was seen of lost values ("backward", "forward", "input", "loss", "crash").
+            "loss_lost", "rate", "batch"), or what was seen of lost values ("backward", "forward", "input", "loss",
+            "crash").
         reason: what was seen, for all rules but the history.
         rate_times: learning rate here over the median of the rows before; 1 where it did not rise.
+        skipped_before: steps that a gradient scaler skipped just before; the first of them is ``step``.
+        rank: of the process whose batch or forward pass it was.
     """
 
     stream: int
@@ -135,6 +155,8 @@ class Departure:
     kind: str = "history"
     reason: str = ""
     rate_times: float = 1.0
+    rank: int = 0
+    skipped_before: int = 0
 
     @property
     def times(self) -> float:
@@ -160,6 +182,8 @@ class StreamAccount:
         scaled: share of (bin, row) pairs that were scaled.
         kept: median share of the whole gradient's norm that was kept.
         turns: what GSO's steps did; empty for other optimizers.
+        raised: step at which the learning rate rose far above all before it, and how far; (0, 0.0) where it did not.
+        outgrown: step and median growth of the matrices where they outgrew their start early; (0, 0.0) where not.
     """
 
     series: Series
@@ -175,6 +199,8 @@ class StreamAccount:
     scaled: float
     kept: float
     turns: Turns
+    outgrown: tuple[int, float] = (0, 0.0)
+    raised: tuple[int, float] = (0, 0.0)
 
     @property
     def stream(self) -> Stream:
@@ -202,9 +228,16 @@ class Account:
 
     @property
     def first(self) -> Departure | None:
-        """The earliest departure of any optimizer."""
+        """The earliest departure of any optimizer.
+
+        What one network was given may be what another made: at the same step, the one that made it is named.
+        """
         found = [account.first for account in self.streams if account.first is not None]
-        return min(found, key=lambda departure: departure.time, default=None)
+        first = min(found, key=lambda departure: departure.time, default=None)
+        if first is not None and first.kind == "input":
+            makers = (one for one in found if one.kind == "forward" and abs(one.step - first.step) <= 1)
+            return next(makers, first)
+        return first
 
     @property
     def num_rows(self) -> int:
@@ -241,17 +274,53 @@ def account_of(file: RunFile) -> Account:
     Raises:
         RunFileError: nothing recorded yet, or a broken file.
     """
+    recorded = [stream for stream in file.streams if file.num_rows(stream.index)]
     with np.errstate(all="ignore"):
         streams = tuple(
             _stream_account(
-                file.series(stream), _weights_of(file, stream), _remarks_of(file, stream), file.turns(stream)
+                file.series(stream),
+                _weights_of(file, stream),
+                _remarks_of(file, stream),
+                file.turns(stream),
+                alone=len(recorded) == 1,
             )
-            for stream in file.streams
-            if file.num_rows(stream.index)
+            for stream in recorded
         )
     if not streams:
         raise RunFileError(f"run file {file.path}: expected at least one recorded step, got none yet.")
+    streams = tuple(_with_ranks(account, file) for account in streams)
     return Account(str(file.path), file.meta, streams, tuple(file.thinnings()), tuple(file.actions()))
+
+
+def _with_ranks(account: StreamAccount, file: RunFile) -> StreamAccount:
+    """The account of rank 0 with what another rank knows of the same event: gradients are shared, batches are not."""
+    first = account.first
+    if int(file.meta.get("world_size", 1)) < 2 or int(file.meta.get("rank", 0)) or first is None:
+        return account
+    if first.kind in _OF_A_RANK:
+        return account
+    for path in sorted(file.path.parent.glob(f"{file.path.stem}.rank*{file.path.suffix}"))[:_MOST_RANKS]:
+        with contextlib.suppress(RunFileError, KeyError), RunFile(path) as beside:
+            there = next((s for s in beside.streams if s.index == first.stream and beside.num_rows(s.index)), None)
+            if there is None:
+                continue
+            with np.errstate(all="ignore"):
+                told = _stream_account(
+                    beside.series(there),
+                    _weights_of(beside, there),
+                    _remarks_of(beside, there),
+                    beside.turns(there),
+                    alone=True,
+                ).first
+            if told is not None and told.kind in _OF_A_RANK and abs(told.step - first.step) <= 1:
+                rank = int(beside.meta.get("rank", 0))
+                window = min(told.window, len(account.series.start_W) - 1)
+                return dataclasses.replace(account, first=dataclasses.replace(told, rank=rank, window=window))
+    return account
+
+
+_OF_A_RANK = ("input", "forward", "batch", "loss")  # what one rank sees in its own forward pass
+_MOST_RANKS = 64
 
 
 def _weights_of(file: RunFile, stream: Stream) -> Weights:
@@ -274,7 +343,9 @@ def _remarks_of(file: RunFile, stream: Stream) -> list[dict[str, Any]]:
     return [one for one in file.meta.get("remarks", []) if int(one.get("stream", 0)) == stream.index]
 
 
-def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, Any]], turns: Turns) -> StreamAccount:
+def _stream_account(
+    series: Series, weights: Weights, remarks: list[dict[str, Any]], turns: Turns, *, alone: bool
+) -> StreamAccount:
     outline = series.stream.outline
     tensors = tuple(dict.fromkeys(outline.tensors_L))
     place = {tensor: t for t, tensor in enumerate(tensors)}
@@ -300,7 +371,7 @@ def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, An
         leaves_T,
         peak_WT,
         scores,
-        _first(series, tensors, leaves_T, peak_WT, scores, weights, remarks),
+        _first(series, tensors, leaves_T, peak_WT, scores, weights, remarks, alone=alone),
         tuple(series.step_W[scores.left_WT.any(axis=1)].tolist()),
         uses_of(series),
         float(acted.mean()),
@@ -308,7 +379,22 @@ def _stream_account(series: Series, weights: Weights, remarks: list[dict[str, An
         scaled,
         kept,
         turns,
+        outgrown(weights, _matrices(series.stream, tensors)),
+        _raised(series),
     )
+
+
+def _raised(series: Series) -> tuple[int, float]:
+    rate = series.lr_R.astype(np.float64)
+    row = next(iter(rises_of(rate)), None)
+    return (0, 0.0) if row is None else (int(series.step_R[row]), float(rate[row] / np.nanmax(rate[:row])))
+
+
+def _matrices(stream: Stream, tensors: tuple[str, ...]) -> np.ndarray:
+    """(T,) whether a tensor has two dimensions or more of more than one element."""
+    names, shapes = stream.about.get("names") or [], stream.about.get("shapes") or []
+    wide = {name for name, shape in zip(names, shapes, strict=False) if sum(int(k) > 1 for k in shape) > 1}
+    return np.array([tensor in wide for tensor in tensors])
 
 
 def _zero_bad(values: np.ndarray | None) -> np.ndarray:
@@ -333,39 +419,91 @@ def _first(
     scores: Scores,
     weights: Weights,
     remarks: list[dict[str, Any]],
+    *,
+    alone: bool,
 ) -> Departure | None:
-    """The earliest thing that any rule has found; what several found within two windows is one event."""
-    seen = seen_in(series, weights)
+    """The earliest thing that any rule has found; what several found within two windows is one event.
+
+    What grows slowly gives way to something sudden that happened while it grew.
+    """
+    seen = seen_in(series, weights, alone=alone)
     left = np.flatnonzero(scores.left_WT.any(axis=1))
-    of_row = [int(np.searchsorted(series.start_W, one.row, side="right")) - 1 for one in seen]
-    w = min([*map(int, left[:1]), *of_row], default=-1)
+
+    def window_of(row: int) -> int:
+        return int(np.searchsorted(series.start_W, row, side="right")) - 1
+
+    sudden = [*map(int, left[:1]), *(window_of(one.row) for one in seen if one.kind in _SUDDEN)]
+    slow = [window_of(one.row) for one in seen if one.until > one.row]
+    w = min([*map(int, left[:1]), *(window_of(one.row) for one in seen)], default=-1)
     crash = next((one for one in remarks if one.get("kind") == "crash"), None)
     if w < 0:
         last_lost = len(weights.step_K) and not np.isfinite(weights.length_KT[-1]).all()
         if crash is None or not (last_lost or series.num_rows == 0):
             return None
-        w, seen, of_row = len(series.start_W) - 1, [Seen(series.num_rows - 1, "crash", "its weights were lost")], [-1]
-        of_row = [w]
-    near = {one.kind: one for one, at in zip(seen, of_row, strict=True) if at <= w + 2}
-    jump = near.get("weights")
-    if jump is not None and len(left) and left[0] <= of_row[seen.index(jump)]:
+        w, seen = len(series.start_W) - 1, [Seen(series.num_rows - 1, "crash", "its weights were lost")]
+    elif slow and sudden and w < min(sudden) <= max(window_of(one.until) for one in seen):
+        w = min(sudden)  # what grew from here on had a sudden cause
+        seen = [one for one in seen if one.until <= one.row]
+    near = {one.kind: one for one in seen if window_of(one.row) <= w + 2}
+    jump, rate = near.get("weights"), near.get("rate")
+    if jump is not None and len(left) and left[0] <= window_of(jump.row):
         w = max(w, int(left[0]))  # the reading of the weights is thin; the gradient says when
+    if jump is not None and window_of(jump.since) >= w:
+        jump = None  # the update of this step made the weights jump, and not the other way round
     place_T = _places(series.stream, tensors)
     bad_T = ~np.isfinite(norm_WT[w])
     kind, reason, everything = "history", "", False
     with np.errstate(divide="ignore", invalid="ignore"):
         usual_T = np.where(np.isnan(scores.usual_WT[w]), norm_WT[0], scores.usual_WT[w])
         times_T = norm_WT[w] / usual_T
+    t = _origin_of_risen(times_T, scores.left_WT[w], place_T)
+    batch = _unlike(series, weights, remarks, w)
     if jump is not None and jump.tensor is not None and not bad_T.all():
         t, kind, reason = jump.tensor, "weights", jump.reason
-    elif bad_T.any():
+    elif bad_T.any() and not (batch and np.isfinite(series.loss_R[series.start_W[w]])):
         t, kind, reason, everything = _origin_of_lost(series, tensors, norm_WT, w, place_T, remarks)
+    elif rate is not None:
+        kind, reason = "rate", rate.reason
+    elif batch:
+        kind, reason = "batch", batch
     else:
         chosen = next(iter(near.values()), None)
         if not scores.left_WT[w].any() and chosen is not None:
             kind, reason = chosen.kind, chosen.reason
-        t = _origin_of_risen(times_T, scores.left_WT[w], place_T)
-    return _departure(series, tensors, leaves_T, norm_WT, scores, w, t, kind, reason, everything=everything)
+    first = _departure(series, tensors, leaves_T, norm_WT, scores, w, t, kind, reason, everything=everything)
+    return _from_skipped(series, first)
+
+
+def _from_skipped(series: Series, first: Departure) -> Departure:
+    """A departure right after steps that a gradient scaler skipped began with the first of these."""
+    row = start = int(series.start_W[first.window])
+    while start > 0 and series.skipped_R[start - 1]:
+        start -= 1
+    if start == row or series.thinned or first.kind not in ("history", "norm", "loss_rose"):
+        return first
+    step = int(series.step_R[start])
+    return dataclasses.replace(first, step=step, last_step=step, skipped_before=row - start)
+
+
+_SUDDEN = ("rate", "weights", "loss_lost")  # the others hold a row against the start, and may come late
+
+
+def _is_of(remark: dict[str, Any], series: Series, w: int) -> bool:
+    """Whether a remark was made at a row of this window; older files know only its step."""
+    first, end = int(series.start_W[w]), _end(series, w)
+    if "row" in remark:
+        return first <= int(remark["row"]) < end
+    return bool(series.step_R[first] <= int(remark.get("step", -1)) <= series.step_R[end - 1])
+
+
+def _unlike(series: Series, weights: Weights, remarks: list[dict[str, Any]], w: int) -> str:
+    """Say how the batch of this window was unlike those before it; empty where it was not, or nobody knows."""
+    for row in range(int(series.start_W[w]), _end(series, w)):
+        seen = next((one for one in remarks if one.get("kind") == "batch" and _is_of(one, series, w)), None)
+        told = unlike_batch(series, weights, row, None if seen is None else float(seen.get("times", 0.0)))
+        if told:
+            return told
+    return ""
 
 
 def _places(stream: Stream, tensors: tuple[str, ...]) -> np.ndarray:
@@ -403,9 +541,9 @@ def _origin_of_lost(
     pass, is nearest its birth. Where the loss itself was lost, the graph of the loss was looked at then.
     """
     bad_T = ~np.isfinite(norm_WT[w])
-    steps = series.step_R[series.start_W[w]], series.step_R[min(series.num_rows, _end(series, w)) - 1]
-    remark = next((one for one in remarks if steps[0] <= int(one.get("step", -1)) <= steps[1]), None)
-    if remark is not None and remark.get("kind") in _LOST_WORDS:
+    here = [one for one in remarks if _is_of(one, series, w)]
+    remark = next((one for one in here if one.get("kind") in _LOST_WORDS), None)
+    if remark is not None:
         where = str(remark.get("where", ""))
         t = tensors.index(where) if where in tensors else int(np.flatnonzero(bad_T)[0])
         kind = str(remark["kind"])
@@ -418,12 +556,8 @@ def _origin_of_lost(
     loss = series.loss_R[series.start_W[w]]
     whole = bool((bad_T | (norm_WT[w] == 0)).all() and len(tensors) > 1)
     if whole and np.isfinite(loss):
-        return (
-            of_module[0],
-            "backward",
-            "the loss was finite, so that the backward pass lost it above every tensor",
-            True,
-        )
+        above = "the loss was finite, so that the backward pass lost it in this module, the last one, or above it"
+        return of_module[0], "backward", above, False
     if whole:
         return of_module[0], "loss", "", True
     if len(bad) == 1:

@@ -51,6 +51,13 @@ def advice_of(account: Account) -> list[Advice]:
             Advice("The script ended with an exception, and the recording shows no explosion before it: see there.", "")
         )
     for stream in account.streams:
+        if stream.outgrown[0] and first is None:
+            rate = next((float(lr) for lr in stream.series.lr_R if lr > 0), 0.0)
+            named = f" (now {rate:.3g})" if rate else ""
+            reason = (
+                f"Try a third of the learning rate of {stream.stream.optimizer}{named}, or a warm-up: the first steps"
+            )
+            found.append(Advice(f"{reason} made its matrices {stream.outgrown[1]:.3g} times as long.", ""))
         found += _own_bound(account, stream)
     for stream in controlled:
         found += _budget(account, stream)
@@ -81,6 +88,10 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
             Advice(f"{look} gradsplit diagnose says which module makes the first lost value.", ""),
             guard,
         ]
+    if first.kind == "batch":
+        told = "Look at that batch in the data: a scale, a unit or a file that is unlike the rest."
+        bound = Advice(f"{told} A budget per row keeps what such a batch does small.", _command(account, "--control"))
+        return [bound, guard]
     lower = (
         f"Lower the learning rate{named}, to a tenth at first, or raise it over the first hundred steps. Or use "
         "gradsplit.GSO, which needs no rate: each row moves by a share of its own length. gradsplit diagnose says what "
@@ -108,6 +119,9 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
     )
     if first.kind == "history" and first.rate_times < 2:
         return [control, lowered]
+    if first.kind == "rate":
+        raised = "Look for what raised the learning rate in one step (a schedule, a resume, a changed group). "
+        return [Advice(raised + lowered.reason, lowered.command), control]
     return [lowered, control]
 
 

@@ -6,6 +6,7 @@ Shape suffixes: _R one entry per row, _W one per window, _K one per reading of t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "HISTORY",
     "LOSS_TIMES",
     "NORM_TIMES",
+    "RATE_TIMES",
     "RISEN",
     "SCORE",
     "Scores",
@@ -27,8 +29,11 @@ __all__ = [
     "WEIGHT_TIMES",
     "Weights",
     "counted",
+    "outgrown",
+    "rises_of",
     "scores_of",
     "seen_in",
+    "unlike_batch",
 ]
 
 NORM_TIMES = 30.0  # over the norm of the first step, where the loss is above three times its start
@@ -38,7 +43,14 @@ SHARE = 1.0  # of the weights' length: a gradient below it is small, however muc
 BLOCK = 10  # rows whose median is one point of a course
 GROWN = 1.03  # per row, over five blocks
 WEIGHT_TIMES = 30.0  # between two readings, for a tensor that grows alone
+RATE_TIMES = 5.0  # over the largest rate before: more than any warm-up or restart raises it in one step
+RATE_ROWS = 20  # after a rise of the rate, and before it, whose losses and norms are compared
+RATE_LOSS, RATE_NORM = 2.0, 5.0  # by which the largest of them rise where the rate is to blame
+BATCH_LOSS, BATCH_NORM = 10.0, 3.0  # over the five steps before, where one batch is unlike them
+STILL = 1.1  # growth of a tensor up to which the weights count as unchanged
 FLOOR = 0.1  # root mean square of a tensor below which its growth is that of something that starts at 0
+OUTGROWN = 4.0  # median growth of matrices by the first reading after step 8: a learning rate that is large for them
+SOON = 40  # the last step at which that reading counts
 STUCK = 20  # steps that a gradient scaler skips one after the other without an end
 
 
@@ -64,30 +76,73 @@ class Weights:
 
 @dataclass(frozen=True)
 class Seen:
-    """Something that a rule without a history has found: at which row, which kind, in which tensor (None: any)."""
+    """Something that a rule without a history has found.
+
+    Attributes:
+        row: at which row.
+        kind: by which rule.
+        reason: what was seen.
+        tensor: in which tensor; None: any.
+        until: the last row of what grows slowly; something sudden up to there is what began it.
+        since: the last row at which it was not there yet.
+    """
 
     row: int
     kind: str
     reason: str
     tensor: int | None = None
+    until: int = -1
+    since: int = -1
+
+
+def outgrown(weights: Weights, matrix_T: np.ndarray) -> tuple[int, float]:
+    """Return the step and the median growth of the matrices, where they outgrew their start early; (0, 0.0) where not.
+
+    A tensor that started near 0 is left out. This accuses nobody: the loss may fall all the same, and a smaller rate
+    may do better.
+
+    Args:
+        weights: of one optimizer.
+        matrix_T: whether a tensor has two dimensions or more.
+    """
+    soon = np.flatnonzero((weights.step_K >= LEAST) & (weights.step_K <= SOON))
+    if not len(soon) or weights.step_K[0] > 0:
+        return 0, 0.0
+    start_T, now_T = weights.length_KT[0].astype(np.float64), weights.length_KT[soon[0]].astype(np.float64)
+    judged_T = matrix_T & (start_T > 0.01 * np.sqrt(weights.numel_T))
+    if not judged_T.any():
+        return 0, 0.0
+    times = float(np.median(now_T[judged_T] / start_T[judged_T]))
+    return (int(weights.step_K[soon[0]]), times) if OUTGROWN < times < np.inf else (0, 0.0)
 
 
 def counted(series: Series) -> np.ndarray:
     """(R,) rows that are judged: all but the steps that a gradient scaler skipped for its own scale.
 
-    Such a step is ordinary. It is judged where its loss is not finite, or where the scaler skips to the end.
+    Such a step is ordinary. It is judged where its loss is not finite or ten times the largest of the five rows
+    before, or where the scaler skips to the end.
     """
     skipped = series.skipped_R != 0
     made = np.flatnonzero(~skipped)
     last = int(made[-1]) if len(made) else -1
     stuck = np.arange(len(skipped)) > last if len(skipped) - last > STUCK else np.zeros(len(skipped), dtype=bool)
     seen = np.isfinite(series.loss_R).any()
-    judged: np.ndarray = ~skipped | stuck | (seen & ~np.isfinite(series.loss_R))
+    loss = series.loss_R.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        for r in np.flatnonzero(skipped & np.isfinite(loss)).tolist():
+            stuck[r] |= r > 0 and 0 < LOSS_TIMES * _largest(loss[max(0, r - 5) : r]) < loss[r]
+    judged: np.ndarray = ~skipped | stuck | (seen & ~np.isfinite(loss))
     return judged
 
 
-def seen_in(series: Series, weights: Weights) -> list[Seen]:
-    """Return what the rules find, in the order of rows; empty for a healthy run."""
+def seen_in(series: Series, weights: Weights, *, alone: bool = True) -> list[Seen]:
+    """Return what the rules find, in the order of rows; empty for a healthy run.
+
+    Args:
+        series: of one optimizer.
+        weights: their lengths.
+        alone: whether the run has no other optimizer; the loss of one of several networks may rise for good.
+    """
     rows = np.flatnonzero(counted(series))
     total, loss = series.total_R[rows].astype(np.float64), series.loss_R[rows].astype(np.float64)
     if not len(rows):
@@ -97,9 +152,15 @@ def seen_in(series: Series, weights: Weights) -> list[Seen]:
             *_lost_loss(loss),
             *_norm(total, loss, weights.start),
             *_loss(total, loss, weights.start),
+            *(_settled(total, loss) if alone else ()),
             *_growth(total, loss, weights.start),
+            *_rate(total, loss, series.lr_R[rows].astype(np.float64)),
         ]
-        found = [Seen(int(rows[one.row]), one.kind, one.reason, one.tensor) for one in found]
+        last = len(rows) - 1
+        found = [
+            dataclasses.replace(one, row=int(rows[one.row]), until=int(rows[min(max(one.row, one.until), last)]))
+            for one in found
+        ]
         found += _weights(series, weights)
     return sorted(found, key=lambda one: one.row)
 
@@ -130,7 +191,10 @@ def _norm(total: np.ndarray, loss: np.ndarray, weights: float) -> list[Seen]:
     worse = (loss > 3 * first_loss) if first_loss > 0 else np.zeros(len(loss), dtype=bool)
     with_loss = worse & (total > NORM_TIMES * start) & (total > SHARE * weights_or_none)
     alone = no_better & (total > NORM_ALONE * start) & (total > weights_or_none)
-    hit = np.flatnonzero(with_loss | alone)
+    # From one row to the next: the loss shows it only later.
+    at_once = np.zeros(len(total), dtype=bool)
+    at_once[2:] = (total[2:] > NORM_ALONE * np.maximum.accumulate(total)[1:-1]) & (total[2:] > SHARE * weights)
+    hit = np.flatnonzero(with_loss | alone | at_once)
     if not len(hit):
         return []
     r = int(hit[0])
@@ -149,6 +213,14 @@ def _loss(total: np.ndarray, loss: np.ndarray, weights: float) -> list[Seen]:
     if len(hit):
         r = int(hit[0])
         return [Seen(r, "loss_rose", f"the loss was {_number(loss[r] / first)} times that of the first step")]
+    return []
+
+
+def _settled(total: np.ndarray, loss: np.ndarray) -> list[Seen]:
+    """The loss ended far above its start and its best, after the norm had risen."""
+    start, first = _start(total), _start(loss)
+    if not first > 0:
+        return []
     risen = (total > LOSS_TIMES * start) & (loss > first)
     course = _blocks(loss)
     if len(course) > 1 and risen.any() and course[-1] > 2 * first and course[-1] > 2 * _least(course):
@@ -177,8 +249,69 @@ def _growth(total: np.ndarray, loss: np.ndarray, weights: float) -> list[Seen]:
                 f"the norm of the whole gradient grew by {per_step:.1%} per step for fifty steps, to "
                 f"{_number(float(np.exp(rise)))} times what it was"
             )
-            return [Seen((b - 5) * BLOCK, "growth", reason)]
+            return [Seen((b - 5) * BLOCK, "growth", reason, until=(b + 1) * BLOCK - 1)]
     return []
+
+
+def rises_of(rate: np.ndarray) -> list[int]:
+    """Return the rows at which a learning rate is far above all before it.
+
+    >>> rises_of(np.array([0.0, 0.1, 0.2, 0.2, 6.0, 6.0, 0.1, 6.0]))
+    [4]
+    """
+    rate = np.where(np.isfinite(rate), rate, 0.0)
+    top = np.maximum.accumulate(rate)[:-1]
+    rows: list[int] = (np.flatnonzero((rate[1:] >= RATE_TIMES * top) & (top > 0)) + 1).tolist()
+    return rows
+
+
+def _rate(total: np.ndarray, loss: np.ndarray, rate: np.ndarray) -> list[Seen]:
+    """A learning rate far above all before it, and losses or norms that rise within twenty rows."""
+    for r in rises_of(rate):
+        before, behind = slice(max(0, r - RATE_ROWS), r + 1), slice(r + 1, r + 1 + RATE_ROWS)
+        said = []
+        for name, values, bar in (("loss", loss, RATE_LOSS), ("norm", total, RATE_NORM)):
+            was, now = _largest(values[before]), _largest(values[behind])
+            lost = len(values[behind]) > 0 and np.isfinite(was) and not np.isfinite(now)
+            if lost or (was > 0 and now > bar * was):
+                said.append(f"the {name} {'was lost' if lost else f'rose to {_number(now / was)} times its largest'}")
+        if said:
+            times = _number(rate[r] / float(np.nanmax(rate[:r])))
+            reason = f"the learning rate rose to {times} times its largest before, and within "
+            return [Seen(r, "rate", f"{reason}{RATE_ROWS} steps {' and '.join(said)}")]
+    return []
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest value; nan where any is not finite, or there is none."""
+    return float(values.max()) if len(values) and np.isfinite(values).all() else float("nan")
+
+
+def unlike_batch(series: Series, weights: Weights, row: int, times: float | None) -> str:
+    """Say how a step's batch was unlike those before, where neither weights nor rate had changed; else nothing.
+
+    Args:
+        series: of one optimizer.
+        weights: their lengths; without a reading at this step nothing is known.
+        row: of the step.
+        times: its largest value over that of the batches before, where that was seen.
+    """
+    step, loss, total = series.step_R, series.loss_R.astype(np.float64), series.total_R.astype(np.float64)
+    k = int(np.searchsorted(weights.step_K, step[row]))
+    if row < 1 or step[row] == step[row - 1] or k == 0 or k >= len(weights.step_K) or weights.step_K[k] != step[row]:
+        return ""
+    before = slice(max(0, row - 5), row)
+    rates = series.lr_R[before]
+    floor_T = FLOOR * np.sqrt(weights.numel_T)
+    grown_T = weights.length_KT[k] / np.maximum(weights.length_KT[k - 1], floor_T)
+    if (grown_T > STILL).any() or (rates > 2 * np.median(rates)).any():
+        return ""
+    if times is not None:
+        return f"its largest value was {_number(times)} times that of the batches before"
+    usual, norm = _largest(loss[before]), _largest(total[before])
+    if row >= 3 and usual > 0 and loss[row] >= BATCH_LOSS * usual and total[row] >= BATCH_NORM * norm:
+        return f"its loss was {_number(loss[row] / usual)} times that of the five steps before"
+    return ""
 
 
 def _least(values: np.ndarray) -> float:
@@ -213,7 +346,8 @@ def _weights(series: Series, weights: Weights) -> list[Seen]:
                 f"its weights jumped: their length was {_number(weights.length_KT[k, t])} before step {first} and "
                 f"{_number(weights.length_KT[k + 1, t])} before step {last}"
             )
-            found.append(Seen(row, "weights", reason, t))
+            since = min(int(np.searchsorted(series.step_R, first)), series.num_rows - 1)
+            found.append(Seen(row, "weights", reason, t, since=since))
             break
     return found
 

@@ -29,6 +29,11 @@ def headline(account: Account) -> str:
     first = account.first
     if first is None:
         return f"No norm left its own history in {account.num_rows} recorded steps."
+    told = _event(first)
+    return f"On rank {first.rank}: {told[0].lower()}{told[1:]}" if first.rank else told
+
+
+def _event(first: Departure) -> str:
     step = f"At step {_step(first)}"
     why = f": {first.reason}" if first.reason else ""
     if first.kind == "crash":
@@ -39,9 +44,11 @@ def headline(account: Account) -> str:
         return f"It began at step {_step(first)} in {_module(first.tensor)}: {first.reason}."
     if first.kind == "weights":
         return f"It began at step {_step(first)} in {first.tensor}: {first.reason}."
+    if first.kind == "rate":
+        return f"It began at step {_step(first)}: {first.reason}; {first.tensor} rose most."
+    if first.kind == "batch":
+        return f"{step} the batch was unlike those before it: {first.reason}, and {first.tensor} rose most."
     if first.tensor == "all":
-        if first.kind == "backward":
-            return f"{step} every gradient was lost in the backward pass{why}."
         return (
             f"{step} everything was lost at once: no tensor's gradient was finite, so the loss itself, or what lies "
             f"above every tensor, was not{why}."
@@ -91,9 +98,16 @@ GLOSSARY: dict[str, str] = {
         "The first operation was given inf or nan. Look for that batch in the data; the guard can step over it."
     ),
     "At step … everything was lost at once": "The loss was not finite, so no single tensor can be blamed.",
-    "At step … every gradient was lost in the backward pass": (
-        "The loss was finite and no gradient was: look at the last operations before the loss (a square root or a norm "
-        "at 0, a logarithm, a division)."
+    "… lost it in this module, the last one, or above it": (
+        "The loss was finite and no gradient was: look at the last module and at the operations between it and the "
+        "loss (a square root or a norm at 0, a logarithm, a division)."
+    ),
+    "It began at step …: the learning rate rose to … times its largest before": (
+        "A schedule, or the script, raised the rate in one step, and losses or norms rose within twenty steps."
+    ),
+    "At step … the batch was unlike those before it": (
+        "Its values, or its loss with weights and rate as before, were far above the batches before it. Look at that "
+        "batch in the data; a budget or the guard lets the run go on."
     ),
     "At step … the norm of the whole gradient was … times that of the first step": (
         "More than 30 times the first step's norm, large beside the weights, and the loss was no better than at the "
@@ -111,8 +125,12 @@ GLOSSARY: dict[str, str] = {
         "A few per cent per step for fifty steps, while the loss did not fall: a slow explosion. No single "
         "step began it."
     ),
+    "On rank …": "It was seen in that process's own batch or forward pass; the gradients of all ranks show it.",
     "The script crashed in the forward pass": (
         "An exception arose in a module, and weights were inf or nan by then. The update before it is the cause."
+    ),
+    "A gradient scaler skipped … steps first": (
+        "With float16 an exploded gradient is inf until the scale is small enough; the steps until then belong to it."
     ),
     "The learning rate had risen to … times its usual": "A schedule, or the script, raised the rate just before.",
     "Within ten steps … other tensors left their history, too": "What the event did to the rest of the model.",
@@ -123,6 +141,14 @@ GLOSSARY: dict[str, str] = {
     "… some tensor was out of its history at … steps": "How often, over the whole run. Only the first is explained.",
     "… the script's own clip_grad_norm_ scaled all gradients": (
         "How often the script's own clip acted, and by which factor. Norms in this report are from before it."
+    ),
+    "… the learning rate rose to … times its largest before at step …": (
+        "A fact, and no fault by itself: it stands here where neither losses nor norms rose after it, or where "
+        "something else came first."
+    ),
+    "… its matrices had grown to … times their length by step …": (
+        "The median over the weight matrices, within the first steps. Healthy runs stay below 2; from 4 on the first "
+        "steps have replaced the initialisation, and a smaller rate often ends lower. It is advice, and no check fails."
     ),
     "… steps were not made, since a gradient scaler found inf or nan": (
         "Ordinary with float16: the scaler lowers its scale. It is a fault only where it never ends."
@@ -180,6 +206,11 @@ def findings(account: Account) -> list[str]:
 
 def _aftermath(first: Departure) -> list[str]:
     said = []
+    if first.skipped_before:
+        said.append(
+            f"A gradient scaler skipped {first.skipped_before} steps first, since the gradient was beyond its range; "
+            f"the norm is that of step {first.step + first.skipped_before}."
+        )
     if first.rate_times >= RATE_ROSE:
         said.append(
             f"The learning rate had risen to {number(first.rate_times)} times its usual within ten steps before."
@@ -216,6 +247,17 @@ def _stream(stream: StreamAccount, *, several: bool) -> list[str]:
         said.append(
             f"{name}: the script's own clip_grad_norm_ scaled all gradients on {stream.own_scaled:.1%} of steps, at "
             f"the median by {stream.own_median:.3g}. Norms here are from before it."
+        )
+    if stream.raised[1] and (stream.first is None or stream.first.kind != "rate"):
+        said.append(
+            f"{name}: the learning rate rose to {number(stream.raised[1])} times its largest before at step "
+            f"{stream.raised[0]}."
+        )
+    if stream.outgrown[0]:
+        said.append(
+            f"{name}: its matrices had grown to {number(stream.outgrown[1])} times their length by step "
+            f"{stream.outgrown[0]}: the learning rate is large for them. The loss may fall all the same; compare a "
+            "third of the rate."
         )
     skipped = int((stream.series.skipped_R != 0).sum())
     if skipped:

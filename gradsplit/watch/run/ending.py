@@ -105,7 +105,9 @@ class Ending:
             if self.session is not None and self.session.num_actions:
                 say(f"the guard acted {self.session.num_actions} times; the report says why")
             shown = _short(files[0])
-            say(f"recorded; next: gradsplit report {shown}")
+            missing = "" if self.session is None else self.session.missing()
+            said = f"recorded in part: {missing}; next:" if missing else "recorded; next:"
+            say(f"{said} gradsplit report {shown}")
         return self._fails(files) if self.settings.fail_on else False
 
     def _why_nothing(self) -> str:

@@ -6,6 +6,7 @@ imports torch, so that a process that never trains does not wait for it.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -92,6 +93,13 @@ def begin() -> None:
 
 
 def _attach(settings: Settings, ending: Ending) -> None:
+    """Attach now, or at the script's first module or optimizer where gradsplit itself is being imported just now.
+
+    A script that imports gradsplit before torch imports torch from within gradsplit: half of it is not there yet.
+    """
+    if any(_is_ours_and_half_there(name) for name in list(sys.modules)):
+        _when_first_made(lambda: _attach(settings, ending))
+        return
     try:
         from .session import Session
 
@@ -100,3 +108,28 @@ def _attach(settings: Settings, ending: Ending) -> None:
         ending.session = session
     except Exception as error:  # the script comes first
         say(f"not attached, the script runs without ({error!r})")
+
+
+def _is_ours_and_half_there(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return name.partition(".")[0] == "gradsplit" and bool(getattr(spec, "_initializing", False))
+
+
+def _when_first_made(then: Callable[[], None]) -> None:
+    """Call ``then`` before the first module or optimizer is made, and put back what was covered for that."""
+    import torch
+
+    covered = [(owner, owner.__init__) for owner in (torch.nn.Module, torch.optim.Optimizer)]
+
+    def cover(owner: Any, made: Any) -> None:
+        @functools.wraps(made)
+        def make(*args: Any, **kwargs: Any) -> None:
+            for one, own in covered:
+                one.__init__ = own  # type: ignore[method-assign]
+            then()
+            made(*args, **kwargs)
+
+        owner.__init__ = make
+
+    for owner, made in covered:
+        cover(owner, made)

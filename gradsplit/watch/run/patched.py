@@ -15,6 +15,7 @@ hooks.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,7 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
-__all__ = ["watch_own_bound", "watch_scaler", "Losses", "Lost", "leaves_in_order", "lost_in_forward"]
+__all__ = [
+    "Losses",
+    "Lost",
+    "largest_given",
+    "leaves_in_order",
+    "lost_in_forward",
+    "watch_own_bound",
+    "watch_scaler",
+]
 
 Before = Callable[[list[Tensor]], None]
 After = Callable[[list[Tensor], Tensor], None]
@@ -204,27 +213,100 @@ def lost_in_forward(loss: Tensor, names: Mapping[int, str]) -> Lost:
     """
     uses = _uses(loss)
     shown = [(number, names.get(id(leaf), ""), leaf) for number, leaf in uses]
-    for _, name, leaf in shown:
-        if name and not _finite(leaf):
-            return Lost(kind="weights", where=name, operation="")
-    bad: tuple[int, Any, bool] | None = None
+    spoilt = next(((number, name) for number, name, leaf in shown if name and not _finite(leaf)), None)
+    found: list[tuple[int, Any, bool, bool]] = []  # number, operation, whether it was given the value, and as data
     for node in _operations(loss):
         number = int(node._sequence_nr())
-        if (bad is None or number < bad[0]) and number < 1 << 62:
-            kept = _kept(node)
-            if any(not _finite(tensor) for tensor in kept.values()):
-                takes = any(not _finite(t) for name, t in kept.items() if "result" not in name and "output" not in name)
-                bad = (number, node, takes)
+        if number < 1 << 62:
+            spoilt_names = [name for name, kept in _kept(node).items() if not _finite(kept)]
+            if spoilt_names:
+                given = [name for name in spoilt_names if "result" not in name and "output" not in name]
+                as_data = (
+                    bool(given) and len(given) == len(spoilt_names) and all(_is_data(node, name) for name in given)
+                )
+                found.append((number, node, bool(given), as_data))
+    bad = _first_made(sorted(found, key=lambda one: one[0]))
+    if spoilt is not None and (bad is None or spoilt[0] <= bad[0]):
+        return Lost(kind="weights", where=spoilt[1], operation="")
     if bad is None:
         return Lost(kind="loss", where="", operation=loss.grad_fn.name() if loss.grad_fn is not None else "")
-    number, node, takes = bad
+    number, node, takes, _ = bad
     operation = node.name().rstrip("0123456789").removesuffix("Backward")
     # An operation that was given a bad value comes after what made it; one that made it stands where it is.
     own = {names.get(leaf, "").rpartition(".")[0] for leaf in _read_by(node)} if takes else set()
-    above = [name for place, name, _ in shown if name and place <= number and name.rpartition(".")[0] not in own]
+    below = {id(getattr(one, "variable", None)) for one in _below(node)}
+    above = [
+        name
+        for place, name, leaf in shown
+        if name and place <= number and id(leaf) in below and name.rpartition(".")[0] not in own
+    ]
     if above:
         return Lost(kind="forward", where=above[-1], operation=operation)
     return Lost(kind="input", where=next((name for _, name, _ in shown if name), ""), operation=operation)
+
+
+def _first_made(found: list[tuple[int, Any, bool, bool]]) -> tuple[int, Any, bool, bool] | None:
+    """The first operation with a lost value; one that was given it as data only where nothing else made one.
+
+    Data may be what another part of the same graph made: an advantage is made from a value without its gradient.
+    """
+    data = {one[1] for one in found if one[3]}
+    for one in found:
+        if not one[3] and not data & _below(one[1]):
+            return one
+    return found[0] if found else None
+
+
+def _below(node: Any) -> set[Any]:
+    """The operation and all that lie between it and the leaves."""
+    seen, waiting = {node}, [node]
+    while waiting and len(seen) <= _MOST:
+        for below, _ in waiting.pop().next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+    return seen
+
+
+def _is_data(node: Any, name: str) -> bool:
+    """Whether what an operation has kept needs no gradient."""
+    try:
+        kept = getattr(node, f"_saved_{name}")
+    except (AttributeError, RuntimeError):
+        return False
+    return isinstance(kept, Tensor) and not kept.requires_grad
+
+
+_NO_DATA = ("result", "output", "weight", "running", "save_", "logsumexp")  # names of what operations keep
+
+
+def largest_given(loss: Tensor) -> float:
+    """Return the largest magnitude among the data that a forward pass was given; 0 where none was kept.
+
+    Data are tensors that operations keep for backward, that need no gradient and that no operation made: inputs and
+    targets. Statistics that a layer keeps for itself are no data, and neither is a single number (a scaler's factor).
+
+    >>> w, x = torch.ones(2, requires_grad=True), torch.tensor([3.0, -7.0])
+    >>> largest_given((w * x).sum())
+    7.0
+    """
+    largest = 0.0
+    for node in _operations(loss):
+        if int(node._sequence_nr()) >= 1 << 62:
+            continue
+        for name in dir(node):
+            if not name.startswith("_saved_") or any(word in name for word in _NO_DATA):
+                continue
+            try:
+                given = getattr(node, name)
+            except RuntimeError:  # behind hooks, or written to since
+                continue
+            if isinstance(given, Tensor) and given.is_floating_point() and given.dim() and given.numel():
+                if given.requires_grad:
+                    continue
+                size = float(given.detach().abs().max())
+                largest = max(largest, size) if math.isfinite(size) else largest
+    return largest
 
 
 def _read_by(node: Any) -> set[int]:
@@ -244,10 +326,10 @@ def _kept(node: Any) -> dict[str, Tensor]:
         if not name.startswith("_raw_saved_"):
             continue
         saved = getattr(node, name, None)
-        for one in saved if isinstance(saved, (list, tuple)) else [saved]:
+        for at, one in enumerate(saved if isinstance(saved, (list, tuple)) else [saved]):
             try:
                 if one is not None and getattr(one, "unpack_hook", 0) is None and isinstance(one.data, Tensor):
-                    found[name.removeprefix("_raw_saved_")] = one.data
+                    found[name.removeprefix("_raw_saved_") + (str(at) if at else "")] = one.data
             except RuntimeError:  # an empty place
                 continue
     return found

@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from ..record import Recorder, RunFileError, RunWriter, recording_plan, tell
 from .ending import say
 from .launch import free_name
 from .names import TensorsOf, names_of_leaves, parameters_of, roots_of
-from .patched import Losses, leaves_in_order, lost_in_forward, watch_own_bound, watch_scaler
+from .patched import Losses, largest_given, leaves_in_order, lost_in_forward, watch_own_bound, watch_scaler
 from .settings import Settings
 from .track import BlockReader, Track, signature
 
@@ -33,6 +35,12 @@ __all__ = ["ByHand", "Guards", "HandUpdates", "Session"]
 
 _LOOKS = 8  # backward passes from which the order of the forward pass is read
 _REMARKS = 20  # forward passes that were lost, and looked at
+_JUMP = 4.0  # of a loss over the largest of those before it, at which the batch is looked at
+_RECENT = 8  # losses that it is held against
+_AGAIN = 64  # backward passes between two looks at ordinary batches
+_UNLIKE = 10.0  # of a batch's largest magnitude over that of the batches before it
+_UNSEEN = 8  # backward passes without a step after them, and four times those of a step, before it is said
+_TRIES = 20  # names for the run file, where processes of one script begin at once
 _SURE = 3  # passes whose gradients were cleared unused by the optimizer that has them: it does not step, or not so
 
 
@@ -117,11 +125,14 @@ class Session:
         self._num_streams, self._pid, self._broken = 0, os.getpid(), False
         self._guards: Guards | None = None
         self.num_rows, self.failed = 0, ""
+        self._writer: RunWriter | None = None
+        self._num_passes, self._passes_then = 0, 0
         self._order: dict[int, int] = {}  # id(parameter) -> place in the forward pass
         self._alive: list[Tensor] = []  # so that no id is given twice while the order is gathered
         self._looks = 0
         self._lost: dict[str, Any] | None = None
         self._num_remarks = 0
+        self._sizes = _Sizes()
         self._by_hand = HandUpdates(self)
 
     def install(self) -> None:
@@ -130,7 +141,7 @@ class Session:
 
         self.losses.install()
         self.losses.before += [self._before_backward]
-        self.losses.after += [lambda: self._guarded(self._by_hand.after_backward)]
+        self.losses.after += [lambda: self._guarded(lambda: self._by_hand.after_backward())]
         watch_own_bound(self.before_own_bound, self.after_own_bound)
         watch_scaler(self.before_scaler, self.after_scaler)
         register_optimizer_step_pre_hook(not_traced(self.pre))
@@ -142,18 +153,40 @@ class Session:
         """The run file of this process; None before the first step."""
         return self._place
 
+    def missing(self) -> str:
+        """Say what the run file lacks; empty where it has every step."""
+        if self._writer is not None and self._writer.failed:
+            return f"{self._writer.num_rows} of {self.num_rows} steps were written ({self._writer.failed})"
+        if self.failed and self.num_rows:
+            return f"the recording ends with step {self._last_step()}: {self.failed}"
+        behind = self._num_passes - self._passes_then
+        if self.num_rows and behind >= _UNSEEN and behind > 4 * self._passes_then / self.num_rows:
+            return f"the last {behind} backward passes are not in it: no step of an optimizer was seen after them"
+        return ""
+
     @property
     def num_actions(self) -> int:
         """What the guards did."""
         return 0 if self._guards is None else self._guards.num_actions
 
     def _before_backward(self, loss: Tensor, value: Tensor | None) -> None:
+        self._leave_parent()
+        self._num_passes += 1
         if self._looks < _LOOKS:
             self._looks += 1
             self._watchfully(lambda: self._learn_order(loss))
-        if value is not None and value.device.type == "cpu" and not bool(torch.isfinite(value)):
-            self._watchfully(lambda: self._examine(loss))
-        self._guarded(lambda: self._by_hand.before_backward(loss))
+        self._guarded(lambda: self._by_hand.before_backward(loss))  # it records the pass before; then comes this one
+        if value is not None and value.device.type == "cpu":  # elsewhere a look at the number would wait
+            self._watchfully(lambda: self._look(loss, float(value.real)))
+
+    def _look(self, loss: Tensor, value: float) -> None:
+        """Look at the forward pass of a loss that was lost, and at the batch of one that jumped."""
+        if not math.isfinite(value):
+            self._examine(loss)
+            return
+        unlike = self._sizes.look(value, lambda: largest_given(loss))
+        if unlike > _UNLIKE and self._lost is None and self._num_remarks < _REMARKS:
+            self._lost = {"kind": "batch", "where": "", "times": unlike}
 
     def _learn_order(self, loss: Tensor) -> None:
         for leaf in leaves_in_order(loss):
@@ -230,15 +263,21 @@ class Session:
     _early: tuple[set[int], Tensor] | None = None  # the script's first call comes before its optimizer is known
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
-        if os.getpid() != self._pid:  # a forked child that trains: it records on its own
-            self._pid, self._recorder, self._num_streams, self._guards = os.getpid(), None, 0, None
-            self._tracks = weakref.WeakKeyDictionary()
+        self._leave_parent()
         track = self._tracks.get(optimizer)
         if track is None or track.signature != signature(optimizer):
             self._guarded(lambda: self._start(optimizer))
             track = self._tracks.get(optimizer)
         if track is not None:
             track.begin_step()
+
+    def _leave_parent(self) -> None:
+        """A forked child that trains records on its own."""
+        if os.getpid() != self._pid:
+            self._pid, self._recorder, self._num_streams, self._guards = os.getpid(), None, 0, None
+            self._writer, self.num_rows, self.failed = None, 0, ""
+            self._tracks = weakref.WeakKeyDictionary()
+            self._by_hand = HandUpdates(self)
 
     def _process(self, optimizer: torch.optim.Optimizer) -> None:
         track = self._tracks.get(optimizer)
@@ -253,10 +292,11 @@ class Session:
 
     def _count(self, track: Track) -> None:
         self.num_rows += 1
+        self._passes_then = self._num_passes
         if self._lost is not None and self._recorder is not None:
             lost, self._lost = self._lost, None
             self._num_remarks += 1
-            self._recorder.remark({**lost, "step": track.step, "stream": track.index})
+            self._recorder.remark({**lost, "step": track.step, "row": track.num_rows - 1, "stream": track.index})
 
     def hand_row(self, track: Track, squares_L: Tensor, loss: Tensor | float) -> None:
         """Record a step of a script that updates its weights by hand."""
@@ -294,16 +334,22 @@ class Session:
         rank, world = _rank_and_world()
         base = Path(self.settings.record)
         name = base if rank == 0 else base.with_stem(f"{base.stem}.rank{rank}")
-        self._place = free_name(name)
         about = {**self.settings.about, "torch": torch.__version__, "rank": rank, "world_size": world}
         about |= {"mode": "control" if self.settings.control else "watch", "command": _command(self.settings)}
         about |= {"guarded": True} if self.settings.guard else {}
         sinks: list[Any] = []
-        try:
-            sinks.append(RunWriter(self._place, about, max_megabytes=self.settings.max_megabytes))
-        except RunFileError as error:
-            self.failed = str(error)
-            tell(f"nothing is recorded, the training goes on ({error})")
+        for attempt in range(_TRIES):
+            self._place = free_name(name)
+            try:
+                self._writer = RunWriter(self._place, about, max_megabytes=self.settings.max_megabytes)
+                sinks.append(self._writer)
+                break
+            except RunFileError as error:
+                if self._place.exists() and attempt < _TRIES - 1:
+                    continue  # another process of the script has just taken the name
+                self.failed = str(error)
+                tell(f"nothing is recorded, the training goes on ({error})")
+                break
         if rank == 0:
             sinks += [sink_from_words(word, depth=self.settings.depth) for word in self.settings.to]
         recorder = _ScriptRecorder(sinks, seconds=self.settings.seconds)
@@ -357,6 +403,29 @@ class Session:
 
     def _last_step(self) -> int:
         return max((track.step for track in [*self._tracks.values(), *self._by_hand.tracks]), default=-1)
+
+
+class _Sizes:
+    """The largest magnitude in the batches, read at the first ones, thinly later, and where the loss jumps."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._usual, self._count = 0.0, 0
+
+    def look(self, loss: float, read: Callable[[], float]) -> float:
+        """Return by how much the batch of this loss is larger than those before it; 1 where it was not read."""
+        jumped = len(self._losses) > 0 and abs(loss) > _JUMP * max(map(abs, self._losses))
+        regular = self._count < _RECENT or self._count % _AGAIN == 0
+        self._count += 1
+        self._losses.append(loss)
+        if not (jumped or regular):
+            return 1.0
+        size = read()
+        times = size / self._usual if self._usual > 0 else 1.0
+        if times <= _UNLIKE:  # a batch that stands out is no measure for the next
+            self._usual = max(self._usual, size)
+            return 1.0
+        return times
 
 
 class ByHand:

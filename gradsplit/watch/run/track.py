@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +156,9 @@ class _Reading:
 
 _FIRST_TURNS = 8  # the first step of GSO whose turns are read; a step that is traced is traced without them
 _MOST_AT_ONCE = 200  # readings of the weights beside the regular ones, where the gradient jumped
-_JUMP = 64.0  # of the gradient's square from one step to the next
+_JUMP = 64.0  # of the square of the whole gradient from one step to the next
+_JUMP_OF_PART = 1e4  # of the square of a part of it, up or down: parts are noisy
+_MOVED = 1.5  # of a tensor's length from one step to the next, where the lengths are read at every step
 
 
 class Track:
@@ -184,13 +185,16 @@ class Track:
         self.names = [name for name, _ in pairs]
         self.signature = signature(optimizer)
         self.keys = {id(parameter) for parameter in self.parameters}
-        self.step, self.recorder, self.index = -1, recorder, stream
+        self.step, self.recorder, self.index, self.num_rows = -1, recorder, stream, 0
         self.last_loss: Tensor | float = float("nan")
         self._pending: _Reading | None = None
         self._missed_scale: Tensor | None = None
         self._remembered, self._next_lengths, self._at_once = False, 0, 0
         self._next_turns, self._turns_at = _FIRST_TURNS, -1
-        self._last_square = float("nan")
+        self._last_squares: Tensor | None = None
+        self._last_lengths: tuple[int, Tensor] | None = None
+        self._floor_T = torch.tensor([0.01 * p.numel() ** 0.5 for p in self.parameters])  # what starts at 0 grows fast
+        self._last_read = -1
         self._small = sum(p.numel() for p in self.parameters) <= 100_000 and self.parameters[0].device.type == "cpu"
         self._whole = not any(hasattr(parameter, "device_mesh") for parameter in self.parameters)
         self.splitter: GradientSplitter | None = None
@@ -306,6 +310,7 @@ class Track:
         if grad_scale is not None:
             squares_L = reading.numbers["squares_L"]
             reading.numbers["squares_L"] = squares_L / grad_scale.to(squares_L.device, squares_L.dtype).square()
+        self.num_rows += 1
         self.recorder.add(
             self.index,
             self.step,
@@ -329,17 +334,16 @@ class Track:
     def add_measured(self, squares_L: Tensor, loss: Tensor | float) -> None:
         """Record a row whose gradients were measured before: a step of a script that updates its weights by hand."""
         self.begin_step()
+        self.num_rows += 1
         self.recorder.add(self.index, self.step, squares_L, loss=loss)
         self._watch_weights(squares_L)
 
     def _watch_weights(self, squares_L: Tensor) -> None:
-        """Read the lengths of the weights thinly: seldom, and where the gradient has just jumped."""
-        jumped = False
-        if squares_L.device.type == "cpu":  # elsewhere a look at the number would wait for the device
-            square = float(squares_L.sum())
-            jumped = not square <= _JUMP * self._last_square if self._last_square == self._last_square else False
-            jumped = (jumped or not math.isfinite(square)) and self._at_once < _MOST_AT_ONCE
-            self._last_square = square if math.isfinite(square) else self._last_square
+        """Read the lengths of the weights thinly: seldom, and where a gradient or a weight has just jumped."""
+        jumped = self._jumped(squares_L) if squares_L.device.type == "cpu" else False  # elsewhere it would wait
+        if self._small and self._whole:
+            jumped = self._note_moved() or jumped
+        jumped = jumped and self._at_once < _MOST_AT_ONCE
         if self.step >= self._next_lengths or jumped:
             self._at_once += self.step < self._next_lengths
             self._next_lengths = next_reading(self.step)
@@ -360,13 +364,35 @@ class Track:
         if self.step >= self._next_turns and not not_made and not optimizer.measures:
             optimizer.measures, self._turns_at, self._next_turns = True, self.step, next_reading(self.step)
 
+    def _jumped(self, squares_L: Tensor) -> bool:
+        """Whether the whole gradient, or a part of it, is far from what it was one step ago, or not finite."""
+        last, self._last_squares = self._last_squares, squares_L
+        if last is None:
+            return False
+        times_L = squares_L / last
+        # 0/0 is nan and compares false; what was 0 before tells nothing.
+        odd_L = ((times_L > _JUMP_OF_PART) | (times_L < 1 / _JUMP_OF_PART)) & (last > 0) & torch.isfinite(last)
+        total, before = squares_L.sum(), last.sum()
+        return bool(odd_L.any() | ~torch.isfinite(total) | (total > _JUMP * before))
+
+    def _note_moved(self) -> bool:
+        """Whether a tensor's length has jumped since the step before; then that step's lengths are recorded, too."""
+        lengths = _lengths([parameter.detach() for parameter in self.parameters])
+        last, self._last_lengths = self._last_lengths, (self.step, lengths)
+        if last is None or not bool((lengths > _MOVED * torch.maximum(last[1], self._floor_T)).any()):
+            return False
+        if self._at_once < _MOST_AT_ONCE and last[0] > self._last_read:
+            self.recorder.add_lengths(self.index, *last)
+        return True
+
     @torch.no_grad()
     def read_weights(self, step: int | None = None) -> None:
         """Record the length of every tensor as it is now; of sharded tensors no process has the whole."""
         if not self._whole or any(parameter.is_meta for parameter in self.parameters):
             return
+        self._last_read = self.step if step is None else step
         lengths = [parameter.detach() for parameter in self.parameters]
-        self.recorder.add_lengths(self.index, self.step if step is None else step, _lengths(lengths))
+        self.recorder.add_lengths(self.index, self._last_read, _lengths(lengths))
 
     def _measured(self) -> dict[str, Tensor]:
         if self.splitter is None:

@@ -131,6 +131,18 @@ def test_healthy_runs_are_left_alone(tmp_path, train):
     assert [advice.command for advice in advice_of(account)] == [""]
 
 
+@pytest.mark.parametrize(("rate", "large"), [(1e-2, False), (0.3, True)])
+def test_a_rate_that_replaces_the_weights_is_told_and_no_check_fails(tmp_path, rate, large):
+    account = _account(tmp_path, lambda: _text(rate, steps=20))
+    told = [said for said in findings(account) if "its matrices had grown to " in said]
+    assert bool(told) == large
+    assert any("a third of the learning rate of AdamW (now 0.3)" in one.reason for one in advice_of(account)) == large
+    assert not fails_on("explosion", account)
+    if large:
+        (stream,) = account.streams
+        assert 8 <= stream.outgrown[0] <= 16 and 4 < stream.outgrown[1] < 40
+
+
 @pytest.mark.parametrize(
     ("train", "latest"),
     [
@@ -269,6 +281,133 @@ def test_a_rate_that_rises_is_told(tmp_path):
     assert "Lower the learning rate (now 6)" in advice_of(account)[0].reason
 
 
+@pytest.mark.parametrize("times", [4.0, 30.0])
+def test_a_rate_that_rises_at_once_is_blamed_where_the_loss_rises_and_left_alone_where_it_does_not(tmp_path, times):
+    rate, loss, norm = np.full(80, 1e-3), np.linspace(2.0, 1.0, 80), noise(80, outline().num_leaves)
+    rate[:10] = np.linspace(1e-4, 1e-3, 10)  # a warm-up
+    rate[50:] *= times
+    for name, after in (("worse", 6.0), ("as before", 1.0)):
+        loss[52:] = after
+        writer = RunWriter(tmp_path / f"{name}.db", {"argv": ["t.py"], "mode": "watch"})
+        writer.write([rows_of(Stream(0, "Adam", outline()), norm, loss_S=loss.copy(), lr_S=rate)])
+        writer.close()
+    assert account_at(tmp_path / "as before.db").first is None
+    first = account_at(tmp_path / "worse.db").first
+    assert (first is not None) == (times > 5)
+    if first is not None:
+        assert (first.step, first.kind) == (50, "rate")
+        told = headline(account_at(tmp_path / "worse.db"))
+        assert told.startswith("It began at step 50: the learning rate rose to 30 times its largest before, and within")
+        assert "what raised the learning rate" in advice_of(account_at(tmp_path / "worse.db"))[0].reason
+
+
+@pytest.mark.parametrize("step", [2, 30])
+def test_a_batch_unlike_the_others_is_told_from_a_layer_and_from_a_rate(tmp_path, step):
+    def train():
+        model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for now in range(40):
+            x = torch.randn(64, 8)
+            optimizer.zero_grad()
+            y = x[:, :1] * (1000.0 if now == step else 1.0)
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+
+    account = _account(tmp_path, train)
+    assert (account.first.step, account.first.kind) == (step, "batch")
+    assert headline(account).startswith(f"At step {step} the batch was unlike those before it: its largest value was ")
+    assert "Look at that batch in the data" in advice_of(account)[0].reason
+
+
+def test_a_batch_whose_values_nobody_saw_is_told_by_its_loss(tmp_path):
+    stream, norm, loss = Stream(0, "AdamW", outline()), noise(80, outline().num_leaves), np.full(80, 2.0)
+    norm[60], loss[60] = 100 * norm[60], 500.0
+    names = list(dict.fromkeys(stream.outline.tensors_L))
+    stream.about["names"] = names
+    for name, grown in (("still", 1.0), ("moved", 5.0)):
+        writer = RunWriter(tmp_path / f"{name}.db", {"argv": ["t.py"], "mode": "watch"})
+        writer.write([rows_of(stream, norm, loss_S=loss)])
+        lengths = np.full(len(names), 3.0, dtype=np.float32)
+        writer.add_lengths([(0, 48, lengths), (0, 60, lengths * np.float32(grown))])
+        writer.close()
+    still, moved = (account_at(tmp_path / f"{name}.db").first for name in ("still", "moved"))
+    assert (still.step, still.kind) == (60, "batch")
+    assert "its loss was 250 times that of the five steps before" in still.reason
+    assert (moved.step, moved.kind) == (60, "history"), "the weights had moved: it may not have been the batch"
+
+
+def test_a_value_that_is_lost_beside_the_path_that_reads_it_is_named_where_it_was_made(tmp_path):
+    class Agent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.critic, self.actor = (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(2))
+
+    def train():
+        agent = Agent()
+        optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
+        for step in range(12):
+            x = torch.randn(16, 4)
+            value = agent.critic(x)
+            value = value + torch.log(-value.abs() - 1) if step == 10 else value
+            gain = (1 - value).detach()  # without its gradient, the actor is given it as data
+            loss = (agent.actor(x) * gain).mean() + (value - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    first = _account(tmp_path, train).first
+    assert (first.step, first.kind, first.tensor.rpartition(".")[0]) == (10, "forward", "critic.2")
+
+
+def test_one_network_makes_what_the_other_is_given(tmp_path):
+    def train():
+        maker, critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), nn.Linear(2, 1)
+        makers, critics = torch.optim.Adam(maker.parameters(), 1e-3), torch.optim.Adam(critic.parameters(), 1e-3)
+        for step in range(20):
+            made = maker[1](maker[0](torch.randn(16, 4)))
+            fake = maker[2](made / (made - made) if step == 15 else made)
+            for optimizer, given, sign in ((critics, fake.detach(), 1), (makers, fake, -1)):
+                optimizer.zero_grad()
+                (sign * critic(given)).mean().backward()
+                optimizer.step()
+
+    account = _account(tmp_path, train)
+    assert (account.first.step, account.first.kind) == (15, "forward")
+    assert account.first.tensor.startswith("Sequential.0.") and account.first.stream == 1
+
+
+def test_what_another_rank_saw_is_told_beside_the_gradients_they_share(tmp_path):
+    norm = noise(80, outline().num_leaves)
+    norm[60:] = np.nan
+    for rank, name in ((0, "run.db"), (1, "run.rank1.db")):
+        loss = np.full(80, 2.0)
+        loss[60 + (rank == 0) :] = np.nan
+        writer = RunWriter(tmp_path / name, {"argv": ["t.py"], "mode": "watch", "rank": rank, "world_size": 2})
+        writer.write([rows_of(Stream(0, "SGD", outline()), norm, loss_S=loss)])
+        if rank:
+            writer.remark({"kind": "forward", "where": outline().tensors_L[0], "operation": "Log", "step": 60})
+        writer.close()
+    account = account_at(tmp_path / "run.db")
+    assert (account.first.step, account.first.kind, account.first.rank) == (60, "forward", 1)
+    assert headline(account).startswith("On rank 1: it began at step 60 in ")
+
+
+def test_a_sudden_cause_within_slow_growth_is_where_it_began(tmp_path):
+    norm = noise(130, outline().num_leaves) * np.exp(np.maximum(0, np.arange(130) - 60) * 0.08)[:, None]
+    lengths = np.full(len(dict.fromkeys(outline().tensors_L)), 3.0, dtype=np.float32)
+    stream = Stream(0, "SGD", outline())
+    stream.about["names"] = list(dict.fromkeys(outline().tensors_L))
+    for name, rate in (("slow", 1.0), ("raised", 20.0)):
+        writer = RunWriter(tmp_path / f"{name}.db", {"argv": ["t.py"], "mode": "watch"})
+        rates = np.where(np.arange(130) < 70, 0.01, 0.01 * rate)
+        writer.write([rows_of(stream, norm, loss_S=np.full(130, 2.0), lr_S=rates)])
+        writer.add_lengths([(0, 0, lengths)])
+        writer.close()
+    assert account_at(tmp_path / "slow.db").first.kind == "growth"
+    raised = account_at(tmp_path / "raised.db").first
+    assert (raised.kind, raised.step) == ("rate", 70)
+
+
 def test_no_clip_advice_to_adam_and_a_command_that_is_told_right_to_sgd(tmp_path):
     def train(optimizer):
         model = nn.Linear(8, 1)
@@ -285,6 +424,22 @@ def test_no_clip_advice_to_adam_and_a_command_that_is_told_right_to_sgd(tmp_path
         (advice,) = advice_of(_account(tmp_path / name, lambda name=name: train(name)))
         assert ("clip_grad_norm_" in advice.reason) == (name == "SGD")
         assert ("Take that line out of the script first" in advice.reason) == (name == "SGD")
+
+
+def test_steps_that_a_scaler_skips_before_a_departure_belong_to_it(tmp_path):
+    stream, norm, skipped = Stream(0, "AdamW", outline()), noise(80, outline().num_leaves), np.zeros(80, dtype=np.uint8)
+    norm[50:55], skipped[50:55] = np.inf, 1
+    norm[55:, 3] *= 1e4
+    writer = RunWriter(tmp_path / "run.db", {"argv": ["t.py"], "mode": "watch"})
+    writer.write([rows_of(stream, norm, skipped_S=skipped)])
+    writer.close()
+    account = account_at(tmp_path / "run.db")
+    assert (account.first.step, account.first.kind, account.first.tensor) == (
+        50,
+        "history",
+        stream.outline.tensors_L[3],
+    )
+    assert any("skipped 5 steps first" in said and "step 55" in said for said in findings(account))
 
 
 def test_skipped_steps_of_a_scaler_are_ordinary_unless_they_never_end(tmp_path):

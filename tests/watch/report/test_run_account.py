@@ -69,12 +69,12 @@ def test_what_followed_is_told(tmp_path):
     assert advice_of(account)[0].command == "gradsplit run --control train.py"
 
 
-def test_everything_lost_at_once_blames_no_tensor(tmp_path):
+def test_everything_lost_at_once_blames_the_last_module_or_the_loss(tmp_path):
     norm = noise(ROWS, len(LEAVES))
     norm[60:] = np.nan
     account = _account(write_run(tmp_path / "run.db", norm))
-    assert (account.first.tensor, account.first.step) == ("all", 60)
-    assert headline(account).startswith("At step 60 every gradient was lost in the backward pass: the loss was finite")
+    assert (account.first.tensor, account.first.step) == ("head.weight", 60)
+    assert "lost it in this module, the last one, or above it" in headline(account)
     stream, loss = Stream(0, "AdamW", outline()), np.where(np.arange(ROWS) < 60, 2.0, np.nan)
     writer = RunWriter(tmp_path / "lost.db", {"argv": ["train.py"], "mode": "watch"})
     writer.write([rows_of(stream, norm, loss_S=loss)])

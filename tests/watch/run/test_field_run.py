@@ -1,12 +1,24 @@
-"""Scripts that were recorded in part, wrongly or not at all: each runs in a process and is recorded right."""
+"""Scripts that were recorded in part, wrongly or not at all, are recorded right.
+
+What depends on how a process begins or ends runs in a process of its own, as `gradsplit run` starts it. The rest runs
+under a session in this process.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
+
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from gradsplit.cli import watch
 from gradsplit.watch.record import RunFile
 from tests.watch.run.processes import run_gradsplit, run_python, without_ours
+from tests.watch.run.watched import account_at, watched
 
 _TRAIN = """
 import torch
@@ -25,6 +37,15 @@ def _run(folder, text, *words, expect=0):
     return done
 
 
+def _run_here(folder, text, **options):
+    """What the script printed; it ran in this process under the session that `gradsplit run` would start."""
+    gc.collect()  # names come from living modules: those of other tests are to be gone
+    told = io.StringIO()
+    with watched(folder / "run.db", **options), contextlib.redirect_stdout(told):
+        exec(compile(text, "train.py", "exec"), {"__name__": "script"})
+    return told.getvalue()
+
+
 def _series(folder, stream=0):
     with RunFile(folder / "run.db") as file:
         return file.series(file.streams[stream])
@@ -39,10 +60,11 @@ def _series(folder, stream=0):
         "spec.loader.exec_module(module)",
         "import threading; t = threading.Thread(target=__import__, args=('torch',)); t.start(); t.join()",
         "import os; os.chdir('/')",
+        "from gradsplit.resume import Guard; import gradsplit as gs; gs.GSO",
         "import sys; sys.stderr.close()",
         "import os, sys\nif 'again' not in sys.argv: os.execv(sys.executable, [sys.executable, sys.argv[0], 'again'])",
     ],
-    ids=["probe", "spec", "thread", "chdir", "closed stderr", "exec"],
+    ids=["probe", "spec", "thread", "chdir", "ours first", "closed stderr", "exec"],
 )
 def test_every_step_is_recorded_whatever_comes_first(tmp_path, before):
     _run(tmp_path, before + _TRAIN)
@@ -101,8 +123,7 @@ torch.manual_seed(0)
 m = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
 for i in range(12):
     for micro in range({micro}):
-        (m(torch.randn(8, 4)).square().mean() * 0 + i).backward() if {constant} else \
-            m(torch.randn(8, 4)).square().mean().backward()
+        m(torch.randn(8, 4)).square().mean().backward()
     print(sum(float(p.grad.double().square().sum()) for p in m.parameters()) ** 0.5)
     for p in m.parameters():
         p.data.add_(p.grad, alpha=-0.01)
@@ -113,20 +134,131 @@ for i in range(12):
 @pytest.mark.parametrize("clear", ["p.grad = None", "p.grad.zero_()", "p.grad.data.zero_()"])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_updates_by_hand_are_rows(tmp_path, clear, micro):
-    text = _BY_HAND.format(clear=clear, micro=micro, constant=False)
-    done = _run(tmp_path, text)
+    told = _run_here(tmp_path, _BY_HAND.format(clear=clear, micro=micro))
     series = _series(tmp_path)
     assert series.stream.optimizer == "ByHand"
     assert series.num_rows == 12
-    np.testing.assert_allclose(series.total_R, [float(line) for line in done.stdout.split()], rtol=1e-5)
+    np.testing.assert_allclose(series.total_R, [float(line) for line in told.split()], rtol=1e-5)
     assert {"0.weight", "1.bias"} <= set(series.stream.outline.names_N)
     assert np.isfinite(series.loss_R).all()
 
 
+def test_a_value_lost_by_a_script_that_updates_by_hand_is_named_where_it_was_lost(tmp_path):
+    text = _BY_HAND.format(clear="p.grad = None", micro=1)
+    spoilt = "m(torch.randn(8, 4)).square()"
+    for step, backward in ((5, False), (5, True)):
+        (tmp_path / "run.db").unlink(missing_ok=True)
+        lost = "m[1](m[0](torch.randn(8, 4)) + {}).square()".format(
+            "torch.sqrt((m[0].weight[0, 0] * 0).abs())" if backward else "torch.log(m[0].weight[0, 0] * 0 - 1)"
+        )
+        _run_here(tmp_path, text.replace(spoilt, f"({lost} if i == {step} else {spoilt})"))
+        first = account_at(tmp_path / "run.db").first
+        assert (first.step, first.kind) == (step, "backward" if backward else "forward")
+        assert first.tensor.startswith("0."), "and not the weights that were lost by the update after it"
+
+
 def test_accumulation_and_an_optimizer_are_not_taken_for_updates_by_hand(tmp_path):
-    _run(tmp_path, _TRAIN.replace("o.zero_grad();", "o.zero_grad(); m(torch.ones(8, 4)).mean().backward();"))
+    _run_here(tmp_path, _TRAIN.replace("o.zero_grad();", "o.zero_grad(); m(torch.ones(8, 4)).mean().backward();"))
     with RunFile(tmp_path / "run.db") as file:
         assert [(s.optimizer, file.series(s).num_rows) for s in file.streams] == [("AdamW", 20)]
+
+
+_REPLACED = """
+import torch
+from torch import nn
+torch.manual_seed(0)
+def mine(self, closure=None):
+    for entry in self.param_groups:
+        for p in entry["params"]:
+            p.data.add_(p.grad, alpha=-0.1)
+torch.optim.AdamW.step = mine
+del torch.optim.Optimizer.step
+m = nn.Linear(4, 1); o = torch.optim.AdamW(m.parameters())
+for i in range(9):
+    o.zero_grad(); loss = m(torch.randn(8, 4)).square().mean(); loss.backward(); o.step()
+print(loss.item())
+"""
+
+_DELETED = """
+del torch.optim.AdamW.step
+for i in range(30):
+    m(torch.randn(8, 4)).square().mean().backward()
+    for p in m.parameters():
+        p.data.add_(p.grad, alpha=-0.1); p.grad = None
+print(m.weight.sum().item())
+"""
+
+
+def test_a_step_that_the_script_replaces_is_recorded_and_one_that_it_deletes_is_missed_aloud(tmp_path):
+    for text, rows in ((_REPLACED, 9), (_TRAIN + _DELETED, 20)):
+        (tmp_path / "run.db").unlink(missing_ok=True)
+        done = _run(tmp_path, text)
+        assert done.stdout == run_python(tmp_path, "train.py").stdout
+        assert _series(tmp_path).num_rows == rows
+        missed = done.stderr.count("recorded in part: the last 30 backward passes are not in it")
+        assert missed == (rows == 20)
+
+
+_FORKED = """
+import os
+child = os.fork()
+for i in range(6):
+    o.zero_grad(); m(torch.randn(8, 4)).square().mean().backward(); o.step()
+if child == 0:
+    os._exit(5)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_records_on_its_own_and_both_go_on(tmp_path):
+    by_hand = _FORKED.replace("o.step()", "[p.data.add_(p.grad, alpha=-0.1) for p in m.parameters()]")
+    for text, rows in (
+        (_TRAIN + _FORKED, [6, 26]),
+        (_TRAIN.replace("range(20)", "range(0)") + _FORKED, [6, 6]),  # before the first step
+        (
+            _TRAIN.replace("range(20)", "range(0)").replace("o = ", "#")
+            + by_hand.replace("o.zero_grad()", "m.zero_grad()"),
+            [6, 6],
+        ),
+    ):
+        for left in tmp_path.glob("run*"):
+            left.unlink()
+        done = _run(tmp_path, text)
+        assert sorted(path.name for path in tmp_path.glob("run*")) == ["run-2.db", "run.db"], "both are closed"
+        assert done.stdout == "5\n"
+        found = []
+        for name in ("run.db", "run-2.db"):
+            with RunFile(tmp_path / name) as file:
+                found.append(file.num_rows(0))
+        assert sorted(found) == rows
+
+
+_FULL = """
+import resource, signal, time
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # what a full disk does: no file grows beyond this
+import torch
+from torch import nn
+torch.manual_seed(0)
+m = nn.Sequential(*[nn.Linear(16, 16) for _ in range(30)]); o = torch.optim.AdamW(m.parameters())
+for i in range(140):
+    o.zero_grad(); loss = m(torch.randn(8, 16)).square().mean(); loss.backward(); o.step()
+    if i in (40, 90):
+        time.sleep(1.2)  # the recording is written about once a second
+print(loss.item())
+"""
+
+
+def test_a_full_disk_leaves_the_script_alone_and_is_said(tmp_path):
+    (tmp_path / "train.py").write_text(_FULL.format(limit=20_000))
+    alone = run_python(tmp_path, "train.py")
+    for limit, said, there in ((20_000, "nothing was recorded: ", False), (150_000, "recorded in part: ", True)):
+        done = _run(tmp_path, _FULL.format(limit=limit))
+        assert (done.stdout, done.returncode) == (alone.stdout, 0)
+        assert done.stderr.count(f"gradsplit: {said}") == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        assert (tmp_path / "run.db").exists() == there, "half a file is taken away, a short one is kept"
+    assert 0 < _series(tmp_path).num_rows < 140
 
 
 def test_steps_whose_hooks_were_taken_away_are_seen_by_their_backward_passes(tmp_path):
@@ -153,7 +285,8 @@ for step in range(8):
 
 
 def test_a_scalers_skipped_steps_keep_their_numbers_and_their_losses(tmp_path):
-    _run(tmp_path, _SCALED, "--fail-on", "explosion")
+    _run_here(tmp_path, _SCALED)
+    assert account_at(tmp_path / "run.db").first is None
     series = _series(tmp_path)
     assert series.step_R.tolist() == list(range(8))
     assert series.loss_R.tolist() == [4.5] * 8
@@ -181,7 +314,7 @@ for step in range(20):
 
 @pytest.mark.parametrize("data", ["", ".data"])
 def test_norms_are_taken_where_the_optimizer_reads_them(tmp_path, data):
-    _run(tmp_path, _CLIPPED.format(data=data))
+    _run_here(tmp_path, _CLIPPED.format(data=data))
     series = _series(tmp_path)
     assert np.isfinite(series.total_R[:12]).all()
     assert not np.isfinite(series.total_R[12])
@@ -209,13 +342,13 @@ for step in range(4):
 
 
 def test_the_cap_holds_over_all_calls_of_a_closure(tmp_path):
-    done = _run(tmp_path, _LBFGS.format(search=""), "--control")
-    assert max(float(line) for line in done.stdout.split()) <= 0.03 * 1.001
+    told = _run_here(tmp_path, _LBFGS.format(search=""), control=True)
+    assert max(float(line) for line in told.split()) <= 0.03 * 1.001
 
 
 def test_a_bound_in_front_of_a_line_search_is_refused(tmp_path):
-    done = _run(tmp_path, _LBFGS.format(search=', line_search_fn="strong_wolfe"'), "--control", expect=1)
-    assert "line_search_fn=None" in done.stderr
+    with pytest.raises(ValueError, match="line_search_fn=None"):
+        _run_here(tmp_path, _LBFGS.format(search=', line_search_fn="strong_wolfe"'), control=True)
 
 
 _PAIR = """
@@ -237,7 +370,7 @@ for i in range(3):
 
 
 def test_two_optimizers_carry_their_owners_class(tmp_path):
-    _run(tmp_path, _PAIR)
+    _run_here(tmp_path, _PAIR)
     with RunFile(tmp_path / "run.db") as file:
         first, second = (set(stream.outline.names_N) for stream in file.streams)
     assert {"Discriminator.main.0.weight", "Discriminator.main.0.bias"} <= first
@@ -256,8 +389,10 @@ def test_two_networks_of_one_class_carry_the_scripts_own_names(tmp_path):
 
 
 def test_the_package_runs_as_a_module_and_a_bare_report_opens_the_newest_file(tmp_path):
-    _run(tmp_path, _TRAIN)
-    _run(tmp_path, _TRAIN.replace("range(20)", "range(11)"))
+    _run_here(tmp_path, _TRAIN)
+    (tmp_path / "train.py").write_text(_TRAIN.replace("range(20)", "range(11)"))
+    done = run_python(tmp_path, "-m", "gradsplit", "run", "train.py")
+    assert done.returncode == 0, done.stderr
     told = run_python(tmp_path, "-m", "gradsplit", "report", "--no-page")
     assert told.returncode == 0, told.stderr
     assert told.stdout.startswith("run-2.db: train.py (watch, 11 steps")
@@ -290,6 +425,12 @@ def test_a_crash_in_the_forward_pass_is_a_finding(tmp_path):
     assert "nothing to change" not in told.stdout
 
 
+def _watching():
+    app = typer.Typer()
+    app.command()(watch.run)
+    return app
+
+
 _DEEP = """
 import torch
 from torch import nn
@@ -310,9 +451,10 @@ for i in range(5):
 
 
 def test_every_layer_can_be_watched_logged_and_read(tmp_path):
-    _run(tmp_path, _DEEP, "--to", "jsonl:all.jsonl", "--depth", "0")
+    _run_here(tmp_path, _DEEP, to=(f"jsonl:{tmp_path / 'all.jsonl'}",), depth=0)
     assert '"norm/h.1.attn.weight"' in (tmp_path / "all.jsonl").read_text()
-    shown = run_python(tmp_path, "-m", "gradsplit", "watch", "--once", "--module", "h.1", "--depth", "0").stdout
+    run = tmp_path / "run.db"
+    shown = CliRunner().invoke(_watching(), [str(run), "--once", "--module", "h.1", "--depth", "0"]).stdout
     assert "h.1.attn.weight" in shown and "h.0" not in shown
     with RunFile(tmp_path / "run.db") as file:
         norms = file.norms("h.1.attn")
