@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 
-from .account import Account, Departure, NodeUse, StreamAccount
+from .account import Account, NodeUse, StreamAccount
 from .advice import action_sentence, advice_of, number
+from .origin import Departure
 
 __all__ = ["TURN_HEADINGS", "printable", "findings", "headline", "report_text", "turn_rows", "use_rows"]
 

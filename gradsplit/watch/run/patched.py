@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch.nn.utils import clip_grad
 __all__ = [
     "Losses",
     "Lost",
+    "Sizes",
+    "UNLIKE",
     "largest_given",
     "leaves_in_order",
     "lost_in_forward",
@@ -340,3 +343,32 @@ def _finite(tensor: Tensor) -> bool:
         return True
     with torch.no_grad():
         return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor.detach()).all())
+
+
+_JUMP = 4.0  # of a loss over the largest of those before it, at which the batch is looked at
+_RECENT = 8  # losses that it is held against
+_AGAIN = 64  # backward passes between two looks at ordinary batches
+UNLIKE = 10.0  # of a batch's largest magnitude over that of the batches before it
+
+
+class Sizes:
+    """The largest magnitude in the batches, read at the first ones, thinly later, and where the loss jumps."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._usual, self._count = 0.0, 0
+
+    def look(self, loss: float, read: Callable[[], float]) -> float:
+        """Return by how much the batch of this loss is larger than those before it; 1 where it was not read."""
+        jumped = len(self._losses) > 0 and abs(loss) > _JUMP * max(map(abs, self._losses))
+        regular = self._count < _RECENT or self._count % _AGAIN == 0
+        self._count += 1
+        self._losses.append(loss)
+        if not (jumped or regular):
+            return 1.0
+        size = read()
+        times = size / self._usual if self._usual > 0 else 1.0
+        if times <= UNLIKE:  # a batch that stands out is no measure for the next
+            self._usual = max(self._usual, size)
+            return 1.0
+        return times

@@ -6,12 +6,10 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import gc
 import math
 import os
 import sys
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,28 +18,32 @@ import torch
 from torch import Tensor
 
 from ...hooks import after_backward, not_traced
-from ...plan import Layout
 from ...resume import DivergenceError, Guard
 from ...resume.actions import GuardAction
-from ..record import Recorder, RunFileError, RunWriter, recording_plan, tell
+from ..record import Recorder, RunFileError, RunWriter, tell
+from .by_hand import HandUpdates
 from .ending import say
 from .launch import free_name
-from .names import TensorsOf, names_of_leaves, parameters_of, roots_of
-from .patched import Losses, largest_given, leaves_in_order, lost_in_forward, watch_own_bound, watch_scaler
+from .names import TensorsOf, names_of_leaves, roots_of
+from .patched import (
+    UNLIKE,
+    Losses,
+    Sizes,
+    largest_given,
+    leaves_in_order,
+    lost_in_forward,
+    watch_own_bound,
+    watch_scaler,
+)
 from .settings import Settings
-from .track import BlockReader, Track, signature
+from .track import Track, signature
 
-__all__ = ["ByHand", "Guards", "HandUpdates", "Session"]
+__all__ = ["Guards", "Session"]
 
 _LOOKS = 8  # backward passes from which the order of the forward pass is read
 _REMARKS = 20  # forward passes that were lost, and looked at
-_JUMP = 4.0  # of a loss over the largest of those before it, at which the batch is looked at
-_RECENT = 8  # losses that it is held against
-_AGAIN = 64  # backward passes between two looks at ordinary batches
-_UNLIKE = 10.0  # of a batch's largest magnitude over that of the batches before it
 _UNSEEN = 8  # backward passes without a step after them, and four times those of a step, before it is said
 _TRIES = 20  # names for the run file, where processes of one script begin at once
-_SURE = 3  # passes whose gradients were cleared unused by the optimizer that has them: it does not step, or not so
 
 
 class Guards:
@@ -132,7 +134,7 @@ class Session:
         self._looks = 0
         self._lost: dict[str, Any] | None = None
         self._num_remarks = 0
-        self._sizes = _Sizes()
+        self._sizes = Sizes()
         self._by_hand = HandUpdates(self)
 
     def install(self) -> None:
@@ -185,7 +187,7 @@ class Session:
             self._examine(loss)
             return
         unlike = self._sizes.look(value, lambda: largest_given(loss))
-        if unlike > _UNLIKE and self._lost is None and self._num_remarks < _REMARKS:
+        if unlike > UNLIKE and self._lost is None and self._num_remarks < _REMARKS:
             self._lost = {"kind": "batch", "where": "", "times": unlike}
 
     def _learn_order(self, loss: Tensor) -> None:
@@ -403,114 +405,6 @@ class Session:
 
     def _last_step(self) -> int:
         return max((track.step for track in [*self._tracks.values(), *self._by_hand.tracks]), default=-1)
-
-
-class _Sizes:
-    """The largest magnitude in the batches, read at the first ones, thinly later, and where the loss jumps."""
-
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=_RECENT)
-        self._usual, self._count = 0.0, 0
-
-    def look(self, loss: float, read: Callable[[], float]) -> float:
-        """Return by how much the batch of this loss is larger than those before it; 1 where it was not read."""
-        jumped = len(self._losses) > 0 and abs(loss) > _JUMP * max(map(abs, self._losses))
-        regular = self._count < _RECENT or self._count % _AGAIN == 0
-        self._count += 1
-        self._losses.append(loss)
-        if not (jumped or regular):
-            return 1.0
-        size = read()
-        times = size / self._usual if self._usual > 0 else 1.0
-        if times <= _UNLIKE:  # a batch that stands out is no measure for the next
-            self._usual = max(self._usual, size)
-            return 1.0
-        return times
-
-
-class ByHand:
-    """Stands for the optimizer that a script has not: leaves that it updates by hand."""
-
-    def __init__(self, leaves: list[Tensor]) -> None:
-        self.param_groups: list[dict[str, Any]] = [{"params": leaves}]
-        self.defaults: dict[str, Any] = {}
-
-
-class HandUpdates:
-    """Backward passes of a script without an optimizer, a row for each whose gradients were cleared after it.
-
-    A gradient that is still there at the next backward pass is being accumulated; one that is gone has been used. The
-    first step of an optimizer ends this for good.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._holder: ByHand | None = None
-        self._reader: BlockReader | None = None
-        self._waiting: list[tuple[Tensor, Tensor | float]] = []  # used, but not yet known to be updates
-        self._last: Tensor | None = None
-        self._used, self._off = False, False
-        self.tracks: list[Track] = []
-
-    def stop(self) -> None:
-        """An optimizer has stepped."""
-        if not self._off:
-            self._off, self._holder, self._reader, self._last = True, None, None, None
-            self._waiting = []
-
-    @torch.no_grad()
-    def before_backward(self, loss: Tensor) -> None:
-        """Look whether the gradients of the pass before were used."""
-        if self._off:
-            return
-        if self._holder is None:
-            leaves = [leaf for leaf in leaves_in_order(loss) if leaf.is_leaf and leaf.numel()]
-            if leaves:
-                self._holder = ByHand(leaves)
-                layout = Layout(tuple(map(str, range(len(leaves)))), tuple(tuple(leaf.shape) for leaf in leaves))
-                plan = recording_plan(layout, max_nodes=self._session.settings.max_nodes)
-                self._reader = BlockReader(plan, leaves[0].device)
-        elif self._last is not None and float(self._squares().sum()) == 0 != float(self._last.sum()):
-            self._use()
-
-    @torch.no_grad()
-    def after_backward(self) -> None:
-        """Measure."""
-        if not self._off and self._holder is not None:
-            self._last = self._squares()
-
-    def close(self) -> None:
-        """Take the last pass for an update, where those before it were."""
-        if not self._off and self.tracks and self._last is not None and not self._used:
-            self._use(last=True)
-            self._used = True
-
-    def _squares(self) -> Tensor:
-        assert self._holder is not None and self._reader is not None
-        return self._reader.squares([leaf.grad for leaf in self._holder.param_groups[0]["params"]])
-
-    def _use(self, *, last: bool = False) -> None:
-        assert self._last is not None
-        session = self._session
-        # Before the next backward pass the sum of losses has the new one already.
-        self._waiting.append((self._last, session.losses.take() if last else session.losses.take_before()))
-        self._last = None
-        if not self.tracks and len(self._waiting) < (1 if self._free() else _SURE):
-            return
-        if not self.tracks:
-            self.tracks.append(session.hand_track(self._holder))
-        waiting, self._waiting = self._waiting, []
-        for squares_L, loss in waiting:
-            session.hand_row(self.tracks[0], squares_L, loss)
-
-    def _free(self) -> bool:
-        """Whether no living optimizer has any of these leaves."""
-        assert self._holder is not None
-        mine = {id(leaf) for leaf in self._holder.param_groups[0]["params"]}
-        return not any(
-            issubclass(type(thing), torch.optim.Optimizer) and any(id(p) in mine for p in parameters_of(thing))
-            for thing in gc.get_objects()
-        )
 
 
 class _ScriptRecorder(Recorder):
