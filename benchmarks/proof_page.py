@@ -68,11 +68,12 @@ def own_rows() -> list[Row]:
         about = workload(name)
         methods = {}
         for method in COLUMNS:
-            tried = [
-                finished[key]
-                for lr in proof.rates_of(name, method)
-                if (key := proof.Job(name, steps, method, lr, proof.CHOOSING, options).key) in finished
+            same = [
+                run
+                for run in finished.values()
+                if (run["workload"], run["steps"], run["method"]) == (name, steps, method)
             ]
+            tried = [run for run in same if run["seed"] == proof.CHOOSING and run["options"] == options]
             if not tried:
                 continue
             sound = [run for run in tried if run["score"] is not None and not run["diverged"]]

@@ -101,7 +101,9 @@ EXPERTS = Workload(
     steps=200,
     optimizer="adamw",
     lr=3e-3,
-    expected=measured(0.0, 1, "gradsplit compare experts", MEASURED_2026_11_29),
+    expected=measured(
+        1.923, 7, "gradsplit compare experts --methods gso --lr usual --schedule linear --seeds 1", MEASURED_2026_11_29
+    ),
     data_note=DATA_NOTE,
     build=build_experts,
     options=TEXT_OPTIONS
