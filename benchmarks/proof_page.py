@@ -388,7 +388,9 @@ def count_of(rows: list[Row]) -> Row:
     ranked = [row for row in rows if row["rank"] is not None]
     near = [row for row in ranked if row["rank"] == 1 or row["behind"] <= NEAR]
     wide = [row for row in ranked if row["of"] >= 4]
+    single = [row for row in ranked if not row["methods"]["gso"]["fresh"] and not row["methods"]["gso"].get("lost")]
     return {
+        "one_seed": len(single),
         "wide": len(wide),
         "wide_first": sum(row["rank"] == 1 for row in wide),
         "wide_near": sum(row in near for row in wide),
@@ -408,7 +410,9 @@ def count_words(count: Row) -> str:
         f"{count['first_or_near']} of them ({100 * count['share']:.0f} %; the aim was 80 %).{behind}\n\n"
         "Some rows have AdamW alone beside GSO, and there it is easy to be first. "
         f"In the {count['wide']} rows with at least three others GSO is first in {count['wide_first']}, and first or "
-        f"within 2 % in {count['wide_near']}.\n"
+        f"within 2 % in {count['wide_near']}.\n\n"
+        f"In {count['one_seed']} rows GSO has one seed, the one that chose. A difference of a few per cent may turn "
+        "there.\n"
     )
 
 
