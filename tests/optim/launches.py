@@ -11,7 +11,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = {
-    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze"),
+    *(
+        "alias",
+        "as_strided",
+        "detach",
+        "diagonal",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+    ),
     *("t", "transpose", "unbind", "unsqueeze", "unsafe_view", "view", "view_as_complex", "view_as_real"),
 }
 """Operations that move no data: they launch nothing."""

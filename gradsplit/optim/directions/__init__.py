@@ -6,9 +6,9 @@ elsewhere, as a share of the row's length. `register` adds a direction from outs
 
 from .adam import Adam
 from .direction import Direction, Turn
-from .orthogonal import Orthogonal, orthogonalised
+from .orthogonal import Orthogonal, orthogonalised, product_dtype
 
-__all__ = ["DIRECTIONS", "Adam", "Direction", "Orthogonal", "Turn", "orthogonalised", "register"]
+__all__ = ["DIRECTIONS", "Adam", "Direction", "Orthogonal", "Turn", "orthogonalised", "product_dtype", "register"]
 
 DIRECTIONS: dict[str, Direction] = {row.name: row for row in (Orthogonal(), Adam())}
 """The directions by name."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .direction import Direction, Turn, entered
 
-__all__ = ["Orthogonal", "orthogonalised"]
+__all__ = ["Orthogonal", "orthogonalised", "product_dtype"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Newton-Schulz's quintic, from Muon (Jordan et al. 2024): steep at zero, between 0.7 and 1.2 near one."""
@@ -105,12 +105,17 @@ class Orthogonal(Direction):
                 alike[tuple(block.shape[1:]), block.dtype, block.device].append(block)
         for blocks in alike.values():
             stack = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-            made = orthogonalised(stack.to(_narrow(stack)))
+            made = orthogonalised(stack.to(product_dtype(stack.dtype, stack.device)))
             torch._foreach_copy_(blocks, list(made.split([len(block) for block in blocks])))
 
 
-def _narrow(stack: Tensor) -> torch.dtype:
-    """The dtype of the products: at least float32 on the CPU, bfloat16 on a graphics card."""
-    if stack.is_complex() or stack.dtype == torch.float64:
-        return stack.dtype
-    return torch.bfloat16 if stack.device.type == "cuda" else torch.float32
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return in what the products are computed: bfloat16 on cards that multiply it, at least float32 elsewhere.
+
+    >>> product_dtype(torch.float32, torch.device("cpu"))
+    torch.float32
+    """
+    if dtype.is_complex or dtype == torch.float64:
+        return dtype
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8  # from Ampere on
+    return torch.bfloat16 if fast else torch.float32

@@ -32,7 +32,7 @@ from ...kernels.selfcheck import is_sound
 from ...plan import Layout, pattern_of, xsp
 from ...rates import Clock
 from ...split import Split
-from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
+from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised, product_dtype
 from ..kinds import Kind
 from ..share import ShareUpdate
 from . import share_programs as programs
@@ -305,7 +305,7 @@ class TritonShare(ShareUpdate):
 
     def _narrow(self, wide: torch.dtype) -> torch.dtype:
         """The dtype of the products of Newton-Schulz."""
-        return torch.bfloat16 if self._device.type == "cuda" and wide == torch.float32 else wide
+        return product_dtype(wide, self._device)
 
     def _addresses(
         self,

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from gradsplit.optim.directions import orthogonalised
+from gradsplit.optim.directions import orthogonalised, product_dtype
 from tests.architecture.sources import ROOT
 from tests.optim.share.triton_runs import COUNTS, EQUAL, FALLBACKS, FAULTS, LAWS
 
@@ -120,6 +120,15 @@ def test_the_programs_compile_for_graphics_cards(tmp_path):
         check=False,
     )
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("major", "wanted"), [(9, torch.bfloat16), (8, torch.bfloat16), (7, torch.float32)])
+def test_a_card_without_bfloat16_multiplies_in_float32(monkeypatch, major, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    card = torch.device("cuda", 0)
+    assert product_dtype(torch.float32, card) == wanted
+    assert product_dtype(torch.float64, card) == torch.float64
+    assert product_dtype(torch.complex64, card) == torch.complex64
 
 
 def _cosines(a, b):
