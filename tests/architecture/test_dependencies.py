@@ -20,7 +20,7 @@ DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli": "tomli", "_
 # Installed without its dependencies by the Makefile; only its files are read.
 DATA_ONLY = {"deepforest"}
 # What adapters translate for, and whose models some benchmarks take: whoever calls them has installed it.
-BROUGHT_BY_THE_USER = {"timm", "triton", "wandb", "mlflow", "jax", "tensorflow"}
+BROUGHT_BY_THE_USER = {"timm", "wandb", "mlflow", "jax", "tensorflow"}
 # What `benchmarks/` measures beside us, or drives us with, each in an environment of its own.
 MEASURED_BESIDE_US = {"adam-mini", "atheris", "heavyball", "smartclip", "timm", "torchjd", "zclip"}
 
