@@ -8,6 +8,7 @@ card. So before it works in a dtype on a device for the first time, it is compar
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -162,6 +163,8 @@ class TritonKernel(Kernel):
         self._captured: list[Any] = []  # what a CUDA graph reads again at every replay
         self._warned = False
         self._eager: Kernel | None = None
+        self._sound: set[torch.dtype] = set()
+        self._measured: tuple[list[Tensor | None], Tables] | None = None
 
     @property
     def eager(self) -> Kernel:
@@ -197,6 +200,7 @@ class TritonKernel(Kernel):
         if torch.compiler.is_compiling():
             return [self.eager.squares(tensors) for tensors in lists]
         tables = [self._tables_of(tensors) for tensors in lists]
+        self._measured = (list(lists[0]), tables[0]) if lists else None
         if len(lists) == 2 and tables[0] is tables[1]:
             return self._squares(lists, tables[0])
         return [self._squares([tensors], of)[0] for tensors, of in zip(lists, tables, strict=True)]
@@ -221,7 +225,7 @@ class TritonKernel(Kernel):
         """See `Kernel.scale_`. Bins with a scale of 1 are neither read nor written."""
         if torch.compiler.is_compiling():
             return self.eager.scale_(tensors, scale_B, zero_B)
-        tables = self._tables_of(tensors)
+        tables = self._just_measured(tensors) or self._tables_of(tensors)
         if tables.eager_T:  # first, since it needs memory, and where that has run out nothing may be half applied
             self.eager.scale_(_only(tensors, tables.eager_T), scale_B, zero_B)
         if not tables.tables:
@@ -234,10 +238,13 @@ class TritonKernel(Kernel):
 
     def _serves(self, dtype: torch.dtype) -> bool:
         """Whether the programs are right in a dtype here; they are tried once per process."""
-        if dtype not in _KINDS:
-            return False
+        if dtype in self._sound:
+            return True
         trial = partial(_trial, self.device, dtype)
-        return is_sound("triton: squares and scaling", self.device, dtype, trial, by_name=self.by_name)
+        name = "triton: squares and scaling"
+        if dtype in _KINDS and is_sound(name, self.device, dtype, trial, by_name=self.by_name):
+            self._sound.add(dtype)
+        return dtype in self._sound
 
     def _addresses_of(self, tensors: Sequence[Tensor | None], tables: Tables) -> Tensor:
         """Where the tensors begin in memory, (T,), on the device; sent only where an address has changed.
@@ -260,6 +267,13 @@ class TritonKernel(Kernel):
             self._captured.append((sent, tables))
         self._sent = [sent, *self._sent[:3]]
         return sent[2]
+
+    def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
+        """The tables of the tensors that were measured just before, once: their strides may change afterwards."""
+        measured, self._measured = self._measured, None
+        if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
+            return None
+        return measured[1]
 
     def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
         """The tables for tensors of these dtypes and strides, made anew or found among the last four."""
@@ -318,7 +332,7 @@ class TritonKernel(Kernel):
         warn_of_fallback("The triton backend", self.plan.layout.names[t], reason, remedy_of(reason))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_known": [], "_sent": [], "_captured": [], "_eager": None}
+        return {**vars(self), "_known": [], "_sent": [], "_captured": [], "_eager": None, "_measured": None}
 
 
 def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:
