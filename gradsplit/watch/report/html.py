@@ -147,7 +147,8 @@ section{background:#fff;border:1px solid #e3e3e3;border-radius:8px;padding:18px 
 th,td{padding:5px 10px;text-align:left;border-bottom:1px solid #ececec;vertical-align:top}
 th{font-weight:600;color:#444;white-space:nowrap}td.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.ours td:first-child{font-weight:600}thead~tbody td:first-child{white-space:nowrap}
-td{overflow-wrap:anywhere;min-width:2.2em}td:nth-child(2):not(.num){min-width:13em}
+td{overflow-wrap:anywhere;min-width:2.2em}tbody:first-child td:first-child{white-space:nowrap}
+td:nth-child(2):not(.num){min-width:13em}
 .figure{margin:8px -6px}
 @media print{section{break-inside:avoid;border:0}nav{display:none}}
 """

@@ -20,6 +20,7 @@ __all__ = [
     "GROWN",
     "HISTORY",
     "LOSS_TIMES",
+    "NORM_ALONE",
     "NORM_TIMES",
     "RATE_TIMES",
     "RISEN",
@@ -274,7 +275,9 @@ def _rate(total: np.ndarray, loss: np.ndarray, rate: np.ndarray) -> list[Seen]:
             was, now = _largest(values[before]), _largest(values[behind])
             lost = len(values[behind]) > 0 and np.isfinite(was) and not np.isfinite(now)
             if lost or (was > 0 and now > bar * was):
-                said.append(f"the {name} {'was lost' if lost else f'rose to {_number(now / was)} times its largest'}")
+                said.append(
+                    f"the {name} {'was lost' if lost else f'rose to {_number(now / was)} times its largest before'}"
+                )
         if said:
             times = _number(rate[r] / float(np.nanmax(rate[:r])))
             reason = f"the learning rate rose to {times} times its largest before, and within "

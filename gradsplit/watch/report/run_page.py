@@ -17,7 +17,7 @@ import numpy as np
 from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
 from .html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
-from .rules import GROWN, LOSS_TIMES, NORM_TIMES, WEIGHT_TIMES
+from .rules import GROWN, LOSS_TIMES, NORM_ALONE, NORM_TIMES, RATE_TIMES, WEIGHT_TIMES
 from .text import GLOSSARY, TURN_HEADINGS, USE_HEADINGS, findings, headline, turn_rows, use_rows
 
 __all__ = ["run_page", "write_run_page", "curves", "heat_map", "pooled"]
@@ -176,8 +176,9 @@ def _evidence(account: Account) -> dict[str, Any]:
     )
     evidence["without a history"] = (
         f"the norm beyond {NORM_TIMES:g} times the first step's with a loss beyond three times its start, the loss "
-        f"beyond {LOSS_TIMES:g} times its start with the norm, growth of {GROWN - 1:.0%} per step for fifty steps, or "
-        f"a tensor's weights beyond {WEIGHT_TIMES:g} times their length between two readings, alone"
+        f"beyond {LOSS_TIMES:g} times its start with the norm, growth of {GROWN - 1:.0%} per step for fifty steps, "
+        f"a tensor's weights beyond {WEIGHT_TIMES:g} times their length between two readings, alone, a norm beyond "
+        f"{NORM_ALONE:g} times the largest before it, or a rate beyond {RATE_TIMES:g} times its largest before"
     )
     evidence["page made with"] = f"Python {platform.python_version()} on {platform.system()}"
     return evidence
@@ -187,7 +188,7 @@ _CSS = """
 .tree{font-size:.92rem}.tree details,.tree .leaf{margin-left:18px}.tree>details{margin-left:0}
 .tree summary{cursor:pointer}.tree .node{font-family:ui-monospace,monospace;overflow-wrap:anywhere}
 .tree .numbers{color:#555;margin-left:12px}
-pre.command{background:#f2f4f7;border-radius:6px;padding:8px 12px;overflow-x:auto;margin:.2em 0 1em}
+pre.command{background:#f2f4f7;border-radius:6px;padding:8px 12px;white-space:pre-wrap;margin:.2em 0 1em}
 """
 
 

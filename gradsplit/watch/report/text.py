@@ -212,7 +212,7 @@ def _aftermath(first: Departure) -> list[str]:
             f"A gradient scaler skipped {first.skipped_before} steps first, since the gradient was beyond its range; "
             f"the norm is that of step {first.step + first.skipped_before}."
         )
-    if first.rate_times >= RATE_ROSE:
+    if first.rate_times >= RATE_ROSE and first.kind != "rate":  # the first line has told it
         said.append(
             f"The learning rate had risen to {number(first.rate_times)} times its usual within ten steps before."
         )
