@@ -153,20 +153,18 @@ def _more() -> list[Job]:
     jobs += cells("plain-stack", 350, "soap", 1e-2, FRESH, options=deep) + cells(
         "plain-stack", 350, "soap", 1e-2, FRESH
     )
-    jobs += cells("deep-stack", 300, "gso", 0.0075, FRESH[:2]) + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
+    jobs += cells("deep-stack", 300, "gso", 0.0075, FRESH[:2])
     healthy = {"healthy": True}
     jobs += [job for lr in (3e-3, 1e-2, 3e-2) for job in cells(*DETECTOR[:2], "soap", lr, (0,), options=healthy)]
-    jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH, options=healthy)
-    text = {"text": "second"}
-    return jobs + cells(*MAIN, "soap", 1e-2, (0, *FRESH[:2]), options=text)
+    jobs += cells(*DETECTOR[:2], "soap", 1e-2, FRESH[:3], options=healthy)
+    return jobs
 
 
 def _length() -> list[Job]:
     """Whether the best share of a deep net is a matter of the run's length: 400 and 1,000 steps."""
-    six, twelve = ({"layers": layers, "width": 48} for layers in (6, 12))
+    six = {"layers": 6, "width": 48}
     jobs = [job for share in (0.03, 0.045) for job in cells("gpt", 400, "gso", share, (0,), options=six)]
-    jobs += [job for share in (0.03, 0.045) for job in cells(*MAIN, "gso", share, (0,), options=six)]
-    return jobs + [job for share in (0.03, 0.045) for job in cells("gpt", 400, "gso", share, (0,), options=twelve)]
+    return jobs + [job for share in (0.03, 0.045) for job in cells(*MAIN, "gso", share, (0,), options=six)]
 
 
 def _photographs() -> list[Job]:
