@@ -69,6 +69,12 @@ def test_a_step_reads_no_number_back_from_the_device(found, name):
     assert found[name] == ""
 
 
+def test_the_self_check_tells_of_planted_faults(found):
+    told = {name: said for name, said in found.items() if name.startswith("told: ")}
+    assert len(told) == 4
+    assert all("triton: fused update" in said and "the definition's" in said for said in told.values()), told
+
+
 def test_the_check_of_readings_notices_one(found):
     assert "_local_scalar_dense" in found["read back by a look"]
 

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsplit as gs
+from gradsplit.kernels import selfcheck
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """The interpreter rounds bfloat16 towards zero: one unit in the last place."""
@@ -93,6 +94,10 @@ FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 """Text of a program, what is put in its place, and the run that must tell."""
+
+
+TOLD = ("the cap is not applied", "weights do not decay", "a bin that is not finite is entered", "floors are forgotten")
+"""The faults that the self-check is asked about; it raises, since the backend is named."""
 
 
 def parameters(dtype: torch.dtype, *, shared: bool = False) -> list[Parameter]:
@@ -193,6 +198,21 @@ def faulty(folder: Path, old: str, new: str, options: dict[str, Any]) -> str:
         sound.one_pass = program
 
 
+def told(folder: Path, old: str, new: str, options: dict[str, Any]) -> str:
+    """What the self-check says of programs with a fault; empty: nothing."""
+    from gradsplit.kernels.selfcheck import SelfCheckError, findings, forget
+
+    known = findings()
+    forget()
+    try:
+        return "" if faulty(folder, old, new, options) else "the fault is no fault"
+    except SelfCheckError as error:
+        return str(error)
+    finally:
+        forget()
+        selfcheck._FOUND.update(known)
+
+
 class _Readings(TorchDispatchMode):
     """Counts what would wait for a device: numbers read back, shapes that depend on values."""
 
@@ -228,6 +248,7 @@ def main(folder: Path) -> None:
     cases: dict[str, Callable[[], str]] = {f"equal: {name}": partial(equal, run) for name, run in EQUAL.items()}
     cases |= {f"fallback: {name}": partial(falls_back, run) for name, (run, _) in FALLBACKS.items()}
     cases |= {f"fault: {name}": partial(faulty, folder, *fault) for name, fault in FAULTS.items()}
+    cases |= {f"told: {name}": partial(told, folder, *FAULTS[name]) for name in TOLD}
     cases |= {"read back": partial(readings, {}), "read back, capturable": partial(readings, {"capturable": True})}
     cases |= {"read back by a look": partial(readings, {}, look=True)}
     print(json.dumps({name: case() for name, case in cases.items()}))

@@ -3,12 +3,14 @@
 
 One program takes one bin through everything, where every budget of a bin needs that bin alone, each bin lies in one
 piece of one tensor and has at most `LONGEST` elements. All else is the reference's, with one warning that says why.
-Checked against the definition in Triton's interpreter on the CPU, and on no graphics card.
+Checked against the definition in Triton's interpreter on the CPU; and once per process, device and dtype by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...budget import Relative, RelativeStep
 from ...budget.lines import Line, line_table, lines_of
 from ...kernels.addressable import bump_versions, warn_of_fallback
-from ...plan import Plan
+from ...kernels.launch import launch
+from ...kernels.selfcheck import is_sound
+from ...plan import Layout, Plan, xsp
 from ...plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
 from ...split import Split
 from .compiled import (
@@ -38,6 +43,7 @@ from .compiled import (
     WEIGHT,
     CompiledUpdate,
 )
+from .reference import ReferenceUpdate
 
 __all__ = ["BLOCK", "LONGEST", "TritonUpdate", "one_pass"]
 
@@ -232,7 +238,8 @@ class TritonUpdate(CompiledUpdate):
         split, num_bins = self.split, self.split.plan.num_bins
         pointers = [[0 if t is None else t.data_ptr() for t in row] for row in arrays]
         tables = self._tables_of(arrays[0])
-        if tables is None:
+        by_bin = any("bin_sq" in state for state in states)
+        if tables is None or not all(self._is_sound(dtype, by_bin) for dtype, _ in tables):
             return False
         if not self._memory.is_apart(arrays[0], np.array(pointers[0])):
             self._refuse(split.plan.layout.names[0], "it or a parameter beside it shares memory with another")
@@ -242,15 +249,20 @@ class TritonUpdate(CompiledUpdate):
         # Every bound on the update follows the pace of its tensor's rate.
         caps = self._caps * split.pace_B()[self._bin_of_tensor] if len(self._caps) else self._caps
         squares, weights = torch.zeros((2, num_bins), dtype=torch.float64, device=self._device)
-        by_bin = any("bin_sq" in state for state in states)
         for dtype, table in tables:
-            one_pass[(len(table),)](
-                *(table, addresses, numbers, self._lines, caps, squares, weights, len(groups)),
-                *(by_bin, len(self._lines), len(caps), *_KINDS[dtype], BLOCK),
-            )
+            given = (table, addresses, numbers, self._lines, caps, squares, weights, len(groups))
+            how = (by_bin, len(self._lines), len(caps), *_KINDS[dtype], BLOCK)
+            launch(self._device, one_pass, (len(table),), *given, *how)
         self._measured, self._decision = (squares, weights), None
         bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
         return True
+
+    def _is_sound(self, dtype: torch.dtype, by_bin: bool) -> bool:
+        """Whether the program makes the definition's step here; tried once per process, device and dtype."""
+        name, rounding = f"triton: fused update, second moment per {'bin' if by_bin else 'element'}", _ROUNDING[dtype]
+        rounding = max(rounding, 1e-5) if by_bin else rounding  # float32 per bin
+        trial = partial(_trial, self._device, dtype, by_bin)
+        return is_sound(name, self._device, dtype, trial, by_name=self.split.kernel.by_name, rounding=rounding)
 
     def _tables_of(self, weights: list[Tensor | None]) -> list[Table] | None:
         """The bins of each dtype, made once for dtypes and strides; None where the reference has to do it."""
@@ -353,3 +365,51 @@ def _bins(split: Split, strides: list[Any]) -> np.ndarray:
     made[:, _SIZE.value] = entries[:, ROWS] * entries[:, LENGTH]
     made[:, _LENGTH.value], made[:, _ROW_STEP.value] = entries[:, LENGTH], entries[:, ROW_STEP]
     return made
+
+
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+"""What a step may differ by: it rounds several times, and an update may cancel a part of a weight."""
+
+
+class _Untried(TritonUpdate):
+    """The update while it is tried itself."""
+
+    def _is_sound(self, dtype: torch.dtype, by_bin: bool) -> bool:
+        return True
+
+
+def _trial(device: torch.device, dtype: torch.dtype, by_bin: bool) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """A step of rows, turned rows, a long row and a vector, with rows that are not finite; then the definition's."""
+    shapes = {"rows": (5, 70), "turned": (9, 3), "long": (2, BLOCK + 6), "bias": (7,)}
+    plan, runs = xsp(Layout.from_shapes(shapes)), []
+    for make in (_Untried, ReferenceUpdate):
+        weights, gradients = (
+            [
+                (torch.sin(torch.arange(math.prod(shape)) * 12.9898 + i) * 2).reshape(shape).to(device, dtype)
+                for i, shape in enumerate(shapes.values(), first)
+            ]
+            for first in (0, 7)
+        )
+        weights[1] = weights[1].t().contiguous().t()
+        weights[3] *= 1e-4  # so short that floors decide
+        gradients[1] = gradients[1].t().contiguous().t()
+        gradients[0][2, 3], gradients[2][1, BLOCK] = float("nan"), float("inf")
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(w) for w in weights], lr=0.03)
+        owners = optimizer.param_groups[0]["params"]
+        tensors = [p.detach() for p in owners]
+        budgets = (Relative(0.2), RelativeStep(0.01))  # both bind
+        split = Split(plan, tensors, budgets, owners=owners, backend="eager", caps_updates=True, call="GSO")
+        split.read_rates(optimizer)
+        states: list[dict[str, Any]] = []
+        for g, bins in zip(gradients, split.bins_of_tensor, strict=True):  # of the gradient's signs: nothing cancels
+            held = 0.05 * g.nan_to_num(1.0, 1.0, 1.0)
+            of_bins = 0.01 + torch.arange(len(bins), dtype=torch.float32, device=device)
+            second = {"bin_sq": of_bins} if by_bin else {"exp_avg_sq": held.square()}
+            states.append({"step": torch.full((), 3.0), "exp_avg": held, **second})
+        make(split).step([*gradients], states, [optimizer.param_groups[0]] * len(tensors))
+        found = {f"a weight of {name!r}": w for name, w in zip(shapes, tensors, strict=True)}
+        for name, state in zip(shapes, states, strict=True):
+            found |= {f"{key!r} of {name!r}": value for key, value in state.items()}
+        runs.append(found)
+    for what, found_here in runs[0].items():
+        yield what, found_here, runs[1][what]
