@@ -144,9 +144,8 @@ def tables() -> tuple[dict[str, str], dict[str, object]]:
             spread = 100 * statistics.stdev(losses) / statistics.mean(losses)
             numbers[f"{task} / {optimizer} / spread"] = round(spread, 4)
             numbers[f"{task} / {optimizer} / worst"] = [round(min(ours), 4), round(max(ours), 4)]
-            row += [
-                f"{statistics.mean(ours):+.1f} ({min(ours):+.1f} to {max(ours):+.1f}), {len(ours)} seed{'s' * (len(ours) > 1)}"
-            ]
+            mean, seeds = statistics.mean(ours), f"{len(ours)} seed" + "s" * (len(ours) > 1)
+            row += [f"{mean:+.1f} ({min(ours):+.1f} to {max(ours):+.1f}), {seeds}"]
             row += [f"{spread:.1f}"]
         rows.append(row)
     head = ["optimizer", "text: default, % of none", "seeds of none vary by", "detection", "seeds vary by"]
