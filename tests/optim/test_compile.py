@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ INF = float("inf")
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
+    gc.collect()  # a plan of an earlier test that goes while guards are made would move the others in a weak dictionary
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
