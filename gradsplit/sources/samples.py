@@ -238,7 +238,7 @@ class SampleSplitter:
             for name in state[key]:
                 if name not in these:
                     raise ValueError(
-                        f"SampleSplitter.load_state_dict(…): the state has {name!r}, which the model has not."
+                        f"SampleSplitter.load_state_dict(…): the state has {name!r}, which the model does not have."
                     )
         for key, these in parts.items():
             for name, part in these.items():

@@ -214,7 +214,7 @@ class Recorder:
             outline, index = Outline.of(plan, max_nodes=self.max_nodes), len(self._plans)
             about = {"plan": plan.describe(max_lines=0), "fingerprint": plan.fingerprint, "num_bins": plan.num_bins}
             about["names"] = list(plan.layout.names)
-            name = "GSO" if isinstance(record, ShareRecord) else ""
+            name = "GSO" if isinstance(record, ShareRecord) else "the splitter"
             self.open(Stream(index, name, outline, True, about), squares_B.device)
             self._plans[plan.fingerprint] = index, torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
         index, leaf_of_bin_B = self._plans[plan.fingerprint]
