@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class _Reading:
 _FIRST_TURNS = 8  # the first step of GSO whose turns are read; a step that is traced is traced without them
 _MOST_AT_ONCE = 200  # readings of the weights beside the regular ones, where the gradient jumped
 _JUMP = 64.0  # of the square of the whole gradient from one step to the next
-_JUMP_OF_PART = 1e4  # of the square of a part of it, up or down: parts are noisy
+_JUMP_OF_PART = 1e4  # of the square of a tensor's, up or down: parts are noisy
 _MOVED = 1.5  # of a tensor's length from one step to the next, where the lengths are read at every step
 
 
@@ -191,7 +192,7 @@ class Track:
         self._missed_scale: Tensor | None = None
         self._remembered, self._next_lengths, self._at_once = False, 0, 0
         self._next_turns, self._turns_at = _FIRST_TURNS, -1
-        self._last_squares: Tensor | None = None
+        self._last_squares: np.ndarray | None = None
         self._last_lengths: tuple[int, Tensor] | None = None
         self._floor_T = torch.tensor([0.01 * p.numel() ** 0.5 for p in self.parameters])  # what starts at 0 grows fast
         self._last_read = -1
@@ -223,6 +224,8 @@ class Track:
         if all(place >= 0 for place in places):
             about["forward_order"] = np.argsort(places, kind="stable").tolist()
         self.num_leaves = outline.num_leaves
+        known = {name: t for t, name in enumerate(dict.fromkeys(outline.tensors_L))}
+        self._tensor_L = np.array([known[name] for name in outline.tensors_L])
         recorder.open(Stream(stream, type(optimizer).__name__, outline, settings.control, about), device)
 
     @staticmethod
@@ -366,14 +369,15 @@ class Track:
 
     def _jumped(self, squares_L: Tensor) -> bool:
         """Whether the whole gradient, or a part of it, is far from what it was one step ago, or not finite."""
-        last, self._last_squares = self._last_squares, squares_L
+        # By tensor: the rows of an embedding come and go with their words. In NumPy, since small tensors are slow.
+        squares_T = np.bincount(self._tensor_L, squares_L.numpy())
+        last, self._last_squares = self._last_squares, squares_T
         if last is None:
             return False
-        times_L = squares_L / last
-        # 0/0 is nan and compares false; what was 0 before tells nothing.
-        odd_L = ((times_L > _JUMP_OF_PART) | (times_L < 1 / _JUMP_OF_PART)) & (last > 0) & torch.isfinite(last)
-        total, before = squares_L.sum(), last.sum()
-        return bool(odd_L.any() | ~torch.isfinite(total) | (total > _JUMP * before))
+        known = (last > 0) & (last < np.inf)  # what was 0 before tells nothing
+        odd_T = (squares_T > _JUMP_OF_PART * last) | (squares_T < last / _JUMP_OF_PART)
+        total, before = float(squares_T.sum()), float(last.sum())
+        return bool((odd_T & known).any()) or not math.isfinite(total) or total > _JUMP * before
 
     def _note_moved(self) -> bool:
         """Whether a tensor's length has jumped since the step before; then that step's lengths are recorded, too."""
