@@ -50,6 +50,7 @@ def _spread(rows: Iterable[Mapping[str, Any]]) -> Row | None:
         "min": min(scores),
         "max": max(scores),
         "seeds": sorted(row["seed"] for row in held),
+        "scores": {str(row["seed"]): row["score"] for row in held},
     }
 
 
@@ -195,8 +196,11 @@ def _ranked(name: str, metric: str, higher: bool, steps: int, source: str, metho
 
 def _pair(ours: Row, theirs: Row) -> tuple[float, float] | None:
     """Two scores on the same seeds; where there are none, what each has."""
-    if ours["fresh"] and theirs["fresh"]:
-        return ours["fresh"]["median"], theirs["fresh"]["median"]
+    held = [entry["fresh"]["scores"] if entry["fresh"] else {} for entry in (ours, theirs)]
+    shared = sorted(held[0].keys() & held[1].keys())
+    if shared:
+        mine, other = (statistics.median(scores[seed] for seed in shared) for scores in held)
+        return mine, other
     if ours["choosing"] is not None and theirs["choosing"] is not None:
         return ours["choosing"], theirs["choosing"]
     mixed = [entry["fresh"]["median"] if entry["fresh"] else entry["choosing"] for entry in (ours, theirs)]

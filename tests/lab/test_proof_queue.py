@@ -96,7 +96,11 @@ def test_a_disk_that_is_full_keeps_the_run_for_the_next_line(folder, monkeypatch
 
 def test_ranks_compare_the_best_and_say_how_far_behind():
     def entry(fresh, choosing=None):
-        spread = {"median": fresh, "min": fresh, "max": fresh, "seeds": [0]} if fresh is not None else None
+        spread = (
+            {"median": fresh, "min": fresh, "max": fresh, "seeds": [0], "scores": {"0": fresh}}
+            if fresh is not None
+            else None
+        )
         return {"fresh": spread, "choosing": choosing}
 
     def ranked(higher, **methods):
