@@ -121,7 +121,8 @@ def make_plan(
         raise ValueError(
             f"{call}(plan=…): expected a plan of this model ({len(layout)} tensors, layout {layout.fingerprint}), "
             f"got one of another ({len(made.layout)} tensors, layout {made.layout.fingerprint}; "
-            f"{_first_difference(layout, made.layout)}). Make the plan from layout_of(model)."
+            f"{_first_difference(layout, made.layout)}). Make the plan from layout_of(model), or "
+            "pass a function of the layout, as in plan=gradsplit.per_tensor; GSO sees stacked matrices as their rows."
         )
     return made
 
