@@ -7,6 +7,7 @@ through into the histories of the bins. The collective rule comes before, as one
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import linecache
 import re
@@ -309,6 +310,42 @@ _POINTERS = (
 )
 
 
+_HARMLESS = (
+    *(
+        ast.Module,
+        ast.FunctionDef,
+        ast.arguments,
+        ast.arg,
+        ast.Assign,
+        ast.AugAssign,
+        ast.Expr,
+        ast.For,
+        ast.If,
+        ast.Name,
+    ),
+    *(ast.Attribute, ast.Call, ast.keyword, ast.Constant, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp),
+    *(ast.Tuple, ast.List, ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
+)
+
+
+def only_arithmetic(tree: ast.Module) -> None:
+    """Let a text through that computes with Triton's own operations and does nothing else.
+
+    Raises:
+        ValueError: a node of another kind, a name or attribute with a leading underscore, or a call of something that
+            is no operation of ``tl``, no conversion ``.to(…)`` and no ``range``.
+    """
+    for node in ast.walk(tree):
+        sound = isinstance(node, _HARMLESS)
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            sound = not (node.id if isinstance(node, ast.Name) else node.attr).startswith("_")
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            sound = called.startswith("tl.") or called == "range" or called.endswith(".to")
+        if not sound:
+            raise ValueError(f"a budget's program: expected arithmetic alone, got {ast.unparse(node)!r}.")
+
+
 @lru_cache(maxsize=64)
 def _program(name: str, body: str) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """Make a program of a text; return it with the names of its parameters.
@@ -322,5 +359,7 @@ def _program(name: str, body: str) -> tuple[Callable[..., Any], tuple[str, ...]]
     file = f"<gradsplit decides {name} {hashlib.sha256(text.encode()).hexdigest()[:12]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = {"triton": triton, "tl": triton.language, "__name__": __name__}
-    exec(compile(text, file, "exec"), scope)  # the text is made of budgets' own operations and numbers
+    tree = ast.parse(text)
+    only_arithmetic(tree)
+    exec(compile(tree, file, "exec"), scope)
     return scope[f"decide_{name}"], parameters

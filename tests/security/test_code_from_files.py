@@ -35,6 +35,10 @@ NETWORK = {
 STARTS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"}
 
 
+# The one text that is run is made by the package itself, from budgets' operations; `only_arithmetic` reads it before.
+MADE_HERE = {"gradsplit/kernels/triton_decide.py": ["exec(…)", "compile(…)"]}
+
+
 def findings(source: str) -> list[str]:
     """What in a source could run what a file says."""
     found = []
@@ -59,7 +63,27 @@ def findings(source: str) -> list[str]:
 @pytest.mark.parametrize("path", package_files(), ids=relative)
 def test_the_package_runs_nothing_that_it_reads(path):
     found = findings(path.read_text(encoding="utf8"))
-    assert not found, f"{relative(path)}: {found}"
+    allowed = MADE_HERE.get(str(relative(path)), [])
+    assert [said.partition(": ")[2] for said in found] == allowed, f"{relative(path)}: {found}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import os",
+        "def f(x):\n    tl.store(x, open('a'))",
+        "def f(x):\n    tl.__class__",
+        "def f(x):\n    y = x.__globals__",
+        "def f(x):\n    y = [a for a in x]",
+        "def f(x):\n    y = (lambda: 1)()",
+        "def f(x):\n    y = tl.sum(eval('1'))",
+        "x[0]",
+    ],
+)
+def test_a_program_that_does_more_than_arithmetic_is_not_run(text):
+    triton_decide = pytest.importorskip("gradsplit.kernels.triton_decide", reason="needs the package triton")
+    with pytest.raises(ValueError, match="expected arithmetic alone"):
+        triton_decide.only_arithmetic(ast.parse(text))
 
 
 @pytest.mark.parametrize(
