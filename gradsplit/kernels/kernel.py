@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..hooks import constant_while_traced
 from ..plan import Plan
 from .addressable import FallbackWarning
 
@@ -26,6 +28,9 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
     Apple's MPS has no float64; there it is float32 and entries above 1.8e19 count as not finite.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+TablesT = TypeVar("TablesT")
 
 
 class Kernel(ABC):
@@ -142,6 +147,40 @@ class Kernel(ABC):
     def add_(self, values: Tensor) -> Tensor:
         """Add a tensor over the ranks that hold shards, in place, and return it; as it is where nothing is sharded."""
         return values
+
+
+class AddressKernel(Kernel, Generic[TablesT]):
+    """A kernel that reads tensors by address, and has the eager kernel for those that are not addressable.
+
+    A backend derives from it, and keeps in ``_measured`` the tensors that it measured last, with their tables.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(plan, device)
+        self._warned = False
+        self._eager: Kernel | None = None
+        self._measured: tuple[list[Tensor | None], TablesT] | None = None
+
+    @property
+    def eager(self) -> Kernel:
+        """The kernel for tensors that are not addressable, and for steps that are traced."""
+        self._make_eager()
+        assert self._eager is not None
+        return self._eager
+
+    @constant_while_traced
+    def _make_eager(self) -> bool:
+        """Make it on first use; while a step is traced this runs at once and leaves nothing in the graph."""
+        if self._eager is None:
+            self._eager = BACKENDS["eager"].make(self.plan, self.device)
+        return True
+
+    def _just_measured(self, tensors: Sequence[Tensor | None]) -> TablesT | None:
+        """The tables of the tensors that were measured just before, once: their strides may change afterwards."""
+        measured, self._measured = self._measured, None
+        if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
+            return None
+        return measured[1]
 
 
 @dataclass(frozen=True)

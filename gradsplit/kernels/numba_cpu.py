@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..hooks import constant_while_traced
 from ..plan import Plan
 from ..plan.lowering import BAND_LENGTH, Lowered, is_addressable, lower
 from . import numba_loops as loops
 from .addressable import bump_versions, obstacle, overlap, remedy_of, warn_of_fallback
 from .addresses import KINDS
-from .kernel import BACKENDS, Kernel
+from .kernel import AddressKernel
 from .threads import Call, run, threads_for
 
 __all__ = ["Signature", "Tables", "addresses_of", "room_for_workers", "scale_calls", "square_calls", "NumbaKernel"]
@@ -139,7 +137,7 @@ def scale_calls(
     return calls
 
 
-class NumbaKernel(Kernel):
+class NumbaKernel(AddressKernel[Tables]):
     """The kernel for dense tensors on the CPU, by address.
 
     It serves float32, float64, bfloat16 and float16 of any strides with contiguous rows or columns. The eager kernel
@@ -153,9 +151,6 @@ class NumbaKernel(Kernel):
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
         self._tables: list[Tables] = []  # most recent first: gradients and weights, few layouts in a run
-        self._measured: tuple[list[Tensor | None], Tables] | None = None
-        self._warned = False
-        self._eager: Kernel | None = None
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares`."""
@@ -257,27 +252,6 @@ class NumbaKernel(Kernel):
         """The tensor that each bin lies in; None where a bin lies in several."""
         tensor_B = self.plan.tensor_B
         return None if (tensor_B < 0).any() else tensor_B
-
-    @property
-    def eager(self) -> Kernel:
-        """The kernel for tensors that are not addressable, and for steps that are traced."""
-        self._make_eager()
-        assert self._eager is not None
-        return self._eager
-
-    @constant_while_traced
-    def _make_eager(self) -> bool:
-        """Make it on first use; while a step is traced this runs at once and leaves nothing in the graph."""
-        if self._eager is None:
-            self._eager = BACKENDS["eager"].make(self.plan, self.device)
-        return True
-
-    def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
-        """The tables of the tensors that were measured just before, once: their strides may change afterwards."""
-        measured, self._measured = self._measured, None
-        if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
-            return None
-        return measured[1]
 
     def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
         """The tables for tensors of these dtypes and strides, made anew or found among the last four."""

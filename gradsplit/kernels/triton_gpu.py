@@ -8,7 +8,6 @@ card. So before it works in a dtype on a device for the first time, it is compar
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..hooks import constant_while_traced
 from ..plan import Layout, Plan, xsp
 from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, is_addressable, lower
 from .addressable import bump_versions, obstacle, remedy_of, warn_of_fallback
-from .kernel import BACKENDS, Kernel
+from .kernel import BACKENDS, AddressKernel
 from .launch import launch
 from .selfcheck import is_sound
 from .triton_decide import Decider
@@ -142,7 +140,7 @@ class Tables(NamedTuple):
     eager_T: tuple[int, ...]
 
 
-class TritonKernel(Kernel):
+class TritonKernel(AddressKernel[Tables]):
     """The kernel for tensors on a CUDA device, by address.
 
     It serves dense float32, float64, bfloat16 and float16 with contiguous rows or columns, in every dtype in which its
@@ -161,24 +159,7 @@ class TritonKernel(Kernel):
         self._known: list[Tables] = []  # most recent first
         self._sent: list[tuple[list[int], Tensor, Tensor]] = []  # addresses: as a list, on the host, on the device
         self._captured: list[Any] = []  # what a CUDA graph reads again at every replay
-        self._warned = False
-        self._eager: Kernel | None = None
         self._sound: set[torch.dtype] = set()
-        self._measured: tuple[list[Tensor | None], Tables] | None = None
-
-    @property
-    def eager(self) -> Kernel:
-        """The kernel for tensors that are not addressable, and for steps that are traced."""
-        self._make_eager()
-        assert self._eager is not None
-        return self._eager
-
-    @constant_while_traced
-    def _make_eager(self) -> bool:
-        """Make it on first use; while a step is traced this runs at once and leaves nothing in the graph."""
-        if self._eager is None:
-            self._eager = BACKENDS["eager"].make(self.plan, self.device)
-        return True
 
     def prepare(self, dtypes: Iterable[torch.dtype]) -> bool:
         """See `Kernel.prepare`."""
@@ -267,13 +248,6 @@ class TritonKernel(Kernel):
             self._captured.append((sent, tables))
         self._sent = [sent, *self._sent[:3]]
         return sent[2]
-
-    def _just_measured(self, tensors: Sequence[Tensor | None]) -> Tables | None:
-        """The tables of the tensors that were measured just before, once: their strides may change afterwards."""
-        measured, self._measured = self._measured, None
-        if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
-            return None
-        return measured[1]
 
     def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
         """The tables for tensors of these dtypes and strides, made anew or found among the last four."""
