@@ -69,6 +69,8 @@ _TRIED = "benchmarks/results/gso"
 _USUAL = "the rate that its authors give"
 _OF_SCENES = "the cell of the composed scenes, not tuned here"
 
+_GSO = Row("GSO, nothing chosen", "gso", 0.03, None, "the share that it takes by default")
+
 PHOTOGRAPHS = Scene(
     "aerial",
     Settings(400, "sgdm", schedule="linear"),
@@ -78,7 +80,7 @@ PHOTOGRAPHS = Scene(
         Row("SGD, rows (default)", "default", 0.1, None, "benchmarks/results/detection-default"),
         Row("AdamW, clip, warm-up", "adamw+clip1+warmup", 0.003, None, _TRIED),
         Row("Muon, usual rate", "muon", 0.02, None, _USUAL),
-        Row("GSO, nothing chosen", "gso", 0.03, None, "the share that it takes by default"),
+        _GSO,
     ),
     "Tree crowns in photographs from the air. The box loss in pixels explodes, and one limit for all starves the rest.",
 )
@@ -92,7 +94,7 @@ COMPOSED = Scene(
         Row("SGD, rows, tuned", "xsp", 0.3, 0.02, _DETECTION),
         Row("SGD, rows (default)", "default", 0.3, None, "benchmarks/results/detection-default"),
         Row("AdamW, clip, warm-up", "adamw+clip1+warmup", 0.003, None, _TRIED),
-        Row("GSO, nothing chosen", "gso", 0.03, None, "the share that it takes by default"),
+        _GSO,
     ),
     "The box loss in pixels explodes and starves the class head: a hard case for one global limit.",
 )
@@ -106,7 +108,7 @@ TEXT = Scene(
         Row("AdamW, clip, warm-up", "adamw+clip1+warmup", 0.01, None, _TRIED),
         Row("Muon, tuned", "muon", 0.03, None, _TRIED),
         Row("SOAP, tuned", "soap", 0.01, None, _TRIED),
-        Row("GSO, nothing chosen", "gso", 0.03, None, "the share that it takes by default"),
+        _GSO,
     ),
     "A healthy model: nothing explodes. What differs is what a method makes of 400 steps.",
 )

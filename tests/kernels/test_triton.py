@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.architecture.sources import ROOT
+from tests.kernels.interpreter import compiled, found_by
 from tests.kernels.launches import SPLITTERS
 
-pytest.importorskip("triton", reason="needs the package triton: pip install triton")
+pytest.importorskip("triton", reason="Triton has no build for this system")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each case of `tests.kernels.triton_programs` found; empty where all was as it should be."""
-    folder = tmp_path_factory.mktemp("programs")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_programs", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert not done.returncode, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return found_by("tests.kernels.triton_programs", tmp_path_factory.mktemp("programs"))
 
 
 def test_the_programs_equal_the_definition_on_every_plan_and_memory_layout(found):
@@ -115,15 +100,6 @@ print("compiled", made, *targets)
 
 
 def test_the_programs_compile_for_graphics_cards(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    words = done.stdout.split()
-    assert words[:1] == ["compiled"], done.stderr[-2000:]
+    words = compiled(_COMPILE, tmp_path)
     programs = 4 + 4 + 1 + 3 + 3 + 2 + 4  # of squares, of scaling, of slots; of four sets of budgets
     assert int(words[1]) == programs * (3 if "hsaco" in words else 2)

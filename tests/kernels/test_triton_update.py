@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.architecture.sources import ROOT
+from tests.kernels.interpreter import compiled, found_by
 from tests.kernels.triton_runs import EQUAL, FALLBACKS, FAULTS
 
-pytest.importorskip("triton", reason="needs the package triton: pip install triton")
+pytest.importorskip("triton", reason="Triton has no build for this system")
 
 _COMPILE = """
 import triton.language as tl, triton
@@ -34,17 +29,7 @@ print("compiled")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton_runs", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return found_by("tests.kernels.triton_runs", tmp_path_factory.mktemp("programs"))
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -80,12 +65,4 @@ def test_the_check_of_readings_notices_one(found):
 
 
 def test_the_programs_compile_for_a_graphics_card(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+    assert compiled(_COMPILE, tmp_path) == ["compiled"]

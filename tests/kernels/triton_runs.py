@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsplit as gs
 from gradsplit.kernels import selfcheck
+from tests.kernels.interpreter import equal, falls_back
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """The interpreter rounds bfloat16 towards zero: one unit in the last place."""
@@ -152,32 +152,6 @@ def _state(optimizer: gs.GSO, parameters: list[Parameter]) -> list[torch.Tensor]
     return [*made, decision.scale_B.clone(), decision.norm_B.clone(), decision.finite_B.clone()]
 
 
-def equal(options: dict[str, Any]) -> str:
-    """A run of the programs, which must not fall back."""
-    from gradsplit.kernels.addressable import FallbackWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        return difference(**options)
-
-
-def falls_back(options: dict[str, Any]) -> str:
-    """A run that warns once, and what it says; "differs" if the result does."""
-    from gradsplit.kernels.addressable import FallbackWarning
-    from gradsplit.optim.updates import triton_gpu
-
-    before, options = triton_gpu.LONGEST, dict(options)
-    triton_gpu.LONGEST = options.pop("longest", before)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = difference(**options)
-    finally:
-        triton_gpu.LONGEST = before
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, FallbackWarning)]
-    return found or " | ".join(said)
-
-
 def faulty(folder: Path, old: str, new: str, options: dict[str, Any]) -> str:
     """A run of programs with a fault."""
     from gradsplit.optim.updates import triton_gpu as sound
@@ -245,8 +219,14 @@ def main(folder: Path) -> None:
     from gradsplit.kernels.kernel import BACKENDS
 
     BACKENDS["triton"] = dataclasses.replace(BACKENDS["triton"], devices=())  # the interpreter's device is the CPU
-    cases: dict[str, Callable[[], str]] = {f"equal: {name}": partial(equal, run) for name, run in EQUAL.items()}
-    cases |= {f"fallback: {name}": partial(falls_back, run) for name, (run, _) in FALLBACKS.items()}
+    from gradsplit.optim.updates import triton_gpu
+
+    cases: dict[str, Callable[[], str]] = {
+        f"equal: {name}": partial(equal, difference, run) for name, run in EQUAL.items()
+    }
+    cases |= {
+        f"fallback: {name}": partial(falls_back, triton_gpu, difference, run) for name, (run, _) in FALLBACKS.items()
+    }
     cases |= {f"fault: {name}": partial(faulty, folder, *fault) for name, fault in FAULTS.items()}
     cases |= {f"told: {name}": partial(told, folder, *FAULTS[name]) for name in TOLD}
     cases |= {"read back": partial(readings, {}), "read back, capturable": partial(readings, {"capturable": True})}

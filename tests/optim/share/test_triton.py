@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from gradsplit.optim.directions import orthogonalised, product_dtype
-from tests.architecture.sources import ROOT
+from tests.kernels.interpreter import compiled, found_by
 from tests.optim.share.triton_runs import COUNTS, EQUAL, FALLBACKS, FAULTS, LAWS
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton: pip install triton")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no build for this system")
 
 _COMPILE = """
 import sys
@@ -46,17 +43,7 @@ print("compiled")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("programs")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.optim.share.triton_runs", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return found_by("tests.optim.share.triton_runs", tmp_path_factory.mktemp("programs"))
 
 
 @needs_triton
@@ -111,15 +98,7 @@ def test_a_step_takes_few_launches_and_reads_nothing_back(found, name):
 
 @needs_triton
 def test_the_programs_compile_for_graphics_cards(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+    assert compiled(_COMPILE, tmp_path) == ["compiled"]
 
 
 @pytest.mark.parametrize(("major", "wanted"), [(9, torch.bfloat16), (8, torch.bfloat16), (7, torch.float32)])

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
+from tests.kernels.interpreter import equal, falls_back
 from tests.optim.launches import Launches, gpt, launches
 from tests.optim.share import laws
 
@@ -206,32 +207,6 @@ def _state(optimizer: gs.GSO, model: nn.Module) -> list[tuple[str, torch.Tensor]
     for name, value in (("moved", update.moved_B), ("grown", update.grown_B), ("cosine", update.cosine_B)):
         made.append((name, torch.zeros_like(update.most_B) if value is None else value.double()))
     return made
-
-
-def equal(options: dict[str, Any]) -> str:
-    """A run of the programs, which must not fall back."""
-    from gradsplit.kernels.addressable import FallbackWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        return difference(**options)
-
-
-def falls_back(options: dict[str, Any]) -> str:
-    """A run that warns once, and what it says; "step" and more if the result differs."""
-    from gradsplit.kernels.addressable import FallbackWarning
-    from gradsplit.optim.updates import share_triton
-
-    before, options = share_triton.LONGEST, dict(options)
-    share_triton.LONGEST = options.pop("longest", before)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = difference(num_steps=2, **options)
-    finally:
-        share_triton.LONGEST = before
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, FallbackWarning)]
-    return found or " | ".join(said)
 
 
 def _with_fault(folder: Path, old: str, new: str, run: Callable[[], str]) -> str:
@@ -432,8 +407,15 @@ def main(folder: Path) -> None:
     from gradsplit.kernels.kernel import BACKENDS
 
     BACKENDS["triton"] = dataclasses.replace(BACKENDS["triton"], devices=())  # the interpreter's device is the CPU
-    cases: dict[str, Callable[[], str]] = {f"equal: {name}": partial(equal, run) for name, run in EQUAL.items()}
-    cases |= {f"fallback: {name}": partial(falls_back, run) for name, (run, _) in FALLBACKS.items()}
+    from gradsplit.optim.updates import share_triton
+
+    cases: dict[str, Callable[[], str]] = {
+        f"equal: {name}": partial(equal, difference, run) for name, run in EQUAL.items()
+    }
+    cases |= {
+        f"fallback: {name}": partial(falls_back, share_triton, partial(difference, num_steps=2), run)
+        for name, (run, _) in FALLBACKS.items()
+    }
     cases |= {f"fault: {name}": partial(faulty, folder, *fault) for name, fault in FAULTS.items()}
     cases |= {f"law: {name}": partial(law, name, *more) for name, more in LAWS.items()}
     cases |= {"caught by itself": partial(caught_by_itself, folder)}
