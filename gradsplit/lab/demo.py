@@ -10,7 +10,7 @@ import queue
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cells import thinned
@@ -114,10 +114,28 @@ TEXT = Scene(
 )
 
 
+_PACKAGES = {"soap": "pytorch_optimizer"}
+"""Methods of the demo -> the package that only comparisons need."""
+
+
 def scenes() -> tuple[Scene, ...]:
-    """The scenes that can be shown here: photographs where they are installed, else composed scenes; and the text."""
+    """The scenes that can be shown here: photographs where they are installed, else composed scenes; and the text.
+
+    A row whose package is not installed is left out, and the scene's words say so.
+    """
     installed = all(importlib.util.find_spec(name) for name in ("deepforest", "PIL"))
-    return (PHOTOGRAPHS if installed else COMPOSED, TEXT)
+    return tuple(_without_missing(scene) for scene in (PHOTOGRAPHS if installed else COMPOSED, TEXT))
+
+
+def _without_missing(scene: Scene) -> Scene:
+    missing = {method for method, package in _PACKAGES.items() if importlib.util.find_spec(package) is None}
+    rows = tuple(row for row in scene.rows if row.method not in missing)
+    left = [
+        f"{row.label} is left out: pip install {_PACKAGES[row.method].replace('_', '-')}."
+        for row in scene.rows
+        if row.method in missing
+    ]
+    return replace(scene, rows=rows, expect=" ".join([scene.expect, *left]))
 
 
 def quick(scenes: tuple[Scene, ...]) -> tuple[Scene, ...]:

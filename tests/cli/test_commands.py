@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -129,6 +130,15 @@ def test_the_demo_shows_what_it_promises():
 def test_without_photographs_the_demo_shows_composed_scenes(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert [scene.workload for scene in scenes()] == ["detection", "gpt"]
+
+
+def test_a_row_of_the_demo_whose_package_is_missing_is_left_out_and_named(monkeypatch):
+    found = importlib.util.find_spec
+    assert "soap" in {row.method for row in scenes()[1].rows}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pytorch_optimizer" else found(name))
+    text = scenes()[1]
+    assert "soap" not in {row.method for row in text.rows} and len(text.rows) == 5
+    assert text.expect.endswith("SOAP, tuned is left out: pip install pytorch-optimizer.")
 
 
 def test_plan_counts_bins_and_bytes(capsys, tmp_path, monkeypatch):
