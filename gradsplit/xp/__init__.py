@@ -1,7 +1,8 @@
 """The small array namespace in which budgets and projection are written: one text for numpy, torch and others.
 
 `namespace(array)` finds the namespace of an array by the module of its type, so no framework is imported that the
-caller has not imported. Every function is pure: nothing is changed in place, nothing waits for a device.
+caller has not imported. `numpy_xp` says what each function is. All are pure: nothing is changed in place, nothing waits
+for a device.
 """
 
 from __future__ import annotations

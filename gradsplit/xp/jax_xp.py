@@ -31,45 +31,6 @@ from jax.numpy import (
     zeros_like,
 )
 
-__all__ = [
-    "accumulator",
-    "argsort",
-    "asarray",
-    "cast",
-    "concatenate",
-    "cumsum",
-    "device_key",
-    "every",
-    "exp",
-    "expm1",
-    "flip",
-    "full",
-    "holds_squares",
-    "in_unit",
-    "index",
-    "is_readable",
-    "isfinite",
-    "log",
-    "length_over",
-    "logical_or",
-    "matmul",
-    "maximum",
-    "median",
-    "minimum",
-    "modulus",
-    "put",
-    "reshape",
-    "segment_sum",
-    "sqrt",
-    "take",
-    "times",
-    "transpose",
-    "when",
-    "where",
-    "wide",
-    "zeros_like",
-]
-
 
 def device_key(array: Array) -> str:
     """Where an array lives, as a dictionary key; constants live nowhere yet."""
@@ -82,44 +43,36 @@ def is_readable(array: Array) -> bool:
 
 
 def holds_squares(array: Array) -> bool:
-    """Whether the dtype holds the square of every float32."""
     return array.dtype == jnp.float64
 
 
 def asarray(values: Any, like: Array) -> Any:
-    """Return values as floating-point numbers beside ``like``."""
     return values.astype(like.dtype) if isinstance(values, Array) else np.asarray(values, dtype=like.dtype)
 
 
 def index(values: Any, like: Array) -> Any:
-    """Return integer indices beside ``like``."""
     return values.astype(jnp.int32) if isinstance(values, Array) else np.asarray(values, dtype=np.int32)
 
 
 def full(num: int, value: float, like: Array) -> Array:
-    """Return a vector of one value."""
     return jnp.full(num, value, dtype=like.dtype)
 
 
 def take(values: Any, ids: Any) -> Array:
-    """Return ``values[ids]``."""
     return jnp.asarray(values).at[ids].get(mode="promise_in_bounds")
 
 
 def put(values: Array, ids: Any, new: Any) -> Array:
-    """Return a copy of values with ``new`` at ``ids``."""
     return values.at[ids].set(new, mode="promise_in_bounds", unique_indices=True)
 
 
 def segment_sum(values: Array, ids: Any, num: int) -> Array:
-    """Sum values over equal ids; shape (num,)."""
     if num == 1:
         return jnp.sum(values, keepdims=True)
     return jnp.zeros(num, dtype=values.dtype).at[ids].add(values, mode="promise_in_bounds")
 
 
 def argsort(values: Array) -> Array:
-    """Indices that sort in ascending order, stable."""
     return jnp.argsort(values, stable=True)
 
 
@@ -130,17 +83,14 @@ def accumulator(arrays: list[Array]) -> Array:
 
 
 def cast(array: Array, like: Any) -> Array:
-    """Return the array in the dtype of ``like``."""
     return array.astype(like.dtype)
 
 
 def modulus(array: Array) -> Array:
-    """Moduli of complex entries; real ones as they are, since only their squares are taken."""
     return jnp.abs(array) if jnp.iscomplexobj(array) else array
 
 
 def length_over(array: Array, axes: tuple[int, ...]) -> Array:
-    """Root of the sum of squares over axes, which stay with size 1."""
     return jnp.sqrt(jnp.sum(array * array, axis=axes, keepdims=True))
 
 
@@ -150,7 +100,6 @@ def reshape(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def every(flags: Array) -> Array:
-    """Whether all flags are set, 0-d."""
     return jnp.all(flags)
 
 
@@ -160,22 +109,18 @@ def when(flag: Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
 
 
 def times(array: Array, factor: Array) -> Array:
-    """Return the product in the array's dtype; halves are multiplied in the factor's."""
     return (array * factor).astype(array.dtype)
 
 
 def in_unit(array: Array, unit: float) -> Array:
-    """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     return lax.optimization_barrier(array * (1.0 / unit))
 
 
 def median(values: Array, *, fewest: int = 1) -> Array:
-    """Return the lower median of the entries that are not nan, 0-d; nan where there are fewer than ``fewest``."""
     num = jnp.sum(~jnp.isnan(values))
     middle = jnp.sort(values).at[jnp.maximum((num - 1) // 2, 0)].get(mode="promise_in_bounds")  # nan come last
     return jnp.where(num >= fewest, middle, jnp.nan)
 
 
 def wide(array: Array) -> Array:
-    """Return the array in at least float32."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

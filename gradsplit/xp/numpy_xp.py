@@ -1,4 +1,7 @@
-"""The array namespace on numpy; float64 throughout."""
+"""The array namespace on numpy; float64 throughout.
+
+This module says what each function is: the namespaces of the other frameworks have the same names and arguments.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ __all__ = [
 
 
 def device_key(array: np.ndarray) -> str:
-    """Where an array lives, as a dictionary key."""
+    """Where an array lives, and its dtype, as a dictionary key."""
     return "cpu"
 
 
@@ -76,7 +79,7 @@ def is_readable(array: np.ndarray) -> bool:
 
 
 def holds_squares(array: np.ndarray) -> bool:
-    """Whether the square of every float32 fits; vectors here are float64."""
+    """Whether the dtype holds the square of every float32."""
     return True
 
 

@@ -17,45 +17,6 @@ from tensorflow.math import cumsum, exp, expm1, log, logical_or, maximum, minimu
 from tensorflow.math import is_finite as isfinite
 from tensorflow.math import reduce_all as every
 
-__all__ = [
-    "accumulator",
-    "argsort",
-    "asarray",
-    "cast",
-    "concatenate",
-    "cumsum",
-    "device_key",
-    "every",
-    "exp",
-    "expm1",
-    "flip",
-    "full",
-    "holds_squares",
-    "in_unit",
-    "index",
-    "is_readable",
-    "isfinite",
-    "log",
-    "length_over",
-    "logical_or",
-    "matmul",
-    "maximum",
-    "median",
-    "minimum",
-    "modulus",
-    "put",
-    "reshape",
-    "segment_sum",
-    "sqrt",
-    "take",
-    "times",
-    "transpose",
-    "when",
-    "where",
-    "wide",
-    "zeros_like",
-]
-
 
 def device_key(array: Tensor) -> str:
     """Where an array lives, as a dictionary key; TensorFlow itself moves constants between devices."""
@@ -68,7 +29,6 @@ def is_readable(array: Tensor) -> bool:
 
 
 def holds_squares(array: Tensor) -> bool:
-    """Whether the dtype holds the square of every float32."""
     return array.dtype == tf.float64
 
 
@@ -80,22 +40,18 @@ def _constant(values: Any, dtype: Any) -> Tensor:
 
 
 def asarray(values: Any, like: Tensor) -> Tensor:
-    """Return values as floating-point numbers beside ``like``."""
     return _constant(values, like.dtype)
 
 
 def index(values: Any, like: Tensor) -> Tensor:
-    """Return integer indices beside ``like``."""
     return _constant(values, tf.int64)
 
 
 def full(num: int, value: float, like: Tensor) -> Tensor:
-    """Return a vector of one value."""
     return tf.fill((num,), tf.constant(value, like.dtype))
 
 
 def where(condition: Tensor, a: Any, b: Any) -> Tensor:
-    """Choose elementwise; ``a`` and ``b`` may be Python numbers."""
     if len(condition.shape) > 1 and condition.shape != b.shape:
         # A factor's condition beside a whole tensor: outside of XLA a choice is a pass over memory of its own.
         return tf.cond(tf.reduce_any(condition), lambda: tf.where(condition, a, b), lambda: tf.identity(b))
@@ -103,32 +59,26 @@ def where(condition: Tensor, a: Any, b: Any) -> Tensor:
 
 
 def concatenate(arrays: list[Tensor]) -> Tensor:
-    """Join vectors."""
     return tf.concat(arrays, 0)
 
 
 def flip(values: Tensor) -> Tensor:
-    """Reverse a vector."""
     return tf.reverse(values, (0,))
 
 
 def take(values: Tensor, ids: Tensor) -> Tensor:
-    """Return ``values[ids]``."""
     return tf.gather(values, ids)
 
 
 def put(values: Tensor, ids: Tensor, new: Tensor) -> Tensor:
-    """Return a copy of values with ``new`` at ``ids``."""
     return tf.tensor_scatter_nd_update(values, ids[:, None], new)
 
 
 def segment_sum(values: Tensor, ids: Tensor, num: int) -> Tensor:
-    """Sum values over equal ids; shape (num,)."""
     return tf.math.unsorted_segment_sum(values, ids, num)
 
 
 def argsort(values: Tensor) -> Tensor:
-    """Indices that sort in ascending order, stable."""
     return tf.argsort(values, stable=True)
 
 
@@ -138,22 +88,18 @@ def accumulator(arrays: list[Tensor]) -> Tensor:
 
 
 def cast(array: Tensor, like: Tensor) -> Tensor:
-    """Return the array in the dtype of ``like``."""
     return tf.cast(array, like.dtype)
 
 
 def modulus(array: Tensor) -> Tensor:
-    """Moduli of complex entries; real ones as they are, since only their squares are taken."""
     return tf.abs(array) if array.dtype.is_complex else array
 
 
 def length_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Root of the sum of squares over axes, which stay with size 1."""
     return tf.sqrt(tf.reduce_sum(array * array, axis=axes, keepdims=True)) if axes else tf.abs(array)
 
 
 def in_unit(array: Tensor, unit: float) -> Tensor:
-    """Return lengths in a unit that is a power of two; the unit is not merged into a product that follows."""
     # XLA turns (a c)(b c) into (a b)(c c), which overflows; through a maximum it does not look.
     return tf.maximum(tf.abs(array) * (1.0 / unit), 0.0)
 
@@ -170,7 +116,6 @@ def times(array: Tensor, factor: Tensor) -> Tensor:
 
 
 def median(values: Tensor, *, fewest: int = 1) -> Tensor:
-    """Return the lower median of the entries that are not nan, 0-d; nan where there are fewer than ``fewest``."""
     unknown = tf.math.is_nan(values)
     ordered = tf.sort(tf.where(unknown, tf.constant(float("inf"), values.dtype), values))
     num = tf.reduce_sum(tf.cast(tf.logical_not(unknown), tf.int32))
@@ -179,5 +124,4 @@ def median(values: Tensor, *, fewest: int = 1) -> Tensor:
 
 
 def wide(array: Tensor) -> Tensor:
-    """Return the array in at least float32."""
     return tf.cast(array, tf.float32) if array.dtype in (tf.float16, tf.bfloat16) else array

@@ -24,7 +24,7 @@ def tf():
 def test_the_namespace_has_the_functions_of_numpys(tf):
     xp = namespace(tf.constant([1.0]))
     assert xp.__name__ == "gradsplit.xp.tensorflow_xp"
-    assert set(xp.__all__) == set(numpy_xp.__all__)
+    assert set(numpy_xp.__all__) <= set(vars(xp))
 
 
 def test_a_constant_made_inside_a_graph_outlives_it(tf):
