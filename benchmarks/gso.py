@@ -101,16 +101,30 @@ def _adamw(task: tasks.Task, lr: float, steps: int) -> Prepared:
 
 
 def _muon(task: tasks.Task, lr: float, steps: int, adam: float = 3e-3) -> Prepared:
-    """torch.optim.Muon on the hidden matrices, AdamW on embeddings, output layers and vectors."""
+    """torch.optim.Muon on the hidden matrices, AdamW on embeddings, output layers and vectors.
+
+    torch's Muon takes matrices only. A hidden convolution is handed to it as its matrix (out, in x kernel), which
+    shares the memory of the weight.
+    """
     outputs = _outputs(task)
     tables = {id(m.weight) for m in task.model.modules() if isinstance(m, nn.Embedding)}
+    kernels = {id(m.weight) for m in task.model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     trained = [p for p in task.model.parameters() if p.requires_grad]
-    hidden = [p for p in trained if p.ndim == 2 and id(p) not in outputs | tables]
+    hidden = [p for p in trained if (p.ndim == 2 or id(p) in kernels) and id(p) not in outputs | tables]
     chosen = {id(p) for p in hidden}
     rest = [p for p in trained if id(p) not in chosen]
-    muon = torch.optim.Muon(hidden, lr=lr, momentum=0.95, weight_decay=DECAY)
+    matrices = [nn.Parameter(p.detach().view(len(p), -1)) if id(p) in kernels else p for p in hidden]
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=DECAY)
     adamw = torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.99), weight_decay=DECAY)
-    return Prepared([muon, adamw], _clip(task.model), warmup=True)
+    clip = _clip(task.model)
+
+    def before() -> None:
+        clip()
+        for p, matrix in zip(hidden, matrices, strict=True):
+            if matrix is not p:
+                matrix.grad, p.grad = p.grad.view(len(p), -1), None
+
+    return Prepared([muon, adamw], before, warmup=True)
 
 
 def _schedulefree(task: tasks.Task, lr: float, steps: int) -> Prepared:

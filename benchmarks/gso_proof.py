@@ -194,6 +194,78 @@ def _trees() -> list[Job]:
     return jobs + cells("plain-stack", 350, "soap", 3e-3, FRESH[:3], options={"depth": 36})
 
 
+def _rivals() -> list[Job]:
+    """LAMB, Prodigy and schedule-free at the cells that seed 0 chose."""
+    jobs = cells(*MAIN, "lamb", 3e-2, FRESH[:3]) + cells(*MAIN, "prodigy", 0.3, FRESH[:3])
+    return jobs + cells(*MAIN, "schedulefree", 1e-2, FRESH[3:])
+
+
+def _depth_fresh(*layers: int) -> list[Job]:
+    """The default share, the best of seed 0, and AdamW's best."""
+    jobs = []
+    for count in layers:
+        options = {"layers": count, "width": 48}
+        for share in (SHARE, 0.045):
+            jobs += cells("gpt", 300, "gso", share, FRESH[:2], options=options)
+        jobs += cells("gpt", 300, "adamw", 3e-3 if count == 24 else 1e-2, FRESH[:2], options=options)
+    return jobs
+
+
+def _hot_rivals() -> list[Job]:
+    """SOAP, Muon and AdamW on the residual stack at three gains: the rates of seed 0."""
+    jobs = []
+    for options in ({}, {"gain": 0.5}, {"gain": 1.0}):
+        jobs += [job for lr in (1e-2, 3e-3, 3e-2) for job in cells(*HOT[:2], "soap", lr, (0,), options=options)]
+        for lr in (0.03, 0.01, 0.1):
+            jobs += cells(*HOT[:2], "muon", lr, (0,), options=options, method_options={"adam": 1e-2})
+    jobs += [job for lr in ADAMW_RATES for job in cells(*HOT[:2], "adamw", lr, (0,), options={"gain": 1.0})]
+    jobs += cells(*HOT[:2], "adamw", 3e-4, (0,), options={"gain": 0.5})
+    return jobs + cells(*HOT[:2], "gso", SHARE, FRESH[2:3], options={"gain": 1.0})
+
+
+def _text_soap() -> list[Job]:
+    text = {"text": "second"}
+    jobs = [job for lr in (1e-2, 2e-2) for job in cells(*MAIN, "soap", lr, (0,), options=text)]
+    return jobs + cells(*MAIN, "soap", 1e-2, FRESH[:3], options=text)
+
+
+SHORT: tuple[tuple[str, int, dict[str, object]], ...] = (
+    ("lstm", 500, {}),
+    ("detection", 500, {}),
+    ("detection", 500, {"healthy": True}),
+    ("plain-stack", 350, {}),
+    ("gpt", 300, {}),
+    ("mixer", 600, {}),
+    ("residual-stack", 900, {}),
+    ("gpt", 1000, {}),
+)
+"""Where a share that depends on the number of steps must hold."""
+
+
+def _share_of_steps() -> list[Job]:
+    """Whether a share that is larger in short runs is better everywhere."""
+    jobs = []
+    for share in (SHARE, 0.045, 0.0375):
+        for task, steps, options in SHORT:
+            jobs += cells(task, steps, "gso", share, CHOOSING, options=options)
+    return jobs
+
+
+def _convolutions() -> list[Job]:
+    """Muon, which takes convolutions as matrices, on detectors and plain stacks: the cells of seed 0."""
+    jobs = []
+    places = (
+        *(("detection", 500, options) for options in ({}, {"healthy": True})),
+        *(("plain-stack", 350, options) for options in ({}, {"depth": 36})),
+        ("aerial", 500, {}),
+    )
+    for task, steps, options in places:
+        for lr in (0.03, 0.01, 0.1):
+            for adam in (1e-2, 3e-3):
+                jobs += cells(task, steps, "muon", lr, (0,), options=options, method_options={"adam": adam})
+    return jobs
+
+
 PROOF: dict[str, list[Job]] = {
     "proof-main": _main(),
     "proof-text": _text(),
@@ -214,4 +286,11 @@ PROOF: dict[str, list[Job]] = {
     "proof-length": _length(),
     "proof-photographs": _photographs(),
     "proof-trees": _trees(),
+    "proof-rivals": _rivals(),
+    "proof-depth-fresh": _depth_fresh(6, 12),
+    "proof-hot-rivals": _hot_rivals(),
+    "proof-text-soap": _text_soap(),
+    "proof-convolutions": _convolutions(),
+    "proof-share-of-steps": _share_of_steps(),
+    "proof-depth-fresh-24": _depth_fresh(24),
 }
