@@ -2,74 +2,51 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
 
+from benchmarks.gso import page, picture
 from tests.architecture.sources import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "gso"
-BESIDE = json.loads((RESULTS / "beside.json").read_text(encoding="utf8"))
-NAMES = ("task", "steps", "options", "method", "lr", "method_options", "fault", "schedule")
-
-
-def _module(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def program():
-    return _module("gso_picture")
-
-
-@pytest.fixture(scope="module")
-def page():
-    return _module("gso_page")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_picture_is_what_the_program_draws(program, theme):
+def test_the_picture_is_what_the_program_draws(theme):
     drawn = (RESULTS / f"beside-{theme}.svg").read_text(encoding="utf8")
-    assert drawn == program.draw(BESIDE, theme), "run benchmarks/gso_picture.py"
+    assert drawn == picture.draw(page.Runs(), picture.paces(), theme), "run benchmarks/gso.py picture"
 
 
-def test_another_result_gives_another_picture(program):
-    changed = json.loads(json.dumps(BESIDE))
-    program.cell_of(changed, "adamw", 0.01, {}, 500)["choosing"]["scores"][0] += 0.5
-    assert program.draw(changed, "light") != program.draw(BESIDE, "light")
+def test_another_result_gives_another_picture():
+    runs = page.Runs()
+    before = picture.draw(runs, picture.paces(), "light")
+    next(row for row in runs.rows if row["key"] == "gpt 500 linear adamw lr=0.01 seed=0")["score"] += 0.5
+    assert picture.draw(runs, picture.paces(), "light") != before
 
 
-def test_another_time_per_step_gives_another_picture(program):
-    changed = json.loads(json.dumps(BESIDE))
-    changed["cpu_ms_per_step"]["muon"] *= 1.5
-    assert program.draw(changed, "light") != program.draw(BESIDE, "light")
+def test_another_time_per_step_gives_another_picture():
+    paces = picture.paces()
+    slower = {**paces, "muon": 1.5 * paces["muon"]}
+    assert picture.draw(page.Runs(), slower, "light") != picture.draw(page.Runs(), paces, "light")
 
 
-def test_kept_scores_are_those_of_the_driver():
-    """A run that stands in both files has one score."""
-    lines = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text(encoding="utf8").splitlines()]
-    known = {json.dumps([[line[n] for n in NAMES], line["seed"]]): line["score"] for line in lines}
-    compared = 0
-    for cell in BESIDE["cells"]:
-        for part in (cell["choosing"], cell["fresh"]):
-            for seed, score in zip(part["seeds"], part["scores"], strict=True):
-                found = known.get(json.dumps([[cell[n] for n in NAMES], seed]))
-                assert found in (None, score), f"{cell['task']} {cell['method']} seed {seed}: {score}, not {found}"
-                compared += found is not None
-    assert compared >= 10
+def test_every_method_of_the_picture_has_its_lines():
+    """Fresh seeds for the upper half, and the middle and both ends of a factor of 100 for the lower one."""
+    runs = page.Runs()
+    for drawn in picture.DRAWN:
+        assert len(picture.fresh(runs, drawn)) >= 3, drawn.label
+        rates = [round(x) for x, _ in picture.curve(runs, drawn)]
+        assert {-1, 0, 1} <= set(rates) and len(rates) == 5, drawn.label
 
 
-def test_the_page_of_results_is_what_its_program_makes_of_the_runs(page):
+def test_the_page_of_results_is_what_its_program_makes_of_the_runs():
     text, data = page.made()
-    assert (ROOT / "docs" / "results" / "gso.md").read_text(encoding="utf8") == text, "run benchmarks/gso_page.py"
-    assert (RESULTS / "proof.json").read_text(encoding="utf8") == data, "run benchmarks/gso_page.py"
+    assert (ROOT / "docs" / "results" / "gso.md").read_text(encoding="utf8") == text, "run benchmarks/gso.py page"
+    assert (RESULTS / "proof.json").read_text(encoding="utf8") == data, "run benchmarks/gso.py page"
 
 
-def test_a_worse_run_fails_its_bar(page, tmp_path):
+def test_a_worse_run_fails_its_bar(tmp_path):
     """A hot stack below .90 on one seed: the line of the bars says so."""
     lines = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text(encoding="utf8").splitlines()]
     for line in lines:

@@ -1,6 +1,6 @@
 """What the collective rule of GSO sees in clean runs, and which scaled batches it finds in them.
 
-    python benchmarks/gso_medians.py          # 5 minutes; the norms of a run are kept, so a restart goes on
+    python benchmarks/gso.py medians          # 5 minutes; the norms of a run are kept, so a restart goes on
 
 Trains each task with the reference and without the rule, keeps the norm of every row at every step, and replays both
 rules over them: as they are, and with whole batches scaled by 1,000. Writes benchmarks/results/gso/medians.json.
@@ -8,22 +8,21 @@ rules over them: as they are, and with whole batches scaled by 1,000. Writes ben
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.gso_plan import cells
-from benchmarks.gso_reference import Collective, GSOReference, rows_of
-from benchmarks.gso_tasks import CACHE, build, evidence, faulty, tasks
+from benchmarks.gso.plan import cells
+from benchmarks.gso.reference import Collective, GSOReference, rows_of
+from benchmarks.gso.tasks import CACHE, build, evidence, faulty, tasks
 
-OUT = Path(__file__).parent / "results" / "gso" / "medians.json"
+OUT = Path(__file__).parents[1] / "results" / "gso" / "medians.json"
 RUNS: tuple[tuple[str, int, int, dict[str, Any]], ...] = (
     *(("gpt", 500, seed, {}) for seed in (0, 1, 2)),
     ("lstm", 500, 0, {}),
@@ -70,8 +69,9 @@ def replay(norms: Tensor, sizes: list[int], **options: Any) -> Collective:
     return rule
 
 
-def main() -> None:
+def main(asked: Sequence[str]) -> None:
     """Replay all runs and write the file."""
+    argparse.ArgumentParser(prog="gso.py medians", description=__doc__.splitlines()[0]).parse_args(asked)
     torch.set_num_threads(1)
     rows = []
     for name, steps, seed, options in RUNS:
@@ -97,7 +97,3 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     OUT.write_text(json.dumps({"conditions": evidence.conditions(), "rows": rows}, indent=1) + "\n", encoding="utf8")
-
-
-if __name__ == "__main__":
-    main()

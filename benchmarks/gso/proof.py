@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gso_plan import CHOOSING, DETECTOR, FRESH, GPT, HOT, MAIN, MIXER, SHARE, Job, cells
+from benchmarks.gso.plan import CHOOSING, DETECTOR, FRESH, GPT, HOT, MAIN, MIXER, SHARE, Job, cells
 
 __all__ = ["PROOF"]
 
@@ -34,7 +34,9 @@ def _rates() -> list[Job]:
     jobs = [job for lr in rates for job in cells(*GPT[:2], "gso", lr, (0,))]
     for method in ("adamw", "schedulefree"):
         jobs += [job for lr in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1) for job in cells(*GPT[:2], method, lr, (0,))]
-    return jobs + [job for lr in rates for job in cells(*GPT[:2], "muon", lr, (0,), method_options={"adam": 1e-2})]
+    jobs += [job for lr in rates for job in cells(*GPT[:2], "muon", lr, (0,), method_options={"adam": 1e-2})]
+    jobs += [job for lr in (1e-3, *rates) for job in cells(*GPT[:2], "soap", lr, (0,))]
+    return jobs + cells(*GPT[:2], "schedulefree", 3e-4, (0,))
 
 
 def _elsewhere() -> list[Job]:
@@ -119,7 +121,7 @@ def _aerial() -> list[Job]:
 
 
 def _seconds() -> list[Job]:
-    """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see gso_equal.py."""
+    """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see seconds.py."""
     text = {"text": "second"}
     jobs = cells("gpt", 833, "gso", SHARE, FRESH[:2]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
     jobs += cells("gpt", 841, "gso", SHARE, FRESH[:2], options=text)

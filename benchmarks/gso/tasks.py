@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.gso_plan import Job
-from benchmarks.gso_reference import GSOReference
+from benchmarks.gso.plan import Job
+from benchmarks.gso.reference import GSOReference
 from gradsplit.lab import digits, evidence, registry
 from gradsplit.lab import task as tasks
 

@@ -1,26 +1,25 @@
 """Writes docs/results/gso.md, all tables of what GSO shows, from the runs of benchmarks/gso.py.
 
-    python benchmarks/gso_page.py          # also writes benchmarks/results/gso/proof.json, the cells behind the tables
+    python benchmarks/gso.py page          # also writes benchmarks/results/gso/proof.json, the cells behind the tables
 
 The method is the optimizer that ships, `gradsplit.GSO`, with nothing chosen. Every other method runs at the best of
 its cells on seed 0; which cell that is, is computed here. The sentences around the
-tables are those of benchmarks/gso_words.py.
+tables are those of benchmarks/gso/words.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.gso.words import HEAD, KINDS, NAMES, NOTES
 
-from benchmarks.gso_words import HEAD, KINDS, NAMES, NOTES
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gso"
 PAGE = ROOT / "docs" / "results" / "gso.md"
 EVIDENCE = "<!-- evidence: benchmarks/results/gso/proof.json -->"
@@ -34,7 +33,6 @@ class Runs:
         self.rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
         self.cells: dict[str, dict[str, Any]] = {}
         self.derived: dict[str, float] = {}
-        self.dates: set[str] = set()
 
     def find(self, task: str, steps: int, method: str, **wanted: Any) -> list[dict[str, Any]]:
         """The runs of a cell by seed; `options`, `method_options` and `fault` are empty unless they are given."""
@@ -53,7 +51,6 @@ class Runs:
             name = chosen[0]["key"].rsplit(" seed=", 1)[0]
             kept = {"seeds": [r["seed"] for r in chosen], "scores": [r["score"] for r in chosen]}
             self.cells.setdefault(name, {})[seeds] = kept | {"lost": sum(r["diverged"] for r in chosen)}
-            self.dates |= {r["date"].split()[0] for r in chosen}
         return [r["score"] for r in chosen]
 
     def cell_of(self, task: str, steps: int, method: str, more: bool, **wanted: Any) -> tuple[dict[str, Any], int]:
@@ -158,13 +155,14 @@ def note(name: str) -> str:
 class Page:
     """The text, and the bars as they are met."""
 
-    def __init__(self) -> None:
+    def __init__(self, dates: str) -> None:
+        self.dates = dates
         self.parts: list[str] = []
         self.bars: list[list[str]] = []
 
     def section(self, title: str, *parts: str) -> None:
         """Add a section."""
-        where = "AMD EPYC, 2 cores, no GPU, one thread per run, 2026-11-29. Seeds and runs: see the table."
+        where = f"AMD EPYC, 2 cores, no GPU, one thread per run, {self.dates}. Seeds and runs: see the table."
         self.parts.append(f"## {title}\n\n{where}\n\n" + "".join(part.rstrip() + "\n\n" for part in parts if part))
 
     def bar(self, task: str, asked: str, found: str, met: bool | None) -> None:
@@ -389,10 +387,14 @@ def faults(runs: Runs, page: Page) -> None:
     page.section("Faults, GPT of 500 steps", table(head, rows), note("faults"))
 
 
+CENTRES = {"gso": 0.03, "soap": 0.03, "muon": 0.03, "schedulefree": 0.003, "adamw": 0.01}
+"""The middle of the five rates: GSO's default, and the best of each other method's five."""
+
+
 def curves(runs: Runs, page: Page) -> None:
     """A factor of 100 in the rate."""
     rows = []
-    for method, best in (("gso", 0.03), ("muon", 0.03), ("adamw", 0.01), ("schedulefree", 0.01)):
+    for method, best in CENTRES.items():
         extra = {"method_options": {"adam": 0.01}} if method == "muon" else {}
         row, scores = [], []
         for factor in (0.1, 1 / 3, 1.0, 10 / 3, 10.0):
@@ -402,7 +404,7 @@ def curves(runs: Runs, page: Page) -> None:
             row.append(f"{found[0]:.3f} (`{lr:g}`)" if found else "not run")
         span = f"{runs.keep(f'{method}: worst over best', max(scores) / min(scores)):.2f}" if scores else ""
         rows.append([NAMES[method], *row, span])
-    head = ["validation loss, seed 0", "÷ 10", "÷ 3", "best", "× 3", "× 10", "worst / best"]
+    head = ["validation loss, seed 0", "÷ 10", "÷ 3", "middle", "× 3", "× 10", "worst / best"]
     page.section("A factor of 100 in the rate, GPT of 500 steps", table(head, rows), note("curves"))
 
 
@@ -474,22 +476,21 @@ def seconds(runs: Runs, page: Page) -> None:
 
 def made(path: Path = RESULTS / "runs.jsonl") -> tuple[str, str]:
     """The page and the cells behind it."""
-    runs, page = Runs(path), Page()
+    runs = Runs(path)
+    days = sorted({row["date"].split()[0] for row in runs.rows})
+    page = Page(" to ".join(dict.fromkeys((days[0], days[-1]))))
     for make in (texts, detectors, stacks, small, depth, faults, curves, seconds):
         make(runs, page)
-    where = "AMD EPYC, 2 cores, 2026-11-29. Seeds and runs stand in the sections below.\n\n"
+    where = f"AMD EPYC, 2 cores, {page.dates}. Seeds and runs stand in the sections below.\n\n"
     bars = "## The bars\n\n" + where + table(["task", "bar", "measured", ""], page.bars) + note("bars")
     data = {"source": "benchmarks/results/gso/runs.jsonl", "cells": runs.cells, "derived": runs.derived}
-    text = HEAD + bars.rstrip() + "\n\n" + "".join(page.parts).rstrip() + "\n"
+    text = HEAD.replace("DATES", page.dates) + bars.rstrip() + "\n\n" + "".join(page.parts).rstrip() + "\n"
     return text, json.dumps(data, indent=1) + "\n"
 
 
-def main() -> None:
+def main(asked: Sequence[str]) -> None:
     """Write both."""
+    argparse.ArgumentParser(prog="gso.py page", description=__doc__.splitlines()[0]).parse_args(asked)
     text, data = made()
     PAGE.write_text(text, encoding="utf8")
     (RESULTS / "proof.json").write_text(data, encoding="utf8")
-
-
-if __name__ == "__main__":
-    main()

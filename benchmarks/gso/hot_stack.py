@@ -1,6 +1,8 @@
-"""Why GSO fails on the hot residual stack at a high learning rate: rows grow, since every step is as long as it may be.
+"""Why `GSO(direction="adam")` fails on the hot residual stack at a high rate: every step is as long as it may be.
 
-    OMP_NUM_THREADS=1 python benchmarks/gso_hot_stack.py            # 5 minutes on one core; goes on where it stopped
+Rows grow by it.
+
+    python benchmarks/gso.py hot-stack       # 5 minutes on one core; goes on where it stopped
 
 Writes benchmarks/results/gso-hot-stack.json: per rule the accuracy, and at ten steps the loss, the mean length of the
 blocks' kernels over that at the start, and the mean relative step.
@@ -10,14 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -28,7 +26,7 @@ from gradsplit.lab.evidence import conditions
 from gradsplit.lab.optimizers import Settings, make_schedule
 from gradsplit.lab.registry import workload
 
-OUT = Path(__file__).parent / "results" / "gso-hot-stack.json"
+OUT = Path(__file__).parents[1] / "results" / "gso-hot-stack.json"
 SEED, POINTS = 1000, 10
 SMALL, WHOLE = (40, 12, 300), (48, 16, 900)  # blocks, channels, steps
 
@@ -93,11 +91,11 @@ def _shorten(weights: list[Tensor], rows: list[Tensor]) -> None:
         weight.mul_(times.reshape(-1, *[1] * (weight.dim() - 1)))
 
 
-def main() -> None:
+def main(asked: Sequence[str]) -> None:
     """Run what the file does not hold yet; save after every run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gso.py hot-stack", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    out = parser.parse_args().out
+    out = parser.parse_args(asked).out
     rows = json.loads(out.read_text(encoding="utf8"))["rows"] if out.is_file() else []
     done = {(row["rule"], row["lr"], row["blocks"], row["channels"], row["num_steps"]) for row in rows}
     for job in JOBS:
@@ -106,7 +104,3 @@ def main() -> None:
             print(job, rows[-1]["accuracy"], [round(length, 3) for length in rows[-1]["length"]], flush=True)
             data = {"conditions": conditions(), "rows": rows}
             out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf8")
-
-
-if __name__ == "__main__":
-    main()
