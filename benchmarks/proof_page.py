@@ -1,6 +1,6 @@
 """The one table: from the runs of proof.py and gso.py to tables.json, and into docs/results/README.md.
 
-    python benchmarks/proof_page.py            # writes both; what has not been run is a dash
+    python benchmarks/proof_page.py            # writes tables.json, the page's tables and its picture
 
 A row is a workload, a column a method. "best" is the cell that the choosing seed prefers, scored on fresh seeds.
 "usual" is the rate that the method's authors give, on the choosing seed. For GSO both are its default.
@@ -9,7 +9,6 @@ A row is a workload, a column a method. "best" is the cell that the choosing see
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,11 +18,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import proof
+from benchmarks.proof_picture import draw
+from benchmarks.tables import filled, table, with_range
 from gradsplit.lab import workload
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results" / "README.md"
+PICTURE = ROOT / "docs" / "results" / "behind.svg"
 GSO_RUNS = ROOT / "benchmarks" / "results" / "gso" / "runs.jsonl"
+EVIDENCE = "benchmarks/results/proof/tables.json"
 COLUMNS = {
     "gso": "GSO",
     "adamw+clip1+warmup": "AdamW",
@@ -61,43 +64,37 @@ def _better(higher: bool, a: float, b: float) -> bool:
 # ---- rows of proof.py
 
 
-def own_rows() -> list[Row]:
-    """One row per workload of `proof.TASKS` that has runs of GSO."""
-    finished = proof.done()
-    rows = []
-    for name, (steps, options) in proof.TASKS.items():
-        about = workload(name)
+def own_rows(schedule: str = "linear") -> list[Row]:
+    """One row per case of proof.py that has runs of GSO on fresh seeds and of another method."""
+    finished, rows = proof.done(), []
+    for name, case in proof.CASES.items():
+        about = workload(case.workload)
         methods = {}
         for method in COLUMNS:
-            same = [
-                run
-                for run in finished.values()
-                if (run["workload"], run["steps"], run["method"]) == (name, steps, method)
-            ]
-            tried = [run for run in same if run["seed"] == proof.CHOOSING and run["options"] == options]
-            if not tried:
+            held = proof.tried(finished, name, method, schedule)
+            sound = {lr: run for lr, run in held.items() if run["score"] is not None and not run["diverged"]}
+            usual = sound.get(proof.RATES[method][0])
+            if not held or (method == "gso" and usual is None):
                 continue
-            sound = [run for run in tried if run["score"] is not None and not run["diverged"]]
-            usual = next((run for run in tried if run["lr"] == proof.RATES[method][0]), None)
-            chosen = usual if method == "gso" else None
-            if chosen is None and sound:
-                chosen = (max if about.higher_is_better else min)(sound, key=lambda run: run["score"])
-            fresh = [] if chosen is None else [
-                finished[key]
-                for seed in proof.FRESH
-                if (key := proof.Job(name, steps, method, chosen["lr"], seed, options).key) in finished
-            ]  # fmt: skip
+            pick = max if about.higher_is_better else min
+            best = (
+                proof.RATES["gso"][0]
+                if method == "gso"
+                else pick(sound, key=lambda lr: sound[lr]["score"], default=None)
+            )
+            keys = [] if best is None else [case.job(method, best, seed, schedule).key for seed in proof.FRESH]
             methods[method] = {
-                "lr": chosen and chosen["lr"],
-                "rates": len(tried),
-                "choosing": chosen and chosen["score"],
-                "fresh": _spread(fresh),
+                "lr": best,
+                "rates": len(held),
+                "choosing": None if best is None else sound[best]["score"],
+                "fresh": _spread(finished[key] for key in keys if key in finished),
                 "usual": usual and usual["score"],
-                "cpu_ms_a_step": statistics.median(run["cpu_ms_a_step"] for run in tried),
-                "state_per_weight": tried[0]["state_per_weight"],
+                "cpu_ms_a_step": statistics.median(run["cpu_ms_a_step"] for run in held.values()),
+                "state_per_weight": next(iter(held.values()))["state_per_weight"],
             }
-        if "gso" in methods:
-            rows.append(_ranked(name, about.metric, about.higher_is_better, steps, "proof", methods))
+        if methods.get("gso", {}).get("fresh") and len(methods) > 1:
+            made = {"workload": case.title, "metric": about.metric, "higher_is_better": about.higher_is_better}
+            rows.append(ranked(made | {"steps": case.steps, "source": "proof", "schedule": schedule}, methods))
     return rows
 
 
@@ -127,11 +124,11 @@ THEIR_NAMES = {"adamw": "adamw+clip1+warmup"}
 HIGHER = {"gpt": False, "lstm": False, "lora": False}
 
 
-def their_rows() -> list[Row]:
-    """One row per task of gso.py that the optimizer as shipped has run, faults and other settings left out."""
+def their_rows(but: Iterable[str] = ()) -> list[Row]:
+    """One row per task of gso.py that the optimizer as shipped has run, faults, other settings and `but` left out."""
     held = [json.loads(line) for line in GSO_RUNS.read_text(encoding="utf8").splitlines()]
     held = [run for run in held if run["schedule"] == "linear" and not run["fault"]]
-    rows = []
+    rows, left_out = [], set(but)
     for title, task, steps, options in THEIRS:
         here = [run for run in held if (run["task"], run["steps"], run["options"]) == (task, steps, options)]
         higher = HIGHER.get(task, True)
@@ -154,9 +151,9 @@ def their_rows() -> list[Row]:
                 "usual": None,
                 "lost": bool(fresh) and _spread(fresh) is None,
             }
-        if "gso" in methods and len(methods) > 1:
-            metric = next(run["metric"] for run in here)
-            rows.append(_ranked(title, metric, higher, steps, "gso", methods))
+        if "gso" in methods and len(methods) > 1 and title not in left_out:
+            made = {"workload": title, "metric": here[0]["metric"], "higher_is_better": higher, "steps": steps}
+            rows.append(ranked(made | {"source": "gso", "schedule": "linear"}, methods))
     return rows
 
 
@@ -175,39 +172,45 @@ def _chosen(cells: Mapping[tuple[float, str], list[Row]], higher: bool) -> tuple
 # ---- ranks
 
 
-def _ranked(name: str, metric: str, higher: bool, steps: int, source: str, methods: dict[str, Row]) -> Row:
-    """A row with GSO's rank at the others' best, and how far it is behind the first, in shares of that one's score.
+def ranked(row: Row, methods: dict[str, Row]) -> Row:
+    """A row with GSO's rank, and how it stands beside the best other method, as a share of that one's score.
 
-    GSO is compared with each method on seeds that both have: the fresh ones, else the one that chose.
+    GSO is compared with each method on seeds that both have: the fresh ones, else the one that chose. `margin` is
+    above 0 where GSO is better; `ahead_on` counts the shared fresh seeds on which it is.
     """
-    pairs = {m: _pair(methods["gso"], entry) for m, entry in methods.items() if m != "gso"}
+    higher = row["higher_is_better"]
+    pairs = {m: _pair(methods["gso"], entry, higher) for m, entry in methods.items() if m != "gso"}
     held = {m: pair for m, pair in pairs.items() if pair is not None}
     others = [m for m, entry in methods.items() if m != "gso" and entry["choosing"] is not None]
-    row = {"workload": name, "metric": metric, "higher_is_better": higher, "steps": steps, "source": source,
-           "methods": methods, "first": None, "rank": None, "of": 1 + len(held), "behind": None}  # fmt: skip
+    row = row | {"methods": methods, "first": None, "rank": None, "of": 1 + len(held), "best_other": None,
+                 "margin": None, "ahead_on": 0, "shared": 0}  # fmt: skip
     if methods["gso"].get("lost") and others:  # behind all that ended
-        return row | {"rank": 1 + len(others), "of": 1 + len(others), "behind": 1.0}
+        return row | {"rank": 1 + len(others), "of": 1 + len(others), "margin": -1.0}
     if not held:
         return row
-    ahead = {m: abs(theirs - ours) / abs(theirs) for m, (ours, theirs) in held.items() if _better(higher, theirs, ours)}
-    first = max(ahead, key=lambda m: ahead[m]) if ahead else "gso"
-    return row | {"first": first, "rank": 1 + len(ahead), "behind": max(ahead.values(), default=0.0)}
+    best = min(held, key=lambda m: held[m]["margin"])
+    behind = sum(pair["margin"] < 0 for pair in held.values())
+    return row | {"first": best if behind else "gso", "rank": 1 + behind, "best_other": best, **held[best]}
 
 
-def _pair(ours: Row, theirs: Row) -> tuple[float, float] | None:
-    """Two scores on the same seeds; where there are none, what each has."""
-    held = [entry["fresh"]["scores"] if entry["fresh"] else {} for entry in (ours, theirs)]
-    shared = sorted(held[0].keys() & held[1].keys())
-    if shared:
-        mine, other = (statistics.median(scores[seed] for seed in shared) for scores in held)
-        return mine, other
-    if ours["choosing"] is not None and theirs["choosing"] is not None:
-        return ours["choosing"], theirs["choosing"]
-    mixed = [entry["fresh"]["median"] if entry["fresh"] else entry["choosing"] for entry in (ours, theirs)]
-    return None if None in mixed else (mixed[0], mixed[1])
+def _pair(ours: Row, theirs: Row, higher: bool) -> Row | None:
+    """The margin on the same seeds; where there are none, of what each has."""
+    fresh = [entry["fresh"]["scores"] if entry["fresh"] else {} for entry in (ours, theirs)]
+    seeds = sorted(fresh[0].keys() & fresh[1].keys())
+    if seeds:
+        mine, other = (statistics.median(scores[seed] for seed in seeds) for scores in fresh)
+    elif ours["choosing"] is not None and theirs["choosing"] is not None:
+        mine, other = ours["choosing"], theirs["choosing"]
+    else:
+        mine, other = (entry["fresh"]["median"] if entry["fresh"] else entry["choosing"] for entry in (ours, theirs))
+        if mine is None or other is None:
+            return None
+    margin = (mine - other if higher else other - mine) / abs(other)
+    ahead = sum(_better(higher, fresh[0][seed], fresh[1][seed]) for seed in seeds)
+    return {"margin": margin, "ahead_on": ahead, "shared": len(seeds)}
 
 
-# ---- sensitivity, strategies, sizes
+# ---- sensitivity, outputs, strategies, sizes
 
 
 def sensitivity() -> list[Row]:
@@ -216,11 +219,8 @@ def sensitivity() -> list[Row]:
     for size, options in proof.SIZES.items():
         for method in proof.SENSITIVE:
             usual = proof.RATES[method][0]
-            runs = [
-                finished[key]
-                for factor in proof.AROUND
-                if (key := _sensitive_key(method, usual * factor, options)) in finished
-            ]
+            keys = [_sensitive_key(method, usual * factor, options) for factor in proof.AROUND]
+            runs = [finished[key] for key in keys if key in finished]
             if len(runs) < len(proof.AROUND):
                 continue
             first = max(run["first_loss"] for run in runs)
@@ -242,10 +242,19 @@ def _sensitive_key(method: str, lr: float, options: Mapping[str, Any]) -> str:
     return proof.Job("gpt", 200, method, min(lr, proof.METHODS[method].largest_lr), proof.CHOOSING, options).key
 
 
+def outputs() -> list[Row]:
+    """The mean log of the partition function over the steps, where nothing decays."""
+    finished = proof.done()
+    names = ("method", "lr", "score", "log_partition_over_steps")
+    return [
+        {name: finished[job.key][name] for name in names} for job in proof.GROUPS["outputs"]() if job.key in finished
+    ]
+
+
 def strategies() -> list[Row]:
     """GSO with other plans on the two cases in which one part explodes."""
     finished, rows = proof.done(), []
-    for name, steps, options in proof.CASES:
+    for name, steps, options in proof.HOT_PARTS:
         row: Row = {"workload": name, "options": options, "plans": {}}
         for method in proof.PLANS:
             keys = [proof.Job(name, steps, method, 0.03, seed, options).key for seed in proof.FRESH]
@@ -256,14 +265,20 @@ def strategies() -> list[Row]:
 
 
 def sizes() -> list[Row]:
-    """The larger GPTs."""
+    """The larger GPTs: each method at its best rate."""
     finished, rows = proof.done(), []
-    for size, (steps, options) in proof.LARGE.items():
-        runs = [run for run in finished.values() if run["options"] == dict(options) and run["steps"] == steps]
-        if runs:
-            methods = {run["method"]: {"lr": run["lr"], "score": run["score"], "cpu_ms_a_step": run["cpu_ms_a_step"],
-                                       "state_per_weight": run["state_per_weight"]} for run in runs}  # fmt: skip
-            rows.append({"size": size, "steps": steps, "parameters": runs[0]["parameters"], "methods": methods})
+    for size, (steps, _) in proof.LARGE.items():
+        best: dict[str, Row] = {}
+        for job in proof.large(size):
+            run = finished.get(job.key)
+            if run is None or run["score"] is None or run["diverged"]:
+                continue
+            if job.method not in best or run["score"] < best[job.method]["score"]:
+                names = ("lr", "score", "cpu_ms_a_step", "state_per_weight", "parameters")
+                best[job.method] = {name: run[name] for name in names}
+        if best:
+            parameters = next(iter(best.values()))["parameters"]
+            rows.append({"size": size, "steps": steps, "parameters": parameters, "methods": best})
     return rows
 
 
@@ -283,72 +298,75 @@ def _cell(entry: Row | None, *, first: bool) -> str:
 
 def main_table(rows: list[Row]) -> str:
     """Every method at its best."""
-    lines = [
-        f"| workload, steps | metric | {' | '.join(COLUMNS.values())} | GSO's rank | behind |",
-        "|---|---|" + "---|" * (len(COLUMNS) + 2),
-    ]
+    lines = []
     for row in rows:
         cells = [_cell(row["methods"].get(m), first=m == row["first"]) for m in COLUMNS]
         arrow = "↑" if row["higher_is_better"] else "↓"
+        what = [f"{row['workload']}, {row['steps']}", f"{row['metric'].replace('_', ' ')} {arrow}"]
         rank = "" if row["rank"] is None else f"{row['rank']} of {row['of']}"
-        behind = "" if row["behind"] is None else "first" if row["rank"] == 1 else f"{100 * row['behind']:.1f} %"
-        lines.append(
-            f"| {row['workload']}, {row['steps']} | {row['metric'].replace('_', ' ')} {arrow} | {' | '.join(cells)} | "
-            f"{rank} | {behind} |"
-        )
-    return "\n".join(lines) + "\n"
+        beside = "" if row["margin"] is None else f"{100 * row['margin']:+.1f} %".replace("-", "−")
+        ahead = f"{row['ahead_on']} of {row['shared']}" if row["shared"] else ""
+        lines.append([*what, *cells, rank, beside, ahead])
+    head = ["workload, steps", "metric", *COLUMNS.values(), "GSO's rank", "beside the best other", "ahead on"]
+    return table(head, lines, EVIDENCE) if lines else ""
 
 
 def usual_table(rows: list[Row]) -> str:
     """Every method at the rate that its authors give."""
     names = {m: title for m, title in COLUMNS.items() if any(r["methods"].get(m, {}).get("usual") for r in rows)}
-    heads = [f"{title} {proof.RATES[m][0]:g}" for m, title in names.items()]
-    lines = [f"| workload | {' | '.join(heads)} |", "|---|" + "---|" * len(names)]
+    lines = []
     for row in rows:
         values = {m: row["methods"][m]["usual"] for m in names if row["methods"].get(m)}
         held = [value for value in values.values() if value is not None]
         best = (max if row["higher_is_better"] else min)(held)
-        cells = []
-        for m in names:
-            value = values.get(m)
-            cells.append("" if value is None else f"**{value:.3f}**" if value == best else f"{value:.3f}")
-        lines.append(f"| {row['workload']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        shown = {m: f"**{v:.3f}**" if v == best else f"{v:.3f}" for m, v in values.items() if v is not None}
+        lines.append([row["workload"], *(shown.get(m, "") for m in names)])
+    return table(["workload", *(f"{t} {proof.RATES[m][0]:g}" for m, t in names.items())], lines, EVIDENCE)
 
 
 def cost_table(rows: list[Row]) -> str:
     """Processor time per step and memory."""
     names = {m: t for m, t in COLUMNS.items() if any(r["methods"].get(m) for r in rows)}
-    lines = [f"| workload | {' | '.join(names.values())} |", "|---|" + "---|" * len(names)]
+    lines = []
     for row in rows:
-        cells = []
-        for m in names:
-            entry = row["methods"].get(m)
-            cells.append("" if entry is None else f"{entry['cpu_ms_a_step']:.1f} ms, {entry['state_per_weight']:.1f} x")
-        lines.append(f"| {row['workload']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        found = {m: row["methods"][m] for m in names if m in row["methods"]}
+        cells = {m: f"{e['cpu_ms_a_step']:.1f} ms, {e['state_per_weight']:.1f} x" for m, e in found.items()}
+        lines.append([row["workload"], *(cells.get(m, "") for m in names)])
+    return table(["workload", *names.values()], lines, EVIDENCE)
+
+
+def _over_rates(rows: list[Row], name: str) -> str:
+    """A number of each run of the sensitivity over the rate."""
+    lines = []
+    for row in rows:
+        shown = ["lost" if value is None else f"{value:.1f}" for value in row[name]]
+        lines.append([f"{row['size']}, {COLUMNS[row['method']]}", *shown])
+    return table(["parameters, method", *_factors()], lines, EVIDENCE) if lines else ""
+
+
+def _factors() -> list[str]:
+    return [f"x {factor:.2g}" for factor in proof.AROUND]
 
 
 def sensitivity_table(rows: list[Row]) -> str:
     """Losses over the rate, and the mean loss above the best."""
-    heads = [f"x {factor:.2g}" for factor in proof.AROUND]
-    lines = [f"| parameters, method | usual | {' | '.join(heads)} | sensitivity |", "|---|---|" + "---|" * 7]
-    lines += [
-        f"| {row['size']}, {COLUMNS[row['method']]} | {row['usual']:g} | "
-        f"{' | '.join(f'{loss:.2f}' for loss in row['losses'])} | **{row['sensitivity']:.2f}** |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def attention_table(rows: list[Row]) -> str:
-    """The largest attention logit over the rate."""
-    heads = [f"x {factor:.2g}" for factor in proof.AROUND]
-    lines = [f"| parameters, method | {' | '.join(heads)} |", "|---|" + "---|" * 6]
+    lines = []
     for row in rows:
-        shown = ["lost" if value is None else f"{value:.1f}" for value in row["attention"]]
-        lines.append(f"| {row['size']}, {COLUMNS[row['method']]} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+        losses = [f"{loss:.2f}" for loss in row["losses"]]
+        what = [f"{row['size']}, {COLUMNS[row['method']]}", f"{row['usual']:g}"]
+        lines.append([*what, *losses, f"**{row['sensitivity']:.2f}**"])
+    return table(["parameters, method", "usual", *_factors(), "sensitivity"], lines, EVIDENCE) if lines else ""
+
+
+def outputs_table(rows: list[Row]) -> str:
+    """The log of the partition function over the steps."""
+    steps = [300 * at for at in (1, 2, 4, 6, 8, 10)]
+    lines = []
+    for row in rows:
+        values = [row["log_partition_over_steps"][at // 300 - 1] for at in steps]
+        what = [f"{COLUMNS[row['method']]}, {row['lr']:g}", f"{row['score']:.2f}"]
+        lines.append([*what, *(f"{value:.1f}" for value in values)])
+    return table(["method, rate", "val loss", *(f"step {at:,}" for at in steps)], lines, EVIDENCE) if lines else ""
 
 
 PLAN_WORDS = {
@@ -358,110 +376,113 @@ PLAN_WORDS = {
     "gso-tree": "rows and modules (Tree-SP)",
     "gso-lbf-blocks": "rows; L-BF's rectangles made orthogonal one by one",
 }
-CASE_WORDS = {"experts": "experts, the first one hot", "detection": "two-tower detector, one tower explodes"}
+PART_WORDS = {"experts": "experts, the first one hot", "detection": "two-tower detector, one tower explodes"}
 
 
 def strategies_table(rows: list[Row]) -> str:
     """Plans of GSO."""
-    heads = [CASE_WORDS[row["workload"]] for row in rows]
-    lines = [f"| what is bounded together | {' | '.join(heads)} |", "|---|" + "---|" * len(rows)]
+    lines = []
     for plan, words in PLAN_WORDS.items():
-        cells = []
-        for row in rows:
-            made = row["plans"].get(plan)
-            cells.append("" if made is None else f"{made['median']:.3f} ({made['min']:.3f} to {made['max']:.3f})")
-        lines.append(f"| {words} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        made = [row["plans"].get(plan) for row in rows]
+        lines.append([words, *("" if found is None else with_range(list(found["scores"].values())) for found in made)])
+    return table(["what is bounded together", *(PART_WORDS[row["workload"]] for row in rows)], lines, EVIDENCE)
 
 
 def sizes_table(rows: list[Row]) -> str:
     """The larger GPTs."""
     names = {m: t for m, t in COLUMNS.items() if any(m in row["methods"] for row in rows)}
-    lines = [f"| parameters, steps | {' | '.join(names.values())} |", "|---|" + "---|" * len(names)]
+    lines = []
     for row in rows:
-        cells = []
-        for m in names:
-            run = row["methods"].get(m)
-            cells.append("" if run is None else f"{run['score']:.3f} ({run['cpu_ms_a_step']:.0f} ms)")
-        lines.append(f"| {row['parameters'] / 1e6:.1f} M, {row['steps']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        found = {m: row["methods"][m] for m in names if m in row["methods"]}
+        cells = {m: f"{r['score']:.3f} at {r['lr']:g}, {r['cpu_ms_a_step']:.0f} ms" for m, r in found.items()}
+        what = [f"{row['parameters'] / 1e6:.1f} M", str(row["steps"])]
+        lines.append([*what, *(cells.get(m, "") for m in names)])
+    return table(["parameters", "steps", *names.values()], lines, EVIDENCE) if lines else ""
 
 
 def count_of(rows: list[Row]) -> Row:
     """In how many rows GSO is first, or within 2 %."""
-    ranked = [row for row in rows if row["rank"] is not None]
-    near = [row for row in ranked if row["rank"] == 1 or row["behind"] <= NEAR]
-    wide = [row for row in ranked if row["of"] >= 4]
-    single = [row for row in ranked if not row["methods"]["gso"]["fresh"] and not row["methods"]["gso"].get("lost")]
+    held = [row for row in rows if row["rank"] is not None]
+    near = [row for row in held if row["margin"] >= -NEAR]
+    wide = [row for row in held if row["of"] >= 4]
+    single = [row for row in held if not row["methods"]["gso"]["fresh"] and not row["methods"]["gso"].get("lost")]
+    unclear = [row for row in held if 0 < row["ahead_on"] < row["shared"]]
     return {
         "one_seed": len(single),
         "wide": len(wide),
         "wide_first": sum(row["rank"] == 1 for row in wide),
         "wide_near": sum(row in near for row in wide),
-        "rows": len(ranked),
-        "first": sum(row["rank"] == 1 for row in ranked),
+        "rows": len(held),
+        "first": sum(row["rank"] == 1 for row in held),
         "first_or_near": len(near),
-        "share": len(near) / max(len(ranked), 1),
-        "not_near": [row["workload"] for row in ranked if row not in near],
+        "share": len(near) / max(len(held), 1),
+        "not_near": [row["workload"] for row in held if row not in near],
+        "unclear": len(unclear),
+        "ahead_on_all": sum(row["shared"] >= 2 and row["ahead_on"] == row["shared"] for row in held),
+        "behind_on_all": sum(row["shared"] >= 2 and row["ahead_on"] == 0 for row in held),
     }
 
 
 def count_words(count: Row) -> str:
     """What the table says about the aim."""
-    behind = f" Further behind: {', '.join(count['not_near'])}." if count["not_near"] else ""
+    behind = f" Further behind: {'; '.join(count['not_near'])}." if count["not_near"] else ""
+    single = (
+        f"\nIn {count['one_seed']} rows GSO has one seed, the one that chose. A difference of a few per cent may turn "
+        "there.\n"
+    )
     return (
         f"GSO is first in {count['first']} of {count['rows']} rows, and first or within 2 % of the first in "
         f"{count['first_or_near']} of them ({100 * count['share']:.0f} %; the aim was 80 %).{behind}\n\n"
-        "Some rows have AdamW alone beside GSO, and there it is easy to be first. "
-        f"In the {count['wide']} rows with at least three others GSO is first in {count['wide_first']}, and first or "
-        f"within 2 % in {count['wide_near']}.\n\n"
-        f"In {count['one_seed']} rows GSO has one seed, the one that chose. A difference of a few per cent may turn "
-        "there.\n"
+        f"On every shared seed GSO is ahead of the best other method in {count['ahead_on_all']} rows, and behind it in "
+        f"{count['behind_on_all']}. In {count['unclear']} rows the seeds do not agree.\n\n"
+        f"Where few others have run, it is easy to be first. In the {count['wide']} rows with at least three others "
+        f"GSO is first in {count['wide_first']}, and first or within 2 % in {count['wide_near']}.\n"
+        + (single if count["one_seed"] else "")
     )
 
 
-def _filled(page: str, tables: Mapping[str, str]) -> str:
-    """The page with every table between its marks replaced; a table without rows leaves a sentence."""
-    for name, table in tables.items():
-        mark = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
-        if not mark.search(page):
-            raise ValueError(f"{PAGE.name}: expected the marks of the table {name}, found none.")
-        evidence = "\n<!-- evidence: benchmarks/results/proof/tables.json -->\n\n"
-        if "|" in table:
-            body = f"{evidence}{table}\n" if table.count("\n") > 2 else "\nNot run yet.\n\n"
-        else:
-            body = f"\n{table}\n" if table else "\nNot run yet.\n\n"
-        page = mark.sub(lambda found, body=body: found[1] + body + found[2], page)
-    return page
-
-
-def main() -> None:
-    """Write the numbers, and the page's tables."""
-    rows = [*own_rows(), *their_rows()]
-    own = [row for row in rows if row["source"] == "proof"]
-    made = {
+def numbers() -> Row:
+    """All that the page holds, from the runs."""
+    own = own_rows()
+    rows = [*own, *their_rows(but=[row["workload"] for row in own])]
+    return {
         "count": count_of(rows),
         "rows": rows,
+        "cosine": own_rows("cosine"),
         "usual_rates": {method: rates[0] for method, rates in proof.RATES.items()},
         "around": list(proof.AROUND),
         "sensitivity": sensitivity(),
+        "outputs": outputs(),
         "strategies": strategies(),
         "sizes": sizes(),
         "failed": len(proof.FAILED.read_text(encoding="utf8").splitlines()) if proof.FAILED.is_file() else 0,
     }
-    proof.TABLES.write_text(json.dumps(made, indent=1) + "\n", encoding="utf8")
-    page = PAGE.read_text(encoding="utf8")
-    page = _filled(page, {
-        "main": main_table(rows),
+
+
+def parts(made: Row) -> dict[str, str]:
+    """What stands between the marks of the page."""
+    own = [row for row in made["rows"] if row["source"] == "proof"]
+    return {
+        "main": main_table(made["rows"]),
         "count": count_words(made["count"]),
+        "cosine": main_table(made["cosine"]),
         "usual": usual_table(own),
         "costs": cost_table(own),
         "sensitivity": sensitivity_table(made["sensitivity"]),
-        "attention": attention_table(made["sensitivity"]),
-        "strategies": strategies_table(made["strategies"]) if made["strategies"] else "",
+        "attention": _over_rates(made["sensitivity"], "attention"),
+        "partition": _over_rates(made["sensitivity"], "log_partition"),
+        "outputs": outputs_table(made["outputs"]),
+        "strategies": strategies_table(made["strategies"]),
         "sizes": sizes_table(made["sizes"]),
-    })  # fmt: skip
-    PAGE.write_text(page, encoding="utf8")
+    }
+
+
+def main() -> None:
+    """Write the numbers, the page's tables and the picture."""
+    made = numbers()
+    proof.TABLES.write_text(json.dumps(made, indent=1) + "\n", encoding="utf8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf8"), parts(made)), encoding="utf8")
+    PICTURE.write_text(draw(made["rows"], COLUMNS), encoding="utf8")
     print(json.dumps(made["count"], indent=1))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 
-from benchmarks import proof, proof_page
+from benchmarks import proof, proof_page, proof_picture
 from gradsplit.lab.task import MissingDataError, MissingPackageError
 
 
@@ -94,28 +95,76 @@ def test_a_disk_that_is_full_keeps_the_run_for_the_next_line(folder, monkeypatch
     assert "No space left on device" in capsys.readouterr().out
 
 
+def _entry(fresh, choosing=None):
+    """A method's scores: one number, or one per seed."""
+    if fresh is None:
+        return {"fresh": None, "choosing": choosing}
+    scores = fresh if isinstance(fresh, dict) else {"0": fresh}
+    return {"fresh": {"median": statistics.median(scores.values()), "scores": scores}, "choosing": choosing}
+
+
+def _ranked(higher, **methods):
+    return proof_page.ranked({"workload": "x", "higher_is_better": higher}, methods)
+
+
 def test_ranks_compare_the_best_and_say_how_far_behind():
-    def entry(fresh, choosing=None):
-        spread = (
-            {"median": fresh, "min": fresh, "max": fresh, "seeds": [0], "scores": {"0": fresh}}
-            if fresh is not None
-            else None
-        )
-        return {"fresh": spread, "choosing": choosing}
-
-    def ranked(higher, **methods):
-        return proof_page._ranked("x", "score", higher, 5, "proof", methods)
-
-    row = ranked(False, gso=entry(1.02), soap=entry(1.0))
-    assert (row["first"], row["rank"], row["of"], row["behind"]) == ("soap", 2, 2, pytest.approx(0.02))
-    row = ranked(True, gso=entry(0.9), soap=entry(0.8), muon=entry(0.7))
-    assert (row["first"], row["rank"], row["of"], row["behind"]) == ("gso", 1, 3, 0.0)
-    row = ranked(True, gso=entry(0.6, 0.9), soap=entry(None, 0.8))
+    row = _ranked(False, gso=_entry(1.02), soap=_entry(1.0))
+    assert (row["first"], row["rank"], row["of"], row["margin"]) == ("soap", 2, 2, pytest.approx(-0.02))
+    row = _ranked(True, gso=_entry(0.9), soap=_entry(0.8), muon=_entry(0.7))
+    assert (row["first"], row["rank"], row["of"], row["margin"]) == ("gso", 1, 3, pytest.approx(0.125))
+    row = _ranked(True, gso=_entry(0.6, 0.9), soap=_entry(None, 0.8))
     assert row["rank"] == 1, "on the seed that both have, GSO is ahead"
-    row = ranked(True, gso=entry(0.6, 0.9), soap=entry(None, 0.95), muon=entry(0.7, 0.7))
-    assert row["rank"] == 3 and row["first"] == "muon" and row["behind"] == pytest.approx(0.1 / 0.7)
-    assert ranked(True, gso=entry(None), soap=entry(0.9))["rank"] is None
-    assert ranked(True, gso={**entry(None), "lost": True}, soap=entry(None, 0.1))["behind"] == 1.0
-    near = ranked(True, gso=entry(0.99), soap=entry(1.0))
-    count = proof_page.count_of([row, near, ranked(True, gso=entry(None), soap=entry(0.9))])
+    row = _ranked(True, gso=_entry(0.6, 0.9), soap=_entry(None, 0.95), muon=_entry(0.7, 0.7))
+    assert row["rank"] == 3 and row["first"] == "muon" and row["margin"] == pytest.approx(-0.1 / 0.7)
+    assert _ranked(True, gso=_entry(None), soap=_entry(0.9))["rank"] is None
+    assert _ranked(True, gso={**_entry(None), "lost": True}, soap=_entry(None, 0.1))["margin"] == -1.0
+
+
+def test_ranks_count_the_shared_seeds_on_which_gso_is_ahead():
+    row = _ranked(True, gso=_entry({"0": 0.9, "1": 0.5, "2": 0.7}), soap=_entry({"0": 0.8, "1": 0.6, "3": 0.1}))
+    assert (row["ahead_on"], row["shared"]) == (1, 2)
+    assert row["margin"] == pytest.approx(0.0), "the medians of the two shared seeds are equal"
+
+
+def test_the_count_is_of_rows_that_are_first_or_near():
+    row, near = _ranked(False, gso=_entry(1.03), soap=_entry(1.0)), _ranked(True, gso=_entry(0.99), soap=_entry(1.0))
+    count = proof_page.count_of([row, near, _ranked(True, gso=_entry(None), soap=_entry(0.9))])
     assert (count["rows"], count["first"], count["first_or_near"], count["share"]) == (2, 0, 1, 0.5)
+
+
+def test_the_best_rate_is_that_of_the_choosing_seed_and_an_edge_asks_for_one_rate_more(folder, monkeypatch):
+    worth = {0.003: 0.5, 0.001: 0.4, 0.01: 0.6}
+
+    def run(job):
+        return {"score": worth[job.lr], "diverged": False, "cpu_ms_a_step": 1.0}
+
+    monkeypatch.setattr(proof, "run", run)
+    jobs = proof.choosing(["control"], ["soap"])
+    monkeypatch.setitem(proof.GROUPS, "here", lambda: jobs[:2])
+    proof.execute(["here"])
+    assert proof.best_rate(proof.done(), "control", "soap") is None, "one rate has not run"
+    monkeypatch.setitem(proof.GROUPS, "here", lambda: jobs)
+    proof.execute(["here"])
+    assert proof.best_rate(proof.done(), "control", "soap") == 0.01
+    assert [job.lr for job in proof.edges(["control"], ["soap"])] == [0.03]
+    assert {job.seed for job in proof.confirming(["control"], ["soap"])} == set(proof.FRESH)
+
+
+def test_the_picture_counts_the_rows_that_all_methods_have_run():
+    rows = [
+        {"higher_is_better": False, "methods": {"gso": _entry(1.0), "soap": _entry(1.1)}},
+        {"higher_is_better": True, "methods": {"gso": _entry(0.9), "soap": _entry(1.0)}},
+        {"higher_is_better": True, "methods": {"gso": _entry(0.1)}},
+    ]
+    distances, count = proof_picture.profile(rows, ["gso", "soap"])
+    assert count == 2
+    assert distances["gso"] == pytest.approx([0.0, 0.1])
+    assert distances["soap"] == pytest.approx([0.0, 0.1])
+
+
+def test_the_page_and_its_picture_are_what_the_program_writes():
+    made = json.loads(proof.TABLES.read_text(encoding="utf8"))
+    assert proof_page.filled(proof_page.PAGE.read_text(encoding="utf8"), proof_page.parts(made)) == (
+        proof_page.PAGE.read_text(encoding="utf8")
+    ), "run benchmarks/proof_page.py"
+    assert proof_page.PICTURE.read_text(encoding="utf8") == proof_page.draw(made["rows"], proof_page.COLUMNS)
