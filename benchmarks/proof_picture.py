@@ -100,9 +100,7 @@ def draw(rows: list[Row], names: Mapping[str, str]) -> str:
         line = f'stroke="{COLOURS[colours[name]]}" stroke-width="3"{dashes}'
         body.append(f'<line x1="{left}" x2="{left + 24}" y1="18" y2="18" {line}/>')
         body.append(f'<text x="{left + 29}" y="22">{escape(title)}</text>')
-    about = (
-        "share of the workloads in which each optimizer is at most so far behind the best"
-    )
+    about = "share of the workloads in which each optimizer is at most so far behind the best"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img"'
     style = "text{font-family:system-ui,sans-serif;font-size:12.5px;fill:#222}.title{font-weight:600}"
     page = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'

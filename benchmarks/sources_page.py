@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.sources_together import CHOOSING, METHODS
 from benchmarks.sources_together import TASKS as TOGETHER
+from benchmarks.tables import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sources"
@@ -64,31 +65,30 @@ NAMES = {
 }
 
 
-def _cell(scores: list[float | None], *, more_is_better: bool) -> str:
-    """Median and range; a diverged run is the worst value of its side."""
+def _cells(scores: list[float | None], *, more_is_better: bool) -> tuple[str, str]:
+    """Median and range as two cells; a diverged run is the worst value of its side."""
     worst = float("-inf") if more_is_better else float("inf")
     ordered = sorted(worst if score is None else score for score in scores)
     shown = [f"{value:.4f}" if abs(value) != float("inf") else "diverged" for value in ordered]
-    return f"{shown[len(shown) // 2]} | {shown[0]} to {shown[-1]}"
+    return shown[len(shown) // 2], f"{shown[0]} to {shown[-1]}"
 
 
 def _section(name: str, kept: dict[str, Any]) -> str:
     about = kept["about"]
     more = "accuracy" in about["task"]
-    lines = [f"## {name}", "", f"{TASKS[name]} Five seeds, {about['machine']}, {about['date']}.", ""]
-    named = kept["fresh"].get("samples", {})
-    lines += [f"<!-- evidence: benchmarks/results/sources/{name}.json -->", ""]
-    lines += ["| method | median | range |", "|---|---|---|"]
+    evidence = f"benchmarks/results/sources/{name}.json"
+    text = f"## {name}\n\n{TASKS[name]} Five seeds, {about['machine']}, {about['date']}.\n\n"
+    rows = []
     for method, found in kept["fresh"].items():
         strength = "" if found["strength"] == "None" else f" (`{found['strength']}`)"
-        lines.append(f"| {NAMES[method]}{strength} | {_cell(found['score'], more_is_better=more)} |")
+        rows.append([NAMES[method] + strength, *_cells(found["score"], more_is_better=more)])
+    text += table(["method", "median", "range"], rows, evidence) + "\n"
+    named = kept["fresh"].get("samples", {})
     if "precision" in named:
-        lines += ["", "| the bad samples named | precision | recall |", "|---|---|---|"]
-        lines.insert(-2, f"<!-- evidence: benchmarks/results/sources/{name}.json -->")
-        lines.insert(-2, "")
         precision, recall = (statistics.median(named[key]) for key in ("precision", "recall"))
-        lines.append(f"| median of the five runs | {precision:.3f} | {recall:.3f} |")
-    return "\n".join(lines) + "\n\n"
+        row = ["median of the five runs", f"{precision:.3f}", f"{recall:.3f}"]
+        text += table(["the bad samples named", "precision", "recall"], [row], evidence) + "\n"
+    return text
 
 
 def _together(runs: list[dict[str, Any]]) -> str:
@@ -99,18 +99,18 @@ def _together(runs: list[dict[str, Any]]) -> str:
         "less is better); in the third 5 % of the sequences are random characters. AdamW has the best of three rates, "
         "without a clip or warm-up; GSO has nothing chosen. Command: `python benchmarks/sources_together.py`. "
         f"Seeds {', '.join(map(str, seeds))}, {head['hardware']}, {head['date'][:10]}.\n\n"
-        "<!-- evidence: benchmarks/results/sources/together.jsonl -->\n\n"
-        "| task | method | median | range | processor seconds |\n|---|---|---|---|---|\n"
     )
+    lines = []
     for task in TOGETHER:
         more_is_better = TOGETHER[task][0] == "detection"
         for method in METHODS:
             rows = [run for run in runs if (run["task"], run["method"]) == (task, method) and run["seed"] in seeds]
             if rows:
-                cell = _cell([row["score"] for row in rows], more_is_better=more_is_better)
+                cells = _cells([row["score"] for row in rows], more_is_better=more_is_better)
                 seconds = statistics.median(row["cpu_seconds"] for row in rows)
-                text += f"| {task} | {method} | {cell} | {seconds:.1f} |\n"
-    return text + "\n"
+                lines.append([task, method, *cells, f"{seconds:.1f}"])
+    names = ["task", "method", "median", "range", "processor seconds"]
+    return text + table(names, lines, "benchmarks/results/sources/together.jsonl") + "\n"
 
 
 def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
@@ -126,10 +126,8 @@ def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
         kept = json.loads(file.read_text(encoding="utf8"))
         about = kept["about"]
         text += f"## Time of a step\n\nOver the same step without, {about['machine']}, {about['date']}, 100 runs.\n\n"
-        text += "<!-- evidence: benchmarks/results/sources/cost.json -->\n\n| step | median |\n|---|---|\n"
-        for step, ratios in kept["ratio"].items():
-            text += f"| {step} | {statistics.median(ratios):.2f} |\n"
-        text += "\n"
+        rows = [[step, f"{statistics.median(ratios):.2f}"] for step, ratios in kept["ratio"].items()]
+        text += table(["step", "median"], rows, "benchmarks/results/sources/cost.json") + "\n"
     file = results / "together.jsonl"
     if file.exists():
         text += _together([json.loads(line) for line in file.read_text(encoding="utf8").splitlines()])

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tables
 from benchmarks.gso.words import HEAD, KINDS, NAMES, NOTES
+from benchmarks.tables import with_range as shown
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gso"
 PAGE = ROOT / "docs" / "results" / "gso.md"
-EVIDENCE = "<!-- evidence: benchmarks/results/gso/proof.json -->"
+EVIDENCE = "benchmarks/results/gso/proof.json"
 CHOOSING, FRESH, SHARE = 0, range(10, 100), 0.03
 
 
@@ -77,18 +79,6 @@ class Runs:
         return value
 
 
-def shown(scores: list[float], digits: int = 3) -> str:
-    """Median, and the range of several.
-
-    >>> shown([1.25, 1.0, 2.0]), shown([1.0])
-    ('1.250 (1.000 to 2.000)', '1.000')
-    """
-    if not scores:
-        return "not run"
-    text = f"{statistics.median(scores):.{digits}f}"
-    return text + (f" ({min(scores):.{digits}f} to {max(scores):.{digits}f})" if len(scores) > 1 else "")
-
-
 def setting(method: str, found: dict[str, Any]) -> str:
     """A cell in words."""
     if method == "gso":
@@ -100,8 +90,7 @@ def setting(method: str, found: dict[str, Any]) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table with its evidence."""
-    lines = [EVIDENCE, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n\n"
+    return tables.table(head, rows, EVIDENCE) + "\n"
 
 
 def beside(
