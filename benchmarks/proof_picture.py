@@ -16,6 +16,7 @@ WIDTH, HEIGHT, TOP, BOTTOM, PANEL = 960, 360, 60, 56, 400
 FARTHEST = 0.25  # behind the best: the right end of the picture
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555", "#8C564B", "#E69F00", "#7F7F7F")
 DASHES = ("", "6 3", "2 3", "9 3 2 3", "4 4", "1 4", "8 5", "3 6")
+LEFTS = (56, 140, 236, 320, 408, 556, 636, 744)
 
 Row = Mapping[str, Any]
 
@@ -56,7 +57,7 @@ def _panel(left: int, title: str, rows: list[Row], names: Mapping[str, str], col
     def y(share: float) -> float:
         return bottom - share * (bottom - TOP)
 
-    parts = [f'<text x="{left}" y="{TOP - 14}" class="title">{escape(title)}, {count} rows</text>']
+    parts = [f'<text x="{left}" y="{TOP - 14}" class="title">{escape(title)}, {count} row{"s" * (count != 1)}</text>']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y(share):.1f}" y2="{y(share):.1f}" stroke="#e2e2e2"/>')
         parts.append(f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
@@ -76,7 +77,7 @@ def _panel(left: int, title: str, rows: list[Row], names: Mapping[str, str], col
             done += 1
             path.append(f"{x(distance):.1f},{y(done / count):.1f}")
         path.append(f"{right:.1f},{y(done / max(count, 1)):.1f}")
-        at, width = colours[name], 3 if name == "gso" else 1.8
+        at, width = colours[name], 3 if name == "gso" else 2.2
         dashes = f' stroke-dasharray="{DASHES[at]}"' if DASHES[at] else ""
         line = f'fill="none" stroke="{COLOURS[at]}" stroke-width="{width}"{dashes}'
         parts.append(f'<polyline points="{" ".join(path)}" {line}/>')
@@ -95,7 +96,7 @@ def draw(rows: list[Row], names: Mapping[str, str]) -> str:
     body = _panel(56, "the four strongest", rows, four, colours)
     body += _panel(528, "all eight", rows, names, colours)
     for at, (name, title) in enumerate(names.items()):
-        left = 56 + 112 * at
+        left = LEFTS[at]
         dashes = f' stroke-dasharray="{DASHES[colours[name]]}"' if DASHES[colours[name]] else ""
         line = f'stroke="{COLOURS[colours[name]]}" stroke-width="3"{dashes}'
         body.append(f'<line x1="{left}" x2="{left + 24}" y1="18" y2="18" {line}/>')

@@ -92,6 +92,9 @@ def test_compare_at_each_methods_own_rate(capsys, tmp_path):
     )  # fmt: skip
     out = capsys.readouterr().out
     assert "0.001" in out and "0.03" in out and "ms/step" in out and "state" in out
+    assert "strength" not in out.split("over the learning rate")[0], "nothing is tuned, so the column would be empty"
+    assert "worst bin" not in out and "scaled" not in out, "no method here splits"
+    assert out.count("\n adamw ") == 2, "no name is cut in a terminal of 80 columns"
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf8"))
     assert [(cell["method"], cell["lr"]) for cell in results["cells"]] == [("adamw", 0.001), ("gso", 0.03)]
 

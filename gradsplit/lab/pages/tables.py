@@ -42,42 +42,49 @@ def _range(scores: Mapping[str, Any], diverged: int) -> str:
 
 
 def best_table(results: Mapping[str, Any]) -> Group:
-    """One line per method: its best cell and what came of it."""
+    """One line per method: its best cell and what came of it; a column that is empty for all methods is left out."""
     about, summary = results["workload"], results["summary"]
     way = "higher is better" if about["higher_is_better"] else "lower is better"
     fresh = any(entry["fresh"] for entry in summary)
     seeds = results["grid"]["fresh_seeds"] if fresh else results["grid"]["seeds"]
     kind = f"{seeds} fresh seed{'s' * (seeds > 1)}" if fresh else f"seeds that chose the cell: {seeds}"
     title = f"Best cell of each method: median {about['metric']} ({way}), {kind}"
+    columns = {
+        "strength": ["" if entry["strength"] is None else f"{entry['strength']:g}" for entry in summary],
+        "lr": [f"{entry['lr']:.3g}" for entry in summary],
+        about["metric"]: [number((entry["fresh"] or entry["choosing"])["median"]) for entry in summary],
+        "range": [_range(entry["fresh"] or entry["choosing"], entry["diverged"]) for entry in summary],
+        "to target": [_steps(entry["steps_to_target"]) for entry in summary],
+        "ms/step": [number(entry.get("cpu_ms_a_step"), 1) for entry in summary],
+        "state": [number(entry.get("state_per_weight"), 1) for entry in summary],
+        "scaled": [share(entry["scaled_share"]) for entry in summary],
+        "worst bin": [escape(entry["worst_bin"] or "") for entry in summary],
+    }
+    if not set(columns["worst bin"]) - {"", "all"}:  # a clip of the whole model has one bin
+        columns.pop("worst bin")
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True, min_width=max(len(entry["method"]) for entry in summary))
-    for heading, width in (("strength", 8), ("lr", 6), (about["metric"], 8)):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-    table.add_column("range", no_wrap=True, min_width=14)
-    for heading, width in (("to target", 9), ("ms/step", 7), ("state", 5), ("scaled", 7)):
-        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
-    table.add_column("worst bin", overflow="fold", min_width=9)
-    for entry in summary:
-        steps, scores = entry["steps_to_target"], entry["fresh"] or entry["choosing"]
-        table.add_row(
-            entry["method"],
-            "" if entry["strength"] is None else f"{entry['strength']:g}",
-            f"{entry['lr']:.3g}",
-            number(scores["median"]),
-            _range(scores, entry["diverged"]),
-            "never" if steps is None else f"{steps:.0f}",
-            number(entry.get("cpu_ms_a_step"), 1),
-            number(entry.get("state_per_weight"), 1),
-            share(entry["scaled_share"]),
-            escape(entry["worst_bin"] or ""),
-            style="bold" if entry["ours"] else None,
-        )
-    target = results.get("target_method", "clip")
-    caption = (
-        f"to target: steps until the training loss is where {target} ends; ms/step: processor time; "
-        "state: bytes of the optimizer per byte of weights; scaled: share of bins"
-    )
+    for heading, cells in shown.items():
+        if heading == "worst bin":
+            table.add_column(heading, overflow="fold", min_width=len(heading))
+        else:
+            width = max(map(len, (heading, *cells)))
+            table.add_column(heading, justify="left" if heading == "range" else "right", no_wrap=True, min_width=width)
+    for entry, *cells in zip(summary, *shown.values(), strict=True):
+        table.add_row(entry["method"], *cells, style="bold" if entry["ours"] else None)
+    legend = {
+        "to target": f"steps until the training loss is where {results.get('target_method', 'clip')} ends",
+        "ms/step": "processor time",
+        "state": "bytes of the optimizer per byte of weights",
+        "scaled": "share of bins",
+    }
+    caption = "; ".join(f"{heading}: {words}" for heading, words in legend.items() if heading in shown)
     return Group(Text(title, "bold"), table, Text(caption, "dim"))
+
+
+def _steps(found: float | None) -> str:
+    return "never" if found is None else f"{found:.0f}"
 
 
 def curve_table(results: Mapping[str, Any]) -> Group:
