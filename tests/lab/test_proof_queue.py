@@ -7,19 +7,19 @@ import statistics
 
 import pytest
 
-from benchmarks import proof, proof_page, proof_picture
+from benchmarks.proof import numbers, page, picture, plan, runs, store
 from gradsplit.lab.task import MissingDataError, MissingPackageError
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "RUNS", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(proof, "FAILED", tmp_path / "failed.jsonl")
+    monkeypatch.setattr(store, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(store, "FAILED", tmp_path / "failed.jsonl")
     return tmp_path
 
 
 def _jobs(*methods, workload="plain-stack"):
-    return [proof.Job(workload, 2, method, 0.01, seed) for seed in (0, 1) for method in methods]
+    return [plan.Job(workload, 2, method, 0.01, seed) for seed in (0, 1) for method in methods]
 
 
 def _lines(path):
@@ -39,14 +39,14 @@ def test_a_run_that_dies_is_a_line_of_its_own_and_is_tried_again_at_the_next_sta
             raise ZeroDivisionError("planted")
         return _result(job)
 
-    monkeypatch.setattr(proof, "run", run)
-    monkeypatch.setitem(proof.GROUPS, "here", lambda: _jobs("adamw", "soap"))
-    proof.execute(["here"])
+    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: _jobs("adamw", "soap"))
+    runs.execute(["here"])
     assert [row["method"] for row in _lines(folder / "runs.jsonl")] == ["adamw", "adamw"]
     assert {row["why"] for row in _lines(folder / "failed.jsonl")} == {"ZeroDivisionError: planted"}
     assert "FAILED plain-stack 2 linear soap lr=0.01 seed=0" in capsys.readouterr().out
     ran.clear()
-    proof.execute(["here"])
+    runs.execute(["here"])
     assert [key.split()[3] for key in ran] == ["soap", "soap"], "what is done is not done again"
 
 
@@ -60,28 +60,28 @@ def test_what_is_missing_is_named_once_and_left_out(folder, monkeypatch, capsys,
             raise error
         return _result(job)
 
-    monkeypatch.setattr(proof, "run", run)
-    monkeypatch.setitem(proof.GROUPS, "here", lambda: _jobs("soap", "adamw"))
-    proof.execute(["here"])
+    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: _jobs("soap", "adamw"))
+    runs.execute(["here"])
     assert [row["method"] for row in _lines(folder / "runs.jsonl")] == left
     assert capsys.readouterr().out.count(f"left out: plain-stack, soap: {error}") == 1
 
 
 def test_a_line_that_was_cut_off_is_done_again(folder, monkeypatch):
-    monkeypatch.setattr(proof, "run", _result)
-    monkeypatch.setitem(proof.GROUPS, "here", lambda: _jobs("adamw"))
-    proof.execute(["here"])
+    monkeypatch.setattr(runs, "run", _result)
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: _jobs("adamw"))
+    runs.execute(["here"])
     lines = (folder / "runs.jsonl").read_text(encoding="utf8").splitlines()
     (folder / "runs.jsonl").write_text(lines[0] + "\n" + lines[1][:30] + "\n", encoding="utf8")
-    assert len(proof.done()) == 1
-    proof.execute(["here"])
-    assert len(proof.done()) == 2
+    assert len(store.done()) == 1
+    runs.execute(["here"])
+    assert len(store.done()) == 2
 
 
 def test_a_disk_that_is_full_keeps_the_run_for_the_next_line(folder, monkeypatch, capsys):
-    monkeypatch.setattr(proof, "run", _result)
-    monkeypatch.setitem(proof.GROUPS, "here", lambda: _jobs("adamw"))
-    written, append = [], proof.append_line
+    monkeypatch.setattr(runs, "run", _result)
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: _jobs("adamw"))
+    written, append = [], store.append_line
 
     def refusing(path, line):
         written.append(line)
@@ -89,8 +89,8 @@ def test_a_disk_that_is_full_keeps_the_run_for_the_next_line(folder, monkeypatch
             raise OSError(28, "No space left on device")
         append(path, line)
 
-    monkeypatch.setattr(proof, "append_line", refusing)
-    proof.execute(["here"])
+    monkeypatch.setattr(store, "append_line", refusing)
+    runs.execute(["here"])
     assert {row["seed"] for row in _lines(folder / "runs.jsonl")} == {0, 1}
     assert "No space left on device" in capsys.readouterr().out
 
@@ -104,7 +104,7 @@ def _entry(fresh, choosing=None):
 
 
 def _ranked(higher, **methods):
-    return proof_page.ranked({"workload": "x", "higher_is_better": higher}, methods)
+    return numbers.ranked({"workload": "x", "higher_is_better": higher}, methods)
 
 
 def test_ranks_compare_the_best_and_say_how_far_behind():
@@ -128,7 +128,7 @@ def test_ranks_count_the_shared_seeds_on_which_gso_is_ahead():
 
 def test_the_count_is_of_rows_that_are_first_or_near():
     row, near = _ranked(False, gso=_entry(1.03), soap=_entry(1.0)), _ranked(True, gso=_entry(0.99), soap=_entry(1.0))
-    count = proof_page.count_of([row, near, _ranked(True, gso=_entry(None), soap=_entry(0.9))])
+    count = numbers.count_of([row, near, _ranked(True, gso=_entry(None), soap=_entry(0.9))])
     assert (count["rows"], count["first"], count["first_or_near"], count["share"]) == (2, 0, 1, 0.5)
 
 
@@ -138,16 +138,16 @@ def test_the_best_rate_is_that_of_the_choosing_seed_and_an_edge_asks_for_one_rat
     def run(job):
         return {"score": worth[job.lr], "diverged": False, "cpu_ms_a_step": 1.0}
 
-    monkeypatch.setattr(proof, "run", run)
-    jobs = proof.choosing(["control"], ["soap"])
-    monkeypatch.setitem(proof.GROUPS, "here", lambda: jobs[:2])
-    proof.execute(["here"])
-    assert proof.best_rate(proof.done(), "control", "soap") is None, "one rate has not run"
-    monkeypatch.setitem(proof.GROUPS, "here", lambda: jobs)
-    proof.execute(["here"])
-    assert proof.best_rate(proof.done(), "control", "soap") == 0.01
-    assert [job.lr for job in proof.edges(["control"], ["soap"])] == [0.03]
-    assert {job.seed for job in proof.confirming(["control"], ["soap"])} == set(proof.FRESH)
+    monkeypatch.setattr(runs, "run", run)
+    jobs = plan.choosing(["control"], ["soap"])
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: jobs[:2])
+    runs.execute(["here"])
+    assert plan.best_rate(store.done(), "control", "soap") is None, "one rate has not run"
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: jobs)
+    runs.execute(["here"])
+    assert plan.best_rate(store.done(), "control", "soap") == 0.01
+    assert [job.lr for job in plan.edges(["control"], ["soap"])] == [0.03]
+    assert {job.seed for job in plan.confirming(["control"], ["soap"])} == set(plan.FRESH)
 
 
 def test_the_picture_counts_the_rows_that_all_methods_have_run():
@@ -156,15 +156,13 @@ def test_the_picture_counts_the_rows_that_all_methods_have_run():
         {"higher_is_better": True, "methods": {"gso": _entry(0.9), "soap": _entry(1.0)}},
         {"higher_is_better": True, "methods": {"gso": _entry(0.1)}},
     ]
-    distances, count = proof_picture.profile(rows, ["gso", "soap"])
+    distances, count = picture.profile(rows, ["gso", "soap"])
     assert count == 2
     assert distances["gso"] == pytest.approx([0.0, 0.1])
     assert distances["soap"] == pytest.approx([0.0, 0.1])
 
 
 def test_the_page_and_its_picture_are_what_the_program_writes():
-    made = json.loads(proof.TABLES.read_text(encoding="utf8"))
-    assert proof_page.filled(proof_page.PAGE.read_text(encoding="utf8"), proof_page.parts(made)) == (
-        proof_page.PAGE.read_text(encoding="utf8")
-    ), "run benchmarks/proof_page.py"
-    assert proof_page.PICTURE.read_text(encoding="utf8") == proof_page.draw(made["rows"], proof_page.COLUMNS)
+    made, text = json.loads(store.TABLES.read_text(encoding="utf8")), page.PAGE.read_text(encoding="utf8")
+    assert page.filled(text, page.parts(made)) == text, "run benchmarks/proof.py page"
+    assert picture.draw(made["rows"], numbers.COLUMNS) == page.PICTURE.read_text(encoding="utf8")

@@ -1,32 +1,17 @@
-"""The one table: from the runs of proof.py and gso.py to tables.json, and into docs/results/README.md.
-
-    python benchmarks/proof_page.py            # writes tables.json, the page's tables and its picture
-
-A row is a workload, a column a method. "best" is the cell that the choosing seed prefers, scored on fresh seeds.
-"usual" is the rate that the method's authors give, on the choosing seed. For GSO both are its default.
-"""
+"""The numbers of docs/results/README.md, from the runs of proof.py and gso.py."""
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import proof
-from benchmarks.proof_picture import draw
-from benchmarks.tables import filled, table, with_range
+from benchmarks.proof import plan, store
 from gradsplit.lab import workload
+from gradsplit.lab.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "results" / "README.md"
-PICTURE = ROOT / "docs" / "results" / "behind.svg"
-GSO_RUNS = ROOT / "benchmarks" / "results" / "gso" / "runs.jsonl"
-EVIDENCE = "benchmarks/results/proof/tables.json"
+GSO_RUNS = store.RESULTS.parent / "gso" / "runs.jsonl"
 COLUMNS = {
     "gso": "GSO",
     "adamw+clip1+warmup": "AdamW",
@@ -66,23 +51,23 @@ def _better(higher: bool, a: float, b: float) -> bool:
 
 def own_rows(schedule: str = "linear") -> list[Row]:
     """One row per case of proof.py that has runs of GSO on fresh seeds and of another method."""
-    finished, rows = proof.done(), []
-    for name, case in proof.CASES.items():
+    finished, rows = store.done(), []
+    for name, case in plan.CASES.items():
         about = workload(case.workload)
         methods = {}
         for method in COLUMNS:
-            held = proof.tried(finished, name, method, schedule)
+            held = plan.tried(finished, name, method, schedule)
             sound = {lr: run for lr, run in held.items() if run["score"] is not None and not run["diverged"]}
-            usual = sound.get(proof.RATES[method][0])
+            usual = sound.get(plan.RATES[method][0])
             if not held or (method == "gso" and usual is None):
                 continue
             pick = max if about.higher_is_better else min
             best = (
-                proof.RATES["gso"][0]
+                plan.RATES["gso"][0]
                 if method == "gso"
                 else pick(sound, key=lambda lr: sound[lr]["score"], default=None)
             )
-            keys = [] if best is None else [case.job(method, best, seed, schedule).key for seed in proof.FRESH]
+            keys = [] if best is None else [case.job(method, best, seed, schedule).key for seed in plan.FRESH]
             methods[method] = {
                 "lr": best,
                 "rates": len(held),
@@ -215,13 +200,13 @@ def _pair(ours: Row, theirs: Row, higher: bool) -> Row | None:
 
 def sensitivity() -> list[Row]:
     """Wortsman et al. 2023: the mean over rates of min(loss, first loss) - best loss, at `AROUND` x the usual rate."""
-    finished, rows = proof.done(), []
-    for size, options in proof.SIZES.items():
-        for method in proof.SENSITIVE:
-            usual = proof.RATES[method][0]
-            keys = [_sensitive_key(method, usual * factor, options) for factor in proof.AROUND]
+    finished, rows = store.done(), []
+    for size, options in plan.SIZES.items():
+        for method in plan.SENSITIVE:
+            usual = plan.RATES[method][0]
+            keys = [_sensitive_key(method, usual * factor, options) for factor in plan.AROUND]
             runs = [finished[key] for key in keys if key in finished]
-            if len(runs) < len(proof.AROUND):
+            if len(runs) < len(plan.AROUND):
                 continue
             first = max(run["first_loss"] for run in runs)
             losses = [first if run["score"] is None or run["diverged"] else min(run["score"], first) for run in runs]
@@ -239,25 +224,25 @@ def sensitivity() -> list[Row]:
 
 
 def _sensitive_key(method: str, lr: float, options: Mapping[str, Any]) -> str:
-    return proof.Job("gpt", 200, method, min(lr, proof.METHODS[method].largest_lr), proof.CHOOSING, options).key
+    return plan.Job("gpt", 200, method, min(lr, METHODS[method].largest_lr), plan.CHOOSING, options).key
 
 
 def outputs() -> list[Row]:
     """The mean log of the partition function over the steps, where nothing decays."""
-    finished = proof.done()
+    finished = store.done()
     names = ("method", "lr", "score", "log_partition_over_steps")
     return [
-        {name: finished[job.key][name] for name in names} for job in proof.GROUPS["outputs"]() if job.key in finished
+        {name: finished[job.key][name] for name in names} for job in plan.GROUPS["outputs"]() if job.key in finished
     ]
 
 
 def strategies() -> list[Row]:
     """GSO with other plans on the two cases in which one part explodes."""
-    finished, rows = proof.done(), []
-    for name, steps, options in proof.HOT_PARTS:
+    finished, rows = store.done(), []
+    for name, steps, options in plan.HOT_PARTS:
         row: Row = {"workload": name, "options": options, "plans": {}}
-        for method in proof.PLANS:
-            keys = [proof.Job(name, steps, method, 0.03, seed, options).key for seed in proof.FRESH]
+        for method in plan.PLANS:
+            keys = [plan.Job(name, steps, method, 0.03, seed, options).key for seed in plan.FRESH]
             row["plans"][method] = _spread(finished[key] for key in keys if key in finished)
         if any(row["plans"].values()):
             rows.append(row)
@@ -266,10 +251,10 @@ def strategies() -> list[Row]:
 
 def sizes() -> list[Row]:
     """The larger GPTs: each method at its best rate."""
-    finished, rows = proof.done(), []
-    for size, (steps, _) in proof.LARGE.items():
+    finished, rows = store.done(), []
+    for size, (steps, _) in plan.LARGE.items():
         best: dict[str, Row] = {}
-        for job in proof.large(size):
+        for job in plan.large(size):
             run = finished.get(job.key)
             if run is None or run["score"] is None or run["diverged"]:
                 continue
@@ -280,124 +265,6 @@ def sizes() -> list[Row]:
             parameters = next(iter(best.values()))["parameters"]
             rows.append({"size": size, "steps": steps, "parameters": parameters, "methods": best})
     return rows
-
-
-# ---- words
-
-
-def _cell(entry: Row | None, *, first: bool) -> str:
-    if entry is None:
-        return ""
-    value = entry["fresh"]["median"] if entry["fresh"] else entry["choosing"]
-    if value is None:
-        return "lost"
-    mark = "" if entry["fresh"] else "\\*"
-    shown = f"{value:.3f}{mark}"
-    return f"**{shown}**" if first else shown
-
-
-def main_table(rows: list[Row]) -> str:
-    """Every method at its best."""
-    lines = []
-    for row in rows:
-        cells = [_cell(row["methods"].get(m), first=m == row["first"]) for m in COLUMNS]
-        arrow = "↑" if row["higher_is_better"] else "↓"
-        what = [f"{row['workload']}, {row['steps']}", f"{row['metric'].replace('_', ' ')} {arrow}"]
-        rank = "" if row["rank"] is None else f"{row['rank']} of {row['of']}"
-        beside = "" if row["margin"] is None else f"{100 * row['margin']:+.1f} %"
-        ahead = f"{row['ahead_on']} of {row['shared']}" if row["shared"] else ""
-        lines.append([*what, *cells, rank, beside, ahead])
-    head = ["workload, steps", "metric", *COLUMNS.values(), "GSO's rank", "beside the best other", "ahead on"]
-    return table(head, lines, EVIDENCE) if lines else ""
-
-
-def usual_table(rows: list[Row]) -> str:
-    """Every method at the rate that its authors give."""
-    names = {m: title for m, title in COLUMNS.items() if any(r["methods"].get(m, {}).get("usual") for r in rows)}
-    lines = []
-    for row in rows:
-        values = {m: row["methods"][m]["usual"] for m in names if row["methods"].get(m)}
-        held = [value for value in values.values() if value is not None]
-        best = (max if row["higher_is_better"] else min)(held)
-        shown = {m: f"**{v:.3f}**" if v == best else f"{v:.3f}" for m, v in values.items() if v is not None}
-        lines.append([row["workload"], *(shown.get(m, "") for m in names)])
-    return table(["workload", *(f"{t} {proof.RATES[m][0]:g}" for m, t in names.items())], lines, EVIDENCE)
-
-
-def cost_table(rows: list[Row]) -> str:
-    """Processor time per step and memory."""
-    names = {m: t for m, t in COLUMNS.items() if any(r["methods"].get(m) for r in rows)}
-    lines = []
-    for row in rows:
-        found = {m: row["methods"][m] for m in names if m in row["methods"]}
-        cells = {m: f"{e['cpu_ms_a_step']:.1f} ms, {e['state_per_weight']:.1f} x" for m, e in found.items()}
-        lines.append([row["workload"], *(cells.get(m, "") for m in names)])
-    return table(["workload", *names.values()], lines, EVIDENCE)
-
-
-def _over_rates(rows: list[Row], name: str) -> str:
-    """A number of each run of the sensitivity over the rate."""
-    lines = []
-    for row in rows:
-        shown = ["lost" if value is None else f"{value:.1f}" for value in row[name]]
-        lines.append([f"{row['size']}, {COLUMNS[row['method']]}", *shown])
-    return table(["parameters, method", *_factors()], lines, EVIDENCE) if lines else ""
-
-
-def _factors() -> list[str]:
-    return [f"x {factor:.2g}" for factor in proof.AROUND]
-
-
-def sensitivity_table(rows: list[Row]) -> str:
-    """Losses over the rate, and the mean loss above the best."""
-    lines = []
-    for row in rows:
-        losses = [f"{loss:.2f}" for loss in row["losses"]]
-        what = [f"{row['size']}, {COLUMNS[row['method']]}", f"{row['usual']:g}"]
-        lines.append([*what, *losses, f"**{row['sensitivity']:.2f}**"])
-    return table(["parameters, method", "usual", *_factors(), "sensitivity"], lines, EVIDENCE) if lines else ""
-
-
-def outputs_table(rows: list[Row]) -> str:
-    """The log of the partition function over the steps."""
-    steps = [300 * at for at in (1, 2, 4, 6, 8, 10)]
-    lines = []
-    for row in rows:
-        values = [row["log_partition_over_steps"][at // 300 - 1] for at in steps]
-        what = [f"{COLUMNS[row['method']]}, {row['lr']:g}", f"{row['score']:.2f}"]
-        lines.append([*what, *(f"{value:.1f}" for value in values)])
-    return table(["method, rate", "val loss", *(f"step {at:,}" for at in steps)], lines, EVIDENCE) if lines else ""
-
-
-PLAN_WORDS = {
-    "gso": "rows (default)",
-    "gso-tensors": "tensors",
-    "gso-lbf": "L-BF's rectangles",
-    "gso-tree": "rows and modules (Tree-SP)",
-    "gso-lbf-blocks": "rows; L-BF's rectangles made orthogonal one by one",
-}
-PART_WORDS = {"experts": "experts, the first one hot", "detection": "two-tower detector, one tower explodes"}
-
-
-def strategies_table(rows: list[Row]) -> str:
-    """Plans of GSO."""
-    lines = []
-    for plan, words in PLAN_WORDS.items():
-        made = [row["plans"].get(plan) for row in rows]
-        lines.append([words, *("" if found is None else with_range(list(found["scores"].values())) for found in made)])
-    return table(["what is bounded together", *(PART_WORDS[row["workload"]] for row in rows)], lines, EVIDENCE)
-
-
-def sizes_table(rows: list[Row]) -> str:
-    """The larger GPTs."""
-    names = {m: t for m, t in COLUMNS.items() if any(m in row["methods"] for row in rows)}
-    lines = []
-    for row in rows:
-        found = {m: row["methods"][m] for m in names if m in row["methods"]}
-        cells = {m: f"{r['score']:.3f} at {r['lr']:g}, {r['cpu_ms_a_step']:.0f} ms" for m, r in found.items()}
-        what = [f"{row['parameters'] / 1e6:.1f} M", str(row["steps"])]
-        lines.append([*what, *(cells.get(m, "") for m in names)])
-    return table(["parameters", "steps", *names.values()], lines, EVIDENCE) if lines else ""
 
 
 def count_of(rows: list[Row]) -> Row:
@@ -423,24 +290,6 @@ def count_of(rows: list[Row]) -> Row:
     }
 
 
-def count_words(count: Row) -> str:
-    """What the table says about the aim."""
-    behind = f" Further behind: {'; '.join(count['not_near'])}." if count["not_near"] else ""
-    single = (
-        f"\nIn {count['one_seed']} rows GSO has one seed, the one that chose. A difference of a few per cent may turn "
-        "there.\n"
-    )
-    return (
-        f"GSO is first in {count['first']} of {count['rows']} rows, and first or within 2 % of the first in "
-        f"{count['first_or_near']} of them ({100 * count['share']:.0f} %; the aim was 80 %).{behind}\n\n"
-        f"On every shared seed GSO is ahead of the best other method in {count['ahead_on_all']} rows, and behind it in "
-        f"{count['behind_on_all']}. In {count['unclear']} rows the seeds do not agree.\n\n"
-        f"Where few others have run, it is easy to be first. In the {count['wide']} rows with at least three others "
-        f"GSO is first in {count['wide_first']}, and first or within 2 % in {count['wide_near']}.\n"
-        + (single if count["one_seed"] else "")
-    )
-
-
 def numbers() -> Row:
     """All that the page holds, from the runs."""
     own = own_rows()
@@ -449,42 +298,11 @@ def numbers() -> Row:
         "count": count_of(rows),
         "rows": rows,
         "cosine": own_rows("cosine"),
-        "usual_rates": {method: rates[0] for method, rates in proof.RATES.items()},
-        "around": list(proof.AROUND),
+        "usual_rates": {method: rates[0] for method, rates in plan.RATES.items()},
+        "around": list(plan.AROUND),
         "sensitivity": sensitivity(),
         "outputs": outputs(),
         "strategies": strategies(),
         "sizes": sizes(),
-        "failed": len(proof.FAILED.read_text(encoding="utf8").splitlines()) if proof.FAILED.is_file() else 0,
+        "failed": len(store.FAILED.read_text(encoding="utf8").splitlines()) if store.FAILED.is_file() else 0,
     }
-
-
-def parts(made: Row) -> dict[str, str]:
-    """What stands between the marks of the page."""
-    own = [row for row in made["rows"] if row["source"] == "proof"]
-    return {
-        "main": main_table(made["rows"]),
-        "count": count_words(made["count"]),
-        "cosine": main_table(made["cosine"]),
-        "usual": usual_table(own),
-        "costs": cost_table(own),
-        "sensitivity": sensitivity_table(made["sensitivity"]),
-        "attention": _over_rates(made["sensitivity"], "attention"),
-        "partition": _over_rates(made["sensitivity"], "log_partition"),
-        "outputs": outputs_table(made["outputs"]),
-        "strategies": strategies_table(made["strategies"]),
-        "sizes": sizes_table(made["sizes"]),
-    }
-
-
-def main() -> None:
-    """Write the numbers, the page's tables and the picture."""
-    made = numbers()
-    proof.TABLES.write_text(json.dumps(made, indent=1) + "\n", encoding="utf8")
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf8"), parts(made)), encoding="utf8")
-    PICTURE.write_text(draw(made["rows"], COLUMNS), encoding="utf8")
-    print(json.dumps(made["count"], indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The picture of docs/results/README.md: in what share of the rows each method is how far behind the best.
 
-It is a performance profile (Dolan and Moré 2002), drawn from the rows of tables.json by proof_page.py. Left: the rows
+It is a performance profile (Dolan and Moré 2002), drawn from the rows of tables.json by page.py. Left: the rows
 that the four strongest methods have all run. Right: the rows that all eight have run.
 """
 
