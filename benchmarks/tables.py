@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 __all__ = ["filled", "table", "with_range"]
 
 
-def table(head: Iterable[object], rows: Iterable[Iterable[object]], evidence: str) -> str:
-    """A table after the mark that names its raw file.
+def table(head: Iterable[object], rows: Iterable[Iterable[object]], evidence: str = "") -> str:
+    """A table, after the mark that names its raw file where one is given.
 
     >>> print(table(["method", "loss"], [["GSO", 1.25]], "benchmarks/results/x.json"), end="")
     <!-- evidence: benchmarks/results/x.json -->
@@ -20,8 +20,8 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]], evidence: st
     | GSO | 1.25 |
     """
     head = list(head)
-    lines = [f"<!-- evidence: {evidence} -->", "", _line(head), "|" + "---|" * len(head), *map(_line, rows)]
-    return "\n".join(lines) + "\n"
+    mark = [f"<!-- evidence: {evidence} -->", ""] if evidence else []
+    return "\n".join([*mark, _line(head), "|" + "---|" * len(head), *map(_line, rows)]) + "\n"
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -273,9 +273,14 @@ def count_of(rows: list[Row]) -> Row:
     near = [row for row in held if row["margin"] >= -NEAR]
     wide = [row for row in held if row["of"] >= 4]
     single = [row for row in held if not row["methods"]["gso"]["fresh"] and not row["methods"]["gso"].get("lost")]
+    titles = [plan.CASES[name].title for name in plan.UNSEEN]
+    unseen = [row for row in held if row["workload"] in titles]
     unclear = [row for row in held if 0 < row["ahead_on"] < row["shared"]]
     return {
         "one_seed": len(single),
+        "unseen": len(unseen),
+        "unseen_first": sum(row["rank"] == 1 for row in unseen),
+        "unseen_near": sum(row in near for row in unseen),
         "wide": len(wide),
         "wide_first": sum(row["rank"] == 1 for row in wide),
         "wide_near": sum(row in near for row in wide),

@@ -96,6 +96,7 @@ CASES = {  # the names are those of the groups
     "gpt-zero": Case("GPT, projections at zero", "gpt", 500, {"zero": True}),
 }
 FULL = ("spoken-digits", "fashion-resnet", "fashion-vit", "sentences")  # have the full grid
+UNSEEN = ("spoken-digits", "sentences", "diffusion", "control", "experts")  # no constant of GSO was chosen with them
 CHEAP = (*FULL, "diffusion", "control", "exploding-detector", "healthy-detector", "plain-12")
 LARGE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 M": (400, {"text": "sotu.txt", "layers": 4, "width": 144}),
