@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..plan import Plan, pattern_of
 from .addressable import PLAIN, overlap
-from .kernel import Kernel, accumulate_dtype
+from .kernel import Kernel, LastFour, accumulate_dtype
 
 __all__ = ["SMALL", "EagerKernel"]
 
@@ -90,7 +90,6 @@ class _Together:
     """What is done at once with tensors of one signature; all lists hold places in the layout.
 
     Attributes:
-        signature: of the tensors.
         wholes: tensors that are one bin each, by dtype.
         stacks: small ones of one shape and dtype, whose rows are bins.
         singles: all others, which are read one by one.
@@ -100,7 +99,6 @@ class _Together:
         alone_ids, alone_sizes: their ids, and how many each has.
     """
 
-    signature: Signature
     wholes: list[list[int]]
     stacks: list[list[int]]
     singles: list[int]
@@ -123,7 +121,7 @@ class EagerKernel(Kernel):
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
         self._patterns = [_Pattern(plan, t, device) for t in range(len(plan.layout))]
-        self._known: list[_Together] = []  # most recent first
+        self._known: LastFour[_Together] = LastFour()
 
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares`."""
@@ -207,13 +205,7 @@ class EagerKernel(Kernel):
                 signature.append((tensor.dtype, tensor.is_contiguous()))
         if len(odd) == len(signature) or not any(signature):
             return None, odd
-        for place, sets in enumerate(self._known):
-            if sets.signature == signature:
-                if place:
-                    self._known = [sets, *(other for other in self._known if other is not sets)]
-                return sets, odd
-        self._known = [self._gather(signature), *self._known[:3]]
-        return self._known[0], odd
+        return self._known.find(signature) or self._known.keep(signature, self._gather(signature)), odd
 
     def _gather(self, signature: Signature) -> _Together:
         layout, patterns = self.plan.layout, self._patterns
@@ -241,7 +233,6 @@ class EagerKernel(Kernel):
         order = [t for of in (*wholes.values(), *stacked, singles) for t in of]
         packed = [of for in_dtype in packs.values() for of in _runs(in_dtype, [layout.numels[t] for t in in_dtype])]
         return _Together(
-            signature=signature,
             wholes=list(wholes.values()),
             stacks=stacked,
             singles=singles,

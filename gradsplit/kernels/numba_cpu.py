@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..plan import Plan
-from ..plan.lowering import BAND_LENGTH, Lowered, is_addressable, lower
+from ..plan.lowering import BAND_LENGTH, Lowered, lower
 from . import numba_loops as loops
-from .addressable import bump_versions, obstacle, overlap, remedy_of, warn_of_fallback
+from .addressable import bump_versions, obstacle, overlap
 from .addresses import KINDS
-from .kernel import AddressKernel
+from .kernel import AddressKernel, Signature, addressed, only
 from .threads import Call, run, threads_for
 
-__all__ = ["Signature", "Tables", "addresses_of", "room_for_workers", "scale_calls", "square_calls", "NumbaKernel"]
-
-Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
-"""The dtype and strides of each tensor; None: not addressed."""
+__all__ = ["Tables", "addresses_of", "room_for_workers", "scale_calls", "square_calls", "NumbaKernel"]
 
 
 @dataclass
@@ -61,7 +56,7 @@ class Tables:
     def apart(self, tensors: Sequence[Tensor | None], bases: np.ndarray) -> bool:
         """Whether no two tensors share memory; the answer is kept for as long as the addresses are the same."""
         if self._apart_at is None or not np.array_equal(self._apart_at, bases):
-            if overlap([t for t, entry in zip(tensors, self.signature, strict=True) if t is not None and entry]):
+            if overlap(addressed(tensors, self.signature)):
                 return False
             self._apart_at = bases
         return True
@@ -148,10 +143,6 @@ class NumbaKernel(AddressKernel[Tables]):
     name = "numba"
     bounds_while_reading = True
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        super().__init__(plan, device)
-        self._tables: list[Tables] = []  # most recent first: gradients and weights, few layouts in a run
-
     def squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares`."""
         return self.squares_many([tensors])[0]
@@ -171,7 +162,7 @@ class NumbaKernel(AddressKernel[Tables]):
             slots = [np.zeros(table.num_slots) for _, table in tables.lowered]
             for (dtype, table), out in zip(tables.lowered, slots, strict=True):
                 calls += square_calls(KINDS[dtype], table, bases, out)
-            rest = self.eager.squares(_only(tensors, tables.eager_T)) if tables.eager_T else None
+            rest = self.eager.squares(only(tensors, tables.eager_T)) if tables.eager_T else None
             results.append((slots, [table for _, table in tables.lowered], rest))
             num_elements += tables.num_elements
         run(calls, threads_for(num_elements))
@@ -193,7 +184,7 @@ class NumbaKernel(AddressKernel[Tables]):
             return self.eager.scale_(tensors, scale_B, zero_B)
         tables = self._just_measured(tensors) or self._tables_of(tensors)
         if tables.eager_T:
-            self.eager.scale_(_only(tensors, tables.eager_T), scale_B, zero_B)
+            self.eager.scale_(only(tensors, tables.eager_T), scale_B, zero_B)
         scale = np.ascontiguousarray(scale_B.detach().to(torch.float64).numpy())
         zero = np.ascontiguousarray(zero_B.detach().numpy())
         if not tables.lowered or not loops.touched(scale, zero):
@@ -202,7 +193,7 @@ class NumbaKernel(AddressKernel[Tables]):
         calls: list[Call] = []
         for dtype, table in tables.lowered:
             calls += scale_calls(dtype, table, bases, scale, zero)
-        written = [t for at, t in enumerate(tensors) if t is not None and tables.signature[at] is not None]
+        written = addressed(tensors, tables.signature)
         run(calls, 1 if overlap(written) else threads_for(tables.num_elements))
         return bump_versions(written)
 
@@ -228,7 +219,7 @@ class NumbaKernel(AddressKernel[Tables]):
             calls.append((loops.bound_entries, (KINDS[dtype], *rows, *out)))
         run(calls, threads_for(tables.num_elements))
         if touched[0]:
-            bump_versions([t for t, entry in zip(gradients, tables.signature, strict=True) if t is not None and entry])
+            bump_versions(addressed(gradients, tables.signature))
         if weights is None:
             return torch.from_numpy(squares), None
         alone = [None if entry else weight for weight, entry in zip(weights, tables.signature, strict=True)]
@@ -253,63 +244,13 @@ class NumbaKernel(AddressKernel[Tables]):
         tensor_B = self.plan.tensor_B
         return None if (tensor_B < 0).any() else tensor_B
 
-    def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
-        """The tables for tensors of these dtypes and strides, made anew or found among the last four."""
-        signature: Signature = []
-        odd = False
-        for tensor in tensors:
-            if tensor is None:
-                signature.append(None)
-            elif tensor.dtype in KINDS and not obstacle(tensor):
-                signature.append((tensor.dtype, tensor.stride()))
-            else:
-                signature.append(None)
-                odd = odd or tensor.numel() > 0
-        if odd:  # rare, and not kept, since what is wrong may change from step to step
-            return self._make(tensors, signature)
-        for place, tables in enumerate(self._tables):
-            if tables.signature == signature:
-                if place:
-                    self._tables = [tables, *(other for other in self._tables if other is not tables)]
-                return tables
-        made = self._make(tensors, signature)
-        if not made.eager_T:
-            self._tables = [made, *self._tables[:3]]
-        return made
+    def _serves(self, dtype: torch.dtype) -> bool:
+        return dtype in KINDS
 
-    def _make(self, tensors: Sequence[Tensor | None], signature: Signature) -> Tables:
-        eager_T = []
-        signature = list(signature)
-        for t, tensor in enumerate(tensors):
-            if tensor is None or tensor.numel() == 0:
-                signature[t] = None
-                continue
-            entry = signature[t]
-            if entry is None or not is_addressable(self.plan, t, entry[1]):
-                eager_T.append(t)
-                signature[t] = None
-                self._warn(t, tensor)
+    def _make(self, signature: Signature, eager_T: tuple[int, ...]) -> Tables:
         lowered = []
         for dtype in sorted({entry[0] for entry in signature if entry is not None}, key=str):
             table = lower(self.plan, [e[1] if e is not None and e[0] == dtype else None for e in signature])
-            assert table is not None
+            assert table is not None  # every entry is addressable
             lowered.append((dtype, table))
-        return Tables(signature, lowered, tuple(eager_T))
-
-    def _warn(self, t: int, tensor: Tensor) -> None:
-        if self._warned or tensor.is_sparse or tensor.is_complex():
-            return
-        reason = obstacle(tensor) or (
-            f"its dtype is {tensor.dtype}"
-            if tensor.dtype not in KINDS
-            else f"its strides {tensor.stride()} have no contiguous rows that the plan could cut"
-        )
-        self._warned = True
-        warn_of_fallback("The numba backend", self.plan.layout.names[t], reason, remedy_of(reason))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tables": [], "_measured": None, "_eager": None}
-
-
-def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:
-    return [tensor if t in wanted else None for t, tensor in enumerate(tensors)]
+        return Tables(signature, lowered, eager_T)

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Layout, Plan, xsp
-from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, is_addressable, lower
-from .addressable import bump_versions, obstacle, remedy_of, warn_of_fallback
-from .kernel import BACKENDS, AddressKernel
+from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
+from .addressable import bump_versions
+from .kernel import BACKENDS, AddressKernel, LastFour, Signature, addressed, only
 from .launch import launch
 from .selfcheck import is_sound
 from .triton_decide import Decider
@@ -110,10 +110,6 @@ _KINDS: dict[torch.dtype, tuple[Any, Any]] = {
 """The type of each dtype's elements, and the type in which to compute."""
 
 
-Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
-"""The dtype and strides of each tensor; None: not addressed."""
-
-
 class Table(NamedTuple):
     """The pieces of one dtype, (pieces, `COLUMNS`) on the device, and the elements that a program takes at once."""
 
@@ -156,8 +152,7 @@ class TritonKernel(AddressKernel[Tables]):
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
-        self._known: list[Tables] = []  # most recent first
-        self._sent: list[tuple[list[int], Tensor, Tensor]] = []  # addresses: as a list, on the host, on the device
+        self._sent: LastFour[tuple[Tensor, Tensor]] = LastFour()  # addresses, on the host and on the device
         self._captured: list[Any] = []  # what a CUDA graph reads again at every replay
         self._sound: set[torch.dtype] = set()
 
@@ -199,7 +194,7 @@ class TritonKernel(AddressKernel[Tables]):
             launch(self.device, add_slots, (len(several), num), several, squares, tables.num_slots, BLOCK)
         made = [row[: self.plan.num_bins] for row in squares.unbind()]
         if tables.eager_T:
-            made = [row + self.eager.squares(_only(of, tables.eager_T)) for row, of in zip(made, lists, strict=True)]
+            made = [row + self.eager.squares(only(of, tables.eager_T)) for row, of in zip(made, lists, strict=True)]
         return made
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
@@ -208,14 +203,14 @@ class TritonKernel(AddressKernel[Tables]):
             return self.eager.scale_(tensors, scale_B, zero_B)
         tables = self._just_measured(tensors) or self._tables_of(tensors)
         if tables.eager_T:  # first, since it needs memory, and where that has run out nothing may be half applied
-            self.eager.scale_(_only(tensors, tables.eager_T), scale_B, zero_B)
+            self.eager.scale_(only(tensors, tables.eager_T), scale_B, zero_B)
         if not tables.tables:
             return None
         addresses, scale, zero = self._addresses_of(tensors, tables), scale_B.contiguous(), zero_B.contiguous()
         for dtype, pieces, block in tables.tables:
             given = (pieces, addresses, scale, zero.view(torch.uint8), *_KINDS[dtype], block)
             launch(self.device, scale_pieces, (len(pieces),), *given)
-        return bump_versions([t for t, entry in zip(tensors, tables.signature, strict=True) if t is not None and entry])
+        return bump_versions(addressed(tensors, tables.signature))
 
     def _serves(self, dtype: torch.dtype) -> bool:
         """Whether the programs are right in a dtype here; they are tried once per process."""
@@ -237,50 +232,18 @@ class TritonKernel(AddressKernel[Tables]):
             0 if tensor is None or entry is None else tensor.data_ptr()
             for tensor, entry in zip(tensors, tables.signature, strict=True)
         ]
-        for known, _, table in self._sent:
-            if known == pointers:
-                return table
+        known = self._sent.find(pointers)
+        if known is not None:
+            return known[1]
         host = torch.tensor(pointers, dtype=torch.int64)
         on_card = self.device.type == "cuda"
         host = host.pin_memory() if on_card else host
-        sent = pointers, host, host.to(self.device, non_blocking=True)
+        sent = self._sent.keep(pointers, (host, host.to(self.device, non_blocking=True)))
         if on_card and torch.cuda.is_current_stream_capturing():
             self._captured.append((sent, tables))
-        self._sent = [sent, *self._sent[:3]]
-        return sent[2]
+        return sent[1]
 
-    def _tables_of(self, tensors: Sequence[Tensor | None]) -> Tables:
-        """The tables for tensors of these dtypes and strides, made anew or found among the last four."""
-        signature: Signature = []
-        odd = []
-        for t, tensor in enumerate(tensors):
-            if tensor is None or tensor.numel() == 0:
-                signature.append(None)
-            elif tensor.dtype in _KINDS and not obstacle(tensor, self.device.type) and self._serves(tensor.dtype):
-                signature.append((tensor.dtype, tensor.stride()))
-            else:
-                signature.append(None)
-                odd.append(t)
-                self._warn(t, tensor)
-        if not odd:
-            for place, tables in enumerate(self._known):
-                if tables.signature == signature:
-                    if place:
-                        self._known = [tables, *(other for other in self._known if other is not tables)]
-                    return tables
-        for t, entry in enumerate(signature):
-            if entry is not None and not is_addressable(self.plan, t, entry[1]):
-                self._warn(t, tensors[t])
-                odd.append(t)
-        known = list(signature)
-        for t in odd:
-            known[t] = None
-        made = self._make(known, tuple(odd))
-        if not odd:  # what is wrong with a tensor may change from step to step
-            self._known = [made, *self._known[:3]]
-        return made
-
-    def _make(self, signature: Signature, odd: tuple[int, ...]) -> Tables:
+    def _make(self, signature: Signature, eager_T: tuple[int, ...]) -> Tables:
         """Cut the bins of addressed tensors into pieces, and give each bin in several pieces slots of its own."""
         dtypes = sorted({entry[0] for entry in signature if entry is not None}, key=str)
         pieces = [
@@ -292,25 +255,10 @@ class TritonKernel(AddressKernel[Tables]):
             Table(dtype, torch.from_numpy(table).to(self.device), _block_of(table))
             for dtype, table in zip(dtypes, pieces, strict=True)
         ]
-        return Tables(signature, tables, torch.from_numpy(several).to(self.device), num_slots, odd)
-
-    def _warn(self, t: int, tensor: Tensor | None) -> None:
-        if self._warned or tensor is None or tensor.is_sparse or tensor.is_complex():
-            return
-        reason = obstacle(tensor, self.device.type) or (
-            f"its strides {tensor.stride()} have no contiguous rows that the plan could cut"
-            if tensor.dtype in _KINDS and self._serves(tensor.dtype)
-            else f"its dtype is {tensor.dtype}"
-        )
-        self._warned = True
-        warn_of_fallback("The triton backend", self.plan.layout.names[t], reason, remedy_of(reason))
+        return Tables(signature, tables, torch.from_numpy(several).to(self.device), num_slots, eager_T)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_known": [], "_sent": [], "_captured": [], "_eager": None, "_measured": None}
-
-
-def _only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:
-    return [tensor if t in wanted else None for t, tensor in enumerate(tensors)]
+        return {**super().__getstate__(), "_sent": LastFour(), "_captured": []}
 
 
 class _Trusting(TritonKernel):

@@ -270,9 +270,9 @@ def moved() -> str:
         splitter.step()
         for _, p in pairs:
             torch.testing.assert_close(p.grad, torch.full((3, 4), 0.25))
-    before = splitter.kernel._sent[0]
+    before = splitter.kernel._sent._pairs[0]
     splitter.step()
-    return "" if splitter.kernel._sent[0] is before else "addresses were sent again"
+    return "" if splitter.kernel._sent._pairs[0] is before else "addresses were sent again"
 
 
 def without_bf16() -> str:
