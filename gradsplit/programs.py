@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,13 +27,11 @@ from torch import Tensor
 
 from .budget import Decision, Ledger, Reading, StagedLedger, State, Term, decide
 from .collective import Recent
-from .kernels import Kernel
+from .kernels import Formula, FormulaPart, Kernel
 from .kernels.selfcheck import is_sound
 
 __all__ = [
-    "Formula",
     "Name",
-    "Part",
     "Programs",
     "Script",
     "Step",
@@ -242,46 +239,6 @@ def zeros_like(array: Name) -> Name:
     return array.script.number(0.0)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What the budgets of one level compute, as statements.
-
-    The names ``norm``, ``weight_norm``, ``numel``, ``num_rows``, ``pace``, ``reach`` and ``kept`` are given, the state
-    vectors ``s0``, ``s1``, …, and the formula's numbers ``n0``, ``n1``, ….
-
-    Attributes:
-        limits: statements; ``limit`` is the least limit.
-        learn: statements for the next history.
-        states: the names of the next history after them, in the order of ``s0``, ``s1``, ….
-        bounds: whether there is a budget at this level at all.
-    """
-
-    limits: str
-    learn: str
-    states: tuple[str, ...]
-    bounds: bool
-
-
-@dataclass(frozen=True)
-class Formula:
-    """The budgets of a plan as text.
-
-    Attributes:
-        bins: the part of the bins.
-        root: the part of the root.
-        numbers: what ``n0``, ``n1``, … stand for.
-        numel, num_rows: of the root.
-        reads_weights: whether a limit depends on the norms of the weights.
-    """
-
-    bins: Part
-    root: Part
-    numbers: tuple[float, ...]
-    numel: float
-    num_rows: float
-    reads_weights: bool
-
-
 def formula_of(terms: tuple[Term, ...], rule: str) -> Formula | None:
     """Return the terms as text; None where one bounds other nodes, sorts, or has one constant per node.
 
@@ -316,7 +273,7 @@ def formula_of(terms: tuple[Term, ...], rule: str) -> Formula | None:
     )
 
 
-def _part(terms: list[Term], numbers: list[float]) -> Part:
+def _part(terms: list[Term], numbers: list[float]) -> FormulaPart:
     learn = Script(numbers, "c")
     text, states = "", list[str]()
     for term in terms:
@@ -329,7 +286,7 @@ def _part(terms: list[Term], numbers: list[float]) -> Part:
         text += f"{one.text}limit = tl.minimum(limit, {limit})\n"
         fresh = budget.learn(_HERE, _reading(learn), learn.name("kept"), _named(learn, term, num)) if history else ()
         states += [str(name) for name in fresh]
-    return Part(text, learn.text, tuple(states), bool(terms))
+    return FormulaPart(text, learn.text, tuple(states), bool(terms))
 
 
 def _named(script: Script, term: Term, first: int) -> State:

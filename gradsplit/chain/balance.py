@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,25 +86,20 @@ def balance_(
     _check_weights(model)
     before = _levels(model, loss_fn, batch)
     factors: dict[str, float] = {}
-    handles = []
-    for name, module in _weighted(model):
-        if orthogonal:
-            _orthogonalise(module)
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in _weighted(model):
+            if orthogonal:
+                _orthogonalise(module)
 
-        def leave(module: nn.Module, args: Any, output: Tensor, name: str = name) -> Tensor | None:
-            if name in factors:
-                return None  # a weight that is used twice is balanced at its first use
-            factor, changed = _rescale(name, module, output, target, on)
-            factors[name] = factor
-            return changed
+            def leave(module: nn.Module, args: Any, output: Tensor, name: str = name) -> Tensor | None:
+                if name in factors:
+                    return None  # a weight that is used twice is balanced at its first use
+                factor, changed = _rescale(name, module, output, target, on)
+                factors[name] = factor
+                return changed
 
-        handles.append(module.register_forward_hook(leave))
-    try:
-        with torch.no_grad():
-            loss_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.callback(module.register_forward_hook(leave).remove)
+        loss_fn(model, batch)
     after = _levels(model, loss_fn, batch)
     return [Balanced(name, factor, before[name], after[name]) for name, factor in factors.items()]
 
@@ -184,15 +180,14 @@ def _check(name: str, size: float) -> None:
 
 def _orthogonalise(module: nn.Module) -> None:
     weight, _ = _parameters(module)
-    with torch.no_grad():
-        if weight[0, 0].numel() == 1 or weight.shape[0] != weight.shape[1]:
-            weight.copy_(_nearest(weight.flatten(1)).view_as(weight))
-            return
-        flat = weight.view(weight.shape[0], weight.shape[1], -1)
-        place = sum(size // 2 * math.prod(weight.shape[3 + d :]) for d, size in enumerate(weight.shape[2:]))
-        middle = _nearest(flat[:, :, place].clone())
-        flat.zero_()
-        flat[:, :, place] = middle
+    if weight[0, 0].numel() == 1 or weight.shape[0] != weight.shape[1]:
+        weight.copy_(_nearest(weight.flatten(1)).view_as(weight))
+        return
+    flat = weight.view(weight.shape[0], weight.shape[1], -1)
+    place = sum(size // 2 * math.prod(weight.shape[3 + d :]) for d, size in enumerate(weight.shape[2:]))
+    middle = _nearest(flat[:, :, place].clone())
+    flat.zero_()
+    flat[:, :, place] = middle
 
 
 def _nearest(matrix: Tensor) -> Tensor:
@@ -201,18 +196,14 @@ def _nearest(matrix: Tensor) -> Tensor:
 
 
 def _levels(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, float]:
+    """Root mean square of each layer's output, at its first call."""
     levels: dict[str, float] = {}
-    handles = []
-    for name, module in _weighted(model):
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in _weighted(model):
 
-        def leave(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-            levels.setdefault(name, float(output.double().square().mean().sqrt()))
+            def leave(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                levels.setdefault(name, float(output.double().square().mean().sqrt()))
 
-        handles.append(module.register_forward_hook(leave))
-    try:
-        with torch.no_grad():
-            loss_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.callback(module.register_forward_hook(leave).remove)
+        loss_fn(model, batch)
     return levels

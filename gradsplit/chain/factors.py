@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -77,7 +78,6 @@ def factoring(model: nn.Module, names: list[str] | None = None) -> Iterator[Fact
     forward = FactoredForward()
     known: dict[int, Tensor] = {}  # the tensor is kept, so that no other gets its id
     calls: dict[str, int] = {}
-    handles = []
 
     def fresh(tensor: Tensor) -> tuple[Tensor, Tensor]:
         leaf = tensor.detach().requires_grad_()
@@ -95,61 +95,58 @@ def factoring(model: nn.Module, names: list[str] | None = None) -> Iterator[Fact
 
         return replace_tensors(args, change), replace_tensors(kwargs, change)
 
-    handles.append(model.register_forward_pre_hook(enter_root, with_kwargs=True))
-    for name, module in model.named_modules():
-        if not name or (names is not None and name not in names):
-            continue
+    # The hooks go before any backward pass, since a checkpointed block that runs again must make no new factors.
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(enter_root, with_kwargs=True).remove)
+        for name, module in model.named_modules():
+            if not name or (names is not None and name not in names):
+                continue
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
-            input_rms, inputs_finite = _level((args, kwargs))
-            if not any(True for _ in module.children()):
-                forward.calls.append((name, inputs_finite, _level(output)[1]))
-            if not torch.is_grad_enabled():
-                return None
-            factor = Factor("", name, type(module).__name__, [], [], input_rms, inputs_finite)
+            def leave(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                input_rms, inputs_finite = _level((args, kwargs))
+                if not any(True for _ in module.children()):
+                    forward.calls.append((name, inputs_finite, _level(output)[1]))
+                if not torch.is_grad_enabled():
+                    return None
+                factor = Factor("", name, type(module).__name__, [], [], input_rms, inputs_finite)
 
-            def change(place: str, tensor: Tensor) -> Tensor:
-                if not carries_signal(tensor) or id(tensor) in known:
-                    return tensor
-                leaf, alias = fresh(tensor)
-                factor.outputs.append(tensor)
-                factor.leaves.append(leaf)
-                return alias
+                def change(place: str, tensor: Tensor) -> Tensor:
+                    if not carries_signal(tensor) or id(tensor) in known:
+                        return tensor
+                    leaf, alias = fresh(tensor)
+                    factor.outputs.append(tensor)
+                    factor.leaves.append(leaf)
+                    return alias
 
-            changed = replace_tensors(output, change)
-            if not factor.outputs:
-                return None
-            calls[name] = calls.get(name, 0) + 1
-            factor.name = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            forward.factors.append(factor)
-            return changed
+                changed = replace_tensors(output, change)
+                if not factor.outputs:
+                    return None
+                calls[name] = calls.get(name, 0) + 1
+                factor.name = name if calls[name] == 1 else f"{name}#{calls[name]}"
+                forward.factors.append(factor)
+                return changed
 
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         yield forward
-    finally:
-        # The hooks go before any backward pass, since a checkpointed block that runs again must make no new factors.
-        for handle in handles:
-            handle.remove()
+
+
+def _nodes_below(ends: list[Tensor]) -> list[Any]:
+    """All nodes of the graph below some tensors, each once."""
+    seen: dict[Any, None] = {}
+    stack = [end.grad_fn for end in ends if end.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen[node] = None
+            stack.extend(below for below, _ in node.next_functions if below is not None)
+    return list(seen)
 
 
 def leaves_below(ends: list[Tensor]) -> list[Tensor]:
     """The leaves that a factor's graph reads: parameters, and outputs of other factors."""
-    seen: set[Any] = set()
-    leaves: dict[int, Tensor] = {}
-    stack = [end.grad_fn for end in ends if end.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        stack.extend(below for below, _ in node.next_functions if below is not None)
-    for end in ends:
-        if end.grad_fn is None and end.requires_grad:
-            leaves[id(end)] = end
-    return list(leaves.values())
+    leaves = [node.variable for node in _nodes_below(ends) if hasattr(node, "variable")]
+    leaves += [end for end in ends if end.grad_fn is None and end.requires_grad]
+    return list({id(leaf): leaf for leaf in leaves}.values())
 
 
 def pull(
@@ -169,7 +166,7 @@ def pull(
     Returns:
         (leaf, gradient) for every leaf that the signals reach.
     """
-    if not _reentrant(ends):
+    if not any(type(node).__name__ == "CheckpointFunctionBackward" for node in _nodes_below(ends)):
         grads = torch.autograd.grad(ends, leaves, signals, retain_graph=True, allow_unused=True)
         return [(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True) if grad is not None]
     every = list({id(tensor): tensor for tensor in [*leaves, *parameters]}.values())
@@ -182,20 +179,6 @@ def pull(
     finally:
         for tensor, grad in zip(every, before, strict=True):
             tensor.grad = grad
-
-
-def _reentrant(ends: list[Tensor]) -> bool:
-    seen: set[Any] = set()
-    stack = [end.grad_fn for end in ends if end.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "CheckpointFunctionBackward":
-            return True
-        stack.extend(below for below, _ in node.next_functions if below is not None)
-    return False
 
 
 def rms(tensors: list[Tensor]) -> float:
@@ -334,7 +317,8 @@ def gradient_chain(
     links[0].cumulative = 0.0
     signals = {applied.factor.name: applied.signals for applied in factors}
     steps = recurrent.measure(signals) if recurrent is not None else []
-    bottom = _sum_of_squares([g for leaf in forward.inputs for g in [_total(factors, leaf)] if g is not None])
+    arrived = [_total(factors, leaf) for leaf in forward.inputs]
+    bottom = _sum_of_squares([signal for signal in arrived if signal is not None])
     return Chain(float(loss.detach()), links, steps, {INPUT: bottom**0.5} if forward.inputs else {}, forward.calls)
 
 
@@ -488,10 +472,7 @@ def _broken_links(forward: FactoredForward) -> list[Link]:
 
 def _total(factors: list[AppliedFactor], leaf: Tensor) -> Tensor | None:
     parts = [grad for applied in factors for below, grad in applied.leaving if below is leaf]
-    total = parts[0] if parts else None
-    for part in parts[1:]:
-        total = part if total is None else total + part
-    return total
+    return reduce(torch.add, parts) if parts else None
 
 
 def _sum_of_squares(tensors: list[Tensor]) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -465,7 +466,4 @@ class ForkWatch:
 
 def _sum(kept: dict[tuple[int, int], Tensor], branch: Branch) -> Tensor | None:
     parts = [kept[key] for key in branch.inputs if key in kept]
-    total = parts[0] if parts else None
-    for part in parts[1:]:
-        total = part if total is None else total + part
-    return total
+    return reduce(torch.add, parts) if parts else None

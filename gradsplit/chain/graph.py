@@ -152,24 +152,21 @@ class CallTrace:
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[CallTrace]:
     """Record the calls of every module of the model while the context is open."""
-    trace, open_calls, handles = CallTrace(), [], []
+    trace, open_calls = CallTrace(), list[int]()
 
     def enter(module: nn.Module, args: Any) -> None:
         open_calls.append(next_sequence_number())
 
-    for name, module in model.named_modules():
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
 
-        def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            if open_calls:
-                trace.calls.append((open_calls.pop(), next_sequence_number(), name))
+            def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                if open_calls:
+                    trace.calls.append((open_calls.pop(), next_sequence_number(), name))
 
-        handles.append(module.register_forward_pre_hook(ModelHook(enter)))
-        handles.append(module.register_forward_hook(ModelHook(leave)))
-    try:
+            hooks.callback(module.register_forward_pre_hook(ModelHook(enter)).remove)
+            hooks.callback(module.register_forward_hook(ModelHook(leave)).remove)
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -157,31 +158,23 @@ def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[
     """
     found: list[Joint] = []
     calls: dict[str, int] = {}
-    handles = []
     model = bare(model)
-    for name, module in model.named_modules():
-        if not name:
-            continue
+    with ExitStack() as hooks, torch.enable_grad(), tracing(model) as trace:
+        for name, module in model.named_modules():
+            if not name:
+                continue
 
-        def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            made = [(place, t) for place, t in tensors_in(output) if carries_signal(t)]
-            known = {id(t) for _, t in tensors_in(args)}
-            made = [(place, t) for place, t in made if id(t) not in known]
-            if made:
-                calls[name] = calls.get(name, 0) + 1
-            for place, tensor in made:
-                call = f"#{calls[name]}" if calls[name] > 1 else ""
-                found.append(
-                    Joint(f"{name}{place}{call}", "output", "layer", name, tuple(tensor.shape), _fused(module))
-                )
+            def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                known = {id(t) for _, t in tensors_in(args)}
+                made = [(place, t) for place, t in tensors_in(output) if carries_signal(t) and id(t) not in known]
+                if made:
+                    calls[name] = calls.get(name, 0) + 1
+                for place, tensor in made:
+                    call, shape = f"#{calls[name]}" if calls[name] > 1 else "", tuple(tensor.shape)
+                    found.append(Joint(f"{name}{place}{call}", "output", "layer", name, shape, _fused(module)))
 
-        handles.append(module.register_forward_hook(note))
-    try:
-        with torch.enable_grad(), tracing(model) as trace:
-            output = call_model(model, batch) if loss_fn is None else loss_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.callback(module.register_forward_hook(note).remove)
+        output = call_model(model, batch) if loss_fn is None else loss_fn(model, batch)
     repeated = {name for name, count in calls.items() if count > 1}
     listed = [Joint(j.name, "step", "time", j.module, j.shape, j.note) if j.module in repeated else j for j in found]
     graph = walk(t for _, t in tensors_in(output))

@@ -6,7 +6,7 @@ A state is one tensor (batch, S): the hidden vector, followed by the memory for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -293,12 +293,10 @@ class Recurrences:
         def keep(name: str) -> Any:
             return lambda module, args: self.calls.setdefault(name, args) and None
 
-        handles = [module.register_forward_pre_hook(keep(name)) for name, module in self.modules.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, module in self.modules.items():
+                hooks.callback(module.register_forward_pre_hook(keep(name)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def measure(self, signals: Mapping[str, list[Tensor]]) -> list[Recurrence]:
         """Gains and exponents of every layer of every module whose outputs a signal reached.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,25 +272,22 @@ def _finite(tensor: Tensor) -> bool:
 
 @contextmanager
 def _watching(model: nn.Module, evidence: Evidence) -> Iterator[None]:
-    handles = []
-    for name, module in model.named_modules():
+    """Note the calls of all modules, and the activity of activation functions, while the context is open."""
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            given = [t for _, t in tensors_in((args, kwargs)) if t.is_floating_point()]
-            made = [t for _, t in tensors_in(output) if t.is_floating_point()]
-            clean_in, clean_out = all(map(_finite, given)), all(map(_finite, made))
-            nan_in = not clean_in and any(bool(t.detach().isnan().any()) for t in given)
-            nan_out = not clean_out and any(bool(t.detach().isnan().any()) for t in made)
-            evidence.calls.append(Call(name, clean_in, clean_out, nan_in, nan_out))
-            if made and isinstance(module, (*RECTIFIERS, *SQUASHERS)):
-                evidence.activity.append(_activity(name, module, made[0].detach()))
+            def leave(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                given = [t for _, t in tensors_in((args, kwargs)) if t.is_floating_point()]
+                made = [t for _, t in tensors_in(output) if t.is_floating_point()]
+                clean_in, clean_out = all(map(_finite, given)), all(map(_finite, made))
+                nan_in = not clean_in and any(bool(t.detach().isnan().any()) for t in given)
+                nan_out = not clean_out and any(bool(t.detach().isnan().any()) for t in made)
+                evidence.calls.append(Call(name, clean_in, clean_out, nan_in, nan_out))
+                if made and isinstance(module, (*RECTIFIERS, *SQUASHERS)):
+                    evidence.activity.append(_activity(name, module, made[0].detach()))
 
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _activity(name: str, module: nn.Module, output: Tensor) -> Activity:

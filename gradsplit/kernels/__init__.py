@@ -1,5 +1,5 @@
 """Reading and scaling bins: the definition, and backends that must equal it."""
 
-from .kernel import BACKENDS, Backend, Kernel, choose_backend, register
+from .kernel import BACKENDS, Backend, Formula, FormulaPart, Kernel, choose_backend, register
 
-__all__ = ["BACKENDS", "Backend", "Kernel", "choose_backend", "register"]
+__all__ = ["BACKENDS", "Backend", "Formula", "FormulaPart", "Kernel", "choose_backend", "register"]

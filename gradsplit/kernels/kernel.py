@@ -25,6 +25,8 @@ __all__ = [
     "AddressKernel",
     "BACKENDS",
     "Backend",
+    "Formula",
+    "FormulaPart",
     "Kernel",
     "LastFour",
     "Signature",
@@ -74,6 +76,46 @@ class LastFour(Generic[ValueT]):
     def clear(self) -> None:
         """Forget all."""
         self._pairs.clear()
+
+
+@dataclass(frozen=True)
+class FormulaPart:
+    """What the budgets of one level compute, as statements.
+
+    The names ``norm``, ``weight_norm``, ``numel``, ``num_rows``, ``pace``, ``reach`` and ``kept`` are given, the state
+    vectors ``s0``, ``s1``, …, and the formula's numbers ``n0``, ``n1``, ….
+
+    Attributes:
+        limits: statements; ``limit`` is the least limit.
+        learn: statements for the next history.
+        states: the names of the next history after them, in the order of ``s0``, ``s1``, ….
+        bounds: whether there is a budget at this level at all.
+    """
+
+    limits: str
+    learn: str
+    states: tuple[str, ...]
+    bounds: bool
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The budgets of a plan as text, written by `gradsplit.programs`.
+
+    Attributes:
+        bins: the part of the bins.
+        root: the part of the root.
+        numbers: what ``n0``, ``n1``, … stand for.
+        numel, num_rows: of the root.
+        reads_weights: whether a limit depends on the norms of the weights.
+    """
+
+    bins: FormulaPart
+    root: FormulaPart
+    numbers: tuple[float, ...]
+    numel: float
+    num_rows: float
+    reads_weights: bool
 
 
 class Kernel(ABC):
@@ -167,11 +209,11 @@ class Kernel(ABC):
         """
         return None
 
-    def decider(self, formula: Any, *, collective: bool) -> Any:
+    def decider(self, formula: Formula, *, collective: bool) -> Any:
         """Return programs that decide for all bins in a few launches; None where there are none.
 
         Args:
-            formula: the budgets as text, see `gradsplit.programs`.
+            formula: the budgets as text.
             collective: with the rule of `gradsplit.collective`.
         """
         return None

@@ -13,16 +13,17 @@ import linecache
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..collective import COLLECTIVE, ENOUGH, FALLS, LET_THROUGH, RISES
+from .kernel import Formula
 from .launch import launch
 
-__all__ = ["BINS", "Decided", "Decider", "FormulaText", "PartText"]
+__all__ = ["BINS", "Decided", "Decider"]
 
 BINS = 512
 """Bins of one program."""
@@ -31,27 +32,7 @@ SUMS = 5
 """What is added up over the bins for the root: squares before, of the weights, after; pace and reach by elements."""
 
 
-class PartText(Protocol):
-    """What the budgets of one level compute, see `gradsplit.programs.Part`."""
-
-    limits: str
-    learn: str
-    states: tuple[str, ...]
-    bounds: bool
-
-
-class FormulaText(Protocol):
-    """Budgets as text, see `gradsplit.programs.Formula`."""
-
-    bins: Any
-    root: Any
-    numbers: tuple[float, ...]
-    numel: float
-    num_rows: float
-    reads_weights: bool
-
-
-class Decided:
+class Decided(NamedTuple):
     """What a step decided, on the device.
 
     Attributes:
@@ -61,10 +42,10 @@ class Decided:
         recent: the next recent norms (B,) and number of steps of the collective rule, or None.
     """
 
-    def __init__(
-        self, scale_B: Tensor, zero_B: Tensor, history: list[Tensor], recent: tuple[Tensor, Tensor] | None
-    ) -> None:
-        self.scale_B, self.zero_B, self.history, self.recent = scale_B, zero_B, history, recent
+    scale_B: Tensor
+    zero_B: Tensor
+    history: list[Tensor]
+    recent: tuple[Tensor, Tensor] | None
 
 
 _READ = """\
@@ -176,7 +157,7 @@ class Decider:
         collective: with the rule of `gradsplit.collective`.
     """
 
-    def __init__(self, formula: FormulaText, numel_B: Tensor, num_rows_B: Tensor, *, collective: bool) -> None:
+    def __init__(self, formula: Formula, numel_B: Tensor, num_rows_B: Tensor, *, collective: bool) -> None:
         self.formula, self.collective, self.device = formula, collective, numel_B.device
         self.num_bins, self.num_blocks = len(numel_B), -(-len(numel_B) // BINS)
         self._sizes_B = numel_B, num_rows_B
@@ -268,7 +249,7 @@ def _indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _texts(formula: FormulaText, collective: bool) -> dict[str, str]:
+def _texts(formula: Formula, collective: bool) -> dict[str, str]:
     """The body of each program."""
     numbers = "".join(f"    n{i} = tl.load(numbers + {i})\n" for i in range(len(formula.numbers)))
     bins, root = formula.bins, formula.root

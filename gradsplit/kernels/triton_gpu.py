@@ -21,7 +21,7 @@ from torch import Tensor
 from ..plan import Layout, Plan, xsp
 from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
 from .addressable import bump_versions
-from .kernel import BACKENDS, AddressKernel, LastFour, Signature, addressed, only
+from .kernel import BACKENDS, AddressKernel, Formula, LastFour, Signature, addressed, only
 from .launch import launch
 from .selfcheck import is_sound
 from .triton_decide import Decider
@@ -161,7 +161,7 @@ class TritonKernel(AddressKernel[Tables]):
         served = [self._serves(dtype) for dtype in sorted(dtypes, key=str)]
         return all(served)
 
-    def decider(self, formula: Any, *, collective: bool) -> Decider:
+    def decider(self, formula: Formula, *, collective: bool) -> Decider:
         """See `Kernel.decider`."""
         sizes = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (self.plan.numel_B, self.plan.num_rows_B))
         numel_B, num_rows_B = (size.to(self.device) for size in sizes)

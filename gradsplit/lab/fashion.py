@@ -6,6 +6,7 @@ Batch: (images (batch, 1, 28, 28) float32, mean 0 and deviation 1 over the train
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from .task import (
     BATCHES,
     MEASURED_2026_11_29,
     Batch,
-    Task,
+    Classification,
     Workload,
     data_path,
-    evaluating,
     generator,
     measured,
     seeded,
@@ -140,7 +140,7 @@ class ViT(nn.Module):
         return self.head(self.norm(h[:, 0]))
 
 
-class FashionTask(Task):
+class FashionTask(Classification):
     """Which piece of clothing is it."""
 
     def __init__(self, model: nn.Module, seed: int, *, batch: int) -> None:
@@ -157,16 +157,9 @@ class FashionTask(Task):
         images = _scaled(self.images[picks])
         return torch.where(mirrored, images.flip(3), images), self.labels[picks]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy, nats."""
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Give "accuracy" on the first 2,000 test images; a non-finite prediction is wrong."""
-        with evaluating(model):
-            logits = torch.cat([model(part.to(self.device)) for part in self.test_images.split(500)]).cpu()
-        right = (logits.argmax(-1) == self.test_labels) & logits.isfinite().all(-1)
-        return {"accuracy": float(right.float().mean())}
+    def held_out(self) -> Iterator[Batch]:
+        """The first 2,000 test images."""
+        return zip(self.test_images.split(500), self.test_labels.split(500), strict=True)
 
 
 def _scaled(images: Tensor) -> Tensor:

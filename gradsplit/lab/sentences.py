@@ -10,10 +10,10 @@ import collections
 import io
 import re
 import tarfile
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fashion import Encoder
@@ -22,10 +22,9 @@ from .task import (
     DATA,
     MEASURED_2026_11_29,
     Batch,
-    Task,
+    Classification,
     Workload,
     data_path,
-    evaluating,
     generator,
     measured,
     seeded,
@@ -110,7 +109,7 @@ class Reader(nn.Module):
         return self.head((self.norm(h) * share[..., None]).sum(1))
 
 
-class SentenceTask(Task):
+class SentenceTask(Classification):
     """Kind or unkind."""
 
     def __init__(self, model: nn.Module, seed: int, words: Tensor, labels: Tensor, *, batch: int) -> None:
@@ -123,17 +122,9 @@ class SentenceTask(Task):
         picks = torch.randint(last, (self.batch_size,), generator=generator(self.seed, BATCHES, step))
         return self.words[picks], self.labels[picks]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy, nats."""
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Give "accuracy" on 2,000 sentences; a non-finite prediction is wrong."""
-        words, labels = self.words[-NUM_TEST:].to(self.device), self.labels[-NUM_TEST:]
-        with evaluating(model):
-            logits = torch.cat([model(part) for part in words.split(500)]).cpu()
-        right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
-        return {"accuracy": float(right.float().mean())}
+    def held_out(self) -> Iterator[Batch]:
+        """The last 2,000 sentences."""
+        return zip(self.words[-NUM_TEST:].split(500), self.labels[-NUM_TEST:].split(500), strict=True)
 
 
 def build_sentences(

