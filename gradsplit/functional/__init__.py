@@ -4,8 +4,9 @@ Nothing here imports a framework or keeps a value: what is known before the run 
 when the functions are made, everything else passes through them, so they may run inside a compiled graph.
 """
 
+from .adam import GsoRule, GsoState, gso_rule
 from .arrays import Orientation, Oriented, Patterns, orientation_of
-from .gso import GsoRule, GsoState, gso_rule
+from .gso import GsoOptions
 from .kinds import KINDS, ArrayKind, Choice, array_kinds
 from .share import DEFAULT_OF_SHARE, ShareRule, ShareState, share_rule
 from .splitting import Splitting, splitting
@@ -15,6 +16,7 @@ __all__ = [
     "KINDS",
     "ArrayKind",
     "Choice",
+    "GsoOptions",
     "GsoRule",
     "GsoState",
     "Orientation",

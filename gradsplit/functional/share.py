@@ -27,13 +27,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..budget import Decision, Relative, begin, budgets_by_level, decide, sums_for, terms_of
+from ..budget import Decision, Relative, begin, budgets_by_level, sums_for, terms_of
 from ..plan import Plan
 from ..xp import Array, namespace
+from .adam import check_constants, grown, is_number
 from .arrays import Oriented, Patterns
-from .gso import check_constants, grown, is_number
 from .kinds import ArrayKind, array_kinds
-from .splitting import History, collective_factor
+from .splitting import History, decide_collectively
 
 __all__ = ["DEFAULT_OF_SHARE", "ShareRule", "ShareState", "newton_schulz", "share_rule"]
 
@@ -177,23 +177,19 @@ def share_rule(
         xp = namespace(weights[0])
         there = [t for t, gradient in enumerate(gradients) if gradient is not None]
         given = [xp.zeros_like(w) if g is None else g for g, w in zip(gradients, weights, strict=True)]
-        decision, length_B, (steps, recent_B, of_gradient) = bound(given, state, weights)
+        amount_B, weight_B = patterns.amounts_B(given), patterns.amounts_B(weights, may_explode=False)
+        weight_B = xp.where(xp.isfinite(weight_B), weight_B, xp.full(num_bins, 0.0, weight_B))
+        length_B = sums_for(amount_B).norm(weight_B)
+        terms = terms_of(plan, budgets, amount_B, rule=rule, call=call)
+        recent = state.recent_B, state.steps
+        decision, of_gradient, (recent_B, steps) = decide_collectively(
+            plan, terms, state.of_gradient, recent, amount_B, weight_B, rule=rule
+        )
         ages_T = state.ages_T + xp.asarray(np.isin(np.arange(num_arrays), there), length_B)
-        zero_B, one_B = xp.full(num_bins, 0.0, length_B), xp.full(num_bins, 1.0, length_B)
+        zero_B = xp.full(num_bins, 0.0, length_B)
         bounded = patterns.scaled([xp.wide(g) for g in given], decision.scale_B, ~decision.finite_B)
-        learns_B = xp.where(decision.finite_B, one_B, zero_B)
-        momenta, squares, directions = list(state.momenta), list(state.squares), list(bounded)
-        for t in there:
-            g, learns = bounded[t], xp.cast(patterns.factor(t, learns_B), bounded[t])
-            momenta[t] = momenta[t] + learns * (1 - beta1) * (g - momenta[t])
-            directions[t] = momenta[t] + learns * (1 - beta1) * (g - momenta[t])
-            if made[t].direction == "adam":
-                at = by_adam.index(t)
-                squares[at] = squares[at] + learns * (1 - beta2) * (g * g - squares[at])
-                first = xp.cast(grown(xp, beta1, ages_T[t]), g)
-                root = xp.sqrt(squares[at] / xp.cast(grown(xp, beta2, ages_T[t]), g))
-                directions[t] = directions[t] / first / (root + (max(eps, _TINY) if is_number(eps) else eps))
-        _orthogonalise(directions, [t for t in there if made[t].direction == "orthogonal"], made, oriented)
+        learns_B = xp.where(decision.finite_B, xp.full(num_bins, 1.0, length_B), zero_B)
+        momenta, squares, directions = aimed(bounded, state, ages_T, there, learns_B)
         sums = sums_for(length_B)
         ahead_B = sums.norm(patterns.amounts_B(directions, may_explode=False))
         moves_B = decision.finite_B & (ahead_B > 0)
@@ -214,23 +210,24 @@ def share_rule(
         after = ShareState(steps, ages_T, tuple(momenta), tuple(squares), recent_B, most_B, of_gradient)
         return changes, after, decision
 
-    def bound(given: list[Array], state: ShareState, weights: Sequence[Array]) -> tuple[Decision, Array, Any]:
-        """Decide on the gradients; return the decision, the lengths of the weights, and what the rules remember."""
-        amount_B = patterns.amounts_B(given)
-        xp, sums = namespace(amount_B), sums_for(amount_B)
-        weight_B = patterns.amounts_B(weights, may_explode=False)
-        weight_B = xp.where(xp.isfinite(weight_B), weight_B, xp.full(num_bins, 0.0, weight_B))
-        finite_B = xp.isfinite(amount_B)
-        norm_B = sums.norm(xp.where(finite_B, amount_B, xp.full(num_bins, 0.0, amount_B)))
-        seen_B = finite_B & (norm_B > 0)
-        factor, recent_B = collective_factor(norm_B, seen_B, state.recent_B, state.steps)
-        steps = state.steps + xp.cast(~xp.every(~seen_B), state.steps)
-        terms = terms_of(plan, budgets, amount_B, rule=rule, call=call)
-        decision, of_gradient = decide(
-            plan, terms, state.of_gradient, sums.times(amount_B, factor), weight_B, rule=rule
-        )
-        scaled = Decision(plan, norm_B, decision.finite_B, decision.scale_B * factor, decision.limits)
-        return scaled, sums.norm(weight_B), (steps, recent_B, of_gradient)
+    def aimed(
+        bounded: list[Array], state: ShareState, ages_T: Array, there: list[int], learns_B: Array
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Take bounded gradients into the memories; return momenta, mean squares and the arrays' directions."""
+        xp = namespace(learns_B)
+        momenta, squares, directions = list(state.momenta), list(state.squares), list(bounded)
+        for t in there:
+            g, learns = bounded[t], xp.cast(patterns.factor(t, learns_B), bounded[t])
+            momenta[t] = momenta[t] + learns * (1 - beta1) * (g - momenta[t])
+            directions[t] = momenta[t] + learns * (1 - beta1) * (g - momenta[t])
+            if made[t].direction == "adam":
+                at = by_adam.index(t)
+                squares[at] = squares[at] + learns * (1 - beta2) * (g * g - squares[at])
+                first = xp.cast(grown(xp, beta1, ages_T[t]), g)
+                root = xp.sqrt(squares[at] / xp.cast(grown(xp, beta2, ages_T[t]), g))
+                directions[t] = directions[t] / first / (root + (max(eps, _TINY) if is_number(eps) else eps))
+        _orthogonalise(directions, [t for t in there if made[t].direction == "orthogonal"], made, oriented)
+        return momenta, squares, directions
 
     def shortened(changes: list[Array], weights: Sequence[Array], moves_B: Array, most_B: Array) -> list[Array]:
         """Draw back rows that would grow beyond their longest length."""

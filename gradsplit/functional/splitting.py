@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..budget import Decision, State, begin, budgets_by_level, decide, sums_for, terms_of, warn_of_idle_limits
+from ..budget import Decision, State, Term, begin, budgets_by_level, decide, sums_for, terms_of, warn_of_idle_limits
 from ..collective import COLLECTIVE, ENOUGH, FALLS, LET_THROUGH, RISES
 from ..plan import Plan
 from ..xp import Array, namespace
 from .arrays import Oriented, Patterns
 
-__all__ = ["History", "Splitting", "collective_factor", "splitting"]
+__all__ = ["History", "Splitting", "collective_factor", "decide_collectively", "splitting"]
 
 History = tuple[State, ...]
 """Per budget its arrays, in the order of the budgets; then those of the collective rule, if it stands beside them."""
@@ -58,6 +58,35 @@ def collective_factor(norm_B: Array, seen_B: Array, recent_B: Array, steps: Arra
     follows_B = xp.minimum(xp.maximum(norm_B, falls * recent_B), RISES * recent_B)
     moved_B = xp.where(fired, LET_THROUGH * recent_B, follows_B)
     return factor, xp.where(seen_B, xp.where(known_B, moved_B, norm_B * factor), recent_B)
+
+
+def decide_collectively(
+    plan: Plan,
+    terms: tuple[Term, ...],
+    history: History,
+    recent: tuple[Array, Array],
+    amount_B: Array,
+    weight_B: Array | None = None,
+    pace: Array | None = None,
+    reach: Array | None = None,
+    *,
+    rule: str,
+) -> tuple[Decision, History, tuple[Array, Array]]:
+    """Return the budgets' decision, on the gradient after a jump of the whole batch was undone, and what is remembered.
+
+    The arguments are those of `gradsplit.budget.decide`, with the recent norms (B,) and the number of steps between
+    them, see `collective_factor`.
+    """
+    xp, sums = namespace(amount_B), sums_for(amount_B)
+    recent_B, steps = recent
+    finite_B = xp.isfinite(amount_B)
+    norm_B = sums.norm(xp.where(finite_B, amount_B, xp.full(plan.num_bins, 0.0, amount_B)))
+    seen_B = finite_B & (norm_B > 0)
+    factor, recent_B = collective_factor(norm_B, seen_B, recent_B, steps)
+    steps = steps + xp.cast(~xp.every(~seen_B), steps)
+    made, learned = decide(plan, terms, history, sums.times(amount_B, factor), weight_B, pace, reach, rule=rule)
+    whole = Decision(plan, norm_B, made.finite_B, made.scale_B * factor, made.limits)
+    return whole, learned, (recent_B, steps)
 
 
 def splitting(
@@ -119,26 +148,14 @@ def splitting(
             pace = namespace(amount_B).asarray(pace, amount_B)
         if reach is not None:
             reach = namespace(amount_B).asarray(reach, amount_B)
-        decision, history = decide_together(terms, history, amount_B, weight_B, pace, reach)
+        given = amount_B, weight_B, pace, reach
+        if collective:
+            *of_budgets, recent = history
+            decision, learned, recent = decide_collectively(plan, terms, tuple(of_budgets), recent, *given, rule=rule)
+            history = (*learned, recent)
+        else:
+            decision, history = decide(plan, terms, history, *given, rule=rule)
         return patterns.scaled(gradients, decision.scale_B, ~decision.finite_B), history, decision
-
-    def decide_together(
-        terms: Any, history: History, amount_B: Array, weight_B: Array | None, pace: Any, reach: Any
-    ) -> tuple[Decision, History]:
-        """The budgets' decision; where the batch is scaled as a whole, on the gradient after that has been undone."""
-        if not collective:
-            return decide(plan, terms, history, amount_B, weight_B, pace, reach, rule=rule)
-        *of_budgets, (recent_B, steps) = history
-        xp, sums = namespace(amount_B), sums_for(amount_B)
-        finite_B = xp.isfinite(amount_B)
-        norm_B = sums.norm(xp.where(finite_B, amount_B, xp.full(plan.num_bins, 0.0, amount_B)))
-        seen_B = finite_B & (norm_B > 0)
-        factor, recent_B = collective_factor(norm_B, seen_B, recent_B, steps)
-        steps = steps + xp.cast(~xp.every(~seen_B), steps)
-        amount_B = sums.times(amount_B, factor)
-        made, learned = decide(plan, terms, tuple(of_budgets), amount_B, weight_B, pace, reach, rule=rule)
-        whole = Decision(plan, norm_B, made.finite_B, made.scale_B * factor, made.limits)
-        return whole, (*learned, (recent_B, steps))
 
     bounds_update = any(one.bounds_update for _, one in budgets)
     # A rule or a vector of limits that does not fit is refused now, not at the first step.

@@ -114,7 +114,7 @@ ERRORS = {
         ValueError,
         r"expected registered budgets, got Own",
     ),
-    "a constant of GSO": (lambda: gsk.GSO(beta_1=1.0), ValueError, r"GSO\(…\)\(betas=\(1\.0, 0\.99\)\)"),
+    "a constant of GSO": (lambda: gsk.GSO(beta_1=1.0), ValueError, r"GSO\(betas=\(1\.0, 0\.99\)\)"),
     "a second moment": (
         lambda: gsk.GSO(direction="adam", second_moment="row"),
         ValueError,

@@ -8,8 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from ...budget import DEFAULT_OF_GSO
-from ...functional import DEFAULT_OF_SHARE, GsoRule, ShareRule, array_kinds, gso_rule, share_rule
+from ...functional import GsoOptions, GsoRule, ShareRule
 from ...plan import Layout, Plan, make_plan, per_tensor
 from .layout import known_kinds, oriented_of
 from .options import Options
@@ -77,57 +76,25 @@ class GSO(keras.optimizers.Optimizer):
         name: str = "gso",
         **kwargs: Any,
     ) -> None:
-        by_share = direction != "adam"
-        _check_choices(direction, kinds, blocks, by_share=by_share)
-        if learning_rate is None:
-            learning_rate = 0.03 if by_share else 1e-2
-        if by_share and isinstance(learning_rate, (int, float)) and not 0 <= learning_rate <= 0.5:
-            raise ValueError(
-                f"GSO({learning_rate}): expected a share of a row's length per step, in [0, 0.5]. The default is 0.03; "
-                "use direction='adam' for a learning rate of AdamW."
-            )
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-        if budget is None:
-            budget = DEFAULT_OF_SHARE if by_share else DEFAULT_OF_GSO
+        said = {"direction": direction, "kinds": kinds, "blocks": blocks}
+        _check_mappings(said)
+        asked = GsoOptions(
+            "GSO",
+            **{key: dict(one) if isinstance(one, Mapping) else one for key, one in said.items()},
+            betas=(beta_1, beta_2),
+            eps=epsilon,
+            # Not self.weight_decay: that Keras would subtract before the step, from bins that are passed over too.
+            weight_decay=weight_decay or 0.0,
+            second_moment=second_moment,
+            rule=rule,
+        )
+        super().__init__(learning_rate=asked.rate(learning_rate), name=name, **kwargs)
+        self._asked, budget = asked, asked.budget(budget)
         self._options = Options.of("GSO(…)", plan=plan, budget=budget, rule=rule, orientation=orientation)
-        self._choices = _Choices(direction, kinds, blocks)
-        self._betas = beta_1, ((0.99 if by_share else 0.999) if beta_2 is None else beta_2)
         self.epsilon, self.second_moment = epsilon, second_moment
-        # Not self.weight_decay: that Keras would subtract before the step, from bins that are passed over too.
-        self._decay = weight_decay or 0.0
         self._moving: _Moving | None = None
-        one = Layout.from_shapes({"kernel": (1, 1)})
-        self._rule_of(per_tensor(one), self._options.budget if by_share else DEFAULT_OF_GSO, None, None)
-
-    def _rule_of(self, plan: Plan, budget: Any, oriented: Any, variables: Any) -> GsoRule | ShareRule:
-        """Make the rule; a constant out of its range is refused here."""
-        call, choices = "GSO(…)", self._choices
-        constants: dict[str, Any] = {
-            "betas": self._betas,
-            "eps": self.epsilon,
-            "weight_decay": self._decay,
-            "oriented": oriented,
-            "rule": self._options.rule,
-            "call": call,
-        }
-        if choices.direction == "adam":
-            return gso_rule(plan, budget, second_moment=self.second_moment, **constants)
-        if self.second_moment != "element":
-            raise ValueError(
-                f"GSO(second_moment={self.second_moment!r}): expected 'element' beside a direction that has no second "
-                "moment per bin. Use direction='adam' with it."
-            )
-        kinds = None
-        if variables is not None:
-            kinds = array_kinds(
-                oriented,
-                kinds=choices.kinds,
-                direction=choices.direction,
-                blocks=choices.blocks,
-                known=known_kinds(oriented),
-                call=call,
-            )
-        return share_rule(plan, budget, kinds=kinds, **constants)
+        one = Layout.from_shapes({"kernel": (1, 1)})  # a constant out of its range is refused now
+        asked.rule_for(per_tensor(one), self._options.budget if asked.by_share else None)
 
     def build(self, variables: list[Any]) -> None:
         """Make moments, histories and counts for the variables."""
@@ -137,7 +104,8 @@ class GSO(keras.optimizers.Optimizer):
         trained = [v for v in variables if not self._overwrite_variable_with_gradient(v)]
         oriented = oriented_of(trained, self._options.orientation, call="GSO(…)")
         plan = make_plan(self._options.plan, oriented.layout, call="GSO(…)")
-        self._moving = _Moving(self, trained, plan, self._rule_of(plan, self._options.budget, oriented, trained))
+        rule = self._asked.rule_for(plan, self._options.budget, oriented, known_kinds(oriented))
+        self._moving = _Moving(self, trained, plan, rule)
 
     @property
     def split_report(self) -> Report | None:
@@ -168,39 +136,24 @@ class GSO(keras.optimizers.Optimizer):
         return {
             **super().get_config(),
             **self._options.to_config(None if self._moving is None else self._moving.plan),
-            **self._choices.to_config(),
-            "beta_1": self._betas[0],
-            "beta_2": self._betas[1],
-            "epsilon": self.epsilon,
-            "weight_decay": self._decay,
-            "second_moment": self.second_moment,
+            "direction": self._asked.direction,
+            "kinds": self._asked.kinds,
+            "blocks": self._asked.blocks,
+            "beta_1": self._asked.betas[0],
+            "beta_2": self._asked.betas[1],
+            "epsilon": self._asked.eps,
+            "weight_decay": self._asked.weight_decay,
+            "second_moment": self._asked.second_moment,
         }
 
 
-class _Choices:
-    """What the user says of single variables; a plain object for the reason that `Bounding` is one."""
-
-    def __init__(self, direction: Any, kinds: Any, blocks: Any) -> None:
-        self.direction = direction if isinstance(direction, str) else dict(direction)
-        self.kinds, self.blocks = (None if one is None else dict(one) for one in (kinds, blocks))
-
-    def to_config(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {"direction": self.direction, "kinds": self.kinds, "blocks": self.blocks}
-
-
-def _check_choices(direction: Any, kinds: Any, blocks: Any, *, by_share: bool) -> None:
-    for name, value in (("direction", direction), ("kinds", kinds), ("blocks", blocks)):
+def _check_mappings(said: Mapping[str, Any]) -> None:
+    for name, value in said.items():
         if not isinstance(value, (str if name == "direction" else type(None), Mapping)):
             raise TypeError(
                 f"GSO({name}={value!r}): expected a mapping from patterns of names, which a .keras file can hold, for "
                 f"example {{'*.kernel': …}}."
             )
-    if not by_share and (kinds is not None or blocks is not None):
-        raise ValueError(
-            "GSO(direction='adam', …): expected neither kinds= nor blocks=, which belong to the share step. Leave them "
-            "out, or use direction={'*': 'adam'}."
-        )
 
 
 class _Moving:

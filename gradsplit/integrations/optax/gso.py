@@ -9,18 +9,7 @@ import optax
 from jax import Array
 from jax import numpy as jnp
 
-from ...budget import DEFAULT_OF_GSO
-from ...functional import (
-    DEFAULT_OF_SHARE,
-    Choice,
-    GsoRule,
-    GsoState,
-    ShareRule,
-    ShareState,
-    array_kinds,
-    gso_rule,
-    share_rule,
-)
+from ...functional import Choice, GsoOptions, GsoRule, GsoState, Oriented, ShareRule, ShareState
 from ...plan import Layout, Plan
 from .transformation import LastStep, Rate, SplitTransformation, rate_now
 from .trees import Leaves, Planner, leaves_of
@@ -126,62 +115,32 @@ def gso(
     >>> print((params["kernel"] + updates["kernel"]).ravel().round(4))        # a tenth of it
     [2.5 4. ]
     """
-    if isinstance(direction, str) and direction == "adam":
-        usual = DEFAULT_OF_GSO if budget is None else budget
-        betas = b1, 0.999 if b2 is None else b2
-        if kinds is not None or blocks is not None:
-            raise ValueError(
-                "gso(direction='adam', …): expected neither kinds= nor blocks=, which belong to the share step. Leave "
-                "them out, or use direction={'*': 'adam'}."
-            )
-
-        def make_adam(made: Plan, oriented: Any) -> GsoRule:
-            return gso_rule(
-                made,
-                usual,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                second_moment=second_moment,
-                oriented=oriented,
-                rule=rule,
-                call="gso",
-            )
-
-        rate = 1e-2 if learning_rate is None else learning_rate
-        return _by_adam(Planner(plan, orientation, make_adam, call="gso"), rate, by_bin=second_moment == "bin")
-    if second_moment != "element":
-        raise ValueError(
-            f"gso(second_moment={second_moment!r}): expected 'element' beside a direction that has no second moment "
-            "per bin. Use direction='adam' with it."
-        )
-    if isinstance(learning_rate, (int, float)) and not 0 <= learning_rate <= 0.5:
-        raise ValueError(
-            f"gso({learning_rate}): expected a share of a row's length per step, in [0, 0.5]. The default is 0.03; use "
-            "direction='adam' for a learning rate of AdamW."
-        )
-
-    def make_share(made: Plan, oriented: Any) -> ShareRule:
-        tokens = {
-            name: ("embedding", 1)
-            for name, shape in zip(oriented.layout.names, oriented.shapes, strict=True)
-            if len(shape) > 1 and name.rpartition(".")[2] in ("embedding", "embeddings")
-        }
-        return share_rule(
-            made,
-            DEFAULT_OF_SHARE if budget is None else budget,
-            kinds=array_kinds(oriented, kinds=kinds, direction=direction, blocks=blocks, known=tokens, call="gso"),
-            betas=(b1, 0.99 if b2 is None else b2),
-            eps=eps,
-            weight_decay=weight_decay,
-            oriented=oriented,
-            rule=rule,
-            call="gso",
-        )
-
-    return _by_share(
-        Planner(plan, orientation, make_share, call="gso"), 0.03 if learning_rate is None else learning_rate
+    options = GsoOptions(
+        "gso",
+        direction=direction,
+        kinds=kinds,
+        blocks=blocks,
+        betas=(b1, b2),
+        eps=eps,
+        weight_decay=weight_decay,
+        second_moment=second_moment,
+        rule=rule,
     )
+
+    def make(made: Plan, oriented: Oriented) -> GsoRule | ShareRule:
+        return options.rule_for(made, budget, oriented, _tokens(oriented))
+
+    planner, rate = Planner(plan, orientation, make, call="gso"), options.rate(learning_rate)
+    return _by_share(planner, rate) if options.by_share else _by_adam(planner, rate, by_bin=second_moment == "bin")
+
+
+def _tokens(oriented: Oriented) -> dict[str, tuple[str | None, int]]:
+    """The arrays that are embeddings by the names that flax gives them, see `array_kinds`."""
+    return {
+        name: ("embedding", 1)
+        for name, shape in zip(oriented.layout.names, oriented.shapes, strict=True)
+        if len(shape) > 1 and name.rpartition(".")[2] in ("embedding", "embeddings")
+    }
 
 
 def _real_leaves(params: Any) -> Leaves:
