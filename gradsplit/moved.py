@@ -82,6 +82,7 @@ MOVED = {
     "chain.fork_watch": "chain.forks",
     "chain.gain_penalty": "chain.recurrent",
     "chain.lyapunov": "chain.recurrent",
+    "chain.module_limits": "chain.chain_splitter",
     "chain.splitter": "chain.chain_splitter",
     "chain.structure": "chain.joints",
     "chain.through_time": "chain.recurrent",

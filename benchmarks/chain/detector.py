@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.chain.record import RESULTS, conditions, middle, save
-from gradsplit.chain.chain_splitter import ChainSplitter
-from gradsplit.chain.module_limits import ModuleLimits, modules_with_parameters
+from gradsplit.chain.chain_splitter import ChainSplitter, ModuleLimits, modules_with_parameters
 from gradsplit.lab.detection import build_detection
 
 RATES = {"sgdm": (0.03, 0.1, 0.3), "adamw": (0.003, 0.01, 0.03)}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from benchmarks.chain.detector import WeightedBoxes, make_optimizer
 from benchmarks.chain.record import Rows
 from gradsplit.chain import ChainSplitter, forks
+from gradsplit.chain.chain_splitter import ModuleLimits, modules_with_parameters
 from gradsplit.chain.forks import fork_limit
-from gradsplit.chain.module_limits import ModuleLimits, modules_with_parameters
 from gradsplit.lab.detection import build_detection
 
 # what is bounded: (where ChainSplitter bounds signals, whether modules are bounded, times the smallest branch)

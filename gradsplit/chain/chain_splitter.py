@@ -1,26 +1,27 @@
-"""ChainSplitter: it bounds the signal at the joints of a model while the model trains."""
+"""ChainSplitter: it bounds the signal at the joints of a model while it trains, and beside forks its modules."""
 
 from __future__ import annotations
 
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..budget.base import Budget
-from ..budget.running_median import RunningMedian
+from ..budget import Budget, Fixed, RunningMedian
 from ..hooks import attach_to
 from ..optimizers import follows_gradient
+from ..plan import Boxes, Layout, Plan, one_device
+from ..split import Split
 from ..xp import torch_xp
 from .forks import ForkMemory, ForkWatch
 from .graph import Accumulation, CallTrace, ModelHook, batched, tracing
 from .joints import bare, carries_signal, checked_names, layers_of, tensors_in
-from .module_limits import ModuleLimits, modules_with_parameters
 from .signal_limits import JointMemory, SignalGuard
 
 
@@ -45,58 +46,6 @@ class JointRow:
     nonfinite: int
 
 
-def rows_of(guard: SignalGuard, watch: ForkWatch) -> list[JointRow]:
-    """All joints that have carried a signal, as numbers of the host."""
-    rows = []
-    for name, m in sorted(guard.memories.items()):
-        bounded, nonfinite = int(m.bounded[0]), int(m.nonfinite[0])
-        rows.append(JointRow(name, "layer", float(m.norm[0]), float(m.limit[0]), bounded, nonfinite))
-    for fork in watch.memories:
-        if not fork.maximum_K:
-            continue
-        limit = min((float(m) for m in fork.maximum_K if m > 0), default=math.inf)
-        for k, branch in enumerate(fork.branches):
-            name, counts = f"{fork.name}->{branch}", (int(fork.bounded_K[k]), int(fork.nonfinite_K[k]))
-            rows.append(JointRow(name, "task", float(fork.norm_K[k]), limit, *counts))
-    return rows
-
-
-def dump_state(guard: SignalGuard, watch: ForkWatch) -> dict[str, Any]:
-    """Everything that a continued run needs, as plain containers of tensors and numbers."""
-    joints = {
-        name: {
-            "state": [torch.as_tensor(part) for part in m.state],
-            **{key: torch.as_tensor(getattr(m, key)) for key in _SHOWN},
-        }
-        for name, m in guard.memories.items()
-    }
-    forks = [
-        {
-            "name": f.name,
-            "branches": list(f.branches),
-            **{key: [v.clone() for v in getattr(f, key)] for key in _LISTS},
-        }
-        for f in watch.memories
-    ]
-    return {"joints": joints, "forks": forks, "repeated": sorted(guard.repeated)}
-
-
-def load_state(guard: SignalGuard, watch: ForkWatch, state: dict[str, Any]) -> None:
-    """Take over what `dump_state` returned.
-
-    Raises:
-        KeyError: the dictionary does not come from a ChainSplitter; nothing is taken over then.
-    """
-    joints = {
-        name: JointMemory(guard.budget.restored(torch_xp, tuple(entry["state"])), *(entry[key] for key in _SHOWN))
-        for name, entry in state["joints"].items()
-    }
-    forks = [ForkMemory(f["name"], tuple(f["branches"]), *(list(f[key]) for key in _LISTS)) for f in state["forks"]]
-    guard.repeated = set(state["repeated"])
-    guard.memories, watch.memories = joints, forks
-    watch.forget_plan()
-
-
 _SHOWN = ("norm", "limit", "bounded", "nonfinite")
 _LISTS = ("maximum_K", "norm_K", "bounded_K", "nonfinite_K")
 
@@ -107,6 +56,64 @@ _ALONE = (
     "unbounded. Use .attach(optimizer), call .bound_parameters() before optimizer.step(), or put a GradientSplitter "
     "with more than one bin in front of the optimizer and pass it as parameters=."
 )
+
+
+def modules_with_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every module that owns trainable parameters itself, with these parameters; a tied one counts once.
+
+    >>> list(modules_with_parameters(nn.Sequential(nn.Linear(2, 2), nn.Tanh())))
+    ['0']
+    """
+    seen: set[int] = set()
+    owners: dict[str, list[nn.Parameter]] = {}
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        seen.update(id(p) for p in own)
+        if own:
+            owners[name or "(root)"] = own
+    return owners
+
+
+class ModuleLimits:
+    """Bound the gradient of every module by its equal part of one total, in place.
+
+        limit = total / sqrt(M);  g_m <- g_m min(1, limit / ||g_m||);  a module that is not finite is zeroed
+
+    The squares of all modules add to at most total^2, so this bounds the whole gradient by ``total`` too. No module can
+    take another's part. Sharded parameters cost one all-reduce per step.
+
+    Args:
+        owners: the parameters of each of the M modules, by its name.
+        total: L2 norm, gradient units, > 0.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> layer.weight.grad = torch.full((1, 1), 5.0)
+    >>> ModuleLimits({"layer": [layer.weight]}).bound_().tolist(), layer.weight.grad.item()
+    ([5.0], 1.0)
+    """
+
+    def __init__(self, owners: Mapping[str, Sequence[nn.Parameter]], total: float = 1.0) -> None:
+        pairs = [(f"{name}/{i}", p) for name, own in owners.items() for i, p in enumerate(own)]
+        self.parameters = [p for _, p in pairs]
+        layout = Layout(tuple(name for name, _ in pairs), tuple(tuple(int(n) for n in p.shape) for _, p in pairs))
+        one_device(pairs, call="ChainSplitter")
+        rows, cols = np.array(layout.rows), np.array(layout.cols)
+        module_T = np.repeat(np.arange(len(owners)), [len(own) for own in owners.values()])
+        zeros, filled = np.zeros_like(rows), rows * cols > 0
+        columns = (np.arange(len(rows)), zeros, rows, zeros, cols, np.unique(module_T[filled], return_inverse=True)[1])
+        boxes = Boxes.from_columns(*(column[filled] for column in columns[:5]), columns[5].reshape(-1))
+        plan, tensors = Plan(layout, boxes), [torch.view_as_real(p) if p.is_complex() else p for p in self.parameters]
+        limit = total / math.sqrt(max(1, plan.num_bins))
+        self.split = Split(plan, tensors, Fixed(limit), call="ChainSplitter")
+
+    @torch.no_grad()
+    def bound_(self) -> Tensor:
+        """Bound the gradients as they are now; return the norms before, (M,), inf where not finite; no host sync."""
+        gradients = [None if p.grad is None else p.grad for p in self.parameters]
+        gradients = [torch.view_as_real(g) if g is not None and g.is_complex() else g for g in gradients]
+        _, decision = self.split.bound_(gradients)
+        norms: Tensor = torch.where(decision.finite_B, decision.norm_B, math.inf)
+        return norms
 
 
 class ChainSplitter:
@@ -264,20 +271,59 @@ class ChainSplitter:
             self.module_norms = self._limits.bound_()
 
     def rows(self) -> list[JointRow]:
-        """One row per joint: last norm, limit, and counts of bounded and non-finite; this waits for the device."""
-        return rows_of(self.guard, self.watch)
+        """One row per joint that has carried a signal: last norm, limit and counts; this waits for the device."""
+        rows = []
+        for name, m in sorted(self.guard.memories.items()):
+            bounded, nonfinite = int(m.bounded[0]), int(m.nonfinite[0])
+            rows.append(JointRow(name, "layer", float(m.norm[0]), float(m.limit[0]), bounded, nonfinite))
+        for fork in self.watch.memories:
+            if not fork.maximum_K:
+                continue
+            limit = min((float(m) for m in fork.maximum_K if m > 0), default=math.inf)
+            for k, branch in enumerate(fork.branches):
+                name, counts = f"{fork.name}->{branch}", (int(fork.bounded_K[k]), int(fork.nonfinite_K[k]))
+                rows.append(JointRow(name, "task", float(fork.norm_K[k]), limit, *counts))
+        return rows
 
     def worst(self, k: int = 5) -> list[JointRow]:
         """The joints that were not finite most often, then those that were bounded most often."""
         return sorted(self.rows(), key=lambda row: (-row.nonfinite, -row.bounded, row.name))[:k]
 
     def state_dict(self) -> dict[str, Any]:
-        """The running medians and maxima, by joint."""
-        return dump_state(self.guard, self.watch)
+        """The running medians and maxima, by joint: plain containers of tensors and numbers."""
+        joints = {
+            name: {
+                "state": [torch.as_tensor(part) for part in m.state],
+                **{key: torch.as_tensor(getattr(m, key)) for key in _SHOWN},
+            }
+            for name, m in self.guard.memories.items()
+        }
+        forks = [
+            {
+                "name": f.name,
+                "branches": list(f.branches),
+                **{key: [v.clone() for v in getattr(f, key)] for key in _LISTS},
+            }
+            for f in self.watch.memories
+        ]
+        return {"joints": joints, "forks": forks, "repeated": sorted(self.guard.repeated)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; joints that do not occur again keep it unused."""
-        load_state(self.guard, self.watch, state)
+        """Take over a saved state; joints that do not occur again keep it unused.
+
+        Raises:
+            KeyError: the dictionary does not come from a ChainSplitter; nothing is taken over then.
+        """
+        joints = {
+            name: JointMemory(
+                self.guard.budget.restored(torch_xp, tuple(entry["state"])), *(entry[key] for key in _SHOWN)
+            )
+            for name, entry in state["joints"].items()
+        }
+        forks = [ForkMemory(f["name"], tuple(f["branches"]), *(list(f[key]) for key in _LISTS)) for f in state["forks"]]
+        self.guard.repeated = set(state["repeated"])
+        self.guard.memories, self.watch.memories = joints, forks
+        self.watch.forget_plan()
 
     def _alive(self) -> Any:
         generation, me = self._generation, weakref.ref(self)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gradsplit.budget.base import limits_after
 from gradsplit.budget.running_median import RunningMedian
+from gradsplit.chain.chain_splitter import ModuleLimits
 from gradsplit.chain.factors import operator_norm
 from gradsplit.chain.forks import fork_limit, remember_branch
-from gradsplit.chain.module_limits import ModuleLimits
 from gradsplit.chain.signal_limits import apply_scale, scale_within, signal_norm
 from gradsplit.xp import numpy_xp
 

@@ -10,7 +10,7 @@ from torch import nn
 from gradsplit.budget import Fixed, Relative
 from gradsplit.budget.running_median import RunningMedian
 from gradsplit.chain import ChainSplitter
-from gradsplit.chain.module_limits import modules_with_parameters
+from gradsplit.chain.chain_splitter import modules_with_parameters
 from gradsplit.chain.signal_limits import JointMemory, SignalGuard
 from gradsplit.xp import torch_xp
 from tests.chain.nets import Recurrent, Residual, TwoHeads, build
