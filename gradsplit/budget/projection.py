@@ -83,7 +83,7 @@ def _critical_scales(depth: _Depth, norm_B: Array, scale_B: Array, limit: Array)
         order = xp.take(order, xp.argsort(xp.take(depth.owner_B, order)))
     m, whole = xp.take(scale_B, order), sums.of(xp.take(norm_B, order))
     kept = sums.times(whole, m)
-    kept_before = sums.before(_sums_within(depth, kept), kept, depth.sorted_owner_B)  # a smaller m stays as it is ...
+    kept_before = _before(_sums_within(depth, kept), kept, depth.sorted_owner_B)  # a smaller m stays as it is ...
     from_here = xp.flip(_sums_within(depth, xp.flip(whole), flipped=True))  # ... the others go to t
     limit_in_order = sums.of(xp.take(limit, depth.sorted_owner_B))
     one, zero = xp.full(m.shape[0], 1.0, m), xp.full(m.shape[0], 0.0, m)
@@ -114,6 +114,15 @@ def _sums_within(depth: _Depth, amount: Array, *, flipped: bool = False) -> Arra
         added = xp.where(ids[shift:] == ids[:-shift], amount[:-shift], amount[:-shift] * 0.0)
         amount = xp.concatenate([amount[:shift], sums.plus(amount[shift:], added)])
     return amount
+
+
+def _before(running: Array, own: Array, ids: Array) -> Array:
+    """Return running sums without their own entry; they restart where the ids change.
+
+    To subtract the entry again would lose small entries beside a large one.
+    """
+    xp = namespace(running)
+    return xp.concatenate([own[:1] * 0.0, xp.where(ids[1:] == ids[:-1], running[:-1], own[1:] * 0.0)])
 
 
 def _depths_of(plan: Plan, like: Array) -> list[_Depth]:

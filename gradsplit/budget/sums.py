@@ -63,15 +63,6 @@ class Squares:
         return namespace(amount).cumsum(amount)
 
     @staticmethod
-    def before(running: Array, own: Array, ids: Array) -> Array:
-        """Return running sums without their own entry; they restart where the ids change.
-
-        To subtract the entry again would lose small entries beside a large one.
-        """
-        xp = namespace(running)
-        return xp.concatenate([own[:1] * 0.0, xp.where(ids[1:] == ids[:-1], running[:-1], own[1:] * 0.0)])
-
-    @staticmethod
     def factor_to(limit: Array, fixed: Array, free: Array) -> Array:
         """Return t such that ``fixed`` and t times ``free`` together are as long as ``limit``; 0 if fixed is more."""
         xp = namespace(limit)
@@ -124,12 +115,6 @@ class Lengths:
             amount = xp.concatenate([amount[:shift], cls.plus(amount[shift:], amount[:-shift])])
             shift *= 2
         return amount
-
-    @staticmethod
-    def before(running: Array, own: Array, ids: Array) -> Array:
-        """See `Squares.before`."""
-        xp = namespace(running)
-        return xp.concatenate([own[:1] * 0.0, xp.where(ids[1:] == ids[:-1], running[:-1], own[1:] * 0.0)])
 
     @staticmethod
     def factor_to(limit: Array, fixed: Array, free: Array) -> Array:

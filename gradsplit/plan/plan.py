@@ -199,11 +199,6 @@ class Plan:
         first_B, single_B = tensors_of_bins(self.boxes, self.num_bins)
         return np.where(single_B, first_B, -1)
 
-    @cached_property
-    def bins_T(self) -> tuple[np.ndarray, ...]:
-        """The bins that have elements of each tensor, in ascending order; T arrays."""
-        return tuple(np.unique(self.boxes.bin_K[self.boxes_of(t)]) for t in range(len(self.layout)))
-
     def boxes_of(self, t: int) -> slice:
         """Return where the boxes of tensor ``t`` stand among all boxes."""
         return slice(int(self._bounds_T[t]), int(self._bounds_T[t + 1]))

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsplit as gs
+from tests.kernels.launches import Operations
 from tests.laws.cases import BUDGETS
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that bring a value, or a shape that depends on values, to the host."""
-
-    NAMES = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in self.NAMES:
-            self.seen[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def attached(budget, strategy, *, backend="auto", device="cpu"):
@@ -45,9 +28,9 @@ def test_a_step_brings_nothing_to_the_host(budget, strategy):
     for _ in range(3):
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        with Waits() as waits:
+        with Operations("cpu") as operations:
             splitter.step()
-        assert not waits.seen, waits.seen
+        assert not operations.brought, operations.brought
 
 
 @pytest.mark.parametrize("rule", ["bottom_up", "nearest"])
@@ -66,6 +49,6 @@ def test_a_step_runs_where_there_are_no_values(budget, rule):
 
 
 def test_the_count_of_waits_can_fail():
-    with Waits() as waits:
+    with Operations("cpu") as operations:
         torch.ones(3).sum().item()
-    assert waits.seen
+    assert operations.brought
