@@ -11,7 +11,7 @@ import pytest
 import gradsplit as gs
 from gradsplit.budget import decision as deciding
 from gradsplit.budget import projection as bottom_up
-from gradsplit.functional import Patterns, gso, gso_rule, splitting
+from gradsplit.functional import Patterns, adam, gso_rule, splitting
 from tests.functional import in_torch
 from tests.functional.cases import CASES, LR, MOMENTUM, gradients, pace_at, weights
 
@@ -99,11 +99,11 @@ def test_a_fault_inside_is_caught(fault, monkeypatch):
     assert distance_of_scales(name) > 1e-5
 
 
-def _late_correction(xp, beta, step, honest=gso.grown):
+def _late_correction(xp, beta, step, honest=adam.grown):
     return honest(xp, beta, step + 1.0)
 
 
-def _swapped_memories(xp, beta, step, honest=gso.grown):
+def _swapped_memories(xp, beta, step, honest=adam.grown):
     return honest(xp, 0.9 if beta == 0.999 else 0.999, step)
 
 
@@ -111,7 +111,7 @@ def _no_zeroes(self, arrays, scale_B, zero_B, honest=Patterns.scaled):
     return honest(self, arrays, np.where(zero_B, 1.0, scale_B), np.zeros_like(zero_B))
 
 
-def _caps_nothing(plan, terms, history, *rest, honest=gso.decide, **named):
+def _caps_nothing(plan, terms, history, *rest, honest=adam.decide, **named):
     decision, history = honest(plan, terms, history, *rest, **named)
     if any(term.budget.bounds_update for term in terms):
         decision = gs.Decision(plan, decision.norm_B, decision.finite_B, np.ones_like(decision.scale_B), ())
@@ -130,7 +130,7 @@ GSO_FAULTS = {
 def test_a_fault_of_gso_is_caught(fault, second_moment, monkeypatch):
     in_torch.after_gso(second_moment)
     attribute, wrong = GSO_FAULTS[fault]
-    monkeypatch.setattr(gso, attribute, wrong)
+    monkeypatch.setattr(adam, attribute, wrong)
     assert distance_of_weights(second_moment) > 1e-4
 
 
