@@ -46,6 +46,14 @@ def test_no_module_is_a_catch_all():
     assert not found, f"name these for what they hold: {found}"
 
 
+def test_every_room_and_every_module_beside_the_rooms_stands_in_the_table_of_rooms():
+    below = {path.relative_to(PACKAGE).parts[0] for path in package_files()}
+    units = {name if name.endswith(".py") else f"{name}/" for name in below} - {"__init__.py", "__main__.py"}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([\w/.]+)`", row)}
+    assert units <= named, f"describe in CONTRIBUTING.md: {sorted(units - named)}"
+
+
 def test_long_files_only_shrink():
     lengths = {relative(path): len(path.read_text(encoding="utf8").splitlines()) for path in tracked(".py")}
     grown = {name: n for name, n in lengths.items() if n > LONGER_UNTIL_SPLIT.get(name, LONGEST)}
