@@ -3,6 +3,7 @@
     python benchmarks/proof.py --list                            # the groups of runs, how many, how many are done
     python benchmarks/proof.py --groups first,edges,confirm      # runs what is missing; a restart goes on
     python benchmarks/proof.py --show first                      # medians of what is done
+    python benchmarks/proof.py costs                             # what a step costs, 5 minutes
     python benchmarks/proof.py page                              # writes docs/results/README.md's tables and picture
 
 One process, one thread. Every finished run is a line of benchmarks/results/proof/runs.jsonl; a run that fails is a line
@@ -20,7 +21,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-TASKS = {"runs": "benchmarks.proof.runs", "page": "benchmarks.proof.page"}
+TASKS = {
+    "runs": "benchmarks.proof.runs",
+    "costs": "benchmarks.proof.costs",
+    "page": "benchmarks.proof.page",
+}
 
 
 def main() -> None:

@@ -305,6 +305,7 @@ def numbers() -> Row:
         "cosine": own_rows("cosine"),
         "usual_rates": {method: rates[0] for method, rates in plan.RATES.items()},
         "around": list(plan.AROUND),
+        "costs": json.loads(store.COSTS.read_text(encoding="utf8"))["rows"] if store.COSTS.is_file() else {},
         "sensitivity": sensitivity(),
         "outputs": outputs(),
         "strategies": strategies(),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.proof import plan, store
@@ -57,15 +58,19 @@ def usual_table(rows: list[Row]) -> str:
     return table(["workload", *(f"{t} {plan.RATES[m][0]:g}" for m, t in names.items())], lines, EVIDENCE)
 
 
-def cost_table(rows: list[Row]) -> str:
-    """Processor time per step and memory."""
-    names = {m: t for m, t in COLUMNS.items() if any(r["methods"].get(m) for r in rows)}
-    lines = []
-    for row in rows:
-        found = {m: row["methods"][m] for m in names if m in row["methods"]}
-        cells = {m: f"{e['cpu_ms_a_step']:.1f} ms, {e['state_per_weight']:.1f} x" for m, e in found.items()}
-        lines.append([row["workload"], *(cells.get(m, "") for m in names)])
-    return table(["workload", *names.values()], lines, EVIDENCE)
+def time_table(costs: dict[str, Row]) -> str:
+    """Processor time per step, and the same over AdamW's."""
+    return _costs(costs, lambda entry: f"{entry['over_adamw']:.2f} ({statistics.median(entry['ms']):.1f})")
+
+
+def memory_table(costs: dict[str, Row]) -> str:
+    """Bytes of the optimizer per byte of weights."""
+    return _costs(costs, lambda entry: f"{entry['state_per_weight']:.1f}")
+
+
+def _costs(costs: dict[str, Row], shown: Callable[[Row], str]) -> str:
+    lines = [[plan.CASES[name].title, *(shown(found[method]) for method in COLUMNS)] for name, found in costs.items()]
+    return table(["workload", *COLUMNS.values()], lines, EVIDENCE) if lines else ""
 
 
 def _over_rates(rows: list[Row], name: str) -> str:
@@ -162,7 +167,8 @@ def parts(made: Row) -> dict[str, str]:
         "count": count_words(made["count"]),
         "cosine": main_table(made["cosine"]),
         "usual": usual_table(own),
-        "costs": cost_table(own),
+        "time": time_table(made["costs"]),
+        "memory": memory_table(made["costs"]),
         "sensitivity": sensitivity_table(made["sensitivity"]),
         "attention": _over_rates(made["sensitivity"], "attention"),
         "partition": _over_rates(made["sensitivity"], "log_partition"),

@@ -14,6 +14,7 @@ from gradsplit.lab.sweep import finite_or_none
 
 RESULTS = Path(__file__).parents[1] / "results" / "proof"
 RUNS, FAILED, TABLES = RESULTS / "runs.jsonl", RESULTS / "failed.jsonl", RESULTS / "tables.json"
+COSTS = RESULTS / "costs.json"
 
 
 def done() -> dict[str, dict[str, Any]]:
