@@ -84,7 +84,7 @@ def setting(method: str, found: dict[str, Any]) -> str:
     if method == "gso":
         return "share 0.03"
     text = f"rate {found['lr']:g}"
-    names = {"adam": "AdamW's", "clip": "clip"}
+    names = {"adam": "AdamW's", "clip": "clip", "decay": "decay"}
     return ", ".join([text, *(f"{names[name]} {value:g}" for name, value in found["method_options"].items())])
 
 

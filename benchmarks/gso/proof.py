@@ -125,7 +125,9 @@ def _seconds() -> list[Job]:
     text = {"text": "second"}
     jobs = cells("gpt", 833, "gso", SHARE, FRESH[:2]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
     jobs += cells("gpt", 841, "gso", SHARE, FRESH[:2], options=text)
-    return jobs + cells("gpt", 690, "soap", 1e-2, FRESH[:2])
+    jobs += cells("gpt", 690, "soap", 1e-2, FRESH[:2]) + cells("lstm", 186, "soap", 3e-2, FRESH[:3])
+    jobs += cells("lstm", 374, "muon", 0.06, FRESH[:3], method_options={"adam": 1e-1})
+    return jobs + cells("gpt", 802, "muon", 0.03, FRESH[:2], method_options={"adam": 1e-2})
 
 
 def _why() -> list[Job]:
@@ -231,6 +233,39 @@ def _text_soap() -> list[Job]:
     return jobs + cells(*MAIN, "soap", 1e-2, FRESH[:3], options=text)
 
 
+def _decay() -> list[Job]:
+    """Whether a stronger weight decay makes AdamW and Muon better on the GPT: ten times as much."""
+    jobs = [job for lr in (1e-2, 3e-3) for job in cells(*MAIN, "adamw", lr, (0,), method_options={"decay": 0.1})]
+    return jobs + cells(*MAIN, "muon", 0.03, (0,), method_options={"adam": 1e-2, "decay": 0.1})
+
+
+PLACES: tuple[tuple[str, int, dict[str, object]], ...] = (
+    ("aerial", 500, {}),
+    ("mixer", 600, {}),
+    ("detection", 500, {"healthy": True}),
+    ("detection", 500, {}),
+    ("lstm", 500, {}),
+    ("gpt", 500, {}),
+    ("plain-stack", 350, {}),
+    ("residual-stack", 900, {}),
+)
+"""Where a stronger decay of GSO's weights was tried."""
+
+
+def _regular() -> list[Job]:
+    """Weight decay on one photograph, where nets overfit, for all methods; and what GSO's does elsewhere."""
+    jobs = []
+    for task, steps, options in PLACES:
+        for decay in (1.0, 0.3):
+            extra = {"options": options, "method_options": {"weight_decay": decay}}
+            jobs += cells(task, steps, "gso", SHARE, CHOOSING, **extra)
+    for method, rates in (("soap", (1e-3, 3e-3, 1e-2)), ("adamw", (3e-3, 1e-2))):
+        for decay in (1.0, 0.1):
+            for lr in rates:
+                jobs += cells("aerial", 500, method, lr, (0,), method_options={"decay": decay})
+    return jobs + cells("aerial", 500, "gso", SHARE, FRESH, method_options={"weight_decay": 1.0})
+
+
 SHORT: tuple[tuple[str, int, dict[str, object]], ...] = (
     ("lstm", 500, {}),
     ("detection", 500, {}),
@@ -295,4 +330,6 @@ PROOF: dict[str, list[Job]] = {
     "proof-convolutions": _convolutions(),
     "proof-share-of-steps": _share_of_steps(),
     "proof-depth-fresh-24": _depth_fresh(24),
+    "proof-decay": _decay(),
+    "proof-regular": _regular(),
 }

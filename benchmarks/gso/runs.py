@@ -80,13 +80,13 @@ def _clip(model: nn.Module) -> Callable[[], Any]:
     return partial(nn.utils.clip_grad_norm_, [p for p in model.parameters() if p.requires_grad], CLIP)
 
 
-def _adamw(task: tasks.Task, lr: float, steps: int) -> Prepared:
+def _adamw(task: tasks.Task, lr: float, steps: int, decay: float = DECAY) -> Prepared:
     trained = [p for p in task.model.parameters() if p.requires_grad]
-    made = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=DECAY)
+    made = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=decay)
     return Prepared([made], _clip(task.model), warmup=True)
 
 
-def _muon(task: tasks.Task, lr: float, steps: int, adam: float = 3e-3) -> Prepared:
+def _muon(task: tasks.Task, lr: float, steps: int, adam: float = 3e-3, decay: float = DECAY) -> Prepared:
     """torch.optim.Muon on the hidden matrices, AdamW on embeddings, output layers and vectors.
 
     torch's Muon takes matrices only. A hidden convolution is handed to it as its matrix (out, in x kernel), which
@@ -100,8 +100,8 @@ def _muon(task: tasks.Task, lr: float, steps: int, adam: float = 3e-3) -> Prepar
     chosen = {id(p) for p in hidden}
     rest = [p for p in trained if id(p) not in chosen]
     matrices = [nn.Parameter(p.detach().view(len(p), -1)) if id(p) in kernels else p for p in hidden]
-    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=DECAY)
-    adamw = torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.99), weight_decay=DECAY)
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=decay)
+    adamw = torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.99), weight_decay=decay)
     clip = _clip(task.model)
 
     def before() -> None:
@@ -123,11 +123,11 @@ def _schedulefree(task: tasks.Task, lr: float, steps: int) -> Prepared:
     return prepared
 
 
-def _soap(task: tasks.Task, lr: float, steps: int) -> Prepared:
+def _soap(task: tasks.Task, lr: float, steps: int, decay: float = DECAY) -> Prepared:
     from pytorch_optimizer import SOAP
 
     trained = [p for p in task.model.parameters() if p.requires_grad]
-    return Prepared([SOAP(trained, lr=lr, weight_decay=DECAY)], _clip(task.model), warmup=True)
+    return Prepared([SOAP(trained, lr=lr, weight_decay=decay)], _clip(task.model), warmup=True)
 
 
 def _lamb(task: tasks.Task, lr: float, steps: int) -> Prepared:
