@@ -239,6 +239,17 @@ def _decay() -> list[Job]:
     return jobs + cells(*MAIN, "muon", 0.03, (0,), method_options={"adam": 1e-2, "decay": 0.1})
 
 
+def _edges() -> list[Job]:
+    """Beyond each grid whose best cell lay at its edge."""
+    jobs = cells("plain-stack", 350, "soap", 3e-2, (0,))
+    jobs += cells("plain-stack", 350, "soap", 1e-3, (0,), options={"depth": 36}) + cells(
+        "aerial", 500, "soap", 3e-4, (0,)
+    )
+    for lr, adam in ((0.1, 1e-1), (0.06, 3e-1)):
+        jobs += cells("lstm", 500, "muon", lr, (0,), method_options={"adam": adam})
+    return jobs + cells("lstm", 500, "muon", 0.06, FRESH[4:], method_options={"adam": 1e-1})
+
+
 PLACES: tuple[tuple[str, int, dict[str, object]], ...] = (
     ("aerial", 500, {}),
     ("mixer", 600, {}),
@@ -284,7 +295,8 @@ def _share_of_steps() -> list[Job]:
     jobs = []
     for share in (SHARE, 0.045, 0.0375):
         for task, steps, options in SHORT:
-            jobs += cells(task, steps, "gso", share, CHOOSING, options=options)
+            if share == SHARE or (share == 0.045 and steps < 1000) or steps <= 600:
+                jobs += cells(task, steps, "gso", share, CHOOSING, options=options)
     return jobs
 
 
@@ -331,5 +343,6 @@ PROOF: dict[str, list[Job]] = {
     "proof-share-of-steps": _share_of_steps(),
     "proof-depth-fresh-24": _depth_fresh(24),
     "proof-decay": _decay(),
+    "proof-edges": _edges(),
     "proof-regular": _regular(),
 }
