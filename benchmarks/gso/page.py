@@ -340,12 +340,14 @@ def depth(runs: Runs, page: Page) -> None:
                 their_rows.append([str(layers), f"{steps:,}", *(shown(theirs[r]) for r in adam)])
         share = min(shares, key=lambda s: middle(runs.scores("choosing", "gpt", 300, "gso", lr=s, options=options)))
         rate = min(adam, key=lambda r: middle(runs.scores("choosing", "gpt", 300, "adamw", lr=r, options=options)))
-        fresh = {lr: runs.scores("fresh", "gpt", 300, "gso", lr=lr, options=options) for lr in (SHARE, share)}
-        rival = runs.scores("fresh", "gpt", 300, "adamw", lr=rate, options=options)
+        seeds = "fresh" if runs.scores("fresh", "gpt", 300, "adamw", lr=rate, options=options) else "choosing"
+        fresh = {lr: runs.scores(seeds, "gpt", 300, "gso", lr=lr, options=options) for lr in (SHARE, share)}
+        rival = runs.scores(seeds, "gpt", 300, "adamw", lr=rate, options=options)
         texts = [shown(fresh[SHARE]), f"{shown(fresh[share])}, share {share:g}", f"{shown(rival)}, rate {rate:g}"]
         gain = runs.keep(f"{layers} layers: below AdamW", below(fresh[SHARE], rival))
         over = runs.keep(f"{layers} layers: default over the best share", -below(fresh[SHARE], fresh[share]))
-        fresh_rows.append([str(layers), *texts, str(len(rival)), f"{100 * gain:.1f} %", f"{100 * over:.1f} %"])
+        count = str(len(rival)) if seeds == "fresh" else "seed 0"
+        fresh_rows.append([str(layers), *texts, count, f"{100 * gain:.1f} %", f"{100 * over:.1f} %"])
         title = f"GPT of {layers} layers"
         page.bar(title, "15 % below AdamW's best", f"{100 * gain:.1f} % below", gain >= 0.15)
         asked = "the default share within 3 % of the best of five"

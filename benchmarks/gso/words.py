@@ -59,9 +59,9 @@ NOTES: dict[str, str] = {
   share, and stay finite at half of it.
 - **Aerial photographs.** SOAP is ahead. GSO fits the one photograph that it learns from better than any other method,
   and the score on another photograph does not follow. A smaller share does not mend it.
-- **The default share within 3 % of the best.** It is the length of the run that decides, and not the depth. At 300
-  steps 0.045 is 5 to 9 % better, at 1,000 steps the default is better by 1 %. The default is 18 to 24 % below AdamW's
-  best at 300 steps all the same.
+- **The default share within 3 % of the best.** GPTs want a larger share in a run of 300 steps, whatever their depth.
+  Other nets do not, so no rule chooses the share by the number of steps
+  ([0043](../decisions/0043-the-share-does-not-look-at-the-steps.md)).
 """,
     "gpt": """SOAP is the closest: GSO is lower by 1.5 %, and SOAP at its best rate is ahead of GSO on no seed. A
 step of SOAP takes 21 % more time than one of GSO, see below. `steps=` gives the same run as the
@@ -122,7 +122,7 @@ tenth of the root of its columns, so it can leave zero.
     "depth": """Width 48, four heads, the defaults for everything else. Seed 0 only, since a run of 24 layers takes
 40 seconds. The bars are for 300 steps.
 """,
-    "length": """Short runs want a larger share. At 400 steps 0.045 is still 7 % better with 6 layers, and at
+    "length": """A GPT wants a larger share in a short run. At 400 steps 0.045 is still 7 % better with 6 layers, and at
 1,000 steps the default is better by 1 %. A net of 24 layers wants no other share than one of 6.
 """,
     "aerial": """GSO has the lowest training loss of all and not the best score. It ends at 12 to 16, AdamW's best at
