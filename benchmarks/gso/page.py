@@ -133,7 +133,7 @@ def rates(runs: Runs, task: str, steps: int, methods: list[str], **wanted: Any) 
             texts.append(f"`{setting(method, row).removeprefix('rate ')}`: {score:.3f}")
         if texts:
             rows.append([NAMES[method], "; ".join(texts)])
-    return table(["method", "seed 0, every cell"], rows)
+    return table(["method", "seed 0, every cell"], rows) if rows else ""
 
 
 def note(name: str) -> str:
@@ -222,6 +222,42 @@ def detectors(runs: Runs, page: Page) -> None:
         page.bar("aerial photographs", "above every baseline's best", text, middle(ours) > best)
     else:
         page.bar("aerial photographs", "above every baseline's best", "", None)
+
+
+def decay(runs: Runs, page: Page) -> None:
+    """What a stronger decay of the weights does."""
+    decays, rows, fresh_rows = (0.01, 0.3, 1.0), [], []
+    for title, task, steps, options in (
+        ("aerial photographs ↑", "aerial", 500, {}),
+        ("healthy detector ↑", "detection", 500, {"healthy": True}),
+        ("exploding detector ↑", "detection", 500, {}),
+        ("plain stack of 12 layers ↑", "plain-stack", 350, {}),
+        ("hot residual stack ↑", "residual-stack", 900, {}),
+        ("mixer ↑", "mixer", 600, {}),
+        ("LSTM ↓", "lstm", 500, {}),
+        ("GPT ↓", "gpt", 500, {}),
+    ):
+        row, fresh_row, count = [], [], ""
+        for value in decays:
+            extra = {} if value == 0.01 else {"weight_decay": runs.keep(f"decay {value}", value)}
+            found = runs.find(task, steps, "gso", lr=SHARE, options=options, method_options=extra)
+            some = [r["score"] for r in found if r["seed"] in (0, 1)]
+            runs.cells.setdefault(f"{task} {steps} {options} decay {value}", {})["seeds 0, 1"] = some
+            row.append(", ".join(f"{score:.3f}" for score in some))
+            fresh = runs.scores("fresh", task, steps, "gso", lr=SHARE, options=options, method_options=extra)
+            fresh_row.append(shown(fresh) if fresh else "")
+            count = str(len(fresh)) if value != 0.01 and fresh else count
+        rows.append([title, f"{steps}", *row])
+        if any(fresh_row[1:]):
+            fresh_rows.append([title, *fresh_row, count])
+    runs.keep("decay 0.01", 0.01)
+    heads = [f"decay {value:g}" for value in decays]
+    page.section(
+        "Weight decay",
+        table(["GSO, share 0.03", "steps", *(f"{head}, seeds 0, 1" for head in heads)], rows),
+        table(["GSO, share 0.03", *heads, "fresh seeds of the larger decay"], fresh_rows),
+        note("decay"),
+    )
 
 
 def stacks(runs: Runs, page: Page) -> None:
@@ -480,7 +516,7 @@ def made(path: Path = RESULTS / "runs.jsonl") -> tuple[str, str]:
     runs = Runs(path)
     days = sorted({row["date"].split()[0] for row in runs.rows})
     page = Page(" to ".join(dict.fromkeys((days[0], days[-1]))))
-    for make in (texts, detectors, stacks, small, depth, faults, curves, seconds):
+    for make in (texts, detectors, decay, stacks, small, depth, faults, curves, seconds):
         make(runs, page)
     where = f"AMD EPYC, 2 cores, {page.dates}. Seeds and runs stand in the sections below.\n\n"
     bars = "## The bars\n\n" + where + table(["task", "bar", "measured", ""], page.bars) + note("bars")

@@ -278,6 +278,22 @@ def _regular() -> list[Job]:
     return jobs + cells("aerial", 500, "gso", SHARE, FRESH, method_options={"weight_decay": 1.0})
 
 
+def _regular_fresh() -> list[Job]:
+    """A decay of 0.3 on convolutions, which seeds 0 and 1 prefer, on fresh seeds."""
+    jobs = []
+    for task, steps, options, seeds in (
+        ("detection", 500, {}, FRESH),
+        ("detection", 500, {"healthy": True}, FRESH),
+        ("plain-stack", 350, {}, FRESH),
+        ("residual-stack", 900, {}, FRESH[:3]),
+    ):
+        jobs += cells(task, steps, "gso", SHARE, seeds, options=options, method_options={"weight_decay": 0.3})
+    jobs += [job for steps in (75, 125, 200) for job in cells("aerial", steps, "gso", SHARE, CHOOSING)]
+    for method, lr in (("soap", 1e-3), ("adamw", 1e-2)):
+        jobs += cells("aerial", 500, method, lr, FRESH[:3], method_options={"decay": 1.0})
+    return jobs
+
+
 SHORT: tuple[tuple[str, int, dict[str, object]], ...] = (
     ("lstm", 500, {}),
     ("detection", 500, {}),
@@ -345,5 +361,6 @@ PROOF: dict[str, list[Job]] = {
     "proof-depth-fresh-24": _depth_fresh(24),
     "proof-decay": _decay(),
     "proof-edges": _edges(),
+    "proof-regular-fresh": _regular_fresh(),
     "proof-regular": _regular(),
 }
