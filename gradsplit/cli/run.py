@@ -30,6 +30,14 @@ def run(
             "--watch and with --control. The script's data go on: they cannot be rewound from outside.",
         ),
     ] = False,
+    samples: Annotated[
+        bool,
+        typer.Option(
+            "--samples",
+            help="Also record which samples of the batch stood out where a norm or the loss left its history. The "
+            "training stays the same; a step takes longer.",
+        ),
+    ] = False,
     plan: Annotated[
         str, typer.Option(help="With --control: what is bounded together, xsp (rows), per_tensor, tree_sp or whole.")
     ] = "xsp",
@@ -102,6 +110,7 @@ def run(
             record=str(record),
             control=control,
             guard=guard,
+            samples=samples,
             plan=plan,
             budget=tuple(budget or ()),
             max_nodes=max_nodes,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layers import Decided, Listener, all_finite, length, looks, masked, once, spread, times, wide
+from .layers import Decided, Listener, Where, all_finite, length, looks, masked, once, spread, times, wide
 
-__all__ = ["WHOLE", "WholeKind"]
+__all__ = ["WHOLE", "WholeKind", "rows_at"]
 
 
 class _Call:
@@ -46,13 +46,13 @@ class WholeKind:
         """Whether the module is of this kind."""
         return isinstance(module, self.modules)
 
-    def dim_in(self, module: Any, name: str, tensor: Tensor, listener: Listener) -> int | None:
+    def dim_in(self, module: Any, name: str, tensor: Tensor, where: Where) -> int | None:
         """The dimension of the samples of an argument; None where the whole tensor is one sample."""
-        return listener.batch_dim if tensor.dim() > listener.batch_dim else None
+        return where.batch_dim if tensor.dim() > where.batch_dim else None
 
-    def dim_out(self, module: Any, place: int, tensor: Tensor, listener: Listener) -> int | None:
+    def dim_out(self, module: Any, place: int, tensor: Tensor, where: Where) -> int | None:
         """The dimension of the samples of an output, of which this is the one at ``place``."""
-        return listener.batch_dim if tensor.dim() > listener.batch_dim else None
+        return where.batch_dim if tensor.dim() > where.batch_dim else None
 
     def enters(self, name: str) -> bool:
         """Whether the argument of this name holds samples."""
@@ -79,13 +79,13 @@ class WholeKind:
                     continue
                 if all(leaf is not tensor for tensor in tensors):
                     tensors.append(leaf)
-                    shapes.append(_rows_at(leaf, self.dim_in(module, name, leaf, listener)))
+                    shapes.append(rows_at(leaf, self.dim_in(module, name, leaf, listener)))
         entered = dict(zip(map(id, tensors), _Enter.apply(whole, shapes, *tensors), strict=True))
         for name, (leaves, tree) in trees.items():
             bound.arguments[name] = tree_unflatten([entered.get(id(leaf), leaf) for leaf in leaves], tree)
         outputs, tree = tree_flatten(forward(*bound.args, **bound.kwargs))
         leave = [k for k, value in enumerate(outputs) if isinstance(value, Tensor) and value.requires_grad]
-        shapes = [_rows_at(outputs[k], self.dim_out(module, k, outputs[k], listener)) for k in leave]
+        shapes = [rows_at(outputs[k], self.dim_out(module, k, outputs[k], listener)) for k in leave]
         for k, tensor in zip(leave, _Leave.apply(whole, shapes, *(outputs[k] for k in leave)), strict=True):
             outputs[k] = tensor
         return tree_unflatten(outputs, tree)
@@ -98,7 +98,8 @@ def _signature(kind: Any) -> inspect.Signature:
     return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
-def _rows_at(tensor: Tensor, dim: int | None) -> list[int]:
+def rows_at(tensor: Tensor, dim: int | None) -> list[int]:
+    """The shape of one number per place of a dimension, which broadcasts against the tensor."""
     return [size if k == dim else 1 for k, size in enumerate(tensor.shape)]
 
 
@@ -166,13 +167,13 @@ class _Recurrent(WholeKind):
 
     modules = (nn.RNNBase,)
 
-    def dim_in(self, module: Any, name: str, tensor: Tensor, listener: Listener) -> int | None:
+    def dim_in(self, module: Any, name: str, tensor: Tensor, where: Where) -> int | None:
         if tensor.dim() < 3:
             return None
         return 0 if name == "input" and module.batch_first else 1
 
-    def dim_out(self, module: Any, place: int, tensor: Tensor, listener: Listener) -> int | None:
-        return self.dim_in(module, "hx" if place else "input", tensor, listener)
+    def dim_out(self, module: Any, place: int, tensor: Tensor, where: Where) -> int | None:
+        return self.dim_in(module, "hx" if place else "input", tensor, where)
 
 
 class _Attention(WholeKind):
@@ -183,13 +184,13 @@ class _Attention(WholeKind):
     def enters(self, name: str) -> bool:
         return name in ("query", "key", "value")
 
-    def dim_in(self, module: Any, name: str, tensor: Tensor, listener: Listener) -> int | None:
+    def dim_in(self, module: Any, name: str, tensor: Tensor, where: Where) -> int | None:
         if tensor.dim() < 3:
             return None
         return 0 if module.batch_first else 1
 
-    def dim_out(self, module: Any, place: int, tensor: Tensor, listener: Listener) -> int | None:
-        return 0 if place and tensor.dim() > 2 else self.dim_in(module, "query", tensor, listener)
+    def dim_out(self, module: Any, place: int, tensor: Tensor, where: Where) -> int | None:
+        return 0 if place and tensor.dim() > 2 else self.dim_in(module, "query", tensor, where)
 
 
 WHOLE: tuple[WholeKind, ...] = (_Recurrent(), _Attention())

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from .limits import Rule, RunningLimit
 
 __all__ = [
-    *("KINDS", "Decided", "Kind", "Layer", "LayerKind", "Listener", "all_finite", "length", "looks", "masked"),
-    *("once", "row_shape", "spread", "times", "wide"),
+    *("KINDS", "Decided", "Kind", "Layer", "LayerKind", "Listener", "Where", "all_finite", "length", "looks"),
+    *("masked", "once", "row_shape", "spread", "times", "wide"),
 ]
 
 
@@ -40,11 +40,15 @@ class Decided(NamedTuple):
     sound_S: Tensor | None
 
 
-class Listener(Protocol):
-    """What a layer asks: where its samples lie, and what is to be done with them."""
+class Where(Protocol):
+    """Where the samples of a layer lie."""
 
     batch_dim: int
     token: bool
+
+
+class Listener(Where, Protocol):
+    """What a layer asks: where its samples lie, and what is to be done with them."""
 
     def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
         """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
@@ -74,11 +78,11 @@ def all_finite(norm_S: Tensor) -> bool:
     return math.isfinite(norm_S.sum())
 
 
-def length(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+def length(tensor: Tensor, rows: Sequence[int], *, again: bool = True) -> Tensor:
     """The L2 norm of every sample, in one dimension; at least float32.
 
     On the CPU a row whose float32 norm overflows is measured again in float64. On other devices, where a look would
-    wait, its norm is inf and the row counts as not finite.
+    wait, its norm is inf and the row counts as not finite; so on the CPU without ``again``.
     """
     tensor = tensor.detach()
     dims = [dim for dim, size in enumerate(rows) if size != tensor.shape[dim]]
@@ -89,7 +93,7 @@ def length(tensor: Tensor, rows: Sequence[int]) -> Tensor:
         tensor, dims = tensor.flatten(1), [1]
     norm = torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype) if dims else tensor.to(dtype).abs()
     norm_S = norm.reshape(-1)
-    if looks(norm_S) and not all_finite(norm_S):
+    if again and looks(norm_S) and not all_finite(norm_S):
         norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1) if dims else norm_S
     return norm_S
 

@@ -33,9 +33,30 @@ def check_meta(meta: Mapping[str, Any]) -> None:
         texts = all(isinstance(one.get(key, ""), str) for key in ("kind", "where", "operation", "text"))
         if not texts or not all(_is(one.get(key, 0), int) for key in ("step", "stream")):
             raise ValueError(f"expected texts and whole numbers in a remark of meta 'remarks', got {one!r:.80}")
+        if one.get("kind") == "samples":
+            _check_samples(one)
     for key in ("started", "ended"):
         if key in meta and not (_is(meta[key], float) and 0 <= meta[key] < 1e11):
             raise ValueError(f"expected seconds since the epoch in meta {key!r}, got {meta[key]!r:.80}")
+
+
+def _check_samples(remark: Mapping[str, Any]) -> None:
+    """Every row is a pass, a sample, a layer, a ratio or nothing, and a number of layers."""
+    rows = remark.get("rows", [])
+    sound = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 5 for row in rows)
+    sound = sound and all(
+        all(_is(row[k], int) and 0 <= row[k] < 2**53 for k in (0, 1, 4))
+        and isinstance(row[2], str)
+        and (row[3] is None or _is(row[3], float))
+        for row in rows
+    )
+    numbers = all(_is(remark.get(key, 0), int) for key in ("num", "num_passes", "batch", "num_unruled"))
+    names = remark.get("unruled", [])
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not (
+        sound and numbers and texts and isinstance(remark.get("why", ""), str) and _is(remark.get("times", 1.0), float)
+    ):
+        raise ValueError(f"expected samples of a batch in a remark of meta 'remarks', got {remark!r:.80}")
 
 
 def check_about(about: Any) -> None:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ...resume.actions import GuardAction
+from ...sources.observe import SampleWatch
 from ...split import ShareRecord, StepRecord
 from .outline import Outline
 from .rows import Rows, Stream, Turns
 from .run_file import tell
+from .samples import SampleReader
 
 __all__ = ["RowBuffer", "Recorder", "RowSink", "next_reading", "summed_up"]
 
@@ -165,9 +167,24 @@ class Recorder:
         sinks: what takes the rows.
         seconds: between flushes; 0: after every row, on the calling thread.
         max_nodes: how fine a StepRecord is summed up, see `Outline`.
+        samples: the model, or a `SampleWatch`: the run file gets the samples that stood out at a departure.
     """
 
-    def __init__(self, sinks: Iterable[RowSink], *, seconds: float = 1.0, max_nodes: int = 1000) -> None:
+    def __init__(
+        self,
+        sinks: Iterable[RowSink],
+        *,
+        seconds: float = 1.0,
+        max_nodes: int = 1000,
+        samples: torch.nn.Module | SampleWatch | None = None,
+    ) -> None:
+        if samples is not None and not isinstance(samples, (torch.nn.Module, SampleWatch)):
+            raise ValueError(
+                f"Recorder(samples={samples!r:.80}): expected the model whose samples are to be seen, or a SampleWatch "
+                "of it. Write Recorder(…, samples=model)."
+            )
+        watch = SampleWatch(samples) if isinstance(samples, torch.nn.Module) else samples
+        self.samples = None if watch is None else SampleReader(watch)
         self.sinks = list(sinks)
         self.seconds, self.max_nodes = seconds, max_nodes
         self._buffers: dict[int, RowBuffer] = {}
@@ -181,6 +198,8 @@ class Recorder:
         self._pid, self._closed = os.getpid(), False
         self._plans: dict[str, tuple[int, Tensor]] = {}  # fingerprint -> stream, and the leaf of each bin
         self._next_turns: dict[int, int] = {}
+        self._num_rows: dict[int, int] = {}
+        self._stood_out: list[dict[str, Any]] = []
         atexit.register(self.close)
 
     def open(self, stream: Stream, device: torch.device) -> None:
@@ -195,15 +214,29 @@ class Recorder:
         with self._fill:
             buffer = self._buffers[stream]
             buffer.add(step, squares_L, **numbers)
+            if self.samples is not None:
+                row = self._num_rows[stream] = self._num_rows.get(stream, -1) + 1
+                self.samples.watch.seal(stream, row)
             if buffer.full:
-                rows = buffer.take()
-                assert rows is not None
-                self._full.append(rows)
+                self._full += self._taken(buffer)
         if self.seconds <= 0:
             self.flush()
         elif self._thread is None:
             self._thread = threading.Thread(target=self._tick, name="gradsplit-recorder", daemon=True)
             self._thread.start()
+
+    def _taken(self, buffer: RowBuffer) -> list[Rows]:
+        """The rows of a buffer, whose departures are looked at; waits for the device."""
+        rows = buffer.take()
+        if rows is None:
+            return []
+        if self.samples is not None:
+            try:
+                self._stood_out += self.samples.look(rows)
+            except Exception as error:
+                self.samples = None
+                tell(f"samples are no longer looked at, the training goes on ({error!r}). Please report it.")
+        return [rows]
 
     def __call__(self, record: StepRecord) -> None:
         """Record a step of a splitter or of GSO; each plan is a stream of its own."""
@@ -270,7 +303,8 @@ class Recorder:
         with self._flush:
             with self._fill:
                 batch, self._full = self._full, []
-                batch += [rows for buffer in self._buffers.values() if (rows := buffer.take()) is not None]
+                batch += [rows for buffer in self._buffers.values() for rows in self._taken(buffer)]
+                stood_out, self._stood_out = self._stood_out, []
                 lengths, self._lengths = self._lengths, []
                 turns, self._turns = self._turns, []
             if batch:
@@ -278,6 +312,8 @@ class Recorder:
             if lengths:
                 read = [(stream, step, length_T.cpu().numpy()) for stream, step, length_T in lengths]
                 self._to_sinks(lambda sink: sink.add_lengths(read) if hasattr(sink, "add_lengths") else None)
+            for values in stood_out:
+                self._to_sinks(lambda sink, values=values: sink.remark(values) if hasattr(sink, "remark") else None)
             for one in self._read_turns(turns):
                 self._to_sinks(lambda sink, one=one: sink.add_turns(one) if hasattr(sink, "add_turns") else None)
 
@@ -290,6 +326,8 @@ class Recorder:
             self._thread.join(timeout=10.0)
         self.flush()
         self._closed = True
+        if self.samples is not None:
+            self.samples.watch.close()
         with self._flush:
             self._to_sinks(lambda sink: sink.close(**meta))
         atexit.unregister(self.close)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...resume.actions import GuardAction
 from ..record import RunFile, RunFileError, Series, Stream, Turns
-from .origin import Departure, Neighbour, first_departure
+from .origin import Departure, Neighbour, end_of, first_departure
 from .rules import (
     ALONE,
     FACTOR,
@@ -25,6 +25,7 @@ from .rules import (
     rises_of,
     scores_of,
 )
+from .samples import SampleReading, readings_of, samples_at
 
 __all__ = [
     "FAILURES",
@@ -112,6 +113,8 @@ class StreamAccount:
         kept: median share of the whole gradient's norm that was kept.
         turns: what GSO's steps did; empty for other optimizers.
         raised: step at which the learning rate rose far above all before it, and how far; (0, 0.0) where it did not.
+        samples: what was read of the samples, in the order of steps; empty without ``--samples``.
+        at_first: those readings that explain the first departure, also of other ranks.
         outgrown: step and median growth of the matrices where they outgrew their start early; (0, 0.0) where not.
     """
 
@@ -130,6 +133,8 @@ class StreamAccount:
     turns: Turns
     outgrown: tuple[int, float] = (0, 0.0)
     raised: tuple[int, float] = (0, 0.0)
+    samples: tuple[SampleReading, ...] = ()
+    at_first: tuple[SampleReading, ...] = ()
 
     @property
     def stream(self) -> Stream:
@@ -167,6 +172,12 @@ class Account:
             makers = (one for one in found if one.kind == "forward" and abs(one.step - first.step) <= 1)
             return next(makers, first)
         return first
+
+    @property
+    def samples_at_first(self) -> tuple[SampleReading, ...]:
+        """The samples of the step of the first departure."""
+        first = self.first
+        return next((one.at_first for one in self.streams if one.first is not None and one.first is first), ())
 
     @property
     def num_rows(self) -> int:
@@ -223,15 +234,28 @@ def account_of(file: RunFile) -> Account:
 
 def _with_ranks(account: StreamAccount, file: RunFile) -> StreamAccount:
     """The account of rank 0 with what another rank knows of the same event: gradients are shared, batches are not."""
-    first = account.first
-    if int(file.meta.get("world_size", 1)) < 2 or int(file.meta.get("rank", 0)) or first is None:
+    first, rank = account.first, int(file.meta.get("rank", 0))
+    account = dataclasses.replace(account, samples=readings_of(_remarks_of(file, account.stream), rank))
+    if first is None:
         return account
-    if first.kind in _OF_A_RANK:
-        return account
+    others: list[SampleReading] = []
+    if int(file.meta.get("world_size", 1)) >= 2 and not rank:
+        account = _of_ranks(account, first, file, others)
+    first, series = account.first or first, account.series
+    rows = range(int(series.start_W[first.window]), end_of(series, first.window))
+    return dataclasses.replace(account, at_first=samples_at(first, rows, account.samples, others))
+
+
+def _of_ranks(account: StreamAccount, first: Departure, file: RunFile, others: list[SampleReading]) -> StreamAccount:
+    """The account with the departure of the rank whose batch it was; the samples of all ranks are gathered."""
     for path in sorted(file.path.parent.glob(f"{file.path.stem}.rank*{file.path.suffix}"))[:_MOST_RANKS]:
         with contextlib.suppress(RunFileError, KeyError), RunFile(path) as beside:
             there = next((s for s in beside.streams if s.index == first.stream and beside.num_rows(s.index)), None)
             if there is None:
+                continue
+            rank = int(beside.meta.get("rank", 0))
+            others += readings_of(_remarks_of(beside, there), rank)
+            if account.first is not first or first.kind in _OF_A_RANK:
                 continue
             with np.errstate(all="ignore"):
                 told = _stream_account(
@@ -242,9 +266,8 @@ def _with_ranks(account: StreamAccount, file: RunFile) -> StreamAccount:
                     alone=True,
                 ).first
             if told is not None and told.kind in _OF_A_RANK and abs(told.step - first.step) <= 1:
-                rank = int(beside.meta.get("rank", 0))
                 window = min(told.window, len(account.series.start_W) - 1)
-                return dataclasses.replace(account, first=dataclasses.replace(told, rank=rank, window=window))
+                account = dataclasses.replace(account, first=dataclasses.replace(told, rank=rank, window=window))
     return account
 
 

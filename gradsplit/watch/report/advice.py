@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ...budget.registry import BUDGETS
 from ...resume.actions import GuardAction
 from .account import Account, Departure, StreamAccount
+from .samples import look_at
 
 __all__ = ["Advice", "advice_of", "ACTION_HEADINGS", "action_rows", "action_sentence"]
 
@@ -46,6 +47,9 @@ def advice_of(account: Account) -> list[Advice]:
             found.append(Advice(f"{first.tensor} was not finite at step {first.step}; its bins were zeroed there.", ""))
         else:
             found += _after(account, first, stream)
+        look = look_at(account.samples_at_first)
+        if look:
+            found.insert(0, Advice(look, ""))
     elif "exception" in account.meta:
         found.append(
             Advice("The script ended with an exception, and the recording shows no explosion before it: see there.", "")

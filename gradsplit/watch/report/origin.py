@@ -14,7 +14,7 @@ import numpy as np
 from ..record import Series, Stream
 from .rules import HISTORY, RISEN, SCORE, Scores, Seen, Weights, seen_in, unlike_batch
 
-__all__ = ["Departure", "Neighbour", "first_departure"]
+__all__ = ["Departure", "Neighbour", "end_of", "first_departure"]
 
 AFTERMATH = 10  # windows after a departure in which its neighbours are looked at
 ALIKE = 4.0  # rises within this factor of the largest are the same event
@@ -164,7 +164,7 @@ _SUDDEN = ("rate", "weights", "loss_lost")  # the others hold a row against the 
 
 def _is_of(remark: dict[str, Any], series: Series, w: int) -> bool:
     """Whether a remark was made at a row of this window; older files know only its step."""
-    first, end = int(series.start_W[w]), _end(series, w)
+    first, end = int(series.start_W[w]), end_of(series, w)
     if "row" in remark:
         return first <= int(remark["row"]) < end
     return bool(series.step_R[first] <= int(remark.get("step", -1)) <= series.step_R[end - 1])
@@ -172,7 +172,7 @@ def _is_of(remark: dict[str, Any], series: Series, w: int) -> bool:
 
 def _unlike(series: Series, weights: Weights, remarks: list[dict[str, Any]], w: int) -> str:
     """Say how the batch of this window was unlike those before it; empty where it was not, or nobody knows."""
-    for row in range(int(series.start_W[w]), _end(series, w)):
+    for row in range(int(series.start_W[w]), end_of(series, w)):
         seen = next((one for one in remarks if one.get("kind") == "batch" and _is_of(one, series, w)), None)
         told = unlike_batch(series, weights, row, None if seen is None else float(seen.get("times", 0.0)))
         if told:
@@ -247,7 +247,8 @@ _LOST_WORDS = {
 }
 
 
-def _end(series: Series, w: int) -> int:
+def end_of(series: Series, w: int) -> int:
+    """The row after the last one of a window."""
     return int(series.start_W[w + 1]) if w + 1 < len(series.start_W) else series.num_rows
 
 
@@ -274,7 +275,7 @@ def _departure(
     neighbours = tuple(
         Neighbour(tensors[u], float(times_T[u]), int(series.step_W[w + int(np.argmax(left_WT[:, u]))])) for u in others
     )
-    row, end = int(series.start_W[w]), _end(series, w)
+    row, end = int(series.start_W[w]), end_of(series, w)
     before, behind = series.loss_R[:row], series.loss_R[row : end + 10]
     before = before[np.isfinite(before)]
     seen = behind[~np.isnan(behind)] if len(before) or np.isfinite(behind).any() else behind[:0]

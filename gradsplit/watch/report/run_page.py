@@ -18,6 +18,7 @@ from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
 from .html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
 from .rules import GROWN, LOSS_TIMES, NORM_ALONE, NORM_TIMES, RATE_TIMES, WEIGHT_TIMES
+from .samples import SAMPLE_HEADINGS, sample_rows
 from .text import GLOSSARY, TURN_HEADINGS, USE_HEADINGS, findings, headline, turn_rows, use_rows
 
 __all__ = ["run_page", "write_run_page", "curves", "heat_map", "pooled"]
@@ -90,6 +91,7 @@ def _stream_sections(stream: StreamAccount, *, several: bool) -> list[Section]:
     return [
         Section(f"Norms and loss{name}", axis, [curves(stream)]),
         *gso,
+        *_samples(stream, name),
         Section(f"Parts and steps{name}", heat, parts),
         Section(
             f"Tensors{name}",
@@ -98,6 +100,15 @@ def _stream_sections(stream: StreamAccount, *, several: bool) -> list[Section]:
         ),
         Section(f"Modules{name}", "Unfold a module to see its parts.", [_tree(stream)]),
     ]
+
+
+def _samples(stream: StreamAccount, name: str) -> list[Section]:
+    rows = sample_rows(stream.samples)
+    lead = (
+        "Samples that stood out of their batch, at the steps whose samples were read. They are counted from 0 in the "
+        "script's own batch, and backward passes from 0 in their step."
+    )
+    return [Section(f"Samples{name}", lead, [html_table(SAMPLE_HEADINGS, rows)])] if rows else []
 
 
 def _sentences(said: list[str]) -> str:

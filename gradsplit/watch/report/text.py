@@ -10,6 +10,7 @@ import numpy as np
 from .account import Account, NodeUse, StreamAccount
 from .advice import action_sentence, advice_of, number
 from .origin import Departure
+from .samples import SAMPLE_GLOSSARY, samples_sentences
 
 __all__ = ["TURN_HEADINGS", "printable", "findings", "headline", "report_text", "turn_rows", "use_rows"]
 
@@ -174,6 +175,7 @@ GLOSSARY: dict[str, str] = {
     "The script ended with …": "The exception that ended the script, as Python printed it.",
     "The recording has no end": "The script is still running, or it was killed.",
     "The guard rolled back": "The guard went back to a snapshot and lowered the learning rate (docs/guard.md).",
+    **SAMPLE_GLOSSARY,
 }
 """Sentence of the report -> what it means. A test says that every sentence is here, and the guide shows the same."""
 
@@ -183,6 +185,7 @@ def findings(account: Account) -> list[str]:
     said: list[str] = []
     first = account.first
     if first is not None:
+        said += samples_sentences(account.samples_at_first)
         said += _aftermath(first)
     if account.actions:
         said.append(action_sentence(account.actions))

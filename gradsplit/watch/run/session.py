@@ -20,6 +20,7 @@ from torch import Tensor
 from ...hooks import after_backward, not_traced
 from ...resume import DivergenceError, Guard
 from ...resume.actions import GuardAction
+from ...sources.observe import SampleWatch
 from ..record import Recorder, RunFileError, RunWriter, tell
 from .by_hand import HandUpdates
 from .ending import say
@@ -136,6 +137,7 @@ class Session:
         self._num_remarks = 0
         self._sizes = Sizes()
         self._by_hand = HandUpdates(self)
+        self._samples = SampleWatch() if settings.samples else None
 
     def install(self) -> None:
         """Register the hooks, for good."""
@@ -146,6 +148,8 @@ class Session:
         self.losses.after += [lambda: self._guarded(lambda: self._by_hand.after_backward())]
         watch_own_bound(self.before_own_bound, self.after_own_bound)
         watch_scaler(self.before_scaler, self.after_scaler)
+        if self._samples is not None:
+            self._samples.open()  # before the first model runs
         register_optimizer_step_pre_hook(not_traced(self.pre))
         if self.settings.control or self.settings.guard:
             register_optimizer_step_post_hook(not_traced(self.post))
@@ -280,6 +284,8 @@ class Session:
             self._writer, self.num_rows, self.failed = None, 0, ""
             self._tracks = weakref.WeakKeyDictionary()
             self._by_hand = HandUpdates(self)
+            if self._samples is not None:
+                self._samples.forget()
 
     def _process(self, optimizer: torch.optim.Optimizer) -> None:
         track = self._tracks.get(optimizer)
@@ -339,6 +345,7 @@ class Session:
         about = {**self.settings.about, "torch": torch.__version__, "rank": rank, "world_size": world}
         about |= {"mode": "control" if self.settings.control else "watch", "command": _command(self.settings)}
         about |= {"guarded": True} if self.settings.guard else {}
+        about |= {"samples": True} if self._samples is not None else {}
         sinks: list[Any] = []
         for attempt in range(_TRIES):
             self._place = free_name(name)
@@ -354,7 +361,7 @@ class Session:
                 break
         if rank == 0:
             sinks += [sink_from_words(word, depth=self.settings.depth) for word in self.settings.to]
-        recorder = _ScriptRecorder(sinks, seconds=self.settings.seconds)
+        recorder = _ScriptRecorder(sinks, seconds=self.settings.seconds, samples=self._samples)
         atexit.unregister(recorder.close)  # the last lengths of the weights come first
         atexit.register(self.close)
         return recorder
@@ -380,6 +387,8 @@ class Session:
     def close(self) -> None:
         """End the recording, if one was begun in this process."""
         self._watchfully(self._by_hand.close)
+        if self._samples is not None:
+            self._samples.close()
         if self._recorder is None or self._recorder._closed or os.getpid() != self._pid:
             return
         for track in [*self._tracks.values(), *self._by_hand.tracks]:

@@ -27,6 +27,7 @@ class Settings:
         plan: a strategy's name, for control.
         budget: words like "relative_step:tau=0.03" or "root@fixed:limit=1"; empty: by the optimizer.
         guard: go back to a snapshot when an optimizer's run diverges.
+        samples: keep which samples of a batch stood out at a departure.
         max_nodes: nodes of the recording.
         max_megabytes: size above which old rows are thinned.
         to: further sinks, "tensorboard:FOLDER", "jsonl:FILE", "wandb:PROJECT", "mlflow:EXPERIMENT".
@@ -43,6 +44,7 @@ class Settings:
     plan: str = "xsp"
     budget: tuple[str, ...] = ()
     guard: bool = False
+    samples: bool = False
     max_nodes: int = 1000
     max_megabytes: float = 400.0
     to: tuple[str, ...] = ()

@@ -227,6 +227,8 @@ class Track:
         known = {name: t for t, name in enumerate(dict.fromkeys(outline.tensors_L))}
         self._tensor_L = np.array([known[name] for name in outline.tensors_L])
         recorder.open(Stream(stream, type(optimizer).__name__, outline, settings.control, about), device)
+        if recorder.samples is not None:
+            recorder.samples.watch.name(stream, {id(parameter): name for name, parameter in pairs})
 
     @staticmethod
     def _make_splitter(
