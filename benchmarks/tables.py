@@ -53,7 +53,7 @@ def filled(page: str, parts: Mapping[str, str]) -> str:
     <!-- end: a -->
     """
     for name, part in parts.items():
-        start, stop = re.escape(f"<!-- table: {name} -->"), re.escape(f"<!-- end: {name} -->")
+        start, stop = re.escape(f"<!-- table: {name} -->"), rf"<!-- end(?:: {re.escape(name)})? -->"
         body = part.strip("\n") or "Not run yet."
         page = re.sub(
             rf"({start}\n).*?({stop})",

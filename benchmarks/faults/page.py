@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,9 @@ from benchmarks.faults.methods import METHODS, WITH_HISTORY
 from benchmarks.faults.rank_summary import RANKS_SUMMARY, write_rank_summary
 from benchmarks.faults.rank_trial import PLACES, RANK_FAULTS, RANK_METHODS
 from benchmarks.faults.summary import SUMMARY, write_summary
-from benchmarks.faults.words import short, source, spread, table
+from benchmarks.faults.words import short, source, spread
 from benchmarks.faults.workloads import WORKLOADS
+from benchmarks.tables import filled, table
 
 __all__ = ["PAGES", "main", "with_tables"]
 
@@ -42,7 +42,7 @@ def headline(raw: dict[str, Any]) -> str:
         found = [cells.get((workload, method, HEADLINE, 0.05)) for workload in WORKLOADS]
         lost = [step for cell in found if cell and not cell["dead"] for step in cell["steps_lost"]]
         rows.append([f"`{method}`", *(spread(cell) for cell in found), str(max(lost)) if lost else "all from there on"])
-    return f"{table(['method', *WORKLOADS, 'steps lost of 500'], rows)}\n\n{source(raw, fault=HEADLINE, rate=0.05)}"
+    return f"{table(['method', *WORKLOADS, 'steps lost of 500'], rows)}\n{source(raw, fault=HEADLINE, rate=0.05)}"
 
 
 def every_fault(workload: str) -> Callable[[dict[str, Any]], str]:
@@ -53,7 +53,7 @@ def every_fault(workload: str) -> Callable[[dict[str, Any]], str]:
         names = [name for name in FAULTS if any((workload, method, name, 0.05) in cells for method in METHODS)]
         rows = [[name, *(short(cells.get((workload, method, name, 0.05))) for method in METHODS)] for name in names]
         made = table(["fault", *(f"`{method}`" for method in METHODS)], rows)
-        return f"{made}\n\n{source(raw, workload=workload, rate=0.05)}"
+        return f"{made}\n{source(raw, workload=workload, rate=0.05)}"
 
     return render
 
@@ -67,7 +67,7 @@ def rates(raw: dict[str, Any]) -> str:
         for method in METHODS
     ]
     head = ["method", *(f"{workload} {rate:.0%}" for workload, rate in columns)]
-    return f"{table(head, rows)}\n\n{source(raw, fault=HEADLINE)}"
+    return f"{table(head, rows)}\n{source(raw, fault=HEADLINE)}"
 
 
 def large(raw: dict[str, Any]) -> str:
@@ -78,9 +78,7 @@ def large(raw: dict[str, Any]) -> str:
         [workload, fault, *(spread(cells.get((workload, method, fault, 0.05))) for method in methods)]
         for workload, fault in itertools.product(MAIN, LARGE)
     ]
-    return (
-        f"{table(['workload', 'fault', *(f'`{m}`' for m in methods)], rows)}\n\n{source(raw, fault=LARGE, rate=0.05)}"
-    )
+    return f"{table(['workload', 'fault', *(f'`{m}`' for m in methods)], rows)}\n{source(raw, fault=LARGE, rate=0.05)}"
 
 
 def clean(raw: dict[str, Any]) -> str:
@@ -90,7 +88,7 @@ def clean(raw: dict[str, Any]) -> str:
         [f"`{m}`", *(f"{statistics.median(held[w][m]):.4g}" if m in held[w] else "–" for w in WORKLOADS)]
         for m in (*METHODS, *WITH_HISTORY)
     ]
-    return f"{table(['method', *WORKLOADS], rows)}\n\n{source(raw, fault=HEADLINE)}"
+    return f"{table(['method', *WORKLOADS], rows)}\n{source(raw, fault=HEADLINE)}"
 
 
 def on_ranks(place: str) -> Callable[[dict[str, Any]], str]:
@@ -110,7 +108,7 @@ def on_ranks(place: str) -> Callable[[dict[str, Any]], str]:
                 cells = (held.get((workload, fault, rate, ranks, method)) for method in methods)
                 rows.append([workload, f"{fault}{also}", *(_on_ranks(cell) for cell in cells)])
         made = table(["workload", "fault", *(f"`{name}`" for name in methods)], rows)
-        return f"{made}\n\n{source(raw, place=place)}"
+        return f"{made}\n{source(raw, place=place)}"
 
     return render
 
@@ -135,7 +133,7 @@ def fuzzing(raw: dict[str, Any]) -> str:
     at = raw["conditions"]
     seconds = sum(target["seconds"] for target in raw["targets"].values())
     about = f"{at['hardware']}, one thread, {seconds / 60:.0f} minutes; {at['date']}; `python benchmarks/fuzz.py`."
-    return f"{table(['target', 'cases', 'answered', 'refused in our words', 'failures'], rows)}\n\n{about}"
+    return f"{table(['target', 'cases', 'answered', 'refused in our words', 'failures'], rows)}\n{about}"
 
 
 PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
@@ -154,15 +152,12 @@ PAGES: dict[str, dict[str, tuple[Callable[[dict[str, Any]], str], Path]]] = {
 
 def with_tables(page: str, text: str) -> str:
     """The page with every table that it has markers for written anew between them."""
+    made = {}
     for name, (render, path) in PAGES[page].items():
-        if f"<!-- table: {name} -->" not in text:
-            continue
-        body = render(json.loads(path.read_text(encoding="utf8")))
-        rows, _, about = body.partition("\n\n")
-        made = f"{about}\n\n<!-- evidence: {path.relative_to(ROOT).as_posix()} -->\n\n{rows}"
-        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
-    return text
+        if f"<!-- table: {name} -->" in text:
+            rows, _, about = render(json.loads(path.read_text(encoding="utf8"))).partition("\n\n")
+            made[name] = f"{about}\n\n<!-- evidence: {path.relative_to(ROOT).as_posix()} -->\n\n{rows}"
+    return filled(text, made)
 
 
 def main(arguments: list[str]) -> None:

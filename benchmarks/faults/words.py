@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-__all__ = ["short", "signed", "source", "spread", "table"]
+__all__ = ["short", "signed", "source", "spread"]
 
 
 def spread(cell: dict[str, Any] | None) -> str:
@@ -33,11 +33,6 @@ def signed(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.2f}".replace("-0.00", "0.00")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def source(raw: dict[str, Any], **which: Any) -> str:

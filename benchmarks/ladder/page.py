@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.tables import filled, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/results/ladder.md"
@@ -19,11 +20,11 @@ RECIPE_STEPS = (*range(1, 15), 20, 50, 54, 90, 119, 120, 200, 292)
 def recipe(raw: dict[str, Any]) -> str:
     """Some steps of the recipe on the first bin, and the steps at which other arithmetic died on all bins."""
     rows = raw["rows_of_first_bin"]
-    table = _table(list(rows[0]), [list(rows[step - 1].values()) for step in RECIPE_STEPS])
+    shown = table(rows[0], (map(str.strip, rows[step - 1].values()) for step in RECIPE_STEPS))
     died = [f"`{name}` {b['float32_dies_at']} and {b['float64_dies_at']}" for name, b in raw["bins"].items()]
     known = [v for b in raw["bins"].values() for v in b["log10_true_derivative_of_said_order"] if v is not None]
     return (
-        f"{table}\n\nThe step after which float32 and float64 hold nothing but 0: {', '.join(died)}. "
+        f"{shown}\nThe step after which float32 and float64 hold nothing but 0: {', '.join(died)}. "
         f"The true derivatives of the said orders stay between 10^{min(known):.0f} and 10^{max(known):.0f}."
     )
 
@@ -43,7 +44,7 @@ def safe_step(raw: dict[str, Any]) -> str:
     ]
     head = ["network", "n", "within 1 %", "median error", "worst", "true loss at the safe step not above the start"]
     order = raw["order"]
-    return f"{_table(head, rows)}\n\n{_source(raw, f'Order {order}')}"
+    return f"{table(head, rows)}\n{_source(raw, f'Order {order}')}"
 
 
 def cost(raw: dict[str, Any]) -> str:
@@ -55,7 +56,7 @@ def cost(raw: dict[str, Any]) -> str:
         for k in sorted(ladder.keys() | nested.keys())
     ]
     head = ["order", "ladder: s of CPU", "s on the clock", "GB", "nested autograd: s of CPU", "s on the clock", "GB"]
-    text = f"{_table(head, rows)}\n\n{_source(raw, raw['model'])}"
+    text = f"{table(head, rows)}\n{_source(raw, raw['model'])}"
     if nested:
         limits = raw["nested_limits"]
         worst = max(raw["relative_difference_to_nested"].values(), default=0.0)
@@ -79,7 +80,7 @@ def jet(raw: dict[str, Any]) -> str:
     asked = f"An order may take {limits['cpu_seconds']} s of CPU and {limits['gigabytes']:g} GB"
     cores = " and ".join(str(cores) for cores in sorted({row["cores"] for row in raw["rows"]}))
     how = f"JAX {raw['jax']}, {', '.join(dates)}, {cores} core(s), one run; compiling counts"
-    return f"{_table(head, rows)}\n\n{how}. {asked}."
+    return f"{table(head, rows)}\n{how}. {asked}."
 
 
 def long_step(raw: dict[str, Any]) -> str:
@@ -93,7 +94,7 @@ def long_step(raw: dict[str, Any]) -> str:
     head = ["optimizer", "rate", "nets", "with a long step", "of these, loss up after ten steps", "of the others"]
     cost = ", ".join(f"{name} {before:.2g} and {after:.2g}" for name, (before, after) in raw["cpu_seconds"].items())
     spent = f"Seconds of CPU of `diagnose` with `optimizer=` alone and with `ladder=True`: {cost}"
-    return f"{_table(head, rows)}\n\n{spent}. {_source(raw, 'Random data')}"
+    return f"{table(head, rows)}\n{spent}. {_source(raw, 'Random data')}"
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
@@ -108,15 +109,14 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
 
 def with_tables(text: str) -> str:
     """The page with every table between its markers written anew; a table without raw results says so."""
+    made = {}
     for name, (render, command) in TABLES.items():
         path = RESULTS / f"ladder-{name}.json"
-        body = f"Not measured yet: `{command}`."
+        made[name] = f"Not measured yet: `{command}`."
         if path.is_file():
             evidence = f"<!-- evidence: {path.relative_to(ROOT).as_posix()} -->"
-            body = f"{evidence}\n\n{render(json.loads(path.read_text(encoding='utf8')))}"
-        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
-    return text
+            made[name] = f"{evidence}\n\n{render(json.loads(path.read_text(encoding='utf8')))}"
+    return filled(text, made)
 
 
 def main(arguments: list[str]) -> None:
@@ -124,11 +124,6 @@ def main(arguments: list[str]) -> None:
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf8")), encoding="utf8")
         print(page)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
 
 
 def _cost_cells(row: dict[str, Any] | None) -> list[str]:
