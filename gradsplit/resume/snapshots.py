@@ -38,16 +38,12 @@ class Snapshot:
     path: Path | None = None
 
 
-class MemorySnapshots:
-    """The newest ``keep`` snapshots in host memory; memory of old ones is used again.
-
-    Copies from a GPU are ordered on its stream and not waited for.
-    """
+class Snapshots:
+    """The newest ``keep`` snapshots, oldest first."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self._taken: list[Snapshot] = []
-        self._free: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self._taken)
@@ -56,6 +52,17 @@ class MemorySnapshots:
     def newest(self) -> Snapshot | None:
         """None before the first."""
         return self._taken[-1] if self._taken else None
+
+
+class MemorySnapshots(Snapshots):
+    """The newest ``keep`` snapshots in host memory; memory of old ones is used again.
+
+    Copies from a GPU are ordered on its stream and not waited for.
+    """
+
+    def __init__(self, keep: int) -> None:
+        super().__init__(keep)
+        self._free: list[dict[str, Any]] = []
 
     def take(self, snapshot: Snapshot, parts: Mapping[str, Any]) -> None:
         """Copy the states of the parts."""
@@ -93,7 +100,7 @@ class MemorySnapshots:
             self._free.append(tree)
 
 
-class DiskSnapshots:
+class DiskSnapshots(Snapshots):
     """The newest ``keep`` snapshots as checkpoints in a folder, written by a thread; one copy in memory.
 
     Args:
@@ -102,20 +109,12 @@ class DiskSnapshots:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+        super().__init__(keep)
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._taken: list[Snapshot] = []
         self._buffer: dict[str, Any] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gradsplit-snapshots")
         self._writing: Future[None] | None = None
-
-    def __len__(self) -> int:
-        return len(self._taken)
-
-    @property
-    def newest(self) -> Snapshot | None:
-        """None before the first."""
-        return self._taken[-1] if self._taken else None
 
     def take(self, snapshot: Snapshot, parts: Mapping[str, Any]) -> None:
         """Copy the states of the parts, and leave the writing to the thread."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -104,7 +105,45 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-class JsonLinesSink:
+class _Sink(ABC):
+    """A sink of `Recorder` that sends named numbers; where they go is said by `_send`."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def write(self, batch: Sequence[Rows]) -> None:
+        """Take the rows of one flush."""
+        for rows in batch:
+            for step, when, values in scalars_of(rows, self._depth):
+                self._send(rows.stream.index, step, values, when)
+        self._flush()
+
+    def add_turns(self, turns: Turns) -> None:
+        """Take what GSO's steps did."""
+        for step, values in turns_of(turns, self._depth):
+            self._send(turns.stream.index, step, values, None)
+        self._flush()
+
+    @abstractmethod
+    def close(self, **meta: Any) -> None:
+        """Close what is ours."""
+
+    @abstractmethod
+    def _send(self, optimizer: int, step: int, values: dict[str, float], when: float | None) -> None:
+        """Send the values of one step of an optimizer, seconds since the epoch beside them where they are known."""
+
+    def _flush(self) -> None:  # noqa: B027 - most packages see to it themselves
+        """Have what was sent arrive."""
+
+
+def _package(name: str, call: str, install: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{call}: expected the package {install}. Run: pip install {install}") from error
+
+
+class JsonLinesSink(_Sink):
     """Append ``{"step": 12, "time": …, "loss": …, "norm/all": …}`` per step to a file; a sink of `Recorder`.
 
     Args:
@@ -113,21 +152,14 @@ class JsonLinesSink:
     """
 
     def __init__(self, place: str | os.PathLike[str], *, depth: int = 1) -> None:
-        self._depth = depth
+        super().__init__(depth)
         self._file: TextIO = open(place, "a", encoding="utf8")  # noqa: SIM115 - closed by close()
 
-    def write(self, batch: Sequence[Rows]) -> None:
-        """Take the rows of one flush."""
-        for rows in batch:
-            for step, when, values in scalars_of(rows, self._depth):
-                line = {"step": step, "time": round(when, 3), "optimizer": rows.stream.index, **values}
-                self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    def _send(self, optimizer: int, step: int, values: dict[str, float], when: float | None) -> None:
+        time = {} if when is None else {"time": round(when, 3)}
+        self._file.write(json.dumps({"step": step, **time, "optimizer": optimizer, **values}) + "\n")
 
-    def add_turns(self, turns: Turns) -> None:
-        """Take what GSO's steps did."""
-        for step, values in turns_of(turns, self._depth):
-            self._file.write(json.dumps({"step": step, "optimizer": turns.stream.index, **values}) + "\n")
+    def _flush(self) -> None:
         self._file.flush()
 
     def close(self, **meta: Any) -> None:
@@ -135,7 +167,7 @@ class JsonLinesSink:
         self._file.close()
 
 
-class TensorBoardSink:
+class TensorBoardSink(_Sink):
     """Write scalars ``gradsplit/…`` with ``torch.utils.tensorboard``; a sink of `Recorder`.
 
     Args:
@@ -147,31 +179,18 @@ class TensorBoardSink:
     """
 
     def __init__(self, place: Any, *, depth: int = 1) -> None:
-        self._depth = depth
+        super().__init__(depth)
         self._owns = not hasattr(place, "add_scalar")
         if self._owns:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    f"TensorBoardSink({place!r}): expected the package tensorboard. Run: pip install tensorboard"
-                ) from error
-            place = SummaryWriter(str(place))
+            module = _package("torch.utils.tensorboard", f"TensorBoardSink({place!r})", "tensorboard")
+            place = module.SummaryWriter(str(place))
         self._writer = place
 
-    def write(self, batch: Sequence[Rows]) -> None:
-        """Take the rows of one flush."""
-        for rows in batch:
-            for step, when, values in scalars_of(rows, self._depth):
-                for name, value in values.items():
-                    self._writer.add_scalar(f"gradsplit/{name}", value, step, walltime=when)
-        self._writer.flush()
+    def _send(self, optimizer: int, step: int, values: dict[str, float], when: float | None) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"gradsplit/{name}", value, step, walltime=when)
 
-    def add_turns(self, turns: Turns) -> None:
-        """Take what GSO's steps did."""
-        for step, values in turns_of(turns, self._depth):
-            for name, value in values.items():
-                self._writer.add_scalar(f"gradsplit/{name}", value, step)
+    def _flush(self) -> None:
         self._writer.flush()
 
     def close(self, **meta: Any) -> None:
@@ -180,7 +199,7 @@ class TensorBoardSink:
             self._writer.close()
 
 
-class WandbSink:
+class WandbSink(_Sink):
     """Log scalars ``gradsplit/…``; a sink of `Recorder`.
 
     Only plain finite floats are sent: histograms of non-finite gradients are what crashes elsewhere. The steps are an
@@ -195,30 +214,17 @@ class WandbSink:
     """
 
     def __init__(self, place: Any, *, depth: int = 1) -> None:
-        self._depth = depth
+        super().__init__(depth)
         self._owns = not hasattr(place, "log")
         if self._owns:
-            try:
-                wandb: Any = importlib.import_module("wandb")
-            except ImportError as error:
-                raise ImportError(
-                    f"WandbSink({place!r}): expected the package wandb. Run: pip install wandb"
-                ) from error
+            wandb = _package("wandb", f"WandbSink({place!r})", "wandb")
             place, self._owns = (wandb.run, False) if wandb.run is not None else (wandb.init(project=str(place)), True)
         self._run = place
         self._run.define_metric("gradsplit/step")
         self._run.define_metric("gradsplit/*", step_metric="gradsplit/step")
 
-    def write(self, batch: Sequence[Rows]) -> None:
-        """Take the rows of one flush."""
-        for rows in batch:
-            for step, _, values in scalars_of(rows, self._depth):
-                self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
-
-    def add_turns(self, turns: Turns) -> None:
-        """Take what GSO's steps did."""
-        for step, values in turns_of(turns, self._depth):
-            self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
+    def _send(self, optimizer: int, step: int, values: dict[str, float], when: float | None) -> None:
+        self._run.log({"gradsplit/step": step, **{f"gradsplit/{name}": v for name, v in values.items()}})
 
     def close(self, **meta: Any) -> None:
         """Finish the run, if it is ours."""
@@ -229,7 +235,7 @@ class WandbSink:
 _NOT_ALLOWED = re.compile(r"[^\w./ -]")  # in names of metrics
 
 
-class MlflowSink:
+class MlflowSink(_Sink):
     """Log metrics ``gradsplit/…``; a sink of `Recorder`.
 
     Args:
@@ -242,15 +248,10 @@ class MlflowSink:
     """
 
     def __init__(self, place: Any, *, depth: int = 1) -> None:
-        self._depth = depth
+        super().__init__(depth)
         self._owns = False
         if not hasattr(place, "log_metrics"):
-            try:
-                mlflow: Any = importlib.import_module("mlflow")
-            except ImportError as error:
-                raise ImportError(
-                    f"MlflowSink({place!r}): expected the package mlflow. Run: pip install mlflow"
-                ) from error
+            mlflow = _package("mlflow", f"MlflowSink({place!r})", "mlflow")
             if mlflow.active_run() is None:
                 mlflow.set_experiment(str(place))
                 mlflow.start_run()
@@ -258,18 +259,7 @@ class MlflowSink:
             place = mlflow
         self._client = place
 
-    def write(self, batch: Sequence[Rows]) -> None:
-        """Take the rows of one flush."""
-        for rows in batch:
-            for step, _, values in scalars_of(rows, self._depth):
-                self._log(step, values)
-
-    def add_turns(self, turns: Turns) -> None:
-        """Take what GSO's steps did."""
-        for step, values in turns_of(turns, self._depth):
-            self._log(step, values)
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
+    def _send(self, optimizer: int, step: int, values: dict[str, float], when: float | None) -> None:
         metrics = {f"gradsplit/{_NOT_ALLOWED.sub('_', name)}": value for name, value in values.items()}
         self._client.log_metrics(metrics, step=step)
 
