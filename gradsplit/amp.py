@@ -67,7 +67,8 @@ class Scaling:
             return None
         found = scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device")
         if not found:
-            return cls(scaler.scale(torch.ones((), device=_device_of(optimizer))), None)
+            device = optimizer.param_groups[0]["params"][0].device
+            return cls(scaler.scale(torch.ones((), device=device)), None)
         return cls(None, torch.stack([t.reshape(()) for t in found.values()]).sum())
 
     def overflow(self, squares_B: Tensor | None = None) -> Tensor:
@@ -100,8 +101,3 @@ class Scaling:
         assert self.scale is not None
         # The reciprocal first: the usual scale, 65536, is itself above float16.
         return self.scale.to(like.device).reshape(()).float().reciprocal().to(like.dtype)
-
-
-def _device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    parameter: Tensor = optimizer.param_groups[0]["params"][0]
-    return parameter.device

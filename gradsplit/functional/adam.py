@@ -94,7 +94,7 @@ def gso_rule(
     patterns = Patterns(plan, oriented, call=call)
     for pairs in (on_gradient, on_update):
         terms_of(plan, pairs, plan.numel_B, rule=rule, call=call)
-    (beta1, beta2), num_arrays = betas, len(plan.layout)
+    beta1, beta2 = betas
 
     def init(weights: Sequence[Array]) -> GsoState:
         xp = namespace(weights[0])
@@ -118,31 +118,12 @@ def gso_rule(
         gradient_terms = terms_of(plan, on_gradient, amount_B, rule=rule, call=call)
         decision, of_gradient = decide(plan, gradient_terms, state.of_gradient, amount_B, weight_B, rule=rule)
         step = state.step + 1.0
-        first, root = grown(xp, beta1, step), 1.0 / xp.sqrt(grown(xp, beta2, step))
         # A bin that is passed over has weight 0 in its moments, and 0 of an update: nothing is chosen entry by entry.
         live_B = xp.where(
             decision.finite_B, xp.full(plan.num_bins, 1.0, amount_B), xp.full(plan.num_bins, 0.0, amount_B)
         )
-        enters_B, enters2_B, pull_B = live_B * (1 - beta1), live_B * (1 - beta2), live_B * (lr / first)
-        stays2_B = 1.0 - enters2_B
-        second_moments: tuple[Array, ...] = ()
-        if by_bin:
-            mean_B = (decision.norm_B * decision.scale_B / xp.sqrt(xp.asarray(plan.numel_B, amount_B))) ** 2
-            second_moments = (state.second_moments[0] * stays2_B + mean_B * enters2_B,)
-            pull_B = pull_B / (xp.sqrt(second_moments[0]) * root + eps)
         bounded = patterns.scaled(gradients, decision.scale_B, ~decision.finite_B)
-        moments, updates = [], []
-        for t in range(num_arrays):
-            g, m = xp.cast(bounded[t], amount_B), xp.cast(state.first_moments[t], amount_B)
-            m = m + patterns.factor(t, enters_B) * (g - m)
-            moments.append(xp.cast(m, state.first_moments[t]))
-            update = m * patterns.factor(t, pull_B)
-            if not by_bin:
-                v = xp.cast(state.second_moments[t], amount_B)
-                v = v * patterns.factor(t, stays2_B) + g * g * patterns.factor(t, enters2_B)
-                second_moments = (*second_moments, xp.cast(v, state.second_moments[t]))
-                update = update / (xp.sqrt(v) * root + eps)
-            updates.append(update)
+        moments, second_moments, updates = entered(bounded, decision, state, step, live_B, lr)
         of_update, shrink_B = state.of_update, live_B * (lr * weight_decay)
         if on_update:
             moved_B = patterns.amounts_B(updates, may_explode=False)
@@ -154,7 +135,33 @@ def gso_rule(
         for t, update in enumerate(updates):
             decay = xp.cast(weights[t], update) * patterns.factor(t, shrink_B) if decays else 0.0
             changes.append(xp.cast(-update - decay, weights[t]))
-        return changes, GsoState(step, tuple(moments), second_moments, of_gradient, of_update), decision
+        return changes, GsoState(step, moments, second_moments, of_gradient, of_update), decision
+
+    def entered(
+        bounded: list[Array], decision: Decision, state: GsoState, step: Array, live_B: Array, lr: Array
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...], list[Array]]:
+        """Take bounded gradients into the moments; return both moments, and the updates before any cap."""
+        xp = namespace(live_B)
+        first, root = grown(xp, beta1, step), 1.0 / xp.sqrt(grown(xp, beta2, step))
+        enters_B, enters2_B, pull_B = live_B * (1 - beta1), live_B * (1 - beta2), live_B * (lr / first)
+        stays2_B = 1.0 - enters2_B
+        moments, second_moments, updates = [], [], []
+        if by_bin:
+            mean_B = (decision.norm_B * decision.scale_B / xp.sqrt(xp.asarray(plan.numel_B, live_B))) ** 2
+            second_moments = [state.second_moments[0] * stays2_B + mean_B * enters2_B]
+            pull_B = pull_B / (xp.sqrt(second_moments[0]) * root + eps)
+        for t, gradient in enumerate(bounded):
+            g, m = xp.cast(gradient, live_B), xp.cast(state.first_moments[t], live_B)
+            m = m + patterns.factor(t, enters_B) * (g - m)
+            moments.append(xp.cast(m, state.first_moments[t]))
+            update = m * patterns.factor(t, pull_B)
+            if not by_bin:
+                v = xp.cast(state.second_moments[t], live_B)
+                v = v * patterns.factor(t, stays2_B) + g * g * patterns.factor(t, enters2_B)
+                second_moments.append(xp.cast(v, state.second_moments[t]))
+                update = update / (xp.sqrt(v) * root + eps)
+            updates.append(update)
+        return tuple(moments), tuple(second_moments), updates
 
     return GsoRule(init, update)
 

@@ -159,9 +159,5 @@ def splitting(
 
     bounds_update = any(one.bounds_update for _, one in budgets)
     # A rule or a vector of limits that does not fit is refused now, not at the first step.
-    _check(plan, budgets, rule, call)
-    return Splitting(init, update, reads_weights, bounds_update)
-
-
-def _check(plan: Plan, budgets: list[Any], rule: str, call: str) -> None:
     terms_of(plan, budgets, plan.numel_B, rule=rule, call=call)
+    return Splitting(init, update, reads_weights, bounds_update)

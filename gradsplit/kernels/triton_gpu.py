@@ -26,7 +26,7 @@ from .launch import launch
 from .selfcheck import is_sound
 from .triton_decide import Decider
 
-__all__ = ["BLOCK", "PIECE", "TritonKernel", "add_slots", "scale_pieces", "square_pieces"]
+__all__ = ["BLOCK", "KINDS", "PIECE", "TritonKernel", "add_slots", "scale_pieces", "square_pieces"]
 
 BLOCK = 1024
 """The most elements that a program takes at once."""
@@ -101,7 +101,7 @@ def scale_pieces(table, addresses, scale, zero, KIND: tl.constexpr, WIDE: tl.con
             tl.store(base + at, y.to(KIND), mask=there)
 
 
-_KINDS: dict[torch.dtype, tuple[Any, Any]] = {
+KINDS: dict[torch.dtype, tuple[Any, Any]] = {
     torch.float32: (tl.float32, tl.float32),
     torch.float64: (tl.float64, tl.float64),
     torch.bfloat16: (tl.bfloat16, tl.float32),
@@ -188,7 +188,7 @@ class TritonKernel(AddressKernel[Tables]):
         if tables.tables:
             addresses = [self._addresses_of(tensors, tables) for tensors in lists]
             for dtype, pieces, block in tables.tables:
-                given = (pieces, addresses[0], addresses[-1], squares, tables.num_slots, _KINDS[dtype][0], block)
+                given = (pieces, addresses[0], addresses[-1], squares, tables.num_slots, KINDS[dtype][0], block)
                 launch(self.device, square_pieces, (len(pieces), num), *given)
             several = tables.several
             launch(self.device, add_slots, (len(several), num), several, squares, tables.num_slots, BLOCK)
@@ -208,7 +208,7 @@ class TritonKernel(AddressKernel[Tables]):
             return None
         addresses, scale, zero = self._addresses_of(tensors, tables), scale_B.contiguous(), zero_B.contiguous()
         for dtype, pieces, block in tables.tables:
-            given = (pieces, addresses, scale, zero.view(torch.uint8), *_KINDS[dtype], block)
+            given = (pieces, addresses, scale, zero.view(torch.uint8), *KINDS[dtype], block)
             launch(self.device, scale_pieces, (len(pieces),), *given)
         return bump_versions(addressed(tensors, tables.signature))
 
@@ -218,7 +218,7 @@ class TritonKernel(AddressKernel[Tables]):
             return True
         trial = partial(_trial, self.device, dtype)
         name = "triton: squares and scaling"
-        if dtype in _KINDS and is_sound(name, self.device, dtype, trial, by_name=self.by_name):
+        if dtype in KINDS and is_sound(name, self.device, dtype, trial, by_name=self.by_name):
             self._sound.add(dtype)
         return dtype in self._sound
 

@@ -34,9 +34,21 @@ def _push_square(out: Tensor, m: int, y: Tensor, value: float) -> None:
         out[2 * m].addcmul_(y[m], y[m], value=value)
 
 
+def _unknown(x: Tensor, order: int) -> Tensor:
+    """Room for the coefficients of a function of x."""
+    return torch.zeros(order + 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+
+
+def _integrated(slope: Tensor, start: Tensor) -> Tensor:
+    """y from t y' and its value at t = 0; the slope's memory is used."""
+    slope[1:] /= torch.arange(1, slope.shape[0], dtype=slope.dtype, device=slope.device)[:, None]
+    slope[0] = start
+    return slope
+
+
 def exp(x: Tensor, order: int) -> Tensor:
     """y = e^x from t y' = y t x'."""
-    y = torch.zeros(order + 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+    y = _unknown(x, order)
     dx = weighted(x)
     y[0] = x[0].exp()
     for m in range(order):
@@ -56,15 +68,12 @@ def div(a: Tensor, b: Tensor, order: int) -> Tensor:
 
 def log(x: Tensor, order: int) -> Tensor:
     """y = log x from t y' = t x' / x."""
-    y = div(weighted(x), x, order)
-    y[1:] /= torch.arange(1, order + 1, dtype=x.dtype, device=x.device)[:, None]
-    y[0] = x[0].log()
-    return y
+    return _integrated(div(weighted(x), x, order), x[0].log())
 
 
 def power(x: Tensor, exponent: float, order: int) -> Tensor:
     """y = x^a from x t y' = a y t x'; the square root is a = 1/2, its reciprocal a = -1/2."""
-    y = torch.zeros(order + 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+    y = _unknown(x, order)
     x0, x = x[0], x / x[0]
     dx = weighted(x)
     y[0] = x0.pow(exponent)
@@ -77,7 +86,7 @@ def power(x: Tensor, exponent: float, order: int) -> Tensor:
 
 def tanh(x: Tensor, order: int) -> Tensor:
     """y = tanh x from t y' = (1 - y^2) t x'."""
-    y, w, dx = torch.zeros(order + 1, *x.shape[1:], dtype=x.dtype, device=x.device), None, weighted(x)
+    y, dx = _unknown(x, order), weighted(x)
     y[0] = x[0].tanh()
     w = torch.zeros_like(y)
     for m in range(order):
@@ -91,7 +100,7 @@ def tanh(x: Tensor, order: int) -> Tensor:
 
 def sigmoid(x: Tensor, order: int) -> Tensor:
     """y = sigmoid x from t y' = (y - y^2) t x'."""
-    y, dx = torch.zeros(order + 1, *x.shape[1:], dtype=x.dtype, device=x.device), weighted(x)
+    y, dx = _unknown(x, order), weighted(x)
     y[0] = x[0].sigmoid()
     w = torch.zeros_like(y)
     for m in range(order):
@@ -107,7 +116,7 @@ def sigmoid(x: Tensor, order: int) -> Tensor:
 
 def sin_cos(x: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """sin x and cos x together: t s' = c t x', t c' = -s t x'."""
-    s = torch.zeros(order + 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+    s = _unknown(x, order)
     c, dx = torch.zeros_like(s), weighted(x)
     s[0], c[0] = x[0].sin(), x[0].cos()
     for m in range(order):
@@ -120,10 +129,7 @@ def sin_cos(x: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
 def integral_of(slope: Tensor, x: Tensor, start: Tensor, order: int) -> Tensor:
     """y with y' = slope(t) x'(t) and y(0) = start."""
-    y = padded(product_kernel(slope, weighted(x), order), order)
-    y[1:] /= torch.arange(1, order + 1, dtype=x.dtype, device=x.device)[:, None]
-    y[0] = start
-    return y
+    return _integrated(padded(product_kernel(slope, weighted(x), order), order), start)
 
 
 def erf(x: Tensor, order: int) -> Tensor:
@@ -136,10 +142,7 @@ def atan(x: Tensor, order: int) -> Tensor:
     """y = atan x from t y' = t x' / (1 + x^2)."""
     below = square_kernel(x, order)
     below[0] += 1
-    y = div(weighted(x), below, order)
-    y[1:] /= torch.arange(1, order + 1, dtype=x.dtype, device=x.device)[:, None]
-    y[0] = x[0].atan()
-    return y
+    return _integrated(div(weighted(x), below, order), x[0].atan())
 
 
 def gelu(x: Tensor, order: int) -> Tensor:

@@ -83,7 +83,7 @@ def build(program, numbers):
             assert binary in done.asm, (program, card)
             made += 1
 
-for kind, wide in programs._KINDS.values():
+for kind, wide in programs.KINDS.values():
     build(programs.square_pieces, {"KIND": kind, "BLOCK": 256})
     build(programs.scale_pieces, {"KIND": kind, "WIDE": wide, "BLOCK": programs.BLOCK})
 build(programs.add_slots, {"BLOCK": programs.BLOCK})

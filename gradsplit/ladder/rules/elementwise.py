@@ -26,6 +26,14 @@ def _unary(kernel: Callable[[Tensor, int], Tensor]) -> Rule:
     return apply
 
 
+exp, log = _unary(recurrences.exp), _unary(recurrences.log)
+
+
+def power(x: Series, exponent: float) -> Series:
+    """Raise x to a constant power, which x at t = 0 must allow."""
+    return blockwise(lambda coef: recurrences.power(coef, exponent, x.order), x)
+
+
 for _op, _kernel in {
     aten.exp: recurrences.exp,
     aten.log: recurrences.log,
@@ -72,7 +80,7 @@ def divide(a: Value, b: Value) -> Value:
     if not isinstance(b, Series):
         return scale(a, 1 / b)
     if not isinstance(a, Series):
-        return scale(_unary(lambda x, order: recurrences.power(x, -1.0, order))(b), a)
+        return scale(power(b, -1.0), a)
     return blockwise(lambda x, y: recurrences.div(x, y, a.order), a, b)
 
 
@@ -84,7 +92,7 @@ def raise_to(x: Series, exponent: float) -> Series:
     if exponent in (2, 3, 4):
         squared = square(x)
         return squared if exponent == 2 else product(squared, x) if exponent == 3 else square(squared)
-    return blockwise(lambda coef: recurrences.power(coef, float(exponent), x.order), x)
+    return power(x, float(exponent))
 
 
 @rule(aten.square)
@@ -96,35 +104,34 @@ def _square(x: Series) -> Series:
 def _power_of_tensor(x: Value, exponent: Value) -> Series:
     if not isinstance(exponent, Series) and exponent.numel() == 1:
         return raise_to(x, exponent.item())
-    logarithm = _unary(recurrences.log)(x) if isinstance(x, Series) else x.log()
-    return _unary(recurrences.exp)(multiply(exponent, logarithm))
+    return exp(multiply(exponent, log(x) if isinstance(x, Series) else x.log()))
 
 
 @rule(aten.pow.Scalar)
 def _power_of_constant(base: float, exponent: Series) -> Series:
-    return _unary(recurrences.exp)(scale(exponent, math.log(base)))
+    return exp(scale(exponent, math.log(base)))
 
 
 @rule(aten.log1p)
 def _log1p(x: Series) -> Series:
-    y = _unary(recurrences.log)(add(x, 1.0))
+    y = log(add(x, 1.0))
     y.coef[0] = x.coef[0].log1p()
     return y
 
 
 @rule(aten.log2)
 def _log2(x: Series) -> Series:
-    return scale(_unary(recurrences.log)(x), 1 / math.log(2))
+    return scale(log(x), 1 / math.log(2))
 
 
 @rule(aten.log10)
 def _log10(x: Series) -> Series:
-    return scale(_unary(recurrences.log)(x), 1 / math.log(10))
+    return scale(log(x), 1 / math.log(10))
 
 
 @rule(aten.expm1)
 def _expm1(x: Series) -> Series:
-    y = _unary(recurrences.exp)(x)
+    y = exp(x)
     y.coef[0] = x.coef[0].expm1()
     return y
 
@@ -145,7 +152,6 @@ def _tan(x: Series) -> Series:
 
 def _exponential_pair(x: Series, sign: float) -> Series:
     """(e^x + sign e^-x) / 2."""
-    exp = _unary(recurrences.exp)
     return scale(add(exp(x), exp(scale(x, -1.0)), sign), 0.5)
 
 

@@ -7,21 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import recurrences
-from ..series import Series, Value, add, blockwise, map_orders, product, scale, square
-from .elementwise import multiply
+from ..series import Series, Value, add, map_orders, product, scale, square
+from .elementwise import exp, log, multiply, power
 from .registry import rule
 
 aten = torch.ops.aten
 Dims = Sequence[int] | int | None
-
-
-def _exp(x: Series) -> Series:
-    return blockwise(lambda coef: recurrences.exp(coef, x.order), x)
-
-
-def _power(x: Series, exponent: float) -> Series:
-    return blockwise(lambda coef: recurrences.power(coef, exponent, x.order), x)
 
 
 def _mean(x: Series, dims: Dims, keepdim: bool = True) -> Series:
@@ -40,23 +31,23 @@ def _from_max(x: Series, dim: int) -> Series:
 @rule(aten._softmax, aten.softmax)
 def softmax(x: Series, dim: int, half_to_float: bool | None = None) -> Series:
     """e^x / sum e^x."""
-    numerator = _exp(_from_max(x, dim))
-    return product(numerator, _power(_sum(numerator, dim), -1.0))
+    numerator = exp(_from_max(x, dim))
+    return product(numerator, power(_sum(numerator, dim), -1.0))
 
 
 @rule(aten._log_softmax, aten.log_softmax)
 def log_softmax(x: Series, dim: int, half_to_float: bool | None = None) -> Series:
     """x - log sum e^x."""
     x = _from_max(x, dim)
-    total = _sum(_exp(x), dim)
-    return add(x, blockwise(lambda coef: recurrences.log(coef, x.order), total), -1)
+    total = _sum(exp(x), dim)
+    return add(x, log(total), -1)
 
 
 @rule(aten.logsumexp)
 def _logsumexp(x: Series, dim: Sequence[int], keepdim: bool = False) -> Series:
     top = x.value.amax(tuple(dim), keepdim=True)
-    total = _sum(_exp(add(x, -top)), tuple(dim))
-    out = add(blockwise(lambda coef: recurrences.log(coef, x.order), total), top)
+    total = _sum(exp(add(x, -top)), tuple(dim))
+    out = add(log(total), top)
     return out if keepdim else map_orders(torch.squeeze, (out, tuple(dim)), {})
 
 
@@ -92,7 +83,7 @@ def _vector_norm(x: Series, ord: float = 2, dim: Dims = None, keepdim: bool = Fa
     if ord != 2:
         raise ValueError(f"taylor_ladder: expected linalg_vector_norm with ord=2, got ord={ord}. Write it with powers.")
     dims = tuple(range(x.ndim)) if dim is None else dim
-    return _power(map_orders(torch.sum, (square(x), dims), {"keepdim": keepdim}), 0.5)
+    return power(map_orders(torch.sum, (square(x), dims), {"keepdim": keepdim}), 0.5)
 
 
 def _affine(x: Value, weight: Value | None, bias: Value | None) -> Value:
@@ -112,7 +103,7 @@ def _standardised(x: Value, dims: Dims, eps: float) -> tuple[Value, Value, Value
         mean, rstd = x.mean(dims, keepdim=True), (x.var(dims, correction=0, keepdim=True) + eps).rsqrt()
         return (x - mean) * rstd, mean, rstd
     mean, centred, squares = _centred(x, dims)
-    rstd = _power(add(_mean(squares, dims), eps), -0.5)
+    rstd = power(add(_mean(squares, dims), eps), -0.5)
     return product(centred, rstd), mean, rstd
 
 

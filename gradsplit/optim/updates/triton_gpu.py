@@ -24,6 +24,7 @@ from ...budget.lines import Line, line_table, lines_of
 from ...kernels.addressable import bump_versions, warn_of_fallback
 from ...kernels.launch import launch
 from ...kernels.selfcheck import is_sound
+from ...kernels.triton_gpu import KINDS
 from ...plan import Layout, Plan, xsp
 from ...plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
 from ...split import Split
@@ -207,14 +208,6 @@ def one_pass(
 LONGEST = 1 << 16
 """Elements of the largest bin that one program updates alone; beyond, most of the device would wait for it."""
 
-_KINDS: dict[torch.dtype, tuple[Any, Any]] = {
-    torch.float32: (tl.float32, tl.float32),
-    torch.float64: (tl.float64, tl.float64),
-    torch.bfloat16: (tl.bfloat16, tl.float32),
-    torch.float16: (tl.float16, tl.float32),
-}
-"""Each dtype's element type, and the one to compute in."""
-
 Table = tuple[torch.dtype, Tensor]
 
 
@@ -251,7 +244,7 @@ class TritonUpdate(CompiledUpdate):
         squares, weights = torch.zeros((2, num_bins), dtype=torch.float64, device=self._device)
         for dtype, table in tables:
             given = (table, addresses, numbers, self._lines, caps, squares, weights, len(groups))
-            how = (by_bin, len(self._lines), len(caps), *_KINDS[dtype], BLOCK)
+            how = (by_bin, len(self._lines), len(caps), *KINDS[dtype], BLOCK)
             launch(self._device, one_pass, (len(table),), *given, *how)
         self._measured, self._decision = (squares, weights), None
         bump_versions([t for row in (arrays[0], arrays[2], arrays[3]) for t in row if t is not None])
