@@ -141,10 +141,8 @@ def sizes_table(rows: list[Row]) -> str:
 def count_words(count: Row) -> str:
     """What the table says about the aim."""
     behind = f" Further behind: {'; '.join(count['not_near'])}." if count["not_near"] else ""
-    single = (
-        f"\nIn {count['one_seed']} rows GSO has one seed, the one that chose. A difference of a few per cent may turn "
-        "there.\n"
-    )
+    many = "one row" if count["one_seed"] == 1 else f"{count['one_seed']} rows"
+    single = f"\nIn {many} GSO has one seed, the one that chose. A difference of a few per cent may turn there.\n"
     return (
         f"GSO is first in {count['first']} of {count['rows']} rows, and first or within 2 % of the first in "
         f"{count['first_or_near']} of them ({100 * count['share']:.0f} %; the aim was 80 %).{behind}\n\n"

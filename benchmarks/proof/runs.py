@@ -168,12 +168,13 @@ def execute(groups: list[str]) -> None:
     for group in groups:
         jobs = GROUPS[group]()
         for at, job in enumerate(jobs, 1):
-            if job.workload in lacking or job.method in lacking or job.key in done():
+            data = f"{job.workload} {job.options.get('text', '')}".strip()
+            if data in lacking or job.method in lacking or job.key in done():
                 continue
             try:
                 result = run(job)
             except MissingDataError as error:
-                lacking.add(job.method if isinstance(error, MissingPackageError) else job.workload)
+                lacking.add(job.method if isinstance(error, MissingPackageError) else data)
                 print(f"left out: {job.workload}, {job.method}: {error}", flush=True)
                 continue
             except Exception as error:

@@ -57,7 +57,7 @@ def data_path(name: str, call: str, install: str, *, usual: str = "") -> Path:
     seen = " and ".join(
         dict.fromkeys([f"{name} in the folder that {DATA_VARIABLE} names", *([usual] if usual else [])])
     )
-    raise MissingDataError(f"{call}: expected {seen}, found neither. Run: {install}")
+    raise MissingDataError(f"{call}: expected {seen}, found {'neither' if usual else 'none'}. Run: {install}")
 
 
 def stream_seed(seed: int, stream: int, step: int = 0) -> int:
