@@ -167,14 +167,12 @@ def limits_of(
     return budget.limits(xp, reading, budget.init(xp, norm) if state is None else state)
 
 
-def limits_after(
-    budget: Budget, norms: list[Array], *, norm: Array | None = None, weight_norm: Array | None = None
-) -> Array:
+def limits_after(budget: Budget, norms: list[Array], *, norm: Array | None = None) -> Array:
     """Return the limits that a budget sets after a history of norms, for ``norm`` or for the last one again."""
     xp = namespace(norms[0])
     state, ones = budget.init(xp, norms[0]), xp.full(norms[0].shape[0], 1.0, norms[0])
     none = xp.full(norms[0].shape[0], 0.0, norms[0])
     for seen in norms:
-        reading = Reading(seen, weight_norm, ones, none, ones)
+        reading = Reading(seen, None, ones, none, ones)
         state = budget.learn(xp, reading, xp.minimum(seen, budget.limits(xp, reading, state)), state)
-    return limits_of(budget, norm=norms[-1] if norm is None else norm, weight_norm=weight_norm, state=state)
+    return limits_of(budget, norm=norms[-1] if norm is None else norm, state=state)

@@ -10,7 +10,7 @@ from ..budget.running_median import RunningMedian
 from .balance import Balanced, balance_
 from .chain import Chain, Link, Recurrence
 from .chain_splitter import ChainSplitter
-from .factors import factored_gradients, gradient_chain
+from .factors import gradient_chain
 from .joints import Joint, joints
 from .recurrent import Unrolled, gain_penalty, lyapunov_exponents
 
@@ -24,7 +24,6 @@ __all__ = [
     "Recurrence",
     "Unrolled",
     "balance_",
-    "factored_gradients",
     "gain_penalty",
     "gradient_chain",
     "joints",

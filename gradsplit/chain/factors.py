@@ -322,25 +322,6 @@ def gradient_chain(
     return Chain(float(loss.detach()), links, steps, {INPUT: bottom**0.5} if forward.inputs else {}, forward.calls)
 
 
-def factored_gradients(model: nn.Module, loss_fn: LossFn, batch: Any) -> dict[str, Tensor]:
-    """Gradients of all parameters as products of factors applied to the loss's signal.
-
-    They equal autograd's up to rounding. Because of this identity the chain's figures describe the gradient itself.
-
-    Args:
-        model: any module.
-        loss_fn: `loss_fn(model, batch) -> scalar tensor`.
-        batch: what the loss takes.
-
-    Returns:
-        Parameter name -> gradient; parameters that the loss does not reach are left out.
-    """
-    model = bare(model)
-    forward, loss = factored_forward(model, loss_fn, batch)
-    _, gradients = apply_factors(forward, loss, list(model.parameters()))
-    return {name: gradients[id(p)] for name, p in model.named_parameters() if id(p) in gradients}
-
-
 def factored_forward(
     model: nn.Module, loss_fn: LossFn, batch: Any, names: list[str] | None = None, recurrent: Any = None
 ) -> tuple[FactoredForward, Tensor]:

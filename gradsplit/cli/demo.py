@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..lab.pages.tables import number
+from ..lab.pages.tables import number, verdict
 
 __all__ = ["run"]
 
@@ -96,23 +96,12 @@ def scene_table(scene: dict[str, Any]) -> Group:
             row["label"],
             number(row["score"]),
             "never" if steps is None else str(steps),
-            _verdict(row),
+            verdict(row),
             number(row["cpu_ms_a_step"], 1),
             number(row["state_per_weight"], 1),
             style="bold" if row["ours"] else None,
         )
     return Group(Text(title, "bold"), Text(scene["expect"]), table)
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    """Whether a run was lost: not finite to the end, or finite and no better than untrained.
-
-    >>> _verdict({"diverged": False, "ends_above_start": True, "steps_run": 500})
-    'worse than at start'
-    """
-    if row["diverged"]:
-        return f"at step {row['steps_run']}"
-    return "worse than at start" if row["ends_above_start"] else "no"
 
 
 def _without_pictures(row: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def generator(seed: int, stream: int, step: int = 0) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int, stream: int = WEIGHTS) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Run torch's default initialisers from `seed` and leave the caller's global generator as it was.
 
     >>> before = torch.get_rng_state()
@@ -94,7 +94,7 @@ def seeded(seed: int, stream: int = WEIGHTS) -> Iterator[None]:
     (True, True)
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream_seed(seed, stream))
+        torch.default_generator.manual_seed(stream_seed(seed, WEIGHTS))
         yield
 
 

@@ -2,7 +2,7 @@
 
 from .boxes import Boxes
 from .layout import Layout, layout_of, named_trainable, one_device, refuse_lazy
-from .lbf import lbf, log_likelihood
+from .lbf import lbf
 from .pattern import Pattern, pattern_of
 from .plan import Bin, Box, Node, Plan, part_of
 from .registry import STRATEGIES, Strategy, make_plan, register
@@ -24,7 +24,6 @@ __all__ = [
     "Tree",
     "layout_of",
     "lbf",
-    "log_likelihood",
     "make_plan",
     "named_trainable",
     "one_device",

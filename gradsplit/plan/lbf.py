@@ -13,7 +13,7 @@ from .layout import Layout
 from .plan import Plan
 from .slices import xsp
 
-__all__ = ["lbf", "log_likelihood"]
+__all__ = ["lbf"]
 
 _FLOOR = 1e-12  # of the mean energy; it keeps the logarithm finite where a leaf never had a gradient
 
@@ -101,17 +101,6 @@ def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_g
     return Plan(layout, Boxes.from_columns(*corners[:, (0, 1, 2, 3, 4)].T, np.arange(len(corners))))
 
 
-def log_likelihood(plan: Plan, energy: Mapping[str, Any]) -> float:
-    """Return twice the Gaussian log-likelihood of a partition up to a constant: ``-sum over bins of n log(E / n)``."""
-    matrices = _checked_matrices(plan.layout, energy)
-    energy_B = np.zeros(plan.num_bins)
-    for k in range(len(plan.boxes)):
-        rows = slice(plan.row_start_K[k], plan.row_stop_K[k])
-        cols = slice(plan.col_start_K[k], plan.col_stop_K[k])
-        energy_B[plan.bin_K[k]] += matrices[plan.tensor_K[k]][rows, cols].sum()
-    return _score(energy_B, plan.numel_B, _floor(matrices))
-
-
 def _likelier_slices(
     layout: Layout, matrices: list[np.ndarray], leaves: list[_Leaf], floor: float, max_bins: int, min_gain: float
 ) -> tuple[int, int] | None:
@@ -155,6 +144,7 @@ def _sums_of_slices(line: np.ndarray, across: int, parts: int) -> tuple[np.ndarr
 
 
 def _score(energy: np.ndarray, numel: np.ndarray, floor: float) -> float:
+    """Twice the Gaussian log-likelihood of a partition up to a constant: -sum over bins of n log(E / n)."""
     return float(-(numel * np.log(energy / numel + floor)).sum())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["CheckpointError", "as_before", "copied", "plain", "tensors_in"]
+__all__ = ["CheckpointError", "as_before", "copied", "plain"]
 
 
 class CheckpointError(RuntimeError):
@@ -120,15 +119,3 @@ def _same_kind(made: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
     if hasattr(like, "_metadata"):
         same._metadata = like._metadata  # type: ignore[attr-defined]
     return same
-
-
-def tensors_in(tree: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a tree with the place where it stands, keys joined by dots."""
-    if isinstance(tree, Tensor):
-        yield place, tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from tensors_in(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(tree, (list, tuple)):
-        for i, value in enumerate(tree):
-            yield from tensors_in(value, f"{place}.{i}" if place else str(i))

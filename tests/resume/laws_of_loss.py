@@ -10,18 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradsplit as gs
-from gradsplit.resume.plain import tensors_in
-from tests.resume.runs import data, net
+from tests.resume.runs import data, net, tensors_of
 
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), 1e-2),
     "gso": lambda model: gs.GSO(model, 1e-2, direction="adam"),
 }
-
-
-def _tensors(**parts) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in tensors_in({name: part.state_dict() for name, part in parts.items()})}
 
 
 def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -36,7 +31,7 @@ def check_going_back_is_exact(every: int, bad: int, kind: str) -> None:
     optimizer = OPTIMIZERS[kind](model)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.9)
     guard = gs.Guard(model, optimizer, scheduler=schedule, every=every)
-    seen = {0: _tensors(model=model, optimizer=optimizer)}
+    seen = {0: tensors_of(model=model, optimizer=optimizer)}
     rates = []
     optimizer.register_step_pre_hook(lambda one, *_: rates.append(one.param_groups[0]["lr"]))
     for k, (x, y) in enumerate(guard.batches(data(bad + 2, bad=(bad,)))):
@@ -53,10 +48,10 @@ def check_going_back_is_exact(every: int, bad: int, kind: str) -> None:
         action = guard.step(loss)
         assert (action is not None) == (k == bad), "no rollback, or one too many"
         if action:
-            _assert_same(_tensors(model=model, optimizer=optimizer), seen[action.to_step])
+            _assert_same(tensors_of(model=model, optimizer=optimizer), seen[action.to_step])
             assert schedule.last_epoch == action.to_step == bad // every * every
         else:
-            seen[k + 1] = _tensors(model=model, optimizer=optimizer)
+            seen[k + 1] = tensors_of(model=model, optimizer=optimizer)
 
 
 def _train(stop: int | None, path: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
@@ -80,7 +75,7 @@ def _train(stop: int | None, path: Path, *, resume: bool = False) -> dict[str, t
             if step == stop:
                 gs.save_checkpoint(path, **parts)
                 return {}
-    return _tensors(model=model, optimizer=optimizer)
+    return tensors_of(model=model, optimizer=optimizer)
 
 
 def check_resuming_changes_nothing(stop: int, folder: Path) -> None:
@@ -98,13 +93,13 @@ def check_damage_is_refused(share: float, bit: int, folder: Path) -> None:
     whole = path.read_bytes()
     at = int(share * (len(whole) - 1))
     model.weight.data.add_(1.0)
-    before = _tensors(model=model)
+    before = tensors_of(model=model)
     for wrong in (whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :], whole[:at]):
         torn.write_bytes(wrong)
         try:
             gs.load_checkpoint(torn, model=model)
         except gs.CheckpointError:
-            _assert_same(_tensors(model=model), before)
+            _assert_same(tensors_of(model=model), before)
         else:
             raise AssertionError(f"a file damaged at byte {at} was loaded")
 

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_leaves_with_path
+
+
+def tensors_of(**parts: Any) -> dict[str, Tensor]:
+    """Copies of all tensors in the states of some objects, by the places where they stand."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    leaves = tree_leaves_with_path(states)
+    return {keystr(path): leaf.clone() for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def net() -> nn.Module:

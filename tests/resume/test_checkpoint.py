@@ -20,7 +20,8 @@ from torch import nn
 import gradsplit as gs
 from gradsplit.resume.checkpoint import read_tree, save_tree
 from gradsplit.resume.formats import FORMATS
-from gradsplit.resume.plain import plain, tensors_in
+from gradsplit.resume.plain import plain
+from tests.resume.runs import tensors_of
 
 FORMAT = pytest.mark.parametrize("kind", FORMATS)
 
@@ -39,10 +40,6 @@ def _step(parts, steps=1):
         parts["optimizer"].step()
         if "schedule" in parts:
             parts["schedule"].step()
-
-
-def _tensors(parts):
-    return {name: t.clone() for name, t in tensors_in({k: part.state_dict() for k, part in parts.items()})}
 
 
 def _equal(one, other):
@@ -69,7 +66,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, kind, optimizer_of):
     torch.manual_seed(99)
     gs.load_checkpoint(tmp_path / "run.ckpt", **again)
     _step(again, 5)
-    assert _equal(_tensors(again), _tensors(parts))
+    assert _equal(tensors_of(**again), tensors_of(**parts))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +195,7 @@ def test_a_file_cut_or_changed_anywhere_is_refused_and_nothing_is_applied(tmp_pa
     gs.save_checkpoint(tmp_path / "run.ckpt", format=kind, **parts)
     whole = (tmp_path / "run.ckpt").read_bytes()
     _step(parts, 2)
-    before, torn = _tensors(parts), tmp_path / "torn.ckpt"
+    before, torn = tensors_of(**parts), tmp_path / "torn.ckpt"
     draw = random.Random(0)
     # Anywhere, and everywhere near both ends, where formats keep what they need to be read.
     for at in (*(draw.randrange(len(whole)) for _ in range(20)), *range(12), *range(len(whole) - 90, len(whole))):
@@ -207,7 +204,7 @@ def test_a_file_cut_or_changed_anywhere_is_refused_and_nothing_is_applied(tmp_pa
             torn.write_bytes(data)
             with pytest.raises(gs.CheckpointError, match=r"torn\.ckpt"):
                 gs.load_checkpoint(torn, **parts)
-            assert _equal(_tensors(parts), before)
+            assert _equal(tensors_of(**parts), before)
 
 
 def test_a_changed_file_is_named_with_expected_and_found(tmp_path):
@@ -264,10 +261,10 @@ def test_a_state_that_does_not_fit_leaves_every_part_and_generator_as_it_was(tmp
     other = _run()
     other["optimizer"] = torch.optim.SGD(list(other["model"].parameters())[:2], 0.1)
     _step(other, 3)
-    before, drawn = _tensors(other), torch.get_rng_state()
+    before, drawn = tensors_of(**other), torch.get_rng_state()
     with pytest.raises(gs.CheckpointError, match=r"expected the state of this SGD as 'optimizer'.*Nothing was loaded"):
         gs.load_checkpoint(tmp_path / "run.ckpt", **other)
-    assert _equal(_tensors(other), before) and torch.equal(torch.get_rng_state(), drawn)
+    assert _equal(tensors_of(**other), before) and torch.equal(torch.get_rng_state(), drawn)
 
 
 @pytest.mark.parametrize("fails_in", ["write", "fsync", "replace"])

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...watch.report.html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
 from .rate_curve import line_style
-from .tables import number
+from .tables import number, verdict
 
 __all__ = ["boxes_html", "demo_page"]
 
@@ -81,7 +81,7 @@ def _table(scene: Mapping[str, Any]) -> str:
             f"{row['lr']:g}" + ("" if row["strength"] is None else f", limit {row['strength']:g}"),
             number(row["score"]),
             "never" if row["steps_to_target"] is None else f"{row['steps_to_target']}",
-            _verdict(row),
+            verdict(row),
             _percent(row["scaled_share"]),
             "" if worst is None else f"{worst[0]} × {worst[1]:.1g}",
             number(row.get("cpu_ms_a_step"), 1),
@@ -96,12 +96,6 @@ def _choices(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         chosen.setdefault(row["chosen_by"], []).append(row["label"])
     return "; ".join(f"{source} ({' / '.join(labels)})" for source, labels in chosen.items()) + "."
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    if row["diverged"]:
-        return f"at step {row['steps_run']}"
-    return "worse than at start" if row["ends_above_start"] else "no"
 
 
 def _percent(share: float | None) -> str:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["best_table", "curve_table", "number", "share"]
+__all__ = ["best_table", "curve_table", "number", "share", "verdict"]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -21,6 +21,17 @@ def number(value: float | None, digits: int = 3) -> str:
     ('0.285', '–')
     """
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Whether a run was lost: not finite to the end, or finite and no better than untrained.
+
+    >>> verdict({"diverged": False, "ends_above_start": True, "steps_run": 500})
+    'worse than at start'
+    """
+    if row["diverged"]:
+        return f"at step {row['steps_run']}"
+    return "worse than at start" if row["ends_above_start"] else "no"
 
 
 def share(value: float | None) -> str:

@@ -103,7 +103,7 @@ def html_table(
     return f'<div class="wide"><table>{start}<tbody>{lines}</tbody></table></div>'
 
 
-def figure_html(figure: go.Figure, *, height: int | None = None) -> str:
+def figure_html(figure: go.Figure) -> str:
     """A plotly figure as HTML that uses the page's own script."""
     figure.update_layout(
         template="plotly_white",
@@ -111,8 +111,6 @@ def figure_html(figure: go.Figure, *, height: int | None = None) -> str:
         margin={"l": 70, "r": 20, "t": 50, "b": 50},
         hoverlabel={"namelength": -1},
     )
-    if height is not None:
-        figure.update_layout(height=height)
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
     made: str = figure.to_html(full_html=False, include_plotlyjs=False, config=config)
     return f'<div class="figure">{made}</div>'
