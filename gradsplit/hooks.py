@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,10 +16,12 @@ __all__ = [
     "Handle",
     "Place",
     "Turn",
+    "Unseen",
     "after_backward",
     "attach_to",
     "constant_while_traced",
     "not_traced",
+    "runs_hooks",
     "without_compiler_guard",
 ]
 
@@ -147,6 +150,75 @@ class Place:
             self._places.remove(self)
 
 
+_STEP = torch.optim.Optimizer.profile_hook_step(len).__code__
+"""What torch puts around the step of every optimizer."""
+
+
+class Unseen:
+    """Warns once where an optimizer makes steps that something at it never sees.
+
+    A hook after the step counts, until `settle` takes it away; then no step costs anything.
+
+    Args:
+        optimizer: whose steps are counted.
+        owner: what should see them; not kept alive.
+        call, remedy: the caller's name and what to write, for the message.
+
+    >>> weight = torch.zeros(1, requires_grad=True)
+    >>> optimizer = torch.optim.SGD([weight])
+    >>> unseen = Unseen(optimizer, weight, call="Splitter", remedy="Call step().")
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     for _ in range(9):
+    ...         optimizer.step()
+    >>> [str(one.message) for one in told]
+    ['Splitter(optimizer=SGD): SGD made 3 steps and none of them was bounded. Call step().']
+    """
+
+    STEPS = 3
+
+    def __init__(self, optimizer: torch.optim.Optimizer, owner: Any, *, call: str, remedy: str) -> None:
+        self._count, self._says = 0, f"{call}(optimizer={type(optimizer).__name__})"
+        self._remedy, self._owner, self._was_read = remedy, weakref.ref(owner), False
+        self._turn = Turn()
+        self._hook: Any = optimizer.register_step_post_hook(self._look)
+
+    def read(self) -> None:
+        """Note that the owner was asked for words, and may have been made for these alone."""
+        self._was_read = True
+
+    def came_too_late(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the optimizer has made a step with these very gradients before anything was done to them."""
+        return self._turn.done(parameters)
+
+    def settle(self) -> bool:
+        """Take the hook away, since a step was seen or will be; return whether that is done.
+
+        Within a step of an optimizer torch goes through its hooks, so they must stay. Then the hook only falls silent.
+        """
+        self._count = self.STEPS
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code is not _STEP:
+            frame = frame.f_back
+        if frame.f_code is not _STEP:
+            self._hook.remove()
+        return frame.f_code is not _STEP
+
+    def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._count >= self.STEPS:
+            return
+        self._count += 1
+        self._turn.take(None, [p for group in optimizer.param_groups for p in group["params"]])
+        if self._count < self.STEPS or (self._was_read and self._owner() is None):
+            return
+        warnings.warn(
+            f"{self._says}: {type(optimizer).__name__} made {self._count} steps and none of them was bounded. "
+            f"{self._remedy}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def after_backward(act: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``act`` when the gradients of a step are complete; a hook before the step calls this.
 
@@ -183,6 +255,15 @@ def after_backward(act: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[s
     return (args[0], closure_then_act, *args[2:]), kwargs
 
 
+def runs_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer was made as torch makes one, so that its step runs what is registered.
+
+    >>> runs_hooks(torch.optim.SGD([torch.zeros(1)]))
+    True
+    """
+    return "_optimizer_step_post_hooks" in vars(optimizer)
+
+
 def attach_to(
     optimizer: torch.optim.Optimizer,
     *,
@@ -194,7 +275,15 @@ def attach_to(
 
     With a closure ``before`` runs at the end of every call of the closure, as `after_backward` says; ``start`` and
     ``after`` run once.
+
+    Raises:
+        TypeError: an optimizer that was made without `torch.optim.Optimizer.__init__`.
     """
+    if not runs_hooks(optimizer):
+        raise TypeError(
+            f"attach({type(optimizer).__name__}): expected an optimizer whose step runs hooks, got one that never "
+            "called torch.optim.Optimizer.__init__. Pass the optimizer inside it, or call step() yourself."
+        )
 
     def pre(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if start is not None:

@@ -121,8 +121,8 @@ def refuse_misfit(optimizer: torch.optim.Optimizer, in_front: Sequence[Budget], 
         caps: its step is bounded too.
 
     Raises:
-        ValueError: RelativeStep in front of an optimizer whose step does not follow the gradient; a cap behind one that
-            does not bear it; a limit in front of a line search.
+        ValueError: RelativeStep in front of an optimizer whose step does not follow the gradient, or of a momentum of
+            1; a cap behind one that does not bear it; a limit in front of a line search.
     """
     name = type(optimizer).__name__
     if any(budget.bounds_update for budget in in_front) and not follows_gradient(optimizer):
@@ -131,6 +131,13 @@ def refuse_misfit(optimizer: torch.optim.Optimizer, in_front: Sequence[Budget], 
             "nothing about it. Leave budget= out for the default that fits, or use cap_updates=True (one copy of the "
             "weights), or gradsplit.GSO instead of the optimizer."
         )
+    if any(budget.bounds_update for budget in in_front):
+        endless = [group["momentum"] for group in optimizer.param_groups if group.get("momentum", 0.0) >= 1]
+        if endless:
+            raise ValueError(
+                f"GradientSplitter(optimizer={name}): RelativeStep bounds the sum that momentum makes, and with "
+                f"momentum={endless[0]} it has no bound. Use a momentum below 1, for example 0.9."
+            )
     why = why_not_capped(optimizer) if caps else ""
     if why:
         raise ValueError(

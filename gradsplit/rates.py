@@ -95,10 +95,11 @@ class Members:
         new, gone = set(now) - set(self._held), (set(self._held) - set(now)) & set(self._name_of)
         if gone:
             first = next(name for key, name in self._name_of.items() if key in gone)
+            instead = "others in the place of" if new else "an optimizer that no longer holds"
             raise ValueError(
                 f"{self.call}(optimizer={type(self.optimizer).__name__}): expected the parameters that the optimizer "
-                f"had at first, got others in the place of {first!r} and {len(gone) - 1} more. Make a new splitter "
-                "after parameters are replaced."
+                f"had at first, got {instead} {first!r} and {len(gone) - 1} more. Make a new splitter after parameters "
+                "are replaced or taken out."
             )
         self._held, self._sizes = now, sizes
         self._warn_of(new, "were added after the splitter was made")

@@ -15,7 +15,7 @@ from .amp import Scaling
 from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, RelativeStep, StagedLedger
 from .collective import COLLECTIVE, ENOUGH
 from .distributed import local_of, whole_of
-from .hooks import Handle, Place, Turn, attach_to, not_traced
+from .hooks import Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hooks
 from .kernels import Kernel
 from .optimizers import calls_closure_often, follows_gradient, optimizer_of, refuse_misfit, usual_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
@@ -52,7 +52,8 @@ def gradients_of(
     gradients = [parameter.grad for parameter in parameters]
     if all(gradient is None for gradient in gradients):
         warnings.warn(
-            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad().",
+            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad(). If the model was "
+            "given new parameters, make a new splitter.",
             UserWarning,
             stacklevel=4,
         )
@@ -100,12 +101,23 @@ class Thawed:
             )
 
 
-def check_options(on_nonfinite: str, step: str, cap_updates: bool) -> None:
-    """Refuse words that are none of the choices.
+CALL_ME = (
+    "Write splitter.step() between backward() and optimizer.step(), or splitter.attach(optimizer) once after making it."
+)
+
+
+def check_options(model: Any, on_nonfinite: str, step: str, cap_updates: bool) -> None:
+    """Refuse an optimizer in the model's place, and words that are none of the choices.
 
     Raises:
+        TypeError: an optimizer where the model belongs.
         ValueError: another word, or a share of a step that is not looked at.
     """
+    if isinstance(model, torch.optim.Optimizer):
+        raise TypeError(
+            f"GradientSplitter({type(model).__name__}): expected a model or pairs (name, parameter) first, got an "
+            "optimizer. Write GradientSplitter(model, optimizer=optimizer)."
+        )
     if on_nonfinite not in ("zero", "raise"):
         raise ValueError(f"GradientSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'raise'.")
     if step not in STEPS or (step != "cap" and not cap_updates):
@@ -150,8 +162,17 @@ def refuse_too_early(splitter: GradientSplitter) -> None:
         ValueError: no learning rate for RelativeStep; a cap on the update that stands at no optimizer.
 
     Warns:
-        UserWarning: another splitter at the same optimizer has bounded these gradients.
+        UserWarning: another splitter at the same optimizer has bounded these gradients, or the optimizer has made a
+            step with them before.
     """
+    unseen = None if torch.compiler.is_compiling() else splitter._unseen
+    if unseen is not None and unseen.came_too_late(splitter.parameters):
+        warnings.warn(
+            f"GradientSplitter.step(): {type(splitter.optimizer).__name__} made its step with these gradients before "
+            f"they were bounded. {CALL_ME}",
+            UserWarning,
+            stacklevel=4,
+        )
     if not torch.compiler.is_compiling() and splitter._turn.done_by_another(splitter.parameters):
         warnings.warn(
             f"GradientSplitter.step(): another splitter at this {type(splitter.optimizer).__name__} has bounded these "
@@ -168,6 +189,23 @@ def refuse_too_early(splitter: GradientSplitter) -> None:
         raise ValueError(
             "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it, and no "
             "step of it was seen. Call attach(optimizer) once instead of step()."
+        )
+
+
+def refuse_other_shapes(splitter: GradientSplitter, gradients: list[Tensor | None]) -> None:
+    """Refuse gradients of another shape, before compiled code reads memory that is not theirs.
+
+    Raises:
+        ValueError: a parameter was given other data since the splitter was made.
+    """
+    expected = splitter._shapes
+    shapes = [shape if g is None else g.shape for g, shape in zip(gradients, expected, strict=True)]
+    if shapes != expected:
+        t = next(t for t, shape in enumerate(shapes) if shape != expected[t])
+        raise ValueError(
+            f"GradientSplitter.step(): expected a gradient of shape {tuple(expected[t])} at "
+            f"{splitter.layout.names[t]!r}, as the parameter had when the splitter was made, got "
+            f"{tuple(shapes[t])}. Make a new splitter after a parameter changes its shape."
         )
 
 
@@ -193,6 +231,8 @@ def described(splitter: GradientSplitter) -> str:
         said.append(f"This bounds the step after {name} has made it, whatever its rule.")
     elif optimizer is not None and follows_gradient(optimizer):
         said.append(f"The step of {name} follows the gradient, so this bounds the step itself.")
+        if any(group.get("weight_decay") for group in optimizer.param_groups):
+            said.append("Weight decay is added to it.")
     elif optimizer is not None and calls_closure_often(optimizer):
         said.append(f"{name} compares the gradients of a step, so the first call of the closure decides for all.")
     elif optimizer is not None:
@@ -266,11 +306,12 @@ class GradientSplitter:
         stages: Any = None,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
-        check_options(on_nonfinite, step, cap_updates)
+        check_options(model, on_nonfinite, step, cap_updates)
         pairs = named_trainable(model)
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout, self._thawed = layout_of(pairs), Thawed(model)
+        self._shapes = [parameter.shape for parameter in self.parameters]
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
         self.process_group, self.stages, self.sinks = process_group, stages, list(sinks)
         self.step_count = 0
@@ -283,11 +324,14 @@ class GradientSplitter:
         self._members: Members | None = None
         self._turn = Turn()
         self._handle: Handle | None = None
+        self._unseen: Unseen | None = None
         self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
         if optimizer is not None:
-            self._stand_by(optimizer)
-            if cap_updates or calls_closure_often(optimizer_of(optimizer, call="GradientSplitter")):
+            inner = self._stand_by(optimizer)
+            if cap_updates or calls_closure_often(inner):
                 self._handle = self.attach(optimizer)
+            elif runs_hooks(inner):
+                self._unseen = Unseen(inner, self, call="GradientSplitter", remedy=CALL_ME)
 
     def _adopt(self, plan: Plan) -> None:
         """Start on a plan, with budgets without history; the largest learning rates stay."""
@@ -338,6 +382,8 @@ class GradientSplitter:
         >>> said.split(". ")[0]
         'In front of AdamW, each of 3 bins keeps within Relative(factor=0.2, eps=0.001)'
         """
+        if self._unseen is not None:
+            self._unseen.read()
         return described(self)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
@@ -349,6 +395,8 @@ class GradientSplitter:
             ValueError: another splitter of the same parameters is attached to the optimizer.
         """
         optimizer = self._stand_by(optimizer)
+        if self._unseen is not None and self._unseen.settle():
+            self._unseen = None
         if self._handle is not None and self._handle.is_attached:
             return self._handle
         place = Place(optimizer, self, self.layout.names, self.parameters, call="GradientSplitter.attach")
@@ -391,6 +439,8 @@ class GradientSplitter:
         if self._members is not None and not torch.compiler.is_compiling() and self._members.look():
             self._split.read_rates(self._members.optimizer, in_groups=self._split.needs_rates, anew=True)
         gradients = gradients_of(self.layout.names, self.parameters)
+        if not torch.compiler.is_compiling():
+            refuse_other_shapes(self, gradients)
         scaling = Scaling.of(self.optimizer, scaler)
         check = partial(_raise_if_not_finite, self) if self.on_nonfinite == "raise" else None
         held = self._turn.held
@@ -415,6 +465,13 @@ class GradientSplitter:
             The plan now in force.
         """
         return calibrate(self, closure, steps)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "copy or pickle of a GradientSplitter: expected its state_dict(), got the object, which stands at one "
+            "model and one optimizer. Make a splitter for the copied model, then call "
+            "load_state_dict(splitter.state_dict())."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on: plan, step count, history, learning-rate tops."""
@@ -473,6 +530,8 @@ def _raise_if_not_finite(splitter: GradientSplitter, squares_B: Tensor) -> None:
 @not_traced  # a step count inside a graph would have the graph compiled anew at every step
 def _record(splitter: GradientSplitter, squares_B: Tensor, decision: Decision) -> StepRecord:
     """Count the step and hand its record to the sinks."""
+    if splitter._unseen is not None:
+        splitter._unseen = None if splitter._unseen.settle() else splitter._unseen
     record = StepRecord(splitter.step_count, squares_B, decision)
     splitter.step_count += 1
     for sink in splitter.sinks:

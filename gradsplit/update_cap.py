@@ -16,7 +16,7 @@ from .xp import torch_xp
 
 __all__ = ["STEPS", "UpdateCap"]
 
-BLOCK, BLOCK_ON_DEVICE = 1 << 18, 1 << 24
+BLOCK, BLOCK_ON_DEVICE = 1 << 19, 1 << 24
 """Elements that are compared with their copy at a time: they stay in cache between measuring and drawing back. On a
 device fewer launches count for more, so there it is a 32nd of all elements, up to the second number."""
 
@@ -183,8 +183,9 @@ class _Piece:
         if self.kind == "cells" or x.dim() == 0 or (self.kind == "cols" and x.dim() == 1):
             lengths = x.reshape(-1).to(dtype)
         else:
-            dims = {"tensor": None, "rows": tuple(range(1, x.dim())), "cols": 0}[self.kind]
-            lengths = torch.linalg.vector_norm(x, dim=dims, dtype=dtype).reshape(-1)
+            lengths = _lengths(x, "rows" if self.kind == "tensor" else self.kind, dtype)
+            if self.kind == "tensor":
+                lengths = torch.linalg.vector_norm(lengths).reshape(1)
         if isinstance(self.place, slice):
             torch.mul(lengths, lengths, out=squares[self.place])
         else:
@@ -193,6 +194,27 @@ class _Piece:
     def factor(self, values: Tensor) -> Tensor:
         """Values of bins in a shape that broadcasts over the piece."""
         return values[self.place].view(self.shape)
+
+
+_PLAIN = (1e-15, 1e18)
+"""Between these lengths, squares in float32 neither vanish nor overflow."""
+
+
+def _lengths(x: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """Lengths of the rows or columns of a tensor, or of a whole vector, in another dtype.
+
+    A norm in float64 first makes a copy of float32 numbers that is twice as large, and takes four times as long. So
+    lengths of matrices are measured in float32, and again in float64 where that loses digits.
+    """
+    dims = {"rows": tuple(range(1, x.dim())) or None, "cols": 0}[kind]
+    if x.device.type == "cpu" and x.dtype == torch.float32 and dtype == torch.float64 and x.dim() > 1:
+        lengths = torch.linalg.vector_norm(x, dim=dims).reshape(-1)
+        least, most = lengths.aminmax()
+        if least > _PLAIN[0] and most < _PLAIN[1]:
+            return lengths.to(dtype)
+        if bool(((lengths == 0) | ((lengths > _PLAIN[0]) & (lengths < _PLAIN[1]))).all()):
+            return lengths.to(dtype)
+    return torch.linalg.vector_norm(x, dim=dims, dtype=dtype).reshape(-1)
 
 
 @dataclass

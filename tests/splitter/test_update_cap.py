@@ -285,3 +285,49 @@ def test_a_limit_above_the_bins_is_decided_on_all_at_once(level, monkeypatch):
     )
     for far, long in pairs:
         torch.testing.assert_close(far, 0.03 * long, rtol=1e-9, atol=0)
+
+
+class Dtypes(TorchDispatchMode):
+    """Notes in which dtype lengths of matrices are measured."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if "vector_norm" in str(func) and args[0].dim() > 1:
+            self.wide += made.dtype == torch.float64
+        return made
+
+
+def lengths_seen(size):
+    """Move a matrix of float32 by ``size`` times its own values; return how often it was measured in float64."""
+    model = nn.Linear(64, 64, bias=False)
+    torch.nn.init.constant_(model.weight, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    gs.GradientSplitter(model, optimizer=optimizer, cap_updates=True)
+    model.weight.grad = torch.full_like(model.weight, size)
+    with Dtypes() as seen:
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), torch.full((64, 64), 1.0 - min(size, 0.03)))
+    return seen.wide
+
+
+def test_matrices_are_measured_in_their_own_dtype_where_squares_keep_their_digits():
+    assert lengths_seen(1e-3) == 0
+    assert lengths_seen(0.0) == 0
+    assert lengths_seen(1e25) > 0  # whose squares float32 does not hold
+
+
+@pytest.mark.parametrize("kind", ["rows", "cols"])
+def test_lengths_in_float32_are_those_of_float64(kind):
+    x = torch.randn(300, 500, generator=torch.Generator().manual_seed(3))
+    x[:, 7] *= 1e-6
+    x[11] *= 1e-6
+    x[12] = 0.0
+    wanted = x.double().square().sum(1 if kind == "rows" else 0).sqrt()
+    torch.testing.assert_close(update_cap._lengths(x, kind, torch.float64), wanted, rtol=1e-6, atol=0.0)
+    for times in (1e-25, 1e25):
+        found = update_cap._lengths(x * times, kind, torch.float64)
+        torch.testing.assert_close(found, (x * times).double().square().sum(1 if kind == "rows" else 0).sqrt())
