@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +29,7 @@ from .programs import Programs
 from .rates import Rates
 from .records import BinReport, DeferredDecision, ShareRecord, StepRecord
 
-__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "Split", "StepRecord", "check_state"]
+__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "Split", "StepRecord", "check_state", "gradients_of"]
 
 
 def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
@@ -59,6 +60,39 @@ def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
     if not isinstance(tops, (list, tuple)) or not all(isinstance(top, float) and 0 < top < math.inf for top in tops):
         raise ValueError(f"{call}: expected learning rates > 0, got top_lr={tops!r:.80}. The state is damaged.")
     return list(tops)
+
+
+def gradients_of(
+    names: Sequence[str], parameters: Sequence[Tensor], *, call: str = "GradientSplitter.step()"
+) -> list[Tensor | None]:
+    """Return the gradients in the layout's order; sparse ones coalesced, so that every stored row is there once.
+
+    Raises:
+        ValueError: a gradient that is neither dense nor made of stored rows; names the parameter.
+
+    Warns:
+        UserWarning: no parameter has a gradient.
+    """
+    for name, parameter in zip(names, parameters, strict=True):
+        gradient = parameter.grad
+        if gradient is None or gradient.layout == torch.strided:
+            continue
+        if not gradient.is_sparse or gradient.sparse_dim() != 1:
+            raise ValueError(
+                f"{call}: expected a dense gradient or one of stored rows, got {gradient.layout} of shape "
+                f"{tuple(gradient.shape)} at {name!r}. Set parameter.grad = parameter.grad.to_dense() first."
+            )
+        if not gradient.is_coalesced():
+            parameter.grad = gradient.coalesce()
+    gradients = [parameter.grad for parameter in parameters]
+    if all(gradient is None for gradient in gradients):
+        warnings.warn(
+            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad(). If the model was "
+            "given new parameters, make a new splitter.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return gradients
 
 
 class Split:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,88 +19,18 @@ from .hooks import Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hook
 from .kernels import Kernel
 from .optimizers import calls_closure_often, follows_gradient, optimizer_of, refuse_misfit, usual_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
-from .rates import Members
+from .rates import Members, Thawed
 from .records import StepRecord
-from .split import Split, check_state
+from .split import Split, check_state, gradients_of
 from .update_cap import STEPS, UpdateCap
 
-__all__ = ["gradients_of", "Thawed", "GradientSplitter", "calibrate"]
+__all__ = ["GradientSplitter", "calibrate"]
 
 
-def gradients_of(
-    names: Sequence[str], parameters: Sequence[Tensor], *, call: str = "GradientSplitter.step()"
-) -> list[Tensor | None]:
-    """Return the gradients in the layout's order; sparse ones coalesced, so that every stored row is there once.
-
-    Raises:
-        ValueError: a gradient that is neither dense nor made of stored rows; names the parameter.
-
-    Warns:
-        UserWarning: no parameter has a gradient.
-    """
-    for name, parameter in zip(names, parameters, strict=True):
-        gradient = parameter.grad
-        if gradient is None or gradient.layout == torch.strided:
-            continue
-        if not gradient.is_sparse or gradient.sparse_dim() != 1:
-            raise ValueError(
-                f"{call}: expected a dense gradient or one of stored rows, got {gradient.layout} of shape "
-                f"{tuple(gradient.shape)} at {name!r}. Set parameter.grad = parameter.grad.to_dense() first."
-            )
-        if not gradient.is_coalesced():
-            parameter.grad = gradient.coalesce()
-    gradients = [parameter.grad for parameter in parameters]
-    if all(gradient is None for gradient in gradients):
-        warnings.warn(
-            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad(). If the model was "
-            "given new parameters, make a new splitter.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return gradients
-
-
-class Thawed:
-    """Warn of parameters that were frozen at first and have a gradient now; a plan does not grow.
-
-    Args:
-        model: whose frozen parameters are watched; pairs (name, parameter) are taken as all that is meant.
-
-    >>> model = torch.nn.Linear(2, 1)
-    >>> thawed = Thawed(model.requires_grad_(False))
-    >>> model.requires_grad_(True)(torch.ones(1, 2)).sum().backward()
-    >>> with warnings.catch_warnings(record=True) as told:
-    ...     warnings.simplefilter("always")
-    ...     thawed.look(call="step()")
-    >>> str(told[0].message)[:35]
-    'step(): weight, bias had requires_g'
-    """
-
-    def __init__(self, model: Any) -> None:
-        named = model.named_parameters() if hasattr(model, "named_parameters") else ()
-        self._frozen: list[tuple[str, Tensor]] = [(name, p) for name, p in named if not p.requires_grad]
-
-    def look(self, *, call: str) -> None:
-        """Name what trains without a bound, each parameter once.
-
-        Warns:
-            UserWarning: a parameter that was frozen when the splitter was made has a gradient.
-        """
-        if not self._frozen or torch.compiler.is_compiling():
-            return
-        names = [name for name, parameter in self._frozen if parameter.grad is not None]
-        if names:
-            self._frozen = [pair for pair in self._frozen if pair[0] not in names]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            warnings.warn(
-                f"{call}: {', '.join(names[:3])}{more} had requires_grad=False when the splitter was made and trains "
-                "now: no limit holds there. Make the splitter while all that will ever train is trainable, then "
-                "freeze; or make a new one now.",
-                UserWarning,
-                stacklevel=4,
-            )
-
-
+COPIED = (
+    "copy or pickle of a GradientSplitter: expected its state_dict(), got the object, which stands at one model and "
+    "one optimizer. Make a splitter for the copied model, then call load_state_dict(splitter.state_dict())."
+)
 CALL_ME = (
     "Write splitter.step() between backward() and optimizer.step(), or splitter.attach(optimizer) once after making it."
 )
@@ -467,11 +397,7 @@ class GradientSplitter:
         return calibrate(self, closure, steps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "copy or pickle of a GradientSplitter: expected its state_dict(), got the object, which stands at one "
-            "model and one optimizer. Make a splitter for the copied model, then call "
-            "load_state_dict(splitter.state_dict())."
-        )
+        raise TypeError(COPIED)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on: plan, step count, history, learning-rate tops."""
