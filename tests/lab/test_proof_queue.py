@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from benchmarks.proof import numbers, page, picture, plan, runs, store
+from benchmarks.proof import costs, numbers, page, picture, plan, runs, store
 from gradsplit.lab.task import MissingDataError, MissingPackageError
 
 
@@ -166,3 +166,28 @@ def test_the_page_and_its_picture_are_what_the_program_writes():
     made, text = json.loads(store.TABLES.read_text(encoding="utf8")), page.PAGE.read_text(encoding="utf8")
     assert page.filled(text, page.parts(made)) == text, "run benchmarks/proof.py page"
     assert picture.draw(made["rows"], numbers.COLUMNS) == page.PICTURE.read_text(encoding="utf8")
+
+
+def test_costs_are_measured_in_turns_and_kept_beside_those_of_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "COSTS", tmp_path / "costs.json")
+    monkeypatch.setattr(costs, "ROUNDS", 2)
+    monkeypatch.setattr(costs, "STRETCH", 1)
+    monkeypatch.setattr(plan, "RATES", {name: plan.RATES[name] for name in ("muon", "adamw+clip1+warmup")})
+    monkeypatch.setitem(plan.CASES, "small", plan.Case("small", "plain-stack", 5, {"depth": 2, "channels": 2}))
+    turns, stretch = [], costs._stretch
+    monkeypatch.setattr(costs, "_stretch", lambda *given: turns.append(given[2]) or stretch(*given))
+
+    def missing(name):
+        raise MissingDataError("no data")
+
+    store.COSTS.write_text(json.dumps({"rows": {"before": 1}}), encoding="utf8")
+    costs.main(["--rows", "small"])
+    held = json.loads(store.COSTS.read_text(encoding="utf8"))["rows"]
+    assert turns == [0, 0, 1, 1, 2, 2, 3, 3], "both take a stretch before either takes the next"
+    assert held["before"] == 1 and set(held["small"]) == {"muon", "adamw+clip1+warmup"}
+    assert len(held["small"]["muon"]["ms"]) == 2
+    assert held["small"]["adamw+clip1+warmup"]["over_adamw"] == 1.0
+    assert held["small"]["adamw+clip1+warmup"]["state_per_weight"] == pytest.approx(2.0, abs=0.1)
+    monkeypatch.setattr(costs, "measure", missing)
+    costs.main(["--rows", "small"])
+    assert "left out: small: no data" in capsys.readouterr().out
