@@ -173,7 +173,8 @@ def test_costs_are_measured_in_turns_and_kept_beside_those_of_before(tmp_path, m
     monkeypatch.setattr(costs, "ROUNDS", 2)
     monkeypatch.setattr(costs, "STRETCH", 1)
     monkeypatch.setattr(plan, "RATES", {name: plan.RATES[name] for name in ("muon", "adamw+clip1+warmup")})
-    monkeypatch.setitem(plan.CASES, "small", plan.Case("small", "plain-stack", 5, {"depth": 2, "channels": 2}))
+    tiny = {"layers": 1, "width": 8, "heads": 2, "context": 8, "batch": 2}
+    monkeypatch.setitem(plan.CASES, "small", plan.Case("small", "gpt", 5, tiny))
     turns, stretch = [], costs._stretch
     monkeypatch.setattr(costs, "_stretch", lambda *given: turns.append(given[2]) or stretch(*given))
 
