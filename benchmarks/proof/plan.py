@@ -101,7 +101,7 @@ CHEAP = (*FULL, "diffusion", "control", "exploding-detector", "healthy-detector"
 LARGE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 M": (400, {"text": "sotu.txt", "layers": 4, "width": 144}),
     "3 M": (150, {"text": "sotu.txt", "layers": 6, "width": 208}),
-    "10 M": (40, {"text": "sotu.txt", "layers": 8, "width": 320, "heads": 8}),
+    "10 M": (20, {"text": "sotu.txt", "layers": 8, "width": 320, "heads": 8}),
 }
 LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
     "gso": (0.03,),
