@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from .arrays import Oriented
 
-__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds", "by_shape"]
+__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds", "by_shape", "check_patterns", "chosen"]
 
 Choice = str | Mapping[str, Any] | Callable[[str, tuple[int, ...]], Any] | None
 """One answer for all arrays, answers by patterns of paths, or a function (path, shape) -> answer or None."""
@@ -82,14 +82,14 @@ def array_kinds(
     """
     names = oriented.layout.names
     for argument, choice in (("kinds", kinds), ("direction", direction), ("blocks", blocks)):
-        _check_patterns(argument, choice, names, call)
+        check_patterns(argument, choice, names, what="path", call=call)
     made = []
     for t, (name, shape) in enumerate(zip(names, oriented.shapes, strict=True)):
         turned = oriented.layout.shapes[t]
         usual, parts = (known or {}).get(name, (None, _stacked(oriented, t)))
-        said = _chosen(kinds, name, shape)
+        said = chosen(kinds, name, shape)
         kind = KINDS[_one_of(KINDS, said or usual or by_shape(turned), "kinds", name, call)]
-        towards = _chosen(direction, name, shape)
+        towards = chosen(direction, name, shape)
         if towards not in (None, "auto"):
             kind = replace(kind, direction=_one_of(_DIRECTIONS, towards, "direction", name, call))
         if kind.direction == "orthogonal" and len(shape) < 2:
@@ -97,7 +97,7 @@ def array_kinds(
                 f"{call}(direction='orthogonal'): expected an array with two dimensions or more, got {name!r} of shape "
                 f"{shape}. Use direction='auto', or name another direction for this array."
             )
-        wanted = _chosen(blocks, name, shape)
+        wanted = chosen(blocks, name, shape)
         num, rows = parts if wanted is None else wanted, turned[0] if len(turned) > 1 else 1
         if not isinstance(num, int) or num < 1 or rows % num:
             raise ValueError(
@@ -128,24 +128,34 @@ def _stacked(oriented: Oriented, t: int) -> int:
     return oriented.shapes[t][0] if len(rows) > 1 and rows[0] == 0 else 1
 
 
-def _chosen(choice: Choice, name: str, shape: tuple[int, ...]) -> Any:
+def chosen(choice: Any, name: str, more: Any) -> Any:
+    """Return what a choice says of a name: the word for all, the first pattern that fits, or the function's answer.
+
+    >>> chosen("adam", "fc.bias", None), chosen({"fc.*": 3}, "fc.bias", None), chosen({"fc.*": 3}, "up.bias", None)
+    ('adam', 3, None)
+    """
     if choice is None or isinstance(choice, str):
         return choice
     if callable(choice):
-        return choice(name, shape)
+        return choice(name, more)
     return next((value for pattern, value in choice.items() if fnmatchcase(name, pattern)), None)
+
+
+def check_patterns(argument: str, choice: Any, names: Sequence[str], *, what: str, call: str) -> None:
+    """Refuse patterns that match none of the names.
+
+    Raises:
+        ValueError: such a pattern; ``what`` is the word for what it was to match.
+    """
+    for pattern in choice if isinstance(choice, Mapping) else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{call}({argument}={{{pattern!r}: …}}): expected a pattern that matches a {what}, got one that "
+                f"matches none of {len(names)}, for example not {names[0]!r}. Patterns are those of fnmatch."
+            )
 
 
 def _one_of(known: Any, said: Any, argument: str, name: str, call: str) -> str:
     if said not in known:
         raise ValueError(f"{call}({argument}={said!r}): expected one of {', '.join(known)} for {name!r}.")
     return str(said)
-
-
-def _check_patterns(argument: str, choice: Choice, names: tuple[str, ...], call: str) -> None:
-    for pattern in choice if isinstance(choice, Mapping) else ():
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"{call}({argument}={{{pattern!r}: …}}): expected a pattern that matches a path, got one that matches "
-                f"none of {len(names)}, for example not {names[0]!r}. Patterns are those of fnmatch."
-            )

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional.kinds import KINDS, ArrayKind, by_shape
+from ..functional.kinds import KINDS, ArrayKind, by_shape, check_patterns, chosen
 from ..plan import Plan
 from .directions import DIRECTIONS
 
@@ -107,31 +106,22 @@ def kinds_of(
     """
     kinds = [_usual(parameter, owners.get(id(parameter))) for _, parameter in pairs]
     for i, (name, parameter) in enumerate(pairs):
-        chosen = _chosen(direction, name, parameter)
-        if chosen is None:
+        said = chosen(direction, name, parameter)
+        if said is None or direction == "auto":
             continue
-        if chosen not in DIRECTIONS:
+        if said not in DIRECTIONS:
             raise ValueError(
-                f"GSO(direction={chosen!r}): expected one of auto, {', '.join(DIRECTIONS)} for {name!r}. Register a "
+                f"GSO(direction={said!r}): expected one of auto, {', '.join(DIRECTIONS)} for {name!r}. Register a "
                 "direction of your own with gradsplit.optim.directions.register."
             )
-        refusal = DIRECTIONS[chosen].refuses(tuple(parameter.shape))
+        refusal = DIRECTIONS[said].refuses(tuple(parameter.shape))
         if refusal:
             raise ValueError(
-                f"GSO(direction={chosen!r}): expected {refusal}, got {name!r} of shape {tuple(parameter.shape)}. "
+                f"GSO(direction={said!r}): expected {refusal}, got {name!r} of shape {tuple(parameter.shape)}. "
                 "Use direction='auto', or name another direction for this tensor."
             )
-        kinds[i] = replace(kinds[i], direction=chosen)
+        kinds[i] = replace(kinds[i], direction=said)
     return [_cut(kind, name, blocks) for kind, (name, _) in zip(kinds, pairs, strict=True)]
-
-
-def _chosen(direction: Any, name: str, parameter: Tensor) -> str | None:
-    if isinstance(direction, str):
-        return None if direction == "auto" else direction
-    if callable(direction):
-        answer: str | None = direction(name, parameter)
-        return answer
-    return next((value for pattern, value in direction.items() if fnmatchcase(name, pattern)), None)
 
 
 def check_names(direction: Any, blocks: Any, names: list[str]) -> None:
@@ -160,13 +150,8 @@ def check_names(direction: Any, blocks: Any, names: list[str]) -> None:
             f"GSO(blocks={blocks!r}): expected a plan of this model, got one without any of its {len(names)} tensors, "
             f"for example without {names[0]!r}. Make the plan from this model, and pass the module or named parameters."
         )
-    for argument, patterns in (("direction", direction), ("blocks", blocks)):
-        for pattern in patterns if names and isinstance(patterns, Mapping) else ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"GSO({argument}={{{pattern!r}: …}}): expected a pattern that matches a parameter, got one that "
-                    f"matches none of {len(names)}, for example not {names[0]!r}. Patterns are those of fnmatch."
-                )
+    for argument, choice in (("direction", direction), ("blocks", blocks)) if names else ():
+        check_patterns(argument, choice, names, what="parameter", call="GSO")
 
 
 def _cut(kind: Kind, name: str, blocks: Plan | Mapping[str, int] | None) -> Kind:
@@ -174,7 +159,7 @@ def _cut(kind: Kind, name: str, blocks: Plan | Mapping[str, int] | None) -> Kind
     if blocks is None:
         return kind
     if isinstance(blocks, Mapping):
-        num = next((value for pattern, value in blocks.items() if fnmatchcase(name, pattern)), None)
+        num = chosen(blocks, name, None)
         if num is None:
             return kind
         if not isinstance(num, int) or isinstance(num, bool) or num < 1 or kind.rows % num:

@@ -193,6 +193,15 @@ _FOREIGN = (
 )
 
 
+def _names_of(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all parameters, or their places where the groups have none."""
+    return [
+        name
+        for group in groups
+        for name in group.get("param_names") or [f"parameter {j}" for j in range(len(group["params"]))]
+    ]
+
+
 def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what no optimizer saved, the state of other tensors, and memories with values that no run leaves.
 
@@ -208,11 +217,7 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"{call}: expected a count of steps, got {COUNT}={count!r}. The state is damaged.")
     ids = [i for group in saved["param_groups"] for i in group["params"]]
     owners = [p for group in groups for p in group["params"]]
-    names = [
-        name
-        for group in groups
-        for name in group.get("param_names") or [f"parameter {j}" for j in range(len(group["params"]))]
-    ]
+    names = _names_of(groups)
     if len(ids) != len(owners):
         raise ValueError(
             f"{call}: expected the state of {len(owners)} parameters, got that of {len(ids)}. Make GSO with the "
@@ -278,11 +283,7 @@ def translated(
         ValueError: a state that does not hold what the tensor's direction remembers; names the tensor.
     """
     owners = [(i, group) for group in saved["param_groups"] for i in group["params"]]
-    names = [
-        name
-        for group in groups
-        for name in group.get("param_names") or [f"parameter {j}" for j in range(len(group["params"]))]
-    ]
+    names = _names_of(groups)
     made: dict[Any, dict[str, Any]] = {}
     foreign = any("share" not in part for part in saved.get(HISTORY, ()))
     foreign = foreign or any("amsgrad" in group or "momentum" in group for group in saved["param_groups"])
