@@ -1,18 +1,19 @@
-"""From the table of commands to a typer application that imports one of them."""
+"""From the table of commands to a typer application that imports one of them, and how commands say what is wrong."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
 import gradsplit
 
-__all__ = ["run_app"]
+__all__ = ["page_if_possible", "run_app"]
 
 _HELP = """Split the gradient into bins, and bound each bin by a budget of its own.
 
@@ -40,6 +41,17 @@ def run_app(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> No
         # A command that passes arguments on (a user's script) says so in its own CONTEXT.
         app.command(name, context_settings=getattr(loaded, "CONTEXT", None))(loaded.run)
     _teaching(lambda: app(arguments, prog_name="gradsplit"))
+
+
+@contextmanager
+def page_if_possible() -> Iterator[None]:
+    """Write a page in this context; where plotly is missing, say so and go on."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "plotly":
+            raise
+        typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
 
 
 def _listed() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..lab.pages.tables import best_table, curve_table
+from .app import page_if_possible
 from .arguments import names, numbers, options
+
+if TYPE_CHECKING:
+    from ..lab.cells import Grid
+    from ..lab.task import Workload
 
 __all__ = ["run"]
 
@@ -43,7 +48,6 @@ def run(
     """
     from ..lab import workload as workload_named
     from ..lab.cells import Grid, methods_of_strategies
-    from ..lab.compare import compare
     from ..lab.methods import METHODS
     from ..lab.optimizers import Settings
 
@@ -69,13 +73,26 @@ def run(
         strengths=numbers(strengths, "--strengths") or None,
         options=options(option or []),
     )
-    folder = out or Path("runs") / "compare" / workload
+    folder, console = out or Path("runs") / "compare" / workload, Console(highlight=False)
+    results = _train(grid, row, folder, jobs, console)
+    console.print(best_table(results))
+    console.print(curve_table(results))
+    for path in write_pages(results, folder):
+        console.print(f"wrote {path}", soft_wrap=True)
+    if results["failed"]:
+        _name_failures(results["failed"])
+        raise typer.Exit(1)
+
+
+def _train(grid: Grid, row: Workload, folder: Path, jobs: int, console: Console) -> dict[str, Any]:
+    """Run all cells under a bar, after a line on how many they are and how long they take."""
+    from ..lab.compare import compare
+
     num_runs = len(list(grid.cells())) + len(grid.methods) * grid.fresh_seeds
     minutes = num_runs * row.expected.seconds * grid.settings.steps / row.steps / max(jobs, 1) / 60
-    console = Console(highlight=False)
     console.print(
-        f"[bold]{workload}[/]: {row.title}\n{num_runs} runs of {grid.settings.steps} steps, {max(jobs, 1)} at a time: "
-        f"{'about ' + format(minutes, '.0f') if minutes >= 2 else 'some'} minutes; raw results in {folder}"
+        f"[bold]{grid.workload}[/]: {row.title}\n{num_runs} runs of {grid.settings.steps} steps, {max(jobs, 1)} at a "
+        f"time: {'about ' + format(minutes, '.0f') if minutes >= 2 else 'some'} minutes; raw results in {folder}"
     )
     with Progress(
         TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -86,14 +103,7 @@ def run(
         def on_cell(cell: Any, result: dict[str, Any], done: int, total: int) -> None:
             bar.update(shown, description=f"{cell.method} lr {cell.lr:.3g}", completed=done, total=total)
 
-        results = compare(grid, folder, jobs=jobs, on_cell=on_cell)
-    console.print(best_table(results))
-    console.print(curve_table(results))
-    for path in write_pages(results, folder):
-        console.print(f"wrote {path}", soft_wrap=True)
-    if results["failed"]:
-        _name_failures(results["failed"])
-        raise typer.Exit(1)
+        return compare(grid, folder, jobs=jobs, on_cell=on_cell)
 
 
 def _name_failures(failed: list[dict[str, Any]]) -> None:
@@ -124,13 +134,9 @@ def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
     picture = folder / "learning-rate.svg"
     picture.write_text(rate_curve_svg(results), encoding="utf8")
     paths = [folder / "cells.csv", folder / "results.json", picture]
-    try:
+    with page_if_possible():
         from ..lab.pages.comparison import comparison_page
-    except ModuleNotFoundError as error:
-        if error.name != "plotly":
-            raise
-        typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
-        return paths
-    page = folder / "compare.html"
-    page.write_text(comparison_page(results), encoding="utf8")
-    return [*paths, page]
+
+        paths.append(folder / "compare.html")
+        paths[-1].write_text(comparison_page(results), encoding="utf8")
+    return paths

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..lab.pages.tables import number, verdict
+from .app import page_if_possible
 
 __all__ = ["run"]
 
@@ -115,13 +116,10 @@ def _write(scenes: list[dict[str, Any]], evidence: dict[str, Any], out: Path) ->
     raw = out / "demo.json"
     plain = [{**scene, "rows": [_without_pictures(row) for row in scene["rows"]]} for scene in scenes]
     raw.write_text(json.dumps({"conditions": evidence, "scenes": plain}, indent=1) + "\n", encoding="utf8")
-    try:
+    paths = [raw]
+    with page_if_possible():  # the shell of all pages needs plotly, though this page has none of its pictures
         from ..lab.pages.demo import demo_page
-    except ModuleNotFoundError as error:  # the shell of all pages needs it, though this page has none of its pictures
-        if error.name != "plotly":
-            raise
-        typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
-        return [raw]
-    page = out / "demo.html"
-    page.write_text(demo_page(scenes, evidence), encoding="utf8")
-    return [raw, page]
+
+        paths.append(out / "demo.html")
+        paths[-1].write_text(demo_page(scenes, evidence), encoding="utf8")
+    return paths

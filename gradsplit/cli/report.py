@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .app import page_if_possible
+
 if TYPE_CHECKING:
-    from ..watch.report.account import Account
+    from ..watch.record import RunFile
 
 __all__ = ["newest", "run"]
 
@@ -53,7 +55,10 @@ def run(
         raise ValueError(str(error)) from error
     typer.echo(report_text(account))
     if page:
-        _write_page(account, html or file.with_suffix(".html"))
+        with page_if_possible():
+            from ..watch.report.run_page import write_run_page
+
+            typer.echo(f"\nPage: {write_run_page(account, html or file.with_suffix('.html'))}")
     failed = [word for word in fail_on or [] if fails_on(word, account)]
     if failed:
         typer.echo(
@@ -62,23 +67,8 @@ def run(
         raise typer.Exit(1)
 
 
-def _write_page(account: Account, place: Path) -> None:
-    """Write the page and say where it is; where plotly is missing, say so and go on."""
-    try:
-        from ..watch.report.run_page import write_run_page
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("plotly"):
-            raise
-        typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
-        return
-    typer.echo(f"\nPage: {write_run_page(account, place)}")
-
-
-def _write_lines(opened: object, place: Path) -> None:
+def _write_lines(opened: RunFile, place: Path) -> None:
     """Write numbers of which there is one per step; norms of nodes are for the page and for `RunFile`."""
-    from ..watch.record import RunFile
-
-    assert isinstance(opened, RunFile)
     columns = ("step", "time", "loss", "lr", "own_scale", "skipped", "total")
     with place.open("w", encoding="utf8") as out:
         for stream in opened.streams:

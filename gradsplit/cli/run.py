@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..watch.run.settings import Settings
 
 __all__ = ["CONTEXT", "run"]
 
@@ -76,51 +79,56 @@ def run(
     Example: gradsplit run --watch train.py --epochs 3
     """
     from ..watch.run.launch import launch
-    from ..watch.run.settings import Settings, budget_from_words
+    from ..watch.run.settings import Settings
 
     if watch and control:
         raise ValueError("gradsplit run --watch --control: expected one of the two. --control measures, too.")
-    if (budget or plan != "xsp") and not control:
+    settings = Settings(
+        record=str(record),
+        control=control,
+        guard=guard,
+        samples=samples,
+        plan=plan,
+        budget=tuple(budget or ()),
+        max_nodes=max_nodes,
+        max_megabytes=max_megabytes,
+        to=tuple(to or ()),
+        depth=depth,
+        fail_on=tuple(fail_on or ()),
+        quiet=quiet,
+    )
+    _check(settings)
+    launch(program, settings)
+
+
+def _check(asked: Settings) -> None:
+    """Refuse values that would fail in the script; imports torch only for values that need it for the check."""
+    if (asked.budget or asked.plan != "xsp") and not asked.control:
         raise ValueError("gradsplit run --plan/--budget: expected --control beside it, since --watch bounds nothing.")
-    # What checks these imports torch, which the script then imports again: only where there is something to check.
-    if plan != "xsp":
+    if asked.plan != "xsp":
         from ..plan.registry import strategy_named
 
-        strategy_named(plan, call=f"gradsplit run --plan {plan}")
-    if budget:
-        budget_from_words(budget)
-    for word in to or []:
+        strategy_named(asked.plan, call=f"gradsplit run --plan {asked.plan}")
+    if asked.budget:
+        from ..watch.run.settings import budget_from_words
+
+        budget_from_words(asked.budget)
+    for word in asked.to:
         from ..watch.loggers import SINKS
 
-        if word.partition(":")[0] not in SINKS or not word.partition(":")[2]:
+        name, _, place = word.partition(":")
+        if name not in SINKS or not place:
             raise ValueError(f"gradsplit run --to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}.")
-    for word in fail_on or []:
+    for word in asked.fail_on:
         if word not in ("explosion", "nonfinite", "exception"):
             raise ValueError(
                 f"gradsplit run --fail-on {word}: expected one of explosion, nonfinite, exception. Write for example "
                 "--fail-on explosion."
             )
-    if depth < 0:
-        raise ValueError(f"gradsplit run --depth {depth}: expected 0 (every module and tensor), 1, 2 and so on.")
-    if max_megabytes < 1 or max_nodes < 2:
+    if asked.depth < 0:
+        raise ValueError(f"gradsplit run --depth {asked.depth}: expected 0 (every module and tensor), 1, 2 and so on.")
+    if asked.max_megabytes < 1 or asked.max_nodes < 2:
         raise ValueError("gradsplit run: expected --max-megabytes >= 1 and --max-nodes >= 2.")
-    launch(
-        program,
-        Settings(
-            record=str(record),
-            control=control,
-            guard=guard,
-            samples=samples,
-            plan=plan,
-            budget=tuple(budget or ()),
-            max_nodes=max_nodes,
-            max_megabytes=max_megabytes,
-            to=tuple(to or ()),
-            depth=depth,
-            fail_on=tuple(fail_on or ()),
-            quiet=quiet,
-        ),
-    )
 
 
 if __name__ == "__main__":
