@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -159,58 +159,75 @@ def sweep(grid: Grid, cells: Iterable[Cell], raw: RawFile, *, jobs: int, on_fail
         MissingDataError: the workload's data is not installed.
     """
     missing = [cell for cell in cells if cell not in raw.rows]
-    lacking: dict[str, str] = {}
-
-    def taken(cell: Cell, result: Callable[[], Row]) -> bool:
-        """Whether the run has ended well."""
-        try:
-            raw.add(cell, result())
-        except BrokenExecutor:
-            raise
-        except MissingPackageError as error:
-            lacking[cell.method] = str(error)
-            on_failure(cell, str(error))
-        except MissingDataError:
-            raise
-        except Exception as error:
-            on_failure(cell, f"{type(error).__name__}: {error}")
-        return cell in raw.rows
-
-    def skipped(cell: Cell) -> bool:
-        if cell.method in lacking:
-            on_failure(cell, lacking[cell.method])
-        return cell.method in lacking
-
+    runs = _Runs(grid, raw, on_failure)
     if jobs == 0:
-        for cell in missing:
-            if not skipped(cell) and taken(cell, functools.partial(run_cell, grid, cell)):
+        yield from runs.here(missing)
+    elif missing:
+        ended = yield from runs.in_workers(missing, min(jobs, len(missing)))
+        yield from runs.one_by_one(sorted(ended, key=missing.index))
+
+
+class _Runs:
+    """The three ways to run cells; each yields those that ended well, once their rows are in the raw file."""
+
+    def __init__(self, grid: Grid, raw: RawFile, on_failure: Failed) -> None:
+        self._grid, self._raw, self._on_failure = grid, raw, on_failure
+        self._lacking: dict[str, str] = {}  # method -> the package that it asked for in vain
+
+    def here(self, cells: Iterable[Cell]) -> Iterator[Cell]:
+        """Run the cells in this process."""
+        for cell in cells:
+            if not self._skipped(cell) and self._taken(cell, functools.partial(run_cell, self._grid, cell)):
                 yield cell
-        return
-    ended: list[Cell] = []
-    if missing:
-        with worker_pool(min(jobs, len(missing)), one_thread) as pool:
-            futures: dict[Future[Row], Cell] = {pool.submit(run_cell, grid, cell): cell for cell in missing}
+
+    def in_workers(self, cells: Iterable[Cell], jobs: int) -> Generator[Cell, None, list[Cell]]:
+        """Run the cells in processes, and return those whose worker was ended from outside."""
+        ended = []
+        with worker_pool(jobs, one_thread) as pool:
+            futures: dict[Future[Row], Cell] = {pool.submit(run_cell, self._grid, cell): cell for cell in cells}
             try:
                 for future in as_completed(futures):
                     cell = futures[future]
                     try:
-                        if taken(cell, future.result):
+                        if self._taken(cell, future.result):
                             yield cell
                     except BrokenExecutor:
                         ended.append(cell)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-    alone: ProcessPoolExecutor | None = None
-    for cell in sorted(ended, key=missing.index):
-        if skipped(cell):
-            continue
-        alone = alone or worker_pool(1, one_thread)
+        return ended
+
+    def one_by_one(self, cells: Iterable[Cell]) -> Iterator[Cell]:
+        """Run the cells in one process at a time; a cell that ends its process again has failed."""
+        pool: ProcessPoolExecutor | None = None
+        for cell in cells:
+            if self._skipped(cell):
+                continue
+            pool = pool or worker_pool(1, one_thread)
+            try:
+                if self._taken(cell, pool.submit(run_cell, self._grid, cell).result):
+                    yield cell
+            except BrokenExecutor:
+                pool.shutdown()
+                pool = None
+                self._on_failure(cell, "its worker process was ended from outside, twice, perhaps for want of memory")
+        if pool is not None:
+            pool.shutdown()
+
+    def _taken(self, cell: Cell, result: Callable[[], Row]) -> bool:
+        """Whether the run has ended well."""
         try:
-            if taken(cell, alone.submit(run_cell, grid, cell).result):
-                yield cell
-        except BrokenExecutor:
-            alone.shutdown()
-            alone = None
-            on_failure(cell, "its worker process was ended from outside, twice, perhaps for want of memory")
-    if alone is not None:
-        alone.shutdown()
+            self._raw.add(cell, result())
+        except MissingPackageError as error:
+            self._lacking[cell.method] = str(error)
+            self._on_failure(cell, str(error))
+        except (BrokenExecutor, MissingDataError):
+            raise
+        except Exception as error:
+            self._on_failure(cell, f"{type(error).__name__}: {error}")
+        return cell in self._raw.rows
+
+    def _skipped(self, cell: Cell) -> bool:
+        if cell.method in self._lacking:
+            self._on_failure(cell, self._lacking[cell.method])
+        return cell.method in self._lacking

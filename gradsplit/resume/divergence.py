@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Agreement", "nonfinite_names", "LossHistory", "Divergence"]
+from ..split import StepRecord
+
+__all__ = ["Agreement", "first_few", "nonfinite_names", "PendingLosses", "LossHistory", "Divergence"]
 
 
 class Agreement:
@@ -46,6 +48,15 @@ class Agreement:
         flag = torch.tensor(float(alarm), device=optimizer.param_groups[0]["params"][0].device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.process_group)
         return bool(flag)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Name three, and say how many more there are.
+
+    >>> first_few("abcde")
+    'a, b, c and 2 more'
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @torch.no_grad()
@@ -95,6 +106,66 @@ def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     yield f"{owner} ({key})", value, False
+
+
+class PendingLosses:
+    """The losses of the steps that the guard has not judged yet, each with the share of the bins that were ZEROED.
+
+    They stay on their device until `take` copies all of them to the host at once.
+
+    Args:
+        agreement: of the processes; each of them then reads the mean over all of them.
+    """
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+        self._kept: list[tuple[Tensor | float, Tensor | float]] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, loss: Tensor | float, record: StepRecord | None, *, copy: bool) -> None:
+        """Add the loss of one step.
+
+        Args:
+            loss: a number, or a tensor of one entry.
+            record: of the splitter, if there is one.
+            copy: keep a copy of the loss, because it is read at a later step.
+        """
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+            loss = loss.detach().reshape(())
+            loss = loss.clone() if copy else loss
+        elif isinstance(loss, Tensor) or not hasattr(loss, "__float__") or getattr(loss, "size", 1) != 1:
+            what = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"Guard.step(loss={what}): expected the number that backward was called on. Pass loss.mean(), or a "
+                "float."
+            )
+        zeroed: Tensor | float = 0.0
+        if record is not None:
+            zeroed = (~record.decision.finite_B).to(torch.float32).mean()
+        self._kept.append((loss, zeroed))
+
+    def take(self) -> list[tuple[float, float]]:
+        """Return the loss and the share of each step, and start anew. Waits for the device."""
+        kept, self._kept = self._kept, []
+        alone = self._agreement.num_processes == 1
+        if alone and (len(kept) == 1 or not any(isinstance(value, Tensor) for pair in kept for value in pair)):
+            return [(float(loss), float(zeroed)) for loss, zeroed in kept]
+        device = next((v.device for pair in kept for v in pair if isinstance(v, Tensor)), torch.device("cpu"))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        table = torch.stack(
+            [torch.as_tensor(value, dtype=dtype, device=device) for pair in kept for value in pair]
+        ).reshape(len(kept), 2)
+        return [(loss, zeroed) for loss, zeroed in self._agreement.mean(table).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses and the shares, as plain numbers."""
+        return {"kept": [[float(loss), float(zeroed)] for loss, zeroed in self._kept]}
+
+    def load_state_dict(self, state: dict[str, Sequence[Sequence[float]]]) -> None:
+        """Undo `state_dict`."""
+        self._kept = [(float(loss), float(zeroed)) for loss, zeroed in state["kept"]]
 
 
 LEAST = 16  # losses before which nothing is judged
@@ -232,8 +303,8 @@ class Divergence:
         if not math.isfinite(loss):
             lost = nonfinite_names(self.model, self.optimizer)
             if self.agreement.any(bool(lost), self.optimizer):
-                shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-                return f"the loss is {loss:g} and these are not finite: {shown or 'tensors of another process'}"
+                shown = first_few(lost) or "tensors of another process"
+                return f"the loss is {loss:g} and these are not finite: {shown}"
         if self.bad < self.patience:
             return ""
         return (

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from ..split import StepRecord
 from .actions import GuardAction
 from .batches import Batches, Loaders
-from .divergence import Agreement, Divergence, LossHistory, nonfinite_names
+from .divergence import Agreement, Divergence, LossHistory, PendingLosses, first_few, nonfinite_names
 from .snapshots import DiskSnapshots, LoweredRate, MemorySnapshots, Snapshot, restore
 
-__all__ = ["DivergenceError", "Guard", "PendingLosses"]
+__all__ = ["DivergenceError", "Guard"]
+
+_LOG = logging.getLogger("gradsplit")
 
 
 class DivergenceError(RuntimeError):
@@ -87,69 +89,6 @@ def stop_message(actions: Sequence[GuardAction], allowed: int) -> str:
         f"{stop.to_step}. Look at the tensors and batches named here, then bound the gradient with GradientSplitter, "
         "lower the learning rate, or raise max_rollbacks."
     )
-
-
-class PendingLosses:
-    """The losses of the steps that the guard has not judged yet, each with the share of the bins that were ZEROED.
-
-    They stay on their device until `take` copies all of them to the host at once.
-
-    Args:
-        agreement: of the processes; each of them then reads the mean over all of them.
-    """
-
-    def __init__(self, agreement: Agreement) -> None:
-        self._agreement = agreement
-        self._kept: list[tuple[Tensor | float, Tensor | float]] = []
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def add(self, loss: Tensor | float, record: StepRecord | None, *, copy: bool) -> None:
-        """Add the loss of one step.
-
-        Args:
-            loss: a number, or a tensor of one entry.
-            record: of the splitter, if there is one.
-            copy: keep a copy of the loss, because it is read at a later step.
-        """
-        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-            loss = loss.detach().reshape(())
-            loss = loss.clone() if copy else loss
-        elif isinstance(loss, Tensor) or not hasattr(loss, "__float__") or getattr(loss, "size", 1) != 1:
-            what = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"Guard.step(loss={what}): expected the number that backward was called on. Pass loss.mean(), or a "
-                "float."
-            )
-        zeroed: Tensor | float = 0.0
-        if record is not None:
-            zeroed = (~record.decision.finite_B).to(torch.float32).mean()
-        self._kept.append((loss, zeroed))
-
-    def take(self) -> list[tuple[float, float]]:
-        """Return the loss and the share of each step, and start anew. Waits for the device."""
-        kept, self._kept = self._kept, []
-        alone = self._agreement.num_processes == 1
-        if alone and (len(kept) == 1 or not any(isinstance(value, Tensor) for pair in kept for value in pair)):
-            return [(float(loss), float(zeroed)) for loss, zeroed in kept]
-        device = next((v.device for pair in kept for v in pair if isinstance(v, Tensor)), torch.device("cpu"))
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        table = torch.stack(
-            [torch.as_tensor(value, dtype=dtype, device=device) for pair in kept for value in pair]
-        ).reshape(len(kept), 2)
-        return [(loss, zeroed) for loss, zeroed in self._agreement.mean(table).tolist()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the losses and the shares, as plain numbers."""
-        return {"kept": [[float(loss), float(zeroed)] for loss, zeroed in self._kept]}
-
-    def load_state_dict(self, state: dict[str, Sequence[Sequence[float]]]) -> None:
-        """Undo `state_dict`."""
-        self._kept = [(float(loss), float(zeroed)) for loss, zeroed in state["kept"]]
-
-
-_LOG = logging.getLogger("gradsplit")
 
 
 class Guard:
@@ -358,8 +297,7 @@ class Guard:
         undone = self.num_updates - snapshot.num_updates
         lost = restore(self.snapshots.tree(snapshot), self._states)
         if lost:
-            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-            reason += f"; not set back, since the snapshot has no such buffers: {shown}"
+            reason += f"; not set back, since the snapshot has no such buffers: {first_few(lost)}"
         self.num_updates, self._since, self._used = snapshot.num_updates, self.step_count, snapshot
         self._divergence.bad = 0
         if not stops:
