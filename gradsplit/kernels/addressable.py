@@ -1,21 +1,34 @@
-"""Which tensors compiled programs may read and write by address, and what is wrong with the others."""
+"""Reading and writing by address: which tensors allow it, what is wrong with the others, and a kernel for both."""
 
 from __future__ import annotations
 
+import operator
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..hooks import constant_while_traced
+from ..plan import Plan
+from ..plan.lowering import is_addressable
+from .kernel import BACKENDS, FallbackWarning, Kernel
+
 __all__ = [
     "DTYPES",
     "PLAIN",
+    "AddressKernel",
     "FallbackWarning",
+    "LastFour",
+    "Signature",
+    "addressed",
     "bump_versions",
     "obstacle",
+    "only",
     "overlap",
     "remedy_of",
     "warn_of_fallback",
@@ -26,10 +39,6 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 PLAIN = (Tensor, Parameter)
 """The types whose memory is their own."""
-
-
-class FallbackWarning(UserWarning):
-    """Part of the work is done by a slower backend with the same result."""
 
 
 def obstacle(tensor: Tensor, device: str = "cpu") -> str:
@@ -103,3 +112,137 @@ def bump_versions(tensors: list[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensors)  # leaves out tensors of inference mode, which have no version
     except RuntimeError:  # an older torch refuses them
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+ValueT = TypeVar("ValueT")
+
+
+class LastFour(Generic[ValueT]):
+    """What was made for the last four keys: in a run a few keys come again and again.
+
+    >>> squares = LastFour()
+    >>> squares.keep(3, 9), squares.find(3), squares.find(2)
+    (9, 9, None)
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Any, ValueT]] = []  # most recent first
+
+    def find(self, key: Any) -> ValueT | None:
+        """Return the value of a key, or None."""
+        for place, (known, value) in enumerate(self._pairs):
+            if known == key:
+                if place:
+                    self._pairs.insert(0, self._pairs.pop(place))
+                return value
+        return None
+
+    def keep(self, key: Any, value: ValueT) -> ValueT:
+        """Keep the value of a key that was not found, and return it."""
+        self._pairs = [(key, value), *self._pairs[:3]]
+        return value
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._pairs.clear()
+
+
+Signature = list[tuple[torch.dtype, tuple[int, ...]] | None]
+"""The dtype and strides of each tensor; None: not addressed."""
+
+
+def addressed(tensors: Sequence[Tensor | None], signature: Signature) -> list[Tensor]:
+    """Return the tensors that are read and written by address."""
+    return [t for t, entry in zip(tensors, signature, strict=True) if t is not None and entry]
+
+
+def only(tensors: Sequence[Tensor | None], wanted: tuple[int, ...]) -> list[Tensor | None]:
+    """Return the tensors with None in the place of those that are not wanted."""
+    return [tensor if t in wanted else None for t, tensor in enumerate(tensors)]
+
+
+class AddressKernel(Kernel, Generic[ValueT]):
+    """A kernel that reads tensors by address, and has the eager kernel for those that are not addressable.
+
+    A backend derives from it, and defines `_serves` and `_make`: what its programs need of a plan over tensors of one
+    signature, its *tables*. It keeps in ``_measured`` the tensors that it measured last, with their tables.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(plan, device)
+        self._warned = False
+        self._eager: Kernel | None = None
+        self._known: LastFour[ValueT] = LastFour()  # gradients and weights, few layouts in a run
+        self._measured: tuple[list[Tensor | None], ValueT] | None = None
+
+    @abstractmethod
+    def _serves(self, dtype: torch.dtype) -> bool:
+        """Whether the programs read and write a dtype."""
+
+    @abstractmethod
+    def _make(self, signature: Signature, eager_T: tuple[int, ...]) -> ValueT:
+        """Return the tables for tensors of a signature; the eager kernel serves those at ``eager_T``."""
+
+    @property
+    def eager(self) -> Kernel:
+        """The kernel for tensors that are not addressable, and for steps that are traced."""
+        self._make_eager()
+        assert self._eager is not None
+        return self._eager
+
+    @constant_while_traced
+    def _make_eager(self) -> bool:
+        """Make it on first use; while a step is traced this runs at once and leaves nothing in the graph."""
+        if self._eager is None:
+            self._eager = BACKENDS["eager"].make(self.plan, self.device)
+        return True
+
+    def _tables_of(self, tensors: Sequence[Tensor | None]) -> ValueT:
+        """The tables for tensors of these dtypes and strides, made anew or found among the last four."""
+        signature: Signature = []
+        odd = []
+        for t, tensor in enumerate(tensors):
+            if tensor is None:
+                signature.append(None)
+            elif not obstacle(tensor, self.device.type) and self._serves(tensor.dtype):
+                signature.append((tensor.dtype, tensor.stride()))
+            else:
+                signature.append(None)
+                odd += [t] if tensor.numel() else []
+        found = None if odd else self._known.find(signature)
+        if found is not None:
+            return found
+        used = list(signature)
+        for t, (tensor, entry) in enumerate(zip(tensors, signature, strict=True)):
+            if tensor is not None and entry is not None and not tensor.numel():
+                used[t] = None
+            elif entry is not None and not is_addressable(self.plan, t, entry[1]):
+                used[t] = None
+                odd.append(t)
+        for t in odd:
+            self._warn(t, tensors[t])
+        made = self._make(used, tuple(odd))
+        # What is wrong with a tensor may change from step to step.
+        return made if odd else self._known.keep(signature, made)
+
+    def _warn(self, t: int, tensor: Tensor | None) -> None:
+        """Warn of the first tensor that the eager kernel serves and is not made for."""
+        if self._warned or tensor is None or tensor.is_sparse or tensor.is_complex():
+            return
+        reason = obstacle(tensor, self.device.type) or (
+            f"its strides {tensor.stride()} have no contiguous rows that the plan could cut"
+            if self._serves(tensor.dtype)
+            else f"its dtype is {tensor.dtype}"
+        )
+        self._warned = True
+        warn_of_fallback(f"The {self.name} backend", self.plan.layout.names[t], reason, remedy_of(reason))
+
+    def _just_measured(self, tensors: Sequence[Tensor | None]) -> ValueT | None:
+        """The tables of the tensors that were measured just before, once: their strides may change afterwards."""
+        measured, self._measured = self._measured, None
+        if measured is None or len(measured[0]) != len(tensors) or not all(map(operator.is_, measured[0], tensors)):
+            return None
+        return measured[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": LastFour(), "_measured": None, "_eager": None}

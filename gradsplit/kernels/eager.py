@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan, pattern_of
-from .addressable import PLAIN, overlap
-from .kernel import Kernel, LastFour, accumulate_dtype
+from .addressable import PLAIN, LastFour, overlap
+from .kernel import Kernel, accumulate_dtype
 
 __all__ = ["SMALL", "EagerKernel"]
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..plan.lowering import BAND_LENGTH, Lowered, lower
 from . import numba_loops as loops
-from .addressable import bump_versions, obstacle, overlap
+from .addressable import AddressKernel, Signature, addressed, bump_versions, obstacle, only, overlap
 from .addresses import KINDS
-from .kernel import AddressKernel, Signature, addressed, only
 from .threads import Call, run, threads_for
 
 __all__ = ["Tables", "addresses_of", "room_for_workers", "scale_calls", "square_calls", "NumbaKernel"]

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..plan import Layout, Plan, xsp
 from ..plan.lowering import BIN, COUNT, LENGTH, OFFSET, ROW_STEP, ROWS, STEP, TENSOR, lower
-from .addressable import bump_versions
-from .kernel import BACKENDS, AddressKernel, Formula, LastFour, Signature, addressed, only
+from .addressable import AddressKernel, LastFour, Signature, addressed, bump_versions, only
+from .kernel import BACKENDS, Formula
 from .launch import launch
 from .selfcheck import is_sound
 from .triton_decide import Decider
