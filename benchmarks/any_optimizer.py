@@ -30,9 +30,9 @@ from torch import Tensor, nn
 import gradsplit as gs
 from benchmarks.faults.methods import ZClip
 from benchmarks.faults.workloads import WORKLOADS
-from gradsplit.lab.detection import build_detection
 from gradsplit.lab.task import Task
-from gradsplit.lab.text import build_gpt
+from gradsplit.lab.workloads.detection import build_detection
+from gradsplit.lab.workloads.text import build_gpt
 
 __all__ = ["CONTROLS", "FAULTS", "OPTIMIZERS", "TASKS", "run"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradsplit.lab.aerial import build_aerial
 from gradsplit.lab.pages.demo import box_marks
+from gradsplit.lab.workloads.aerial import build_aerial
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = ROOT / "benchmarks" / "results" / "demo" / "demo.json"

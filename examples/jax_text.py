@@ -20,7 +20,7 @@ import optax
 from jax import numpy as jnp
 
 from gradsplit.integrations.optax import SplitTransformation, gso, split_gradients
-from gradsplit.lab.text import TextTask, build_gpt
+from gradsplit.lab.workloads.text import TextTask, build_gpt
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 2, 64, 4, 64, 16
 

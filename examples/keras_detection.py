@@ -18,9 +18,9 @@ from keras import layers, ops
 
 import gradsplit as gs
 from gradsplit.integrations.keras import SplitCallback, split
-from gradsplit.lab.detection import CELL, NUM_TEST, NUM_TRAIN, SIZE
-from gradsplit.lab.detector import cell_centres, overlap
-from gradsplit.lab.scenes import BACKGROUND, Scenes, digit_scenes
+from gradsplit.lab.workloads.detection import CELL, NUM_TEST, NUM_TRAIN, SIZE
+from gradsplit.lab.workloads.detector import cell_centres, overlap
+from gradsplit.lab.workloads.scenes import BACKGROUND, Scenes, digit_scenes
 
 CENTRES = cell_centres(SIZE // CELL, SIZE // CELL, CELL, torch.device("cpu")).numpy()
 

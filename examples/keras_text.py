@@ -19,7 +19,7 @@ import numpy as np
 from keras import layers, ops
 
 from gradsplit.integrations.keras import GSO, SplitCallback
-from gradsplit.lab.text import load_corpus
+from gradsplit.lab.workloads.text import load_corpus
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 3, 64, 4, 64, 16
 HELD_OUT = 128

@@ -14,15 +14,24 @@ from types import ModuleType
 REMOVED_IN = "0.3.0"
 """The version without this module; from then on an old path is an ordinary `ModuleNotFoundError`."""
 
+_WORKLOADS = (
+    "adapters", "aerial", "control", "deep_stack", "detection", "detector", "diffusion", "digits", "experts", "fashion",
+    "recurrence", "scenes", "sentences", "spoken", "stacks", "text",
+)  # fmt: skip
+_OF_THE_LAB = (
+    "cells", "compare", "controls", "demo", "evidence", "methods", "optimizers", "registry", "sweep", "task", "train",
+)  # fmt: skip
+
 MOVED = {
     # Rooms that moved whole. A row below one of them says where a module went that did not keep its name.
-    "workloads": "lab",
-    "workloads.boxes": "lab.detector",
-    "workloads.corpus": "lab.text",
-    "workloads.files": "lab.aerial",
+    "workloads": "lab.workloads",
+    "workloads.boxes": "lab.workloads.detector",
+    "workloads.corpus": "lab.workloads.text",
+    "workloads.files": "lab.workloads.aerial",
     "workloads.summary": "lab.compare",
     "workloads.tally": "lab.controls",
     "workloads.watch": "lab.train",
+    **{f"workloads.{name}": f"lab.{name}" for name in _OF_THE_LAB},
     "record": "watch.record",
     "record.actions": "resume.actions",
     "record.buffer": "watch.record.sinks",
@@ -55,6 +64,7 @@ MOVED = {
     "cli.speed.layouts": "lab.speed.figures",
     "cli.comparison_tables": "lab.pages.tables",
     # Single modules.
+    **{f"lab.{name}": f"lab.workloads.{name}" for name in _WORKLOADS},
     "attach": "hooks",
     "bounding": "split",
     "calibration": "splitter",
@@ -119,7 +129,7 @@ def new_path(old: str) -> str | None:
     """The path below gradsplit that replaces an old one; None where nothing moved.
 
     >>> new_path("guard"), new_path("workloads.train"), new_path("workloads.boxes"), new_path("plan")
-    ('resume', 'lab.train', 'lab.detector', None)
+    ('resume', 'lab.train', 'lab.workloads.detector', None)
     """
     if old in MOVED:
         return MOVED[old]

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.chain.record import save
 from gradsplit.chain import balance_, gradient_chain
 from gradsplit.diagnose import diagnose
-from gradsplit.lab.stacks import build_plain_stack
+from gradsplit.lab.workloads.stacks import build_plain_stack
 
 SETTINGS = {
     "as initialised": None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.chain.record import RESULTS, conditions, middle, save
 from gradsplit.chain.chain_splitter import ChainSplitter, ModuleLimits, modules_with_parameters
-from gradsplit.lab.detection import build_detection
+from gradsplit.lab.workloads.detection import build_detection
 
 RATES = {"sgdm": (0.03, 0.1, 0.3), "adamw": (0.003, 0.01, 0.03)}
 # strength: limit of the global clip; total of the per-module limits; weight of the box loss

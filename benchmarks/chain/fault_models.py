@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradsplit.lab.detector import Detector
+from gradsplit.lab.workloads.detector import Detector
 
 Built = tuple[nn.Module, Callable[[nn.Module, Any], Tensor], Any]
 

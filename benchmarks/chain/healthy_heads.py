@@ -18,7 +18,7 @@ from benchmarks.chain.record import Rows
 from gradsplit.chain import ChainSplitter, forks
 from gradsplit.chain.chain_splitter import ModuleLimits, modules_with_parameters
 from gradsplit.chain.forks import fork_limit
-from gradsplit.lab.detection import build_detection
+from gradsplit.lab.workloads.detection import build_detection
 
 # what is bounded: (where ChainSplitter bounds signals, whether modules are bounded, times the smallest branch)
 METHODS: dict[str, tuple[str | None, bool, float]] = {

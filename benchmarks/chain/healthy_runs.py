@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.chain.record import Rows
 from gradsplit.chain import ChainSplitter
 from gradsplit.lab.registry import workload
-from gradsplit.lab.stacks import DigitsTask
+from gradsplit.lab.workloads.stacks import DigitsTask
 
 
 def conv_net(seed: int) -> DigitsTask:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.chain.record import Rows
 from benchmarks.chain.recurrences import METHODS, Recurrences, method
-from gradsplit.lab.recurrence import SOLVED_ERROR, SequenceTask, build_adding, build_temporal_order
+from gradsplit.lab.workloads.recurrence import SOLVED_ERROR, SequenceTask, build_adding, build_temporal_order
 
 ADDING_TOLERANCE = 0.04  # of the squared error; the workload "adding" has the stricter 0.04 of the error itself
 LOOK = 200  # updates between two looks

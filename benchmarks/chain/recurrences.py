@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsplit.lab.recurrence import TanhRNN
+from gradsplit.lab.workloads.recurrence import TanhRNN
 
 METHODS = ("SGD", "global clip", "clip + gain penalty", "per-step bounds")
 NAMES = ("w_in", "w_rec", "bias", "head.weight", "head.bias")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsplit.lab.detection import build_detection
 from gradsplit.lab.optimizers import Settings, make_optimizer
-from gradsplit.lab.recurrence import build_adding, build_temporal_order
 from gradsplit.lab.task import Task, evaluating
-from gradsplit.lab.text import build_lstm
+from gradsplit.lab.workloads.detection import build_detection
+from gradsplit.lab.workloads.recurrence import build_adding, build_temporal_order
+from gradsplit.lab.workloads.text import build_lstm
 
 __all__ = ["WORKLOADS", "Shortened"]
 

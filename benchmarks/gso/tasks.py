@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.gso.plan import Job
 from benchmarks.gso.reference import GSOReference
-from gradsplit.lab import digits, evidence, registry
+from gradsplit.lab import evidence, workload
 from gradsplit.lab import task as tasks
+from gradsplit.lab.workloads import digits
 
 __all__ = ["build", "evidence", "faulty", "inject", "tasks"]
 
@@ -117,11 +118,11 @@ def build_lora(seed: int) -> tasks.Task:
     letters = sorted(set(text))
     target = CACHE / f"lora-target-{os.getpid()}.txt"
     target.write_text("".join(letters) + "".join(c for c in other if c in set(letters)), encoding="utf8")
-    task = registry.workload("gpt").build(seed=seed, text_file=target)
+    task = workload("gpt").build(seed=seed, text_file=target)
     target.unlink()
     base = CACHE / "lora-base.pt"
     if not base.is_file():
-        first = registry.workload("gpt").build(seed=100, text_file=second_text())
+        first = workload("gpt").build(seed=100, text_file=second_text())
         optimizer = GSOReference(first.model, limit=3.0)
         schedule = LambdaLR(optimizer, lambda step: 1 - step / 600)
         for step in range(600):
@@ -158,7 +159,7 @@ def build(job: Job) -> tuple[tasks.Task, str]:
     if options.pop("text", None) == "second":
         options["text_file"] = second_text()
     zero = options.pop("zero", False)
-    row = registry.workload(job.task)
+    row = workload(job.task)
     task = row.build(seed=job.seed, **options)
     if zero:
         zero_projections(task)

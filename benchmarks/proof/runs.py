@@ -27,8 +27,8 @@ from gradsplit.lab.controls import CALIBRATION_STEPS, NoControl
 from gradsplit.lab.methods import METHODS, Method
 from gradsplit.lab.optimizers import OPTIMIZERS, Settings
 from gradsplit.lab.task import MissingPackageError, Task, data_path
-from gradsplit.lab.text import Block, TextTask
 from gradsplit.lab.train import train
+from gradsplit.lab.workloads.text import Block, TextTask
 
 # ---- GSO with other plans
 

@@ -1,7 +1,6 @@
 """The lab: workloads on real data, and the comparisons that train them. The command line alone imports it.
 
-- Workloads (`registry`): `stacks` and `deep_stack`, `detection` and `aerial` on `detector` and `scenes`, `text`,
-  `recurrence`, `spoken`; `task` says what a workload is.
+- `workloads`: what is trained, a file each; `registry` is their table, and `task` says what a workload is.
 - Training one: `methods` are rows of `controls` and `optimizers`, and `train` runs one of them on one task.
 - Comparing: `cells` of a grid, `sweep` over them in worker processes, `compare` with its summary, `demo`; `evidence`
   says where a number comes from.

@@ -143,7 +143,7 @@ def test_a_planted_arrow_is_caught(module, source, names):
         ),
         ("gradsplit.xp.torch_xp", "import torch"),
         ("gradsplit.xp", "def namespace():\n    import torch"),
-        ("gradsplit.lab.text", "import gradsplit as gs\nfrom gradsplit import xsp"),
+        ("gradsplit.lab.workloads.text", "import gradsplit as gs\nfrom gradsplit import xsp"),
         ("gradsplit.kernels.eager", "from .lowering import rows"),
     ],
 )

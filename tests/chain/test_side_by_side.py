@@ -16,7 +16,7 @@ from benchmarks.chain.long_tasks import BUILDERS, LOOK, Group, drawn, loss_gradi
 from benchmarks.chain.recurrences import METHODS, Recurrences, method
 from gradsplit.budget import Fixed
 from gradsplit.chain import ChainSplitter, Unrolled, gain_penalty
-from gradsplit.lab.recurrence import SequenceTask, TanhRNN
+from gradsplit.lab.workloads.recurrence import SequenceTask, TanhRNN
 
 LENGTH, SEEDS = 12, (3, 4)
 

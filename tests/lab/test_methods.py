@@ -11,8 +11,8 @@ import gradsplit as gs
 from gradsplit.lab.controls import GlobalClip, Split, Tally, tree_limits
 from gradsplit.lab.methods import METHODS, arrange, method_named
 from gradsplit.lab.optimizers import OPTIMIZERS, MuonWithAdamW, Settings, rate_factor, state_per_weight
-from gradsplit.lab.stacks import build_residual_stack
 from gradsplit.lab.task import MissingDataError
+from gradsplit.lab.workloads.stacks import build_residual_stack
 
 
 def _task(seed=0):

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsplit.lab import MissingDataError, aerial
-from gradsplit.lab import aerial as files
-from gradsplit.lab.detection import CELL, SIZE, build_detection
-from gradsplit.lab.detector import (
+from gradsplit.lab import MissingDataError
+from gradsplit.lab.workloads import aerial
+from gradsplit.lab.workloads.detection import CELL, SIZE, build_detection
+from gradsplit.lab.workloads.detector import (
     cell_centres,
     decode,
     mean_average_precision,
@@ -24,8 +24,8 @@ from gradsplit.lab.detector import (
     to_centres,
     to_corners,
 )
-from gradsplit.lab.digits import load_digits
-from gradsplit.lab.scenes import BACKGROUND, compose
+from gradsplit.lab.workloads.digits import load_digits
+from gradsplit.lab.workloads.scenes import BACKGROUND, compose
 
 corner = st.integers(0, 20)
 box = st.tuples(corner, corner, st.integers(1, 12), st.integers(1, 12)).map(
@@ -234,7 +234,7 @@ def test_a_turned_tile_keeps_its_boxes_on_their_trees(turn: tuple[bool, bool, bo
 
 
 def test_missing_photographs_are_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(aerial.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDataError, match=r"pip install --no-deps deepforest==2\.1\.0") as error:
         aerial.read_boxes(aerial.TEST)
     assert "read_boxes('OSBS_029')" in str(error.value)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from gradsplit.lab import MissingDataError, fashion, sentences, workload
-from gradsplit.lab.adapters import LETTERS, build_adapters, trained_base
-from gradsplit.lab.control import DISCOUNT, TRACE, ControlTask, advantages_of, build_control, moved
-from gradsplit.lab.diffusion import build_diffusion, kept_share
-from gradsplit.lab.experts import Experts, build_experts
-from gradsplit.lab.text import encode
+from gradsplit.lab import MissingDataError, workload
+from gradsplit.lab.workloads import fashion, sentences
+from gradsplit.lab.workloads.adapters import LETTERS, build_adapters, trained_base
+from gradsplit.lab.workloads.control import DISCOUNT, TRACE, ControlTask, advantages_of, build_control, moved
+from gradsplit.lab.workloads.diffusion import build_diffusion, kept_share
+from gradsplit.lab.workloads.experts import Experts, build_experts
+from gradsplit.lab.workloads.text import encode
 
 
 @pytest.fixture

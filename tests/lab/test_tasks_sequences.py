@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from gradsplit.lab import MissingDataError, spoken, workload
-from gradsplit.lab import aerial as files
-from gradsplit.lab.recurrence import TanhRNN, build_adding, build_temporal_order
+from gradsplit.lab import MissingDataError, workload
 from gradsplit.lab.task import seeded
-from gradsplit.lab.text import build_gpt, build_lstm, load_corpus
+from gradsplit.lab.workloads import aerial as files
+from gradsplit.lab.workloads import spoken
+from gradsplit.lab.workloads.recurrence import TanhRNN, build_adding, build_temporal_order
+from gradsplit.lab.workloads.text import build_gpt, build_lstm, load_corpus
 
 
 def test_the_language_reference_is_read_whole_and_cut_once() -> None:

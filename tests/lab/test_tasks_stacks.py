@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-import gradsplit.lab
-from gradsplit.lab.deep_stack import build_deep_stack, literal_layout, read_table
-from gradsplit.lab.stacks import build_plain_stack, build_residual_stack, he_
 from gradsplit.lab.task import seeded
+from gradsplit.lab.workloads import deep_stack
+from gradsplit.lab.workloads.deep_stack import build_deep_stack, literal_layout, read_table
+from gradsplit.lab.workloads.stacks import build_plain_stack, build_residual_stack, he_
 
 
 def table() -> list[dict[str, str]]:
-    path = Path(gradsplit.lab.__file__).with_name("deep_stack.csv")
+    path = Path(deep_stack.__file__).with_name("deep_stack.csv")
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gradsplit.lab.optimizers import Settings
-from gradsplit.lab.stacks import build_residual_stack
 from gradsplit.lab.task import Task
 from gradsplit.lab.train import READ_EVERY, smoothed, steps_to, train
+from gradsplit.lab.workloads.stacks import build_residual_stack
 
 
 class Line(Task):

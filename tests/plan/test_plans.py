@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
-from gradsplit.lab.deep_stack import literal_layout
+from gradsplit.lab.workloads.deep_stack import literal_layout
 from gradsplit.plan import Boxes, Layout, Plan, make_plan
 
 LAYOUT = Layout.from_shapes({"a.w": (4, 3), "a.b": (4,), "c": (), "d.none": (0, 2)})

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .task import MEASURED_2026_11_29, Workload, measured, seeded
+from ..task import MEASURED_2026_11_29, Workload, measured, seeded
 from .text import TRAIN_SHARE, CharGPT, Corpus, TextTask
 
 LETTERS = "\n" + "".join(sorted(set(string.printable) - set(string.whitespace) | {" "}))

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, MissingDataError, Workload, generator, measured, seeded
 from .detector import Detector, DetectorTask, overlap
 from .scenes import Scenes
-from .task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, MissingDataError, Workload, generator, measured, seeded
 
 
 def package_folder(name: str, call: str, install: str) -> Path:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .task import BATCHES, DATA, MEASURED_2026_11_29, Batch, Task, Workload, evaluating, generator, measured, seeded
+from ..task import BATCHES, DATA, MEASURED_2026_11_29, Batch, Task, Workload, evaluating, generator, measured, seeded
 
 ENVIRONMENTS, HORIZON = 64, 64
 EPOCHS, PARTS = 4, 4  # each rollout is read four times, in four parts

@@ -16,8 +16,8 @@ from importlib import resources
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..task import WITH_THE_PRESENT_DEFAULT, Workload, measured, seeded
 from .stacks import DATA_NOTE, DigitsTask, he_
-from .task import WITH_THE_PRESENT_DEFAULT, Workload, measured, seeded
 
 NUM_CLASSES = 10
 Shape = tuple[int, ...]
@@ -46,7 +46,7 @@ class Row:
 @lru_cache(maxsize=1)
 def read_table() -> tuple[Row, ...]:
     """The 150 rows of the table: 146 convolutions (3 x 3, padding 1) and four pools (2 x 2, stride 2)."""
-    text = resources.files("gradsplit.lab").joinpath("deep_stack.csv").read_text(encoding="utf-8")
+    text = resources.files("gradsplit.lab.workloads").joinpath("deep_stack.csv").read_text(encoding="utf-8")
     return tuple(
         Row(row["name"], int(row["channels_in"] or 0), int(row["channels_out"] or 0))
         for row in csv.DictReader(text.splitlines())

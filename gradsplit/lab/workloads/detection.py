@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, Workload, generator, measured, seeded
 from .detector import Detector, DetectorTask
 from .scenes import BACKGROUND, Scenes, digit_scenes
-from .task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, Workload, generator, measured, seeded
 
 SIZE, CELL = 32, 8
 NUM_TRAIN, NUM_TEST = 2000, 300

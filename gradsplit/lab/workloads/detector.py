@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..task import Batch, MissingDataError, Task, evaluating, reject_unknown
 from .scenes import Scenes
-from .task import Batch, MissingDataError, Task, evaluating, reject_unknown
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:

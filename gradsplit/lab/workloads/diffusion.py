@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..task import BATCHES, DATA, MEASURED_2026_11_29, Batch, Task, Workload, evaluating, generator, measured, seeded
 from .digits import load_digits
-from .task import BATCHES, DATA, MEASURED_2026_11_29, Batch, Task, Workload, evaluating, generator, measured, seeded
 
 LEVELS = 100
 REPEATS = 4  # draws of noise and level per test digit

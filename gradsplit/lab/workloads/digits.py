@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .task import DATA, MissingDataError, generator
+from ..task import DATA, MissingDataError, generator
 
 NUM_TEST = 360
 

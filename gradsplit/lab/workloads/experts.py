@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import MEASURED_2026_11_29, Workload, measured, seeded
+from ..task import MEASURED_2026_11_29, Workload, measured, seeded
 from .text import DATA_NOTE, TEXT_OPTIONS, Block, CharGPT, TextTask, load_corpus
 
 BALANCE = 0.01  # weight of the loss that keeps the experts equally busy

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import (
+from ..task import (
     BATCHES,
     MEASURED_2026_11_29,
     Batch,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import BATCHES, DATA, Batch, Task, Workload, evaluating, generator, measured, reject_unknown, seeded
+from ..task import BATCHES, DATA, Batch, Task, Workload, evaluating, generator, measured, reject_unknown, seeded
 
 INITS = ("smart_tanh", "basic_tanh")
 NUM_TEST = 2000

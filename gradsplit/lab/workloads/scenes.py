@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..task import DATA, generator
 from .digits import load_digits
-from .task import DATA, generator
 
 BACKGROUND = 10
 

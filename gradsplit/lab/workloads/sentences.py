@@ -16,8 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .fashion import Encoder
-from .task import (
+from ..task import (
     BATCHES,
     DATA,
     MEASURED_2026_11_29,
@@ -29,6 +28,7 @@ from .task import (
     measured,
     seeded,
 )
+from .fashion import Encoder
 
 ARCHIVE = "vaderSentiment-3.2.1.tar.gz"
 INSTALL = (

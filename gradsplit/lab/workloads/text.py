@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import BATCHES, Batch, Task, Workload, evaluating, generator, measured, seeded
+from ..task import BATCHES, Batch, Task, Workload, evaluating, generator, measured, seeded
 
 TRAIN_SHARE = 0.95
 
