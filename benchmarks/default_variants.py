@@ -25,11 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import gradsplit as gs
-from gradsplit.lab.controls import Split, Tally, train
+from gradsplit.lab.controls import Split, Tally
 from gradsplit.lab.evidence import conditions
 from gradsplit.lab.methods import Method
 from gradsplit.lab.optimizers import Settings
 from gradsplit.lab.registry import workload
+from gradsplit.lab.train import train
 from gradsplit.plan import Boxes, Layout, Plan, xsp
 
 RESULTS = Path(__file__).parent / "results"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.architecture.sources import PACKAGE, ROOT, package_files, relative, tracked, tracked_files
+from tests.architecture.sources import PACKAGE, ROOT, imports_in, package_files, relative, tracked, tracked_files
 
 # A name that says nothing about the content collects whatever is left over.
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -87,6 +87,38 @@ def test_every_folder_of_the_package_is_found_by_the_build(folder):
 
 def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_what_benchmarks_and_examples_import_is_there():
+    """No type checker reads them, and a benchmark that has its numbers is seldom run again."""
+    scripts = [path for path in tracked(".py") if path.relative_to(ROOT).parts[0] in ("benchmarks", "examples")]
+    imports = {(relative(path), one.name) for path in scripts for one in imports_in(path)}
+    ours = {(path, name) for path, name in imports if name.split(".")[0] in ("benchmarks", "gradsplit")}
+    assert len(ours) > 100
+    assert not sorted(f"{path}: {name}" for path, name in ours if not _is_there(name))
+
+
+def _is_there(dotted: str) -> bool:
+    """Whether it is a module, or a name in the text of one."""
+    place, _, name = dotted.rpartition(".")
+    if any((ROOT / dotted.replace(".", "/")).with_suffix(suffix).exists() for suffix in ("", ".py")):
+        return True
+    files = [ROOT / place.replace(".", "/") / "__init__.py", (ROOT / place.replace(".", "/")).with_suffix(".py")]
+    return any(re.search(rf"\b{name}\b", file.read_text(encoding="utf8")) for file in files if file.is_file())
+
+
+@pytest.mark.parametrize(
+    ("dotted", "there"),
+    [
+        ("gradsplit.plan", True),
+        ("gradsplit.plan.slices.xsp", True),
+        ("gradsplit.lab.train.train", True),
+        ("gradsplit.lab.controls.train", False),
+        ("gradsplit.nothing.train", False),
+    ],
+)
+def test_an_import_that_is_not_there_is_recognised(dotted, there):
+    assert _is_there(dotted) is there
 
 
 def test_no_path_of_one_machine():
