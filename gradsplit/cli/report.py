@@ -76,7 +76,3 @@ def _write_lines(opened: RunFile, place: Path) -> None:
             for row in zip(*(getattr(series, f"{name}_R").tolist() for name in columns), strict=True):
                 values = {name: value if value == value else None for name, value in zip(columns, row, strict=True)}
                 out.write(json.dumps({"optimizer": stream.index, **values}) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(run)

@@ -148,7 +148,3 @@ def _line(name: str, values: Any, *, logarithmic: bool = True) -> tuple[str, str
         for value, level in zip(shown, levels, strict=True)
     )  # fmt: skip
     return name, f"{recent[-1]:.3g}", f"{usual:.3g}", bars
-
-
-if __name__ == "__main__":
-    typer.run(run)
