@@ -234,16 +234,21 @@ def account_of(file: RunFile) -> Account:
 
 def _with_ranks(account: StreamAccount, file: RunFile) -> StreamAccount:
     """The account of rank 0 with what another rank knows of the same event: gradients are shared, batches are not."""
-    first, rank = account.first, int(file.meta.get("rank", 0))
+    first, rank = account.first, _whole(file.meta.get("rank"), 0)
     account = dataclasses.replace(account, samples=readings_of(_remarks_of(file, account.stream), rank))
     if first is None:
         return account
     others: list[SampleReading] = []
-    if int(file.meta.get("world_size", 1)) >= 2 and not rank:
+    if _whole(file.meta.get("world_size"), 1) >= 2 and not rank:
         account = _of_ranks(account, first, file, others)
     first, series = account.first or first, account.series
     rows = range(int(series.start_W[first.window]), end_of(series, first.window))
     return dataclasses.replace(account, at_first=samples_at(first, rows, account.samples, others))
+
+
+def _whole(value: object, otherwise: int) -> int:
+    """A whole number that a run file may hold, or anything else in its place."""
+    return value if isinstance(value, int) else otherwise
 
 
 def _of_ranks(account: StreamAccount, first: Departure, file: RunFile, others: list[SampleReading]) -> StreamAccount:
@@ -253,7 +258,7 @@ def _of_ranks(account: StreamAccount, first: Departure, file: RunFile, others: l
             there = next((s for s in beside.streams if s.index == first.stream and beside.num_rows(s.index)), None)
             if there is None:
                 continue
-            rank = int(beside.meta.get("rank", 0))
+            rank = _whole(beside.meta.get("rank"), 0)
             others += readings_of(_remarks_of(beside, there), rank)
             if account.first is not first or first.kind in _OF_A_RANK:
                 continue
