@@ -332,6 +332,13 @@ def _convolutions() -> list[Job]:
     return jobs
 
 
+def _adamw_fresh() -> list[Job]:
+    """AdamW at the rates of seed 0 where no fresh seed of it had run."""
+    jobs = cells(*GPT[:2], "adamw", 3e-3, FRESH[:3], options={"zero": True})
+    jobs += cells(*HOT[:2], "adamw", 1e-3, FRESH[:3], options={"gain": 0.5})
+    return jobs + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:3]) + cells(*HOT[:2], "adamw", 1e-2, FRESH[:3])
+
+
 PROOF: dict[str, list[Job]] = {
     "proof-main": _main(),
     "proof-text": _text(),
@@ -361,6 +368,7 @@ PROOF: dict[str, list[Job]] = {
     "proof-depth-fresh-24": _depth_fresh(24),
     "proof-decay": _decay(),
     "proof-edges": _edges(),
+    "proof-adamw-fresh": _adamw_fresh(),
     "proof-regular-fresh": _regular_fresh(),
     "proof-regular": _regular(),
 }

@@ -1,7 +1,7 @@
 """The picture of docs/results/README.md: in what share of the rows each method is how far behind the best.
 
 It is a performance profile (Dolan and Moré 2002), drawn from the rows of tables.json by page.py. Left: the rows
-that the four strongest methods have all run. Right: the rows that all eight have run.
+that the four strongest methods have all run. Right: the rows that all eight have run, where there are enough.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 __all__ = ["behind", "draw", "profile"]
 
 WIDTH, HEIGHT, TOP, BOTTOM, PANEL = 960, 360, 60, 56, 400
+FEWEST = 3  # rows of which a panel is drawn
 FARTHEST = 0.25  # behind the best: the right end of the picture
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555", "#8C564B", "#E69F00", "#7F7F7F")
 DASHES = ("", "6 3", "2 3", "9 3 2 3", "4 4", "1 4", "8 5", "3 6")
@@ -94,15 +95,18 @@ def draw(rows: list[Row], names: Mapping[str, str]) -> str:
     colours = {name: at for at, name in enumerate(names)}
     four = dict(list(names.items())[:4])
     body = _panel(56, "the four strongest", rows, four, colours)
-    body += _panel(528, "all eight", rows, names, colours)
-    for at, (name, title) in enumerate(names.items()):
+    both = profile(rows, list(names))[1] >= FEWEST
+    if both:
+        body += _panel(528, "all eight", rows, names, colours)
+    for at, (name, title) in enumerate(names.items() if both else four.items()):
         left = LEFTS[at]
         dashes = f' stroke-dasharray="{DASHES[colours[name]]}"' if DASHES[colours[name]] else ""
         line = f'stroke="{COLOURS[colours[name]]}" stroke-width="3"{dashes}'
         body.append(f'<line x1="{left}" x2="{left + 24}" y1="18" y2="18" {line}/>')
         body.append(f'<text x="{left + 29}" y="22">{escape(title)}</text>')
     about = "share of the workloads in which each optimizer is at most so far behind the best"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img"'
+    wide = WIDTH if both else WIDTH // 2
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {HEIGHT}" width="{wide}" role="img"'
     style = "text{font-family:system-ui,sans-serif;font-size:12.5px;fill:#222}.title{font-weight:600}"
-    page = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
+    page = f'<rect width="{wide}" height="{HEIGHT}" fill="#fff"/>'
     return "\n".join([f'{head} aria-label="{about}">', f"<style>{style}</style>", page, *body, "</svg>"]) + "\n"
