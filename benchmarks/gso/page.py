@@ -84,8 +84,8 @@ def setting(method: str, found: dict[str, Any]) -> str:
     if method == "gso":
         return "share 0.03"
     text = f"rate {found['lr']:g}"
-    names = {"adam": "AdamW's", "clip": "clip", "decay": "decay"}
-    return ", ".join([text, *(f"{names[name]} {value:g}" for name, value in found["method_options"].items())])
+    names = {"adam": "AdamW's {:g}", "clip": "clip {:g}", "decay": "decay {:g}", "wide": "clip in float64"}
+    return ", ".join([text, *(names[name].format(value) for name, value in found["method_options"].items())])
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

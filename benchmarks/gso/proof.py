@@ -228,10 +228,40 @@ def _hot_rivals() -> list[Job]:
     return jobs + cells(*HOT[:2], "gso", SHARE, FRESH[2:3], options={"gain": 1.0})
 
 
+def _hot_wide() -> list[Job]:
+    """The hot stack with a clip whose norm is computed in float64: in float32 it is infinite, and nothing is left."""
+    wide = {"wide": True}
+    jobs = [job for lr in (1e-2, 3e-3, 3e-2) for job in cells(*HOT[:2], "adamw", lr, (0,), method_options=wide)]
+    jobs += [job for lr in (1e-2, 3e-3) for job in cells(*HOT[:2], "soap", lr, (0,), method_options=wide)]
+    for lr in (0.03, 0.01):
+        jobs += cells(*HOT[:2], "muon", lr, (0,), method_options={"adam": 1e-2, **wide})
+    jobs += cells(*HOT[:2], "adamw", 1e-2, FRESH[:3], method_options=wide)
+    jobs += cells(*HOT[:2], "soap", 3e-2, (0,), method_options=wide)
+    return jobs + cells(*HOT[:2], "muon", 0.1, (0,), method_options={"adam": 1e-2, **wide})
+
+
+def _hot_wide_fresh() -> list[Job]:
+    """The same on fresh seeds."""
+    wide = {"wide": True}
+    jobs = cells(*HOT[:2], "adamw", 1e-2, FRESH[3:], method_options=wide)
+    jobs += cells(*HOT[:2], "soap", 1e-2, FRESH[:2], method_options=wide)
+    return jobs + cells(*HOT[:2], "muon", 0.03, FRESH[:2], method_options={"adam": 1e-2, **wide})
+
+
+def _hot_fresh() -> list[Job]:
+    """The best cells of seed 0 where the stack is trained by all; at gain 3 all cells of the others stay at chance."""
+    jobs = []
+    for options, muon, adam in (({"gain": 1.0}, 0.01, 3e-3), ({"gain": 0.5}, 0.03, 1e-3)):
+        jobs += cells(*HOT[:2], "soap", 1e-2, FRESH[:2], options=options)
+        jobs += cells(*HOT[:2], "muon", muon, FRESH[:2], options=options, method_options={"adam": 1e-2})
+        jobs += cells(*HOT[:2], "adamw", adam, FRESH[:2], options=options)
+    return jobs
+
+
 def _text_soap() -> list[Job]:
     text = {"text": "second"}
-    jobs = [job for lr in (1e-2, 2e-2) for job in cells(*MAIN, "soap", lr, (0,), options=text)]
-    return jobs + cells(*MAIN, "soap", 1e-2, FRESH[:3], options=text)
+    jobs = [job for lr in (1e-2, 2e-2, 3e-2) for job in cells(*MAIN, "soap", lr, (0,), options=text)]
+    return jobs + cells(*MAIN, "soap", 2e-2, FRESH[:3], options=text)
 
 
 def _decay() -> list[Job]:
@@ -285,7 +315,6 @@ def _regular_fresh() -> list[Job]:
         ("detection", 500, {}, FRESH),
         ("detection", 500, {"healthy": True}, FRESH),
         ("plain-stack", 350, {}, FRESH),
-        ("residual-stack", 900, {}, FRESH[:3]),
     ):
         jobs += cells(task, steps, "gso", SHARE, seeds, options=options, method_options={"weight_decay": 0.3})
     jobs += [job for steps in (75, 125, 200) for job in cells("aerial", steps, "gso", SHARE, CHOOSING)]
@@ -363,6 +392,9 @@ PROOF: dict[str, list[Job]] = {
     "proof-depth-fresh": _depth_fresh(6, 12),
     "proof-hot-rivals": _hot_rivals(),
     "proof-text-soap": _text_soap(),
+    "proof-hot-wide": _hot_wide(),
+    "proof-hot-wide-fresh": _hot_wide_fresh(),
+    "proof-hot-fresh": _hot_fresh(),
     "proof-convolutions": _convolutions(),
     "proof-share-of-steps": _share_of_steps(),
     "proof-depth-fresh-24": _depth_fresh(24),

@@ -76,17 +76,30 @@ def _outputs(task: tasks.Task) -> set[int]:
     return set().union(*(output_layers(task.model, part) for part in parts))
 
 
-def _clip(model: nn.Module) -> Callable[[], Any]:
-    return partial(nn.utils.clip_grad_norm_, [p for p in model.parameters() if p.requires_grad], CLIP)
+def _clip(model: nn.Module, wide: bool = False) -> Callable[[], Any]:
+    """torch's clip; `wide`: its norm in float64, since in float32 that of a very large gradient is infinite."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not wide:
+        return partial(nn.utils.clip_grad_norm_, trained, CLIP)
+
+    def clip() -> None:
+        grads = [p.grad for p in trained if p.grad is not None]
+        norm = torch.stack([grad.double().norm() for grad in grads]).norm()
+        for grad in grads:
+            grad.copy_(grad.double() * (CLIP / (norm + 1e-6)).clamp(max=1.0))
+
+    return clip
 
 
-def _adamw(task: tasks.Task, lr: float, steps: int, decay: float = DECAY) -> Prepared:
+def _adamw(task: tasks.Task, lr: float, steps: int, decay: float = DECAY, wide: bool = False) -> Prepared:
     trained = [p for p in task.model.parameters() if p.requires_grad]
     made = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=decay)
-    return Prepared([made], _clip(task.model), warmup=True)
+    return Prepared([made], _clip(task.model, wide), warmup=True)
 
 
-def _muon(task: tasks.Task, lr: float, steps: int, adam: float = 3e-3, decay: float = DECAY) -> Prepared:
+def _muon(
+    task: tasks.Task, lr: float, steps: int, adam: float = 3e-3, decay: float = DECAY, wide: bool = False
+) -> Prepared:
     """torch.optim.Muon on the hidden matrices, AdamW on embeddings, output layers and vectors.
 
     torch's Muon takes matrices only. A hidden convolution is handed to it as its matrix (out, in x kernel), which
@@ -102,7 +115,7 @@ def _muon(task: tasks.Task, lr: float, steps: int, adam: float = 3e-3, decay: fl
     matrices = [nn.Parameter(p.detach().view(len(p), -1)) if id(p) in kernels else p for p in hidden]
     muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=decay)
     adamw = torch.optim.AdamW(rest, lr=adam, betas=(0.9, 0.99), weight_decay=decay)
-    clip = _clip(task.model)
+    clip = _clip(task.model, wide)
 
     def before() -> None:
         clip()
@@ -123,11 +136,11 @@ def _schedulefree(task: tasks.Task, lr: float, steps: int) -> Prepared:
     return prepared
 
 
-def _soap(task: tasks.Task, lr: float, steps: int, decay: float = DECAY) -> Prepared:
+def _soap(task: tasks.Task, lr: float, steps: int, decay: float = DECAY, wide: bool = False) -> Prepared:
     from pytorch_optimizer import SOAP
 
     trained = [p for p in task.model.parameters() if p.requires_grad]
-    return Prepared([SOAP(trained, lr=lr, weight_decay=decay)], _clip(task.model), warmup=True)
+    return Prepared([SOAP(trained, lr=lr, weight_decay=decay)], _clip(task.model, wide), warmup=True)
 
 
 def _lamb(task: tasks.Task, lr: float, steps: int) -> Prepared:

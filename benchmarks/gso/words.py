@@ -40,7 +40,10 @@ How to read the tables:
 
 - The optimizer that ships is measured, at its default share of 0.03, without a clip and without warm-up.
 - Every method has the same number of steps. All rates fall linearly to zero, except for schedule-free.
-- Other methods have a clip at 1 and warm-up over a tenth of the steps, as their names say.
+- Other methods have a clip at 1 and warm-up over a tenth of the steps, as their names say. AdamW's betas are 0.9 and
+  0.99, its decay and that of the others is 0.01 unless a cell says otherwise.
+- Muon is torch's. It takes hidden matrices, and hidden convolutions as matrices; AdamW takes the rest. SOAP and LAMB
+  come from pytorch-optimizer 4.1.0, Prodigy from prodigyopt 1.1.2, schedule-free from schedulefree 1.4.1.
 - Each of them takes the best of its cells on seed 0. The tables say how many cells were tried.
 - A table gives the median over fresh seeds, from 10 on, and the range in brackets.
 - GSO's constants were chosen on seeds 0 and 1 of the same tasks, with other runs.
@@ -106,12 +109,15 @@ times the best one on the GPT. One cause of the gap is known: rows of the output
 beyond 3. With a free output layer the reference implementation ends at 1.214 on seeds 10 to 12,
 below both ([0032](../decisions/0032-rows-stop-growing-at-three.md)).
 """,
-    "detectors": """Convolutions are not what torch's Muon takes, so it is missing. SOAP does not mind the exploding
-loss either. The exploding detector takes the exponential of its box sizes, the healthy one their
-logarithms.
+    "detectors": """SOAP does not mind the exploding loss either. The exploding detector takes the exponential of
+its box sizes, the healthy one their logarithms.
 """,
-    "hot": """Seed 0 chose the rates. AdamW stays at chance with all four, because the first loss is 7e20. At gain
-.5 the stack is healthy, and all methods train it.
+    "hot": """At gain 3 the first loss is 7e20. The norm of such a gradient is infinite in float32, and torch's clip
+then multiplies all of it by zero. So the others stay at chance with their usual clip, at every rate.
+An earlier form of this page had only that. With a clip whose norm is computed in float64 ("clip in
+float64") they train too: AdamW at 0.01 nearly as well as GSO, and at a third or three times that
+rate far worse. GSO measures every row in float64, and needs neither the clip nor the rate. At gains
+of 1 and .5 the stack is healthy, and all methods train it about equally well.
 """,
     "mixer": """One test digit is .28 points. So the two are not told apart, and the smaller share does not help.
 """,
