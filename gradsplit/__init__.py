@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .moved import tell as _tell_what_moved
@@ -72,13 +73,18 @@ _NAMES: dict[str, tuple[str, ...]] = {
 
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
+_ROOMS = ("budget", "chain", "functional", "integrations", "kernels", "ladder", "optim", "plan", "resume", "sources")
+"""Packages that errors and pages name, as in ``gradsplit.chain.Unrolled``: imported when first used."""
+
 __all__ = ["__version__", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
         return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
-    raise AttributeError(f"module 'gradsplit' has no attribute {name!r}")
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'gradsplit' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

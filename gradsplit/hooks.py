@@ -22,6 +22,7 @@ __all__ = [
     "constant_while_traced",
     "not_traced",
     "runs_hooks",
+    "users_level",
     "without_compiler_guard",
 ]
 
@@ -318,6 +319,18 @@ def not_traced(function: Function) -> Function:
 
     outside_of_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
     return outside_of_graphs  # type: ignore[return-value]
+
+
+def users_level() -> int:
+    """Return the ``stacklevel`` at which a warning of the caller points at the user's line, beyond torch and gradsplit.
+
+    >>> users_level()
+    1
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradsplit", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def constant_while_traced(function: Function) -> Function:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .hooks import users_level
 from .plan import Plan
 
 __all__ = ["Clock", "Members", "Rates", "Thawed", "held_by"]
@@ -114,7 +115,7 @@ class Members:
                 f"{why}, the first of shape {shapes[0]}: no limit holds there. Make the splitter with a model "
                 "that holds all of them, or with pairs (name, parameter) if that is meant.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=users_level(),
             )
 
 
@@ -155,7 +156,7 @@ class Thawed:
                 "now: no limit holds there. Make the splitter while all that will ever train is trainable, then "
                 "freeze; or make a new one now.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from .budget import Decision, Outcome
 from .plan import Plan
 from .xp import Array
 
-__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "StepRecord"]
+__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "StepRecord", "checked_sinks"]
 
 
 class BinReport(NamedTuple):
@@ -34,6 +34,18 @@ class BinReport(NamedTuple):
     norm_after: float
     limit: float
     outcome: Outcome
+
+
+def checked_sinks(sinks: Any, *, call: str) -> list[Callable[[Any], Any]]:
+    """Return sinks as a list.
+
+    Raises:
+        ValueError: something that is no iterable of functions.
+    """
+    made: list[Any] = list(sinks) if isinstance(sinks, Iterable) and not callable(sinks) else [None]
+    if not all(callable(sink) for sink in made):
+        raise ValueError(f"{call}(sinks={sinks!r:.80}): expected functions of a record in a list. Write sinks=[print].")
+    return made
 
 
 @dataclass(frozen=True)

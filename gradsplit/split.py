@@ -22,14 +22,25 @@ from torch import Tensor
 from .amp import Scaling
 from .budget import Budget, Decision, Ledger, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
-from .collective import Recent
+from .collective import COLLECTIVE, ENOUGH, Recent
 from .distributed import adder, in_form, local_of, make_kernel
+from .optimizers import calls_closure_often, follows_gradient
 from .plan import Plan
 from .programs import Programs
 from .rates import Rates
-from .records import BinReport, DeferredDecision, ShareRecord, StepRecord
+from .records import BinReport, DeferredDecision, ShareRecord, StepRecord, checked_sinks
 
-__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "Split", "StepRecord", "check_state", "gradients_of"]
+__all__ = [
+    "BinReport",
+    "DeferredDecision",
+    "ShareRecord",
+    "Split",
+    "StepRecord",
+    "check_state",
+    "checked_sinks",
+    "described",
+    "gradients_of",
+]
 
 
 def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
@@ -41,7 +52,7 @@ def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
         call: the caller's name, for errors.
 
     Returns:
-        The largest learning rates.
+        The largest learning rates; none where the state holds none.
 
     Raises:
         ValueError: something else.
@@ -52,11 +63,13 @@ def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
     missing = sorted(set(keys) - set(state)) if isinstance(state, Mapping) else list(keys)
     if missing:
         what = "a mapping" if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"{call}: expected what state_dict() returned, got {what} without {missing}.")
+        raise ValueError(
+            f"{call}: expected what state_dict() returned, got {what} without {missing}. Save and load it unchanged."
+        )
     count = state.get("step_count", 0)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"{call}: expected a count of steps, got step_count={count!r}. The state is damaged.")
-    tops = state["top_lr"]
+    tops = state.get("top_lr", [])
     if not isinstance(tops, (list, tuple)) or not all(isinstance(top, float) and 0 < top < math.inf for top in tops):
         raise ValueError(f"{call}: expected learning rates > 0, got top_lr={tops!r:.80}. The state is damaged.")
     return list(tops)
@@ -451,3 +464,33 @@ def _spared(decision: Decision, squares_B: Tensor, overflow: Tensor) -> Decision
     finite_B = squares_B.isfinite()
     norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
     return Decision(decision.plan, norm_B, finite_B, torch.where(overflow, 1.0, decision.scale_B), decision.limits)
+
+
+def described(split: Split, optimizer: torch.optim.Optimizer | None, *, caps: bool) -> str:
+    """See `GradientSplitter.describe`."""
+    name = "an optimizer" if optimizer is None else type(optimizer).__name__
+    said = []
+    for place, pairs in (("In front of", split.gradient_budgets), ("Behind", split.update_budgets)):
+        for level, budget in pairs:
+            if budget.constant() == math.inf:
+                said.append(f"{place} {name}, nothing finite is bounded.")
+            else:
+                nodes = f"{len(split.plan.level_nodes(level))} {level}{'s' if level != 'root' else ''}"
+                said.append(f"{place} {name}, each of {nodes} keeps within {budget!r}.")
+    if split.recent is not None:
+        said.append(
+            f"Where the median bin is more than {COLLECTIVE:g} times its recent norm, the whole gradient is divided by "
+            "that ratio."
+            + (f" That needs {ENOUGH} bins, so it never happens here." if split.plan.num_bins < ENOUGH else "")
+        )
+    if caps:
+        said.append(f"This bounds the step after {name} has made it, whatever its rule.")
+    elif optimizer is not None and follows_gradient(optimizer):
+        said.append(f"The step of {name} follows the gradient, so this bounds the step itself.")
+        if any(group.get("weight_decay") for group in optimizer.param_groups):
+            said.append("Weight decay is added to it.")
+    elif optimizer is not None and calls_closure_often(optimizer):
+        said.append(f"{name} compares the gradients of a step, so the first call of the closure decides for all.")
+    elif optimizer is not None:
+        said.append(f"{name} rescales gradients, so this keeps faults out of its memory and does not bound the step.")
+    return " ".join([*said, "A bin that is not finite becomes zero."])

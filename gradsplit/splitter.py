@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -13,15 +12,14 @@ from torch import Tensor, nn
 
 from .amp import Scaling
 from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, RelativeStep, StagedLedger
-from .collective import COLLECTIVE, ENOUGH
 from .distributed import local_of, whole_of
 from .hooks import Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hooks
 from .kernels import Kernel
-from .optimizers import calls_closure_often, follows_gradient, optimizer_of, refuse_misfit, usual_bounds
+from .optimizers import calls_closure_often, optimizer_of, refuse_misfit, usual_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Members, Thawed
 from .records import StepRecord
-from .split import Split, check_state, gradients_of
+from .split import Split, check_state, checked_sinks, described, gradients_of
 from .update_cap import STEPS, UpdateCap
 
 __all__ = ["GradientSplitter", "calibrate"]
@@ -36,7 +34,7 @@ CALL_ME = (
 )
 
 
-def check_options(model: Any, on_nonfinite: str, step: str, cap_updates: bool) -> None:
+def check_options(model: Any, on_nonfinite: str, step: str, cap_updates: bool, collective: bool | None) -> None:
     """Refuse an optimizer in the model's place, and words that are none of the choices.
 
     Raises:
@@ -50,11 +48,49 @@ def check_options(model: Any, on_nonfinite: str, step: str, cap_updates: bool) -
         )
     if on_nonfinite not in ("zero", "raise"):
         raise ValueError(f"GradientSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'raise'.")
+    if collective not in (True, False, None):
+        raise ValueError(
+            f"GradientSplitter(collective={collective!r}): expected True, False or None. None takes what fits the "
+            "optimizer."
+        )
     if step not in STEPS or (step != "cap" and not cap_updates):
         raise ValueError(
             f"GradientSplitter(step={step!r}, cap_updates={cap_updates!r}): expected 'cap', or 'share' with "
             "cap_updates=True, since a step has a length only after the optimizer has made it."
         )
+
+
+def adopted(splitter: GradientSplitter, plan: Plan) -> tuple[Split, UpdateCap | None]:
+    """Return the split of a plan, with budgets without history and the largest learning rates until now, and the cap.
+
+    Raises:
+        ValueError: a cap on the update without a budget that bounds it.
+    """
+    before: Split | None = vars(splitter).get("_split")
+    split = Split(
+        plan,
+        splitter.parameters,
+        splitter._budget,
+        rule=splitter.rule,
+        backend=splitter.backend,
+        process_group=splitter.process_group,
+        stages=splitter.stages,
+        caps_updates=splitter._after_updates,
+        collective=splitter._is_collective,
+        call="GradientSplitter",
+    )
+    if splitter._after_updates and split.update is None:
+        raise ValueError(
+            f"GradientSplitter(cap_updates=True, budget={splitter._budget!r:.60}): expected a budget that bounds the "
+            "update, got none. Use RelativeStep(), alone or beside the others in a tuple, or leave budget= out."
+        )
+    _ = split.programs  # now, since a step must not wait for the device
+    cap = None if split.update is None else UpdateCap(split, splitter._step)
+    if before is not None:
+        split.load_tops(before.tops())
+        if before.rates is not None:
+            split.read_rates(before.rates.optimizer, in_groups=split.needs_rates)
+    return split, cap
 
 
 def stand_by(splitter: GradientSplitter, optimizer: Any) -> torch.optim.Optimizer:
@@ -139,35 +175,13 @@ def refuse_other_shapes(splitter: GradientSplitter, gradients: list[Tensor | Non
         )
 
 
-def described(splitter: GradientSplitter) -> str:
-    """See `GradientSplitter.describe`."""
-    split, optimizer = splitter._split, splitter.optimizer
-    name = "an optimizer" if optimizer is None else type(optimizer).__name__
-    said = []
-    for place, pairs in (("In front of", split.gradient_budgets), ("Behind", split.update_budgets)):
-        for level, budget in pairs:
-            if budget.constant() == math.inf:
-                said.append(f"{place} {name}, nothing finite is bounded.")
-            else:
-                nodes = f"{len(split.plan.level_nodes(level))} {level}{'s' if level != 'root' else ''}"
-                said.append(f"{place} {name}, each of {nodes} keeps within {budget!r}.")
-    if split.recent is not None:
-        said.append(
-            f"Where the median bin is more than {COLLECTIVE:g} times its recent norm, the whole gradient is divided by "
-            "that ratio."
-            + (f" That needs {ENOUGH} bins, so it never happens here." if split.plan.num_bins < ENOUGH else "")
-        )
-    if splitter._cap is not None:
-        said.append(f"This bounds the step after {name} has made it, whatever its rule.")
-    elif optimizer is not None and follows_gradient(optimizer):
-        said.append(f"The step of {name} follows the gradient, so this bounds the step itself.")
-        if any(group.get("weight_decay") for group in optimizer.param_groups):
-            said.append("Weight decay is added to it.")
-    elif optimizer is not None and calls_closure_often(optimizer):
-        said.append(f"{name} compares the gradients of a step, so the first call of the closure decides for all.")
-    elif optimizer is not None:
-        said.append(f"{name} rescales gradients, so this keeps faults out of its memory and does not bound the step.")
-    return " ".join([*said, "A bin that is not finite becomes zero."])
+def in_short(splitter: GradientSplitter) -> str:
+    """Say in one line what a splitter bounds, where it stands, and how many steps it has made."""
+    name = "no optimizer" if splitter.optimizer is None else type(splitter.optimizer).__name__
+    place = "attached to" if splitter._handle is not None and splitter._handle.is_attached else "with"
+    budgets = [*splitter._split.gradient_budgets, *splitter._split.update_budgets]
+    bounds = ", ".join(f"{level}: {budget!r}" for level, budget in budgets)
+    return f"GradientSplitter({splitter.plan!r}, {{{bounds}}}, {place} {name}, {splitter.step_count} steps)"
 
 
 class GradientSplitter:
@@ -236,14 +250,18 @@ class GradientSplitter:
         stages: Any = None,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
-        check_options(model, on_nonfinite, step, cap_updates)
-        pairs = named_trainable(model)
+        check_options(model, on_nonfinite, step, cap_updates, collective)
+        pairs = named_trainable(model, call="GradientSplitter")
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout, self._thawed = layout_of(pairs), Thawed(model)
         self._shapes = [parameter.shape for parameter in self.parameters]
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
-        self.process_group, self.stages, self.sinks = process_group, stages, list(sinks)
+        self.process_group, self.stages, self.sinks = (
+            process_group,
+            stages,
+            checked_sinks(sinks, call="GradientSplitter"),
+        )
         self.step_count = 0
         self._strategy, self._after_updates, self._step = plan, cap_updates, step
         self._chooses, self._collective = budget is None, collective
@@ -265,25 +283,7 @@ class GradientSplitter:
 
     def _adopt(self, plan: Plan) -> None:
         """Start on a plan, with budgets without history; the largest learning rates stay."""
-        before: Split | None = vars(self).get("_split")
-        self._split = Split(
-            plan,
-            self.parameters,
-            self._budget,
-            rule=self.rule,
-            backend=self.backend,
-            process_group=self.process_group,
-            stages=self.stages,
-            caps_updates=self._after_updates,
-            collective=self._is_collective,
-            call="GradientSplitter",
-        )
-        _ = self._split.programs  # now, since a step must not wait for the device
-        self._cap = None if self._split.update is None else UpdateCap(self._split, self._step)
-        if before is not None:
-            self._split.load_tops(before.tops())
-            if before.rates is not None:
-                self._split.read_rates(before.rates.optimizer, in_groups=self._split.needs_rates)
+        self._split, self._cap = adopted(self, plan)
 
     @property
     def plan(self) -> Plan:
@@ -314,7 +314,7 @@ class GradientSplitter:
         """
         if self._unseen is not None:
             self._unseen.read()
-        return described(self)
+        return described(self._split, self.optimizer, caps=self._cap is not None)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
         """Run `step` before every step of an optimizer, inside its closure if any; ``handle.remove()`` detaches.
@@ -396,13 +396,16 @@ class GradientSplitter:
         """
         return calibrate(self, closure, steps)
 
+    def __repr__(self) -> str:
+        return in_short(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(COPIED)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on: plan, step count, history, learning-rate tops."""
         return {
-            "fingerprint": self.plan.fingerprint,
+            "fingerprint": self._split.partition,
             "plan": self.plan.to_dict() if self._strategy == "lbf" else None,
             "step_count": self.step_count,
             "history": self.ledger.state_dict(),
@@ -411,7 +414,7 @@ class GradientSplitter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` left off; a calibrated plan comes with it.
+        """Go on where `state_dict` left off; a calibrated plan comes with it. As in torch, names do not count.
 
         Raises:
             ValueError: the state of another plan or of other budgets; nothing is taken over then.
@@ -426,10 +429,14 @@ def load(splitter: GradientSplitter, state: Mapping[str, Any]) -> None:
     before = dict(vars(splitter))
     try:
         if state.get("plan") is not None and splitter._strategy == "lbf":
-            splitter._adopt(make_plan(Plan.from_dict(state["plan"]), splitter.layout, call=call))
-        if state["fingerprint"] != splitter.plan.fingerprint:
+            made = Plan.from_dict(state["plan"])
+            if made.layout.shapes == splitter.layout.shapes:  # as in torch, names do not count
+                made = Plan(splitter.layout, made.boxes, modules=made.modules)
+            splitter._adopt(make_plan(made, splitter.layout, call=call))
+        # With the names: an older version's.
+        if state["fingerprint"] not in (splitter._split.partition, splitter.plan.fingerprint):
             raise ValueError(
-                f"{call}: expected the state of plan {splitter.plan.fingerprint}, got that of plan "
+                f"{call}: expected the state of plan {splitter._split.partition}, got that of plan "
                 f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
             )
         recent = splitter._split.recent

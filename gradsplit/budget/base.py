@@ -106,6 +106,11 @@ class Budget:
                     f"{type(self).__name__}({one.name}={value!r}): expected a number, got {type(value).__name__}. "
                     f"Leave {one.name} out for its default."
                 )
+            if number and one.type == "int" and value != int(value):
+                raise ValueError(
+                    f"{type(self).__name__}({one.name}={value!r}): expected a whole number. Write {one.name}="
+                    f"{max(1, round(value))}."
+                )
 
     def init(self, xp: ModuleType, like: Array) -> State:
         """Return the history before the first step, for nodes shaped like ``like``."""
@@ -117,7 +122,9 @@ class Budget:
 
     def limits(self, xp: ModuleType, reading: Reading, state: State) -> Array:
         """Return the largest norm each node may keep, shape (n,); inf = unbounded."""
-        raise TypeError(f"{type(self).__name__}: expected a budget that defines limits(xp, reading, state).")
+        raise TypeError(
+            f"{type(self).__name__}: expected a budget that defines limits(xp, reading, state). Write it in the class."
+        )
 
     def learn(self, xp: ModuleType, reading: Reading, kept: Array, state: State) -> State:
         """Return the next history from ``kept``, (n,) norms that were let through; 0 is no observation."""

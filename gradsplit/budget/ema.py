@@ -57,8 +57,8 @@ class Ema(Budget):
         super().__post_init__()
         self._check("ratio", self.ratio > 1, "a ratio > 1, for example 1.5")
         self._check("beta", 0 < self.beta < 1, "a memory in (0, 1), for example 0.98")
-        self._check("warmup", self.warmup >= 1, "at least one observation")
-        self._check("patience", self.patience >= 1, "at least one observation")
+        self._check("warmup", self.warmup >= 1, "at least one observation, for example 20")
+        self._check("patience", self.patience >= 1, "at least one observation, for example 20")
         self._check("growth", self.growth >= 1, "a factor >= 1, for example 1.1")
 
     def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102

@@ -43,14 +43,21 @@ class Fixed(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.limit is None or isinstance(self.limit, (bool, str)):
+            raise ValueError(
+                f"Fixed(limit={self.limit!r}): expected a number, or one per node. Write for example Fixed(1.0), or "
+                "Fixed(float('inf')) for no limit."
+            )
         try:
             values = np.asarray(self.limit, dtype=np.float64)
         except (TypeError, ValueError):
-            raise ValueError(f"Fixed(limit={self.limit!r}): expected a number, or one per node.") from None
+            raise ValueError(
+                f"Fixed(limit={self.limit!r}): expected a number, or one per node. Write for example Fixed(1.0)."
+            ) from None
         self._check(
             "limit",
             values.ndim <= 1 and bool((values >= 0).all()),
-            "limits >= 0 (inf means unbounded), never NaN",
+            "limits >= 0, where inf means unbounded, for example 1.0",
         )
         object.__setattr__(self, "limit", float(values) if values.ndim == 0 else tuple(values.tolist()))
 

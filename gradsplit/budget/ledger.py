@@ -110,7 +110,10 @@ class Ledger:
                 ) from None
             if [tuple(a.shape) for a in new] != [tuple(a.shape) for a in old]:
                 shapes = [tuple(a.shape) for a in new]
-                raise ValueError(f"{call}: expected vectors of shape {tuple(old[0].shape)} at {key!r}, got {shapes}.")
+                raise ValueError(
+                    f"{call}: expected vectors of shape {tuple(old[0].shape)} at {key!r}, got {shapes}. That is the "
+                    "history of another plan: use the plan of the saved run."
+                )
             if not all(_is_history(array) for array in new):
                 raise ValueError(
                     f"{call}: expected a history of finite numbers >= 0 at {key!r}, got others. The state is damaged: "

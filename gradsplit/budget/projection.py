@@ -196,7 +196,11 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
     >>> project(plan, np.array([100.0, 1.0]), limit, rule="nearest")
     array([0.0099995, 0.0099995])
     """
-    xp = namespace(norm_B)
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"project({type(plan).__name__}, …): expected a Plan. Make one with xsp, lbf, tree_sp, per_tensor or whole."
+        )
+    xp = namespace(norm_B, call="project(norm_B=…)")
     if rule not in RULES:
         raise ValueError(f"project(rule={rule!r}): expected one of {', '.join(RULES)}.")
     limit_N = xp.asarray(limit_N, norm_B)
@@ -205,7 +209,10 @@ def project(plan: Plan, norm_B: Array, limit_N: Array, *, rule: str = "bottom_up
         ("limit_N", limit_N, plan.num_nodes, "node"),
     ):
         if tuple(array.shape) != (num,):
-            raise ValueError(f"project({name}=…): expected shape ({num},), one per {unit}, got {tuple(array.shape)}.")
+            raise ValueError(
+                f"project({name}=…): expected shape ({num},), one per {unit} of the plan, got {tuple(array.shape)}. "
+                f"The plan's {unit}s are plan.{unit}s, in their order."
+            )
     if xp.is_readable(limit_N) and not bool(xp.every(limit_N >= 0)):
         ones = xp.full(plan.num_nodes, 1.0, norm_B)
         at = int(xp.argsort(xp.where(limit_N >= 0, ones * 0.0, ones))[-1])

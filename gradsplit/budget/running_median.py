@@ -52,7 +52,7 @@ class RunningMedian(Budget):
         super().__post_init__()
         self._check("factor", self.factor >= 1, "a factor >= 1 over the running median, for example 3.0")
         self._check("eta", 0 < self.eta <= 1, "a step in (0, 1], for example 0.05")
-        self._check("early", self.early >= 0, "a number of observations >= 0")
+        self._check("early", self.early >= 0, "a number of observations >= 0, for example 20")
 
     def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
         return (like * 0.0, like * 0.0, like * 0.0)  # C, at first the larger of two observations, observations

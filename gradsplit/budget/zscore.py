@@ -53,7 +53,7 @@ class ZScore(Budget):
         super().__post_init__()
         self._check("z", self.z > 0, "standard deviations > 0, for example 2.5")
         self._check("beta", 0 < self.beta < 1, "a memory in (0, 1), for example 0.97")
-        self._check("warmup", self.warmup >= 2, "at least two observations, for a variance")
+        self._check("warmup", self.warmup >= 2, "at least two observations, which a variance needs, for example 25")
 
     def init(self, xp: ModuleType, like: Array) -> State:  # noqa: D102
         # The mean, the variance (at first the larger of two observations), and observations.

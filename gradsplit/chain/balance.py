@@ -79,10 +79,14 @@ def balance_(
     project's own.
     """
     if not target > 0 or not math.isfinite(target):
-        raise ValueError(f"balance_(target={target!r}): expected a finite root mean square above 0.")
+        raise ValueError(
+            f"balance_(target={target!r}): expected a finite root mean square above 0. Use 1.0 for usual layers."
+        )
     if on is not None and not 0.5 <= on < 1:
-        raise ValueError(f"balance_(on={on!r}): expected a share of at least 0.5 and below 1, or None.")
-    model = bare(model)
+        raise ValueError(
+            f"balance_(on={on!r}): expected a share of at least 0.5 and below 1, or None, which leaves biases alone."
+        )
+    model = bare(model, call="balance_")
     _check_weights(model)
     before = _levels(model, loss_fn, batch)
     factors: dict[str, float] = {}

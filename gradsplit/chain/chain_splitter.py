@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,9 @@ class ModuleLimits:
     @torch.no_grad()
     def bound_(self) -> Tensor:
         """Bound the gradients as they are now; return the norms before, (M,), inf where not finite; no host sync."""
+        for p in self.parameters:
+            if p.grad is not None and p.grad.is_conj():  # autograd leaves conjugates to be worked out
+                p.grad = p.grad.resolve_conj()
         gradients = [None if p.grad is None else p.grad for p in self.parameters]
         gradients = [torch.view_as_real(g) if g is not None and g.is_complex() else g for g in gradients]
         _, decision = self.split.bound_(gradients)
@@ -175,7 +178,9 @@ class ChainSplitter:
         steps: bool = False,
         on_nonfinite: str = "zero",
     ) -> None:
-        if isinstance(at, str) and at not in ("auto", "forks", "layers"):
+        choices: Any = at
+        listed = isinstance(choices, Iterable) and not isinstance(choices, str) and list(choices)
+        if not listed and choices not in ("auto", "forks", "layers"):
             raise ValueError(f"ChainSplitter(at={at!r}): expected 'auto', 'forks', 'layers' or a list of module names.")
         if on_nonfinite not in ("zero", "pass"):
             raise ValueError(f"ChainSplitter(on_nonfinite={on_nonfinite!r}): expected 'zero' or 'pass'.")
@@ -184,7 +189,7 @@ class ChainSplitter:
                 f"ChainSplitter(budget={budget!r}): expected a budget of norms alone, since a joint has no weights. "
                 "Use RunningMedian(3.0), Fixed, Ema, ZScore or Percentile."
             )
-        self.model = bare(model)
+        self.model = bare(model, call="ChainSplitter")
         if isinstance(at, str):
             self.names = [] if at == "forks" else layers_of(self.model)
         else:

@@ -302,7 +302,7 @@ def gradient_chain(
     >>> [(link.name, link.gain) for link in chain.links]
     [('(loss)', 1.0), ('1', 5.0), ('0', 3.0)]
     """
-    model = bare(model)
+    model = bare(model, call="gradient_chain")
     names = None if at is None else checked_names(model, at, f"gradient_chain(at={at!r})")
     recurrent = recurrences_of(model) if through_time else None
     forward, loss = factored_forward(model, loss_fn, batch, names, recurrent)
@@ -330,6 +330,11 @@ def factored_forward(
     Raises:
         ValueError: the loss is not a scalar with a graph.
     """
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn={type(loss_fn).__name__}: expected a function of the model and a batch. Write for example lambda "
+            "model, batch: model(batch).square().mean()."
+        )
     with torch.enable_grad(), factoring(model, names) as forward:
         if recurrent is None:
             loss = loss_fn(model, batch)
@@ -342,7 +347,7 @@ def factored_forward(
     if loss.grad_fn is None:
         raise ValueError(
             "loss_fn(model, batch): expected a loss that depends on the model's parameters, got one without a graph. "
-            "Is it computed under torch.no_grad(), from detached outputs, or with every parameter frozen?"
+            "Compute it outside of torch.no_grad(), from outputs that are not detached, with a trainable parameter."
         )
     return forward, loss.reshape(())
 

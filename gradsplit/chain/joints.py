@@ -158,7 +158,7 @@ def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[
     """
     found: list[Joint] = []
     calls: dict[str, int] = {}
-    model = bare(model)
+    model = bare(model, call="joints")
     with ExitStack() as hooks, torch.enable_grad(), tracing(model) as trace:
         for name, module in model.named_modules():
             if not name:
@@ -185,8 +185,16 @@ def joints(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> list[
     return _unique(listed)
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel or torch.compile, so that names carry no prefix."""
+def bare(model: nn.Module, *, call: str) -> nn.Module:
+    """The user's module inside DistributedDataParallel or torch.compile, so that names carry no prefix.
+
+    Raises:
+        TypeError: no module; ``call`` is the caller's name.
+    """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"{call}({what}, …): expected a torch.nn.Module. Pass the model itself.")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

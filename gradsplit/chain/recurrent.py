@@ -424,8 +424,17 @@ def gain_penalty(recurrence: Unrolled | Cell, inputs: Tensor | None = None, stat
             given = torch.stack([x.detach() for x in recurrence.inputs[number]])
             parts.append(_penalty(cell, given, entering, torch.stack(known), bound))
         return torch.stack(parts).mean()
+    if not isinstance(recurrence, Cell):
+        raise TypeError(
+            f"gain_penalty({type(recurrence).__name__}): expected an Unrolled or a Cell. Write "
+            "unrolled = gradsplit.chain.Unrolled(rnn), and run it in place of the recurrence."
+        )
     if inputs is None or states is None or signals is None:
-        raise ValueError("gain_penalty(cell, ...): expected inputs, states and signals beside a Cell, got None.")
+        missing = [name for name, x in (("inputs", inputs), ("states", states), ("signals", signals)) if x is None]
+        raise ValueError(
+            f"gain_penalty(cell, …): expected inputs, states and signals beside a Cell, got none for {missing[0]!r}. "
+            "Pass all three, or an Unrolled that kept them."
+        )
     return _penalty(recurrence, inputs, states, signals, bound)
 
 

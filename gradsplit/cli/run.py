@@ -114,11 +114,9 @@ def _check(asked: Settings) -> None:
 
         budget_from_words(asked.budget)
     for word in asked.to:
-        from ..watch.loggers import SINKS
+        from ..watch.loggers import check_words
 
-        name, _, place = word.partition(":")
-        if name not in SINKS or not place:
-            raise ValueError(f"gradsplit run --to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}.")
+        check_words(word)
     for word in asked.fail_on:
         if word not in ("explosion", "nonfinite", "exception"):
             raise ValueError(

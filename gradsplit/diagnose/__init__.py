@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -19,4 +20,5 @@ class _Callable(ModuleType):
         return diagnose(*args, **kwargs)
 
 
+__signature__ = inspect.signature(diagnose)
 sys.modules[__name__].__class__ = _Callable

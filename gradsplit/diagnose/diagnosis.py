@@ -178,7 +178,7 @@ def diagnose(
             "diagnose(ladder=True): expected an optimizer with it, got none. Pass optimizer=…, whose next step the "
             "ladder judges, or use gs.taylor_ladder for radii without a step."
         )
-    model = bare(model)
+    model = bare(model, call="diagnose")
     with undisturbed(model, loss_fn, batch, optimizer):
         evidence = gather(model, _summed(loss_fn), batch, optimizer)
         evidence.ladder, evidence.terms_of = ladder, loss_fn
@@ -188,6 +188,11 @@ def diagnose(
 
 def _summed(loss_fn: Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]) -> LossFn:
     """The loss as one tensor, where the user's function may give its terms by name."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"diagnose(loss_fn={type(loss_fn).__name__}): expected a function of the model and a batch. Write for "
+            "example lambda model, batch: model(batch).square().mean()."
+        )
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         found = loss_fn(model, batch)

@@ -142,13 +142,18 @@ def chosen(choice: Any, name: str, more: Any) -> Any:
 
 
 def check_patterns(argument: str, choice: Any, names: Sequence[str], *, what: str, call: str) -> None:
-    """Refuse patterns that match none of the names.
+    """Refuse patterns that are no strings, and those that match none of the names, if there are names.
 
     Raises:
         ValueError: such a pattern; ``what`` is the word for what it was to match.
     """
-    for pattern in choice if isinstance(choice, Mapping) else ():
-        if not any(fnmatchcase(name, pattern) for name in names):
+    for pattern, value in choice.items() if isinstance(choice, Mapping) else ():
+        if not isinstance(pattern, str):
+            raise ValueError(
+                f"{call}({argument}={{{pattern!r}: …}}): expected name patterns, got {type(pattern).__name__}. Write for "
+                f"example {{'*.weight': {value!r}}}."
+            )
+        if names and not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"{call}({argument}={{{pattern!r}: …}}): expected a pattern that matches a {what}, got one that "
                 f"matches none of {len(names)}, for example not {names[0]!r}. Patterns are those of fnmatch."

@@ -324,7 +324,10 @@ def only_arithmetic(tree: ast.Module) -> None:
             called = ast.unparse(node.func)
             sound = called.startswith("tl.") or called == "range" or called.endswith(".to")
         if not sound:
-            raise ValueError(f"a budget's program: expected arithmetic alone, got {ast.unparse(node)!r}.")
+            raise ValueError(
+                f"a budget's program for Triton: expected arithmetic alone, got {ast.unparse(node)!r}. Use "
+                "backend='eager'."
+            )
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,9 +141,16 @@ def taylor_ladder(
 
     Source: Griewank and Walther, Evaluating Derivatives, chapter 13. Deviation: the step is rescaled to the radius.
     """
-    if order < 1:
+    if not isinstance(order, int) or isinstance(order, bool) or order < 1:
         raise ValueError(
-            f"taylor_ladder(order={order}): expected order >= 1. Pass the highest derivative that you want, such as 10."
+            f"taylor_ladder(order={order!r}): expected a whole number >= 1. Pass the highest derivative that you want, "
+            "such as 10."
+        )
+    given: Any = params
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"taylor_ladder(params={type(given).__name__}): expected a mapping from names to tensors. Write "
+            "dict(model.named_parameters())."
         )
     traced = trace_loss(loss_of_params, params)
     point = {name: x.detach().double() for name, x in params.items()}

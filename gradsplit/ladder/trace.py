@@ -137,10 +137,11 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
     def flat(*tensors: Tensor) -> Tensor:
         with InFloat64():
             loss = loss_of_params(dict(zip(names, tensors, strict=True)))
-            if loss.ndim != 0:
+            if not isinstance(loss, Tensor) or loss.ndim != 0:
+                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
-                    f"taylor_ladder(loss_of_params): expected a scalar loss, got shape {tuple(loss.shape)}. "
-                    "Reduce it with .mean() or .sum()."
+                    f"taylor_ladder(loss_of_params): expected a scalar loss, got {got}. Return a tensor that "
+                    "depends on the parameters, reduced with .mean() or .sum()."
                 )
             return loss
 

@@ -55,7 +55,9 @@ class Cycle:
         if order not in ORDERS:
             raise ValueError(f"CyclicBlocks(order={order!r}): expected one of {', '.join(ORDERS)}.")
         if not isinstance(switch_every, int) or switch_every < 1:
-            raise ValueError(f"CyclicBlocks(switch_every={switch_every!r}): expected at least one step.")
+            raise ValueError(
+                f"CyclicBlocks(switch_every={switch_every!r}): expected a whole number of steps >= 1, for example 100."
+            )
         self.blocks = list(dict.fromkeys(block_of(name) for name in names))
         if len(self.blocks) < 2:
             raise ValueError(
@@ -164,8 +166,14 @@ class CyclicBlocks:
                 f"CyclicBlocks({type(optimizer).__name__}(in_backward=True), …): expected an optimizer that updates in "
                 "step(), since the gradients of idle blocks would never be freed. Leave one of the two out."
             )
+        given: Any = optimizer
+        if not hasattr(given, "param_groups"):
+            raise TypeError(
+                f"CyclicBlocks({type(given).__name__}, …): expected a torch optimizer first, then the model. Write "
+                "CyclicBlocks(optimizer, model)."
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        pairs = [(name, p) for name, p in named_trainable(model) if id(p) in held]
+        pairs = [(name, p) for name, p in named_trainable(model, call="CyclicBlocks") if id(p) in held]
         self.optimizer, self.process_group = optimizer, process_group
         self.parameters = [parameter for _, parameter in pairs]
         self.cycle = Cycle([name for name, _ in pairs], switch_every=switch_every, order=order, seed=seed)

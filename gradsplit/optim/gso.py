@@ -14,33 +14,30 @@ from torch.optim import Optimizer
 from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
-from ..hooks import constant_while_traced, not_traced, without_compiler_guard
+from ..hooks import constant_while_traced, not_traced, users_level, without_compiler_guard
 from ..plan import refuse_lazy
 from ..rates import Clock
-from ..split import StepRecord
+from ..split import StepRecord, checked_sinks
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
 from .options import (
     COUNT,
     FLAGS,
     HISTORY,
+    check_constants,
     check_flags,
+    check_group,
     check_moments,
     check_numbers,
+    check_params,
     check_saved,
     check_share,
-    checked_sinks,
     differentiable_backend,
     load_history,
     mend_memories,
     translated,
 )
-from .parts import (
-    Part,
-    make_memories,
-    make_parts,
-    step_part,
-)
+from .parts import Part, make_memories, make_parts, step_part
 from .share import ShareUpdate
 
 __all__ = ["GSO"]
@@ -161,6 +158,7 @@ class GSO(Optimizer):
         in_backward: bool = False,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
+        check_params(params)
         by_share = direction != "adam"
         if second_moment not in ("element", "bin"):
             raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
@@ -187,7 +185,12 @@ class GSO(Optimizer):
             "stages": stages,
             "fused": False if differentiable else fused,
         }
-        self._direction, self._blocks, self.sinks, self.measures = direction, blocks, checked_sinks(sinks), False
+        self._direction, self._blocks, self.sinks, self.measures = (
+            direction,
+            blocks,
+            checked_sinks(sinks, call="GSO"),
+            False,
+        )
         self._one_tensor_a_part = in_backward
         self._in_backward: InBackward | None = None
         self._overrides: list[dict[str, Any]] = []
@@ -231,6 +234,7 @@ class GSO(Optimizer):
         Where the other groups have names and these have none, they are called by their places.
 
         Raises:
+            TypeError: something that is no mapping with "params".
             ValueError: as at construction; everything is as it was then.
         """
         if self._in_backward is not None:
@@ -238,13 +242,18 @@ class GSO(Optimizer):
                 "GSO.add_param_group(…): expected all parameters at construction with in_backward=True. Make a second "
                 "GSO for the new ones."
             )
+        check_group(param_group)
         group = dict(param_group)
         override: dict[str, Any] = {key: group.pop(key) for key in ("plan", "budget") if key in group}
         direction = group.pop("direction", self._direction)
         check_numbers({**self.defaults, **group}, by_share=self.by_share)
         check_flags({**self.defaults, **group}, self.defaults)
-        group["params"] = self._named(group.get("params", ()))
-        if not group["params"] and "param_names" in next(iter(self.param_groups), ()):
+        group["params"] = self._named(group["params"])
+        if (
+            isinstance(group["params"], (list, tuple))
+            and not group["params"]
+            and "param_names" in next(iter(self.param_groups), ())
+        ):
             group["param_names"] = []
         if group.get("fused", self.defaults["fused"]) != self.defaults["fused"]:
             override["fused"] = group["fused"]
@@ -407,7 +416,7 @@ class GSO(Optimizer):
                 f"GSO(steps={self._steps}): step {made - 1} is beyond the end of the run, and the share stays at "
                 "zero. Give steps= the whole length, or use a scheduler.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
 
     def _init_group(self) -> None:
@@ -469,6 +478,7 @@ class GSO(Optimizer):
         """
         check_saved(state_dict, self.param_groups)
         state_dict = self._translated(state_dict)
+        check_constants(state_dict, self.param_groups, by_share=self.by_share)
         before, parts = self._history(), self._parts
         try:
             self._regroup(state_dict.get(HISTORY))
@@ -479,7 +489,7 @@ class GSO(Optimizer):
             load_history(self._parts, before)
             raise
         self._clock.set(int(state_dict.get(COUNT, 0)))
-        mend_memories(self, state_dict)
+        mend_memories(self, state_dict, by_share=self.by_share)
 
     def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:
         """The saved state in the names of this optimizer's memories; refuses what means something else."""

@@ -150,7 +150,7 @@ def check_names(direction: Any, blocks: Any, names: list[str]) -> None:
             f"GSO(blocks={blocks!r}): expected a plan of this model, got one without any of its {len(names)} tensors, "
             f"for example without {names[0]!r}. Make the plan from this model, and pass the module or named parameters."
         )
-    for argument, choice in (("direction", direction), ("blocks", blocks)) if names else ():
+    for argument, choice in (("direction", direction), ("blocks", blocks)):
         check_patterns(argument, choice, names, what="parameter", call="GSO")
 
 

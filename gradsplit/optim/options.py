@@ -7,12 +7,13 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed import local_of
 from .directions import DIRECTIONS
 from .kinds import Kind
+from .parts import memory_dtype
 
 if TYPE_CHECKING:
     from .parts import Part
@@ -21,12 +22,14 @@ __all__ = [
     "COUNT",
     "FLAGS",
     "HISTORY",
+    "check_constants",
     "check_flags",
+    "check_group",
     "check_moments",
     "check_numbers",
+    "check_params",
     "check_saved",
     "check_share",
-    "checked_sinks",
     "differentiable_backend",
     "load_history",
     "mend_memories",
@@ -41,6 +44,51 @@ FLAGS: dict[str, Any] = {
     "fused": None,
 }
 """torch's flags in torch's order, with their defaults; states of older versions are completed with these."""
+
+
+def check_params(params: Any) -> None:
+    """Refuse what holds no parameters.
+
+    Raises:
+        TypeError: neither a module nor something to go through.
+    """
+    if not isinstance(params, (nn.Module, Iterable)):
+        what = f"the class {params.__name__}" if isinstance(params, type) else type(params).__name__
+        raise TypeError(
+            f"GSO({what}): expected a module, parameters, pairs (name, parameter) or groups of them. Write for example "
+            "GSO(model)."
+        )
+
+
+def check_group(group: Any) -> None:
+    """Refuse a group without parameters.
+
+    Raises:
+        TypeError: no mapping, or one without "params".
+    """
+    if not isinstance(group, Mapping) or "params" not in group:
+        got = f"the keys {sorted(map(str, group))}" if isinstance(group, Mapping) else "none"
+        raise TypeError(
+            f"GSO.add_param_group({type(group).__name__}): expected a mapping with 'params', got {got}. Write "
+            "{'params': parameters}, beside options of the group."
+        )
+
+
+def check_constants(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], *, by_share: bool) -> None:
+    """Refuse the constants of saved groups that a step would refuse.
+
+    Raises:
+        ValueError: such a constant; names the group.
+    """
+    for i, (own, group) in enumerate(zip(groups, saved["param_groups"], strict=False)):
+        try:
+            check_numbers({**own, **group}, by_share=by_share)
+        except ValueError as error:
+            said = str(error).rstrip(".")
+            raise ValueError(
+                f"GSO.load_state_dict(…): expected constants that GSO takes in group {i}, got others ({said}). Correct "
+                "them in the state's 'param_groups'."
+            ) from error
 
 
 def check_numbers(options: Mapping[str, Any], *, by_share: bool) -> None:
@@ -124,19 +172,6 @@ def differentiable_backend(backend: str, *, in_backward: bool) -> str:
     return "eager"
 
 
-def checked_sinks(sinks: Any) -> list[Any]:
-    """Return sinks as a list.
-
-    Raises:
-        ValueError: something that is no iterable of functions.
-    """
-    given = sinks if isinstance(sinks, Iterable) and not callable(sinks) else [None]
-    made = list(given)
-    if not all(callable(sink) for sink in made):
-        raise ValueError(f"GSO(sinks={sinks!r:.80}): expected functions of a record in a list. Write sinks=[print].")
-    return made
-
-
 def check_share(steps: Any, *, second_moment: str, differentiable: bool) -> None:
     """Refuse what has no meaning for the share step.
 
@@ -187,6 +222,7 @@ def load_history(parts: Sequence[Part], saved: Mapping[str, Any]) -> None:
 
 
 _OTHER_DIRECTION = "Make GSO with the direction of the saved run, or start without its state."
+_DAMAGED = "The state is damaged: load another, or start without one."
 _FOREIGN = (
     "That is the state of another optimizer, such as SGD, and no mean that GSO could go on with. Start GSO without it: "
     "load the model's weights alone."
@@ -215,7 +251,22 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     count = saved.get(COUNT, 0)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"{call}: expected a count of steps, got {COUNT}={count!r}. The state is damaged.")
+    history = saved.get(HISTORY, ())
+    if history is not None and not (
+        isinstance(history, (list, tuple))
+        and all(isinstance(one, Mapping) and isinstance(one.get("share", {}), Mapping) for one in history)
+    ):
+        kinds = [type(one).__name__ for one in history] if isinstance(history, (list, tuple)) else []
+        what = f"{kinds}" if kinds else type(history).__name__
+        raise ValueError(f"{call}: expected a mapping per plan at {HISTORY!r}, got {what}. {_DAMAGED}")
     ids = [i for group in saved["param_groups"] for i in group["params"]]
+    known = set(ids)
+    lost = [key for key in saved["state"] if key not in known]
+    if lost and len(lost) == len(saved["state"]):
+        raise ValueError(
+            f"{call}: expected memories of the parameters that 'param_groups' lists, {ids[:3]!r:.60} and others, got "
+            f"none of them and some of {lost[0]!r}. Save and load what state_dict() returned, unchanged."
+        )
     owners = [p for group in groups for p in group["params"]]
     names = _names_of(groups)
     if len(ids) != len(owners):
@@ -224,8 +275,19 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             "parameters of the saved run; groups that were added then are added first."
         )
     for i, owner, name in zip(ids, owners, names, strict=True):
-        for key, value in saved["state"].get(i, {}).items():
-            if key not in _MOMENTS or key == "bin_sq" or not isinstance(value, Tensor):
+        state = saved["state"].get(i, {})
+        step = state.get("step", 0)
+        if not isinstance(state, Mapping) or not isinstance(step, (int, float, Tensor)):
+            what = f"step={step!r:.40}" if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"{call}: expected memories and a count of steps for {name!r}, got {what}. {_DAMAGED}")
+        for key, value in state.items():
+            if key not in _MOMENTS:
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{call}: expected a tensor at {key!r} of {name!r}, got {type(value).__name__}. {_DAMAGED}"
+                )
+            if key == "bin_sq":
                 continue
             if value.shape != owner.shape:
                 raise ValueError(
@@ -315,12 +377,12 @@ def translated(
     return told
 
 
-def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any], *, by_share: bool) -> None:
     """Undo what torch's loading did to the memories.
 
-    It casts all but "step" to the parameter's dtype. Statistics per bin, and the memories of half-precision
-    parameters, must keep their own. Overriding torch's choice of the dtype has no effect, since it is called by its
-    class's name. Old states hold "step" as a number.
+    It casts all but "step" to the parameter's dtype. Statistics per bin must keep their own, and so must the memories
+    of half-precision parameters, which the share step keeps in float32. Overriding torch's choice of the dtype has no
+    effect, since it is called by its class's name. Old states hold "step" as a number.
     """
     saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
     owners = [p for group in optimizer.param_groups for p in group["params"]]
@@ -330,5 +392,6 @@ def mend_memories(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 optimizer.state[owner]["step"] = torch.tensor(float(value), dtype=torch.float32)
             elif key == "bin_sq":
                 optimizer.state[owner][key] = value.to(owner.device, torch.float32, copy=True)
-            elif key != "step" and value.dtype != owner.dtype and optimizer.state[owner][key].dtype == owner.dtype:
-                optimizer.state[owner][key] = value.to(owner.device, copy=True)
+            elif key in _MOMENTS and owner.dtype in (torch.float16, torch.bfloat16):
+                wide = memory_dtype(owner, by_share=True) if by_share else value.dtype
+                optimizer.state[owner][key] = value.to(owner.device, wide, copy=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..amp import Scaling
 from ..collective import Collective
 from ..distributed import is_sharded, local_of
+from ..hooks import users_level
 from ..plan import Layout, Plan, make_plan, one_device, part_of
 from ..rates import Clock
 from ..split import Split, StepRecord
@@ -28,6 +30,7 @@ __all__ = [
     "Part",
     "make_memories",
     "make_parts",
+    "memory_dtype",
     "real",
     "seen",
     "step_part",
@@ -45,12 +48,14 @@ class Part:
         groups: the position of each parameter's group in the optimizer.
         update: makes a step of them.
         kinds: what each parameter is to the share step; None: they are updated as by AdamW.
+        dtypes: of the parameters at the last step; None before the first.
     """
 
     split: Split
     groups: list[int]
     update: Update
     kinds: list[Kind] | None = None
+    dtypes: list[torch.dtype] | None = None
 
     def state(self) -> dict[str, Any]:
         """Return what the next step depends on and no parameter holds."""
@@ -78,7 +83,7 @@ class Part:
         return StepRecord(step, squares_B, decision)
 
     def look_again(self) -> None:
-        """See the parameters as they lie in memory now: ``.data`` of one may have been replaced."""
+        """See the parameters as they lie in memory now: ``.data`` of one may have been replaced, or the model cast."""
         for t, (owner, tensor) in enumerate(zip(self.split.owners, self.split.tensors, strict=True)):
             if tensor is not owner and tensor.data_ptr() != owner.data_ptr():
                 kind = None if self.kinds is None else self.kinds[t]
@@ -239,6 +244,27 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def memory_dtype(owner: Tensor, *, by_share: bool) -> torch.dtype:
+    """Return the dtype of what is remembered of a parameter: its own, and for the share step at least float32.
+
+    >>> memory_dtype(torch.zeros(1, dtype=torch.bfloat16), by_share=True)
+    torch.float32
+    """
+    return torch.float32 if by_share and owner.dtype in (torch.float16, torch.bfloat16) else owner.dtype
+
+
+def _follow_casts(optimizer: torch.optim.Optimizer, part: Part) -> None:
+    """Cast the memories of parameters that were cast since the last step, as ``model.double()`` does it."""
+    owners, by_share = part.split.owners, part.kinds is not None
+    dtypes = [owner.dtype for owner in owners]
+    if part.dtypes is not None and part.dtypes != dtypes:
+        for owner in owners:
+            state, dtype = optimizer.state.get(owner, {}), memory_dtype(owner, by_share=by_share)
+            for key in {"momentum", "exp_avg", "exp_avg_sq"} & set(state):
+                state[key] = state[key].to(dtype)
+    part.dtypes = dtypes
+
+
 def new_memory(owner: Tensor, kind: Kind | None, num_bins: int | None, *, capturable: bool) -> dict[str, Tensor]:
     """Return zeros for a parameter that has its first gradient.
 
@@ -250,7 +276,7 @@ def new_memory(owner: Tensor, kind: Kind | None, num_bins: int | None, *, captur
     """
     state = {"step": torch.zeros((), dtype=torch.float32, device=owner.device if capturable else "cpu")}
     if kind is not None:
-        wide = torch.float32 if owner.dtype in (torch.float16, torch.bfloat16) else owner.dtype
+        wide = memory_dtype(owner, by_share=True)
         for name in DIRECTIONS[kind.direction].memory:
             state[name] = torch.zeros_like(owner, dtype=wide, memory_format=torch.contiguous_format)
         return state
@@ -301,14 +327,14 @@ def local_gradient(owner: Tensor) -> Tensor | None:
     if gradient is None:
         return None
     if type(gradient) is Tensor and gradient.layout is torch.strided and not gradient.is_complex():  # nearly always
-        return gradient
+        return gradient.resolve_neg()
     if gradient.is_sparse:
         raise RuntimeError(
             f"GSO does not support sparse gradients, got one of shape {tuple(owner.shape)}. Make the embedding with "
             "sparse=False, or put GradientSplitter in front of SparseAdam."
         )
-    local: Tensor = real(local_of(gradient))
-    return local
+    local: Tensor = local_of(gradient)
+    return real(local.resolve_conj() if local.is_complex() else local)  # autograd leaves conjugates to be worked out
 
 
 def make_memories(optimizer: torch.optim.Optimizer, part: Part, second_moment: str) -> None:
@@ -351,8 +377,17 @@ def step_part(optimizer: torch.optim.Optimizer, part: Part, scaling: Scaling | N
     gradients = [local_gradient(owner) for owner in split.owners]
     # Where ranks hold shards, one without gradients takes part all the same, or the others would wait for it.
     if alone and all(gradient is None for gradient in gradients):
+        if split.kernel.device.type == "meta":
+            warnings.warn(
+                f"GSO.step(): {split.plan.layout.names[0]!r} and others lie on the meta device and have no gradient, "
+                "so nothing moves. to_empty() replaces parameters: make GSO after it.",
+                UserWarning,
+                stacklevel=users_level(),
+            )
         return
     groups = [optimizer.param_groups[i] for i in part.groups]
+    if not torch.compiler.is_compiling():
+        _follow_casts(optimizer, part)
     if split.kernel.device.type == "meta" and any(group["fused"] for group in groups):
         raise RuntimeError(refusal_of_fused(split))
     own = [

@@ -78,7 +78,8 @@ class Boxes:
         bounds = self.slices_T(len(layout))
         if len(self) and (self.tensor_K[0] < 0 or self.tensor_K[-1] >= len(layout)):
             raise ValueError(
-                f"Plan(…): expected tensor indices in [0, {len(layout)}), got one outside. Use the layout's order."
+                f"Plan(…): expected tensor indices in [0, {len(layout)}), got one outside. Count the tensors in the "
+                "layout's order, from 0."
             )
         sides_of(layout)
         for t, name in enumerate(layout.names):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-__all__ = ["Layout", "layout_of", "named_trainable", "one_device", "refuse_lazy"]
+__all__ = ["Layout", "check_layout", "layout_of", "named_trainable", "one_device", "refuse_lazy"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,17 @@ class Layout:
         seen: set[str] = set()
         for name, shape in zip(self.names, self.shapes, strict=True):
             if not isinstance(name, str) or not name:
-                raise ValueError(f"Layout(): expected a non-empty string as a tensor's name, got {name!r}.")
+                raise ValueError(f"Layout(): expected a non-empty string as a tensor's name, got {name!r}. Name it.")
             if name in seen:
                 raise ValueError(
                     f"Layout(): expected unique names, got {name!r} twice. Prefix the names of each model or group."
                 )
             seen.add(name)
             if any(not isinstance(size, int) or isinstance(size, bool) or size < 0 for size in shape):
-                raise ValueError(f"Layout(): expected sizes that are integers >= 0, got {shape} at {name!r}.")
+                raise ValueError(
+                    f"Layout(): expected sizes that are integers >= 0, got {shape} at {name!r}. Pass the tensor's "
+                    "shape."
+                )
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Iterable[int]]) -> Layout:
@@ -100,51 +103,68 @@ def _as_integer(size: Any) -> Any:
     return operator.index(size) if hasattr(size, "__index__") and not isinstance(size, bool) else size
 
 
-def named_trainable(model_or_named_parameters: Any) -> list[tuple[str, Any]]:
+def named_trainable(model_or_named_parameters: Any, *, call: str = "layout_of") -> list[tuple[str, Any]]:
     """Return ``[(name, parameter)]`` of what can be controlled: trainable, named once, in a stable order.
 
     Frozen parameters (``requires_grad=False``, integer ones among them) are left out; a tied parameter appears once,
-    under its first name.
+    under its first name. The prefix that ``torch.compile`` puts before names is left out.
 
     Args:
         model_or_named_parameters: a module with ``named_parameters()``, a mapping, or an iterable of pairs.
+        call: the caller's name, for errors.
 
     Raises:
-        TypeError: bare tensors without names.
+        TypeError: bare tensors without names, or something that holds no parameters at all.
         ValueError: nothing trainable, a name used twice, a lazy parameter.
     """
-    source = model_or_named_parameters
-    if hasattr(source, "named_parameters"):
-        pairs: list[Any] = list(source.named_parameters())
-        what = f"the {type(source).__name__}"
-    elif isinstance(source, Mapping):
-        pairs, what = list(source.items()), "the mapping"
-    else:
-        pairs, what = list(source), "the iterable"
+    pairs, what, advice = _pairs_of(model_or_named_parameters, call=call)
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise TypeError(
-                f"layout_of(…): expected a model or pairs (name, parameter), got an item of type "
+                f"{call}(…): expected a model or pairs (name, parameter), got an item of type "
                 f"{type(pair).__name__}. Pass model.named_parameters() instead of model.parameters()."
             )
+        refuse_lazy(pair[0], pair[1], call=f"{call}(…)")
+        if not hasattr(pair[1], "shape"):
+            raise TypeError(
+                f"{call}(…): expected a tensor at {pair[0]!r}, got {type(pair[1]).__name__}. Pass pairs (name, "
+                "parameter), as model.named_parameters() gives them."
+            )
     if not pairs:
-        raise ValueError(
-            f"layout_of(…): expected parameters, got none from {what}. A generator can be read only once: pass the "
-            "model, or list(model.named_parameters())."
-        )
+        raise ValueError(f"{call}(…): expected parameters, got none from {what}. {advice}")
     seen: set[int] = set()
     trainable = []
     for name, parameter in pairs:
-        refuse_lazy(name, parameter, call="layout_of(…)")
         if getattr(parameter, "requires_grad", True) and id(parameter) not in seen:
             seen.add(id(parameter))
-            trainable.append((name, parameter))
+            trainable.append((name.replace("_orig_mod.", ""), parameter))
     if not trainable:
         raise ValueError(
-            f"layout_of(…): expected a trainable parameter, got {len(pairs)} frozen ones from {what}. "
+            f"{call}(…): expected a trainable parameter, got {len(pairs)} frozen ones from {what}. "
             "Set requires_grad=True on what you train before you split."
         )
     return trainable
+
+
+def _pairs_of(source: Any, *, call: str) -> tuple[list[Any], str, str]:
+    """What ought to be pairs (name, parameter), where they come from in words, and what to do if there are none."""
+    if isinstance(source, type):
+        raise TypeError(
+            f"{call}(…): expected a model or pairs (name, parameter), got the class {source.__name__}. Make the model "
+            f"first, as in model = {source.__name__}(…)."
+        )
+    if hasattr(source, "named_parameters"):
+        advice = "Pass a model that has weights. Quantised layers keep theirs outside of the parameters."
+        return list(source.named_parameters()), f"the {type(source).__name__}", advice
+    if isinstance(source, Mapping):
+        return list(source.items()), "the mapping", "Pass {name: parameter} with at least one parameter, or the model."
+    if not isinstance(source, Iterable):
+        raise TypeError(
+            f"{call}(…): expected a model or pairs (name, parameter), got {type(source).__name__}. Pass the model, or "
+            "list(model.named_parameters())."
+        )
+    advice = "A generator can be read only once: pass the model, or list(model.named_parameters())."
+    return list(source), "the iterable", advice
 
 
 def refuse_lazy(name: str, parameter: Any, *, call: str) -> None:
@@ -154,6 +174,17 @@ def refuse_lazy(name: str, parameter: Any, *, call: str) -> None:
             f"{call}: expected parameters with shapes, got a lazy one at {name!r}. Run one batch through the model "
             "first."
         )
+
+
+def check_layout(layout: Any, *, call: str) -> None:
+    """Refuse what is no layout, such as the model itself.
+
+    Raises:
+        TypeError: something else; says how to make a layout of it.
+    """
+    if not isinstance(layout, Layout):
+        what = "a class" if isinstance(layout, type) else type(layout).__name__
+        raise TypeError(f"{call}({what}): expected a Layout. Write {call}(layout_of(model)).")
 
 
 def layout_of(model: Any) -> Layout:

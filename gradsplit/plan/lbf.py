@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .boxes import Boxes
-from .layout import Layout
+from .layout import Layout, check_layout
 from .plan import Plan
 from .slices import xsp
 
@@ -65,6 +65,7 @@ def lbf(layout: Layout, energy: Mapping[str, Any], *, max_bins: int = 256, min_g
     >>> [bin.name for bin in plan.bins]
     ['w[0:1]', 'w[1:4]']
     """
+    check_layout(layout, call="lbf")
     matrices = _checked_matrices(layout, energy)
     full = [t for t, numel in enumerate(layout.numels) if numel]
     if not isinstance(max_bins, int) or max_bins < len(full):
@@ -188,6 +189,16 @@ def _floor(matrices: list[np.ndarray]) -> float:
     return _FLOOR * sum(float(matrix.sum()) for matrix in matrices) / max(entries, 1) or np.finfo(np.float64).tiny
 
 
+def _gap(missing: list[str], surplus: list[str]) -> str:
+    """Say which names lack an energy, and which energies lack a tensor."""
+    parts = []
+    for said, names, more in (("none for", missing, ""), ("some for", surplus, ", which it does not have")):
+        if names:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(f"{said} {names[0]!r}{rest}{more}")
+    return ", and ".join(parts)
+
+
 def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndarray]:
     if not isinstance(energy, Mapping):
         raise TypeError(
@@ -198,8 +209,8 @@ def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndar
     surplus = [name for name in energy if name not in set(layout.names)]
     if missing or surplus:
         raise ValueError(
-            f"lbf(energy=…): expected energies of exactly the layout's tensors, got none for {missing[:3]} and some "
-            f"for unknown {surplus[:3]}. Calibrate the model that you split."
+            f"lbf(energy=…): expected energies of exactly the layout's tensors, got {_gap(missing, surplus)}. "
+            "Calibrate the model that you split."
         )
     matrices = []
     for t, name in enumerate(layout.names):
@@ -214,11 +225,14 @@ def _checked_matrices(layout: Layout, energy: Mapping[str, Any]) -> list[np.ndar
                 "of its squared gradients."
             ) from None
         if array.shape != layout.shapes[t]:
-            raise ValueError(f"lbf(energy=…): expected shape {layout.shapes[t]}, got {array.shape} at {name!r}.")
+            raise ValueError(
+                f"lbf(energy=…): expected shape {layout.shapes[t]}, got {array.shape} at {name!r}. Pass one energy per "
+                "entry of the tensor."
+            )
         if not (np.isfinite(array).all() and (array >= 0).all()):
             raise ValueError(
-                f"lbf(energy=…): expected finite energies >= 0, got others at {name!r}. Leave out steps with a "
-                "non-finite gradient."
+                f"lbf(energy=…): expected finite energies >= 0, got others at {name!r}. Pass means of squared "
+                "gradients, and leave out steps whose gradient is not finite."
             )
         matrices.append(array.reshape(layout.rows[t], layout.cols[t]))
     return matrices

@@ -116,7 +116,10 @@ def make_plan(
                 f"{getattr(plan, '__name__', plan)!r}. Write for example lambda layout: gradsplit.xsp(layout, parts=8)."
             )
     else:
-        raise TypeError(f"{call}(plan=…): expected a Plan, a strategy's name or a function, got {type(plan).__name__}.")
+        raise TypeError(
+            f"{call}(plan=…): expected a Plan, a strategy's name or a function, got {type(plan).__name__}. Write for "
+            "example plan='xsp'."
+        )
     if made.layout.fingerprint != layout.fingerprint:
         raise ValueError(
             f"{call}(plan=…): expected a plan of this model ({len(layout)} tensors, layout {layout.fingerprint}), "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .boxes import Boxes, sides_of
-from .layout import Layout
+from .layout import Layout, check_layout
 from .plan import Plan
 
 __all__ = ["per_tensor", "whole", "xsp"]
@@ -23,6 +23,7 @@ def whole(layout: Layout) -> Plan:
     >>> whole(Layout.from_shapes({"w": (4, 3), "b": (4,)})).num_bins
     1
     """
+    check_layout(layout, call="whole")
     tensor, rows, cols = _one_box_each(layout)
     zero = np.zeros_like(tensor)
     return Plan(layout, Boxes.from_columns(tensor, zero, rows, zero, cols, zero))
@@ -34,6 +35,7 @@ def per_tensor(layout: Layout) -> Plan:
     >>> per_tensor(Layout.from_shapes({"w": (4, 3), "b": (4,)})).num_bins
     2
     """
+    check_layout(layout, call="per_tensor")
     tensor, rows, cols = _one_box_each(layout)
     zero = np.zeros_like(tensor)
     return Plan(layout, Boxes.from_columns(tensor, zero, rows, zero, cols, np.arange(len(tensor))))
@@ -55,18 +57,22 @@ def xsp(layout: Layout, *, parts: int | None = None, axis: int = 0) -> Plan:
         axis: 0 cuts rows, 1 cuts columns.
 
     Raises:
+        TypeError: no layout, for example a model.
         ValueError: parts < 1, another axis, or more bins than a plan can hold.
 
     >>> plan = xsp(Layout.from_shapes({"w": (5, 2), "b": (5,)}), parts=2)
     >>> [bin.name for bin in plan.bins]
     ['w[0:2]', 'w[2:5]', 'b']
     """
+    check_layout(layout, call="xsp")
     if parts is not None and (not isinstance(parts, int) or isinstance(parts, bool) or parts < 1):
         raise ValueError(
             f"xsp(parts={parts!r}): expected parts >= 1 or None. Use whole() or per_tensor() for fewer bins."
         )
     if axis not in (0, 1):
-        raise ValueError(f"xsp(axis={axis!r}): expected 0 (rows) or 1 (columns) of the matrix view.")
+        raise ValueError(
+            f"xsp(axis={axis!r}): expected 0 (rows) or 1 (columns). Use axis=0 for one bin per output unit."
+        )
     sizes = layout.rows if axis == 0 else layout.cols
     counts = [min(size, parts or size) if numel else 0 for size, numel in zip(sizes, layout.numels, strict=True)]
     if sum(counts) > _MAX_BINS:

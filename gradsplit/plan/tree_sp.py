@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .layout import Layout
+from .layout import Layout, check_layout
 from .plan import Plan
 from .registry import Strategy, register, strategy_named
 from .slices import per_tensor
@@ -32,6 +32,7 @@ def tree_sp(layout: Layout, *, inner: Callable[[Layout], Plan] | str | None = No
     >>> [f"{node.level} {node.name}" for node in plan.nodes]
     ['root all', 'module a', 'tensor a.w', 'tensor a.b', 'bin a.w[0:1]', 'bin a.w[1:2]', 'bin a.b']
     """
+    check_layout(layout, call="tree_sp")
     if isinstance(inner, str):
         row = strategy_named(inner, call=f"tree_sp(inner={inner!r})")
         if row.needs_energy:

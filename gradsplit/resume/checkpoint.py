@@ -168,6 +168,13 @@ def load_tree(
             f"{call}: expected a checkpoint with the state of {', '.join(absent)}, found {', '.join(sorted(objects))}. "
             "Load the parts under the names that they were saved under."
         )
+    stateless = [name for name, part in parts.items() if not callable(getattr(part, "load_state_dict", None))]
+    if stateless:
+        name = stateless[0]
+        raise CheckpointError(
+            f"{call}: expected an object with load_state_dict() as {name!r}, got {type(parts[name]).__name__}. Leave "
+            "it out: what no object takes is returned."
+        )
     living = {name: part.state_dict() for name, part in parts.items()}
     before = {name: copied(state) for name, state in living.items()} if undo else {}
     name = ""
@@ -182,6 +189,6 @@ def load_tree(
             parts[undone].load_state_dict(state)
         raise CheckpointError(
             f"{call}: expected the state of this {type(parts[name]).__name__} as {name!r}, found one that does not fit "
-            f"({str(error).strip()}). Nothing was loaded; make the objects as the saved run did."
+            f"({' '.join(str(error).split()).rstrip('.')}). Nothing was loaded; make the objects as the saved run did."
         ) from error
     return {name: state for name, state in states.items() if name not in parts}

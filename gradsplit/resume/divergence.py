@@ -77,7 +77,7 @@ def nonfinite_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
     names, sums = [], []
     for name, tensor, may_be_inf in _tensors(model, optimizer):
         tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
         if not tensor.is_floating_point() or not tensor.numel() or tensor.is_sparse:
             continue
         low, high = torch.aminmax(tensor)  # both nan if any entry is

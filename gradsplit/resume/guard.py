@@ -43,7 +43,9 @@ def check_counts(**least: tuple[int, int]) -> None:
     """
     for name, (value, bound) in least.items():
         if not isinstance(value, int) or value < bound:
-            raise ValueError(f"Guard({name}={value!r}): expected a whole number >= {bound}.")
+            raise ValueError(
+                f"Guard({name}={value!r}): expected a whole number >= {bound}. Leave {name} out for its default."
+            )
 
 
 def check_constants(score: float, lr_factor: float) -> None:
@@ -182,6 +184,13 @@ class Guard:
             check_every=(check_every, 1),
         )
         check_constants(score, lr_factor)
+        given: Any = optimizer
+        if not hasattr(given, "register_step_pre_hook"):
+            raise TypeError(
+                f"Guard(optimizer={type(given).__name__}): expected a torch optimizer. Write Guard(model, optimizer)."
+            )
+        if not hasattr(model, "state_dict"):
+            raise TypeError(f"Guard(model={type(model).__name__}): expected a module. Write Guard(model, optimizer).")
         named = {"model": model, "optimizer": optimizer, "splitter": splitter, "scheduler": scheduler}
         self._states = {name: part for name, part in named.items() if part is not None} | dict(others or {})
         check_parts(self._states)
@@ -348,11 +357,12 @@ class Guard:
         Raises:
             ValueError: the state of something else.
         """
-        missing = set(self.state_dict()) - set(state)
+        missing = set(self.state_dict()) - set(state if isinstance(state, Mapping) else ())
         if missing:
+            what = "a mapping" if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"Guard.load_state_dict(…): expected what state_dict() returned, got a mapping without "
-                f"{sorted(missing)}."
+                f"Guard.load_state_dict(…): expected what state_dict() returned, got {what} without "
+                f"{sorted(missing)}. Load the part that was saved from a Guard."
             )
         self._loaders.load_state_dict(state["batches"])
         self.step_count, self.num_updates = int(state["step_count"]), int(state["num_updates"])

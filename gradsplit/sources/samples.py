@@ -14,7 +14,7 @@ import math
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..hooks import not_traced
+from ..split import check_state
 from .ends import WHOLE, WholeKind
 from .layers import KINDS, Kind, Layer, length, looks, row_shape, spread, wide
 from .limits import Rule, RunningLimit, rule_of
@@ -102,13 +103,24 @@ class SampleSplitter:
         scaler: Any = None,
         keep: int = 10_000,
     ) -> None:
+        given: Any = model
+        if not isinstance(given, nn.Module):
+            what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+            raise TypeError(f"SampleSplitter({what}): expected a torch.nn.Module. Pass the model itself.")
         self.rule = rule_of(kind, "SampleSplitter")
+        if not isinstance(keep, int) or keep < 0:
+            raise ValueError(f"SampleSplitter(keep={keep!r}): expected a number of notes >= 0, for example 10000.")
+        for option, listed in (("also", also), ("leave_out", leave_out), ("quarantine", quarantine)):
+            if (isinstance(listed, str) and listed != "auto") or not isinstance(listed, Iterable):
+                auto = "'auto' or " if option == "quarantine" else ""
+                raise ValueError(
+                    f"SampleSplitter({option}={listed!r}): expected {auto}a list of module names. Write "
+                    f"{option}=[{str(listed)!r}]."
+                )
         if per not in ("sample", "token"):
             raise ValueError(f"SampleSplitter(per={per!r}): expected 'sample' or 'token'.")
         if not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(f"SampleSplitter(batch_dim={batch_dim!r}): expected a dimension counted from 0.")
-        if isinstance(quarantine, str) and quarantine != "auto":
-            raise ValueError(f"SampleSplitter(quarantine={quarantine!r}): expected 'auto' or a list of module names.")
         if isinstance(model, nn.DataParallel):
             raise ValueError(
                 "SampleSplitter(model=DataParallel(…)): expected a model that runs in one thread, since its replicas "
@@ -127,9 +139,10 @@ class SampleSplitter:
         for option, asked in (("quarantine", found), ("also", also), ("leave_out", leave_out)):
             for name in asked:
                 if name not in (names | parameters if option == "leave_out" else names):
-                    near = ", ".join(map(repr, difflib.get_close_matches(name, names))) or "none is near"
+                    near = difflib.get_close_matches(str(name), names, cutoff=0.3) or sorted(filter(None, names))[:3]
                     raise ValueError(
-                        f"SampleSplitter({option}={list(asked)!r}): the model has no module {name!r} ({near})."
+                        f"SampleSplitter({option}={list(asked)!r}): expected names of modules, got {name!r}, which the "
+                        f"model does not have. Nearest: {', '.join(map(repr, near))}."
                     )
         self.quarantine, self.also, self.leave_out = quarantine, tuple(also), tuple(leave_out)
         self.unruled: list[str] = []
@@ -233,12 +246,15 @@ class SampleSplitter:
         Raises:
             ValueError: it names a layer that this splitter does not have.
         """
+        call = "SampleSplitter.load_state_dict(…)"
+        check_state(state, ("layers", "joints", "passes"), call=call)
         parts: dict[str, dict[str, Any]] = {"layers": dict(self.layers), "joints": dict(self.joints)}
         for key, these in parts.items():
             for name in state[key]:
                 if name not in these:
                     raise ValueError(
-                        f"SampleSplitter.load_state_dict(…): the state has {name!r}, which the model does not have."
+                        f"{call}: expected the state of this model's layers, got one of {name!r}, which is not split "
+                        "here. Make the splitter with the model and options of the saved run."
                     )
         for key, these in parts.items():
             for name, part in these.items():

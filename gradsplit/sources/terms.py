@@ -6,11 +6,13 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..split import check_state
 from .layers import looks, wide
 
 __all__ = ["LeftOut", "TermRow", "TermSplitter"]
@@ -93,7 +95,21 @@ class TermSplitter:
         self._ranks: Any = None
         if isinstance(parameters, nn.parallel.DistributedDataParallel):
             self._ranks = parameters.process_group
-        self.parameters = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+        given: Any = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+        self.parameters: list[Tensor] = list(given) if isinstance(given, Iterable) else [given]
+        odd = [p for p in self.parameters if not isinstance(p, Tensor)]
+        if odd:
+            raise TypeError(
+                f"TermSplitter(parameters): expected a model or its parameters, got an item of type "
+                f"{type(odd[0]).__name__}. Pass the model, or model.parameters()."
+            )
+        numbers: dict[str, Any] = {"decay": decay, "growth": growth, "relief": relief, "memory": memory}
+        for name, value in numbers.items():
+            if not isinstance(value, Real):
+                raise ValueError(
+                    f"TermSplitter({name}={value!r}): expected a number, got {type(value).__name__}. Leave {name} out "
+                    "for its default."
+                )
         rules = {
             "decay": (decay, 0 < decay <= 1, "in (0, 1]"),
             "growth": (growth, growth > 1, "above 1"),
@@ -102,11 +118,20 @@ class TermSplitter:
         }
         for name, (value, holds, rule) in rules.items():
             if not holds:
-                raise ValueError(f"TermSplitter({name}={value!r}): expected a number {rule}.")
-        for name, weight in (weights or {}).items():
-            if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(
-                    f"TermSplitter(weights={{{name!r}: {weight!r}}}): expected finite weights of at least 0."
+                    f"TermSplitter({name}={value!r}): expected a number {rule}. Leave {name} out for its default."
+                )
+        weighted: Any = {} if weights is None else weights
+        if not isinstance(weighted, Mapping):
+            raise ValueError(
+                f"TermSplitter(weights={weighted!r:.60}): expected a mapping from terms to numbers. Write for example "
+                "{'boundary': 10.0}."
+            )
+        for name, weight in weighted.items():
+            if not (isinstance(weight, Real) and 0 <= float(weight) < math.inf):
+                raise ValueError(
+                    f"TermSplitter(weights={{{name!r}: {weight!r}}}): expected finite weights of at least 0. Write "
+                    "1.0 for a term as it is."
                 )
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise ValueError("TermSplitter(parameters): expected at least one parameter that requires a gradient.")
@@ -196,12 +221,13 @@ class TermSplitter:
         Raises:
             ValueError: it comes from a splitter of more parameters.
         """
+        check_state(state, ("calls", "terms"), call="TermSplitter.load_state_dict(…)")
         for name, row in state["terms"].items():
             last = max(row["reaches"], default=-1)
             if last >= len(self.parameters):
                 raise ValueError(
-                    f"TermSplitter.load_state_dict(…): the term {name!r} reaches parameter {last}, there "
-                    f"are {len(self.parameters)}. Load it into a splitter of the same model."
+                    f"TermSplitter.load_state_dict(…): expected terms of these {len(self.parameters)} parameters, got "
+                    f"{name!r}, which reaches parameter {last}. Load it into a splitter of the same model."
                 )
         rows = list(state["terms"].values())
         device = self.parameters[0].device

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 
@@ -24,6 +25,7 @@ __all__ = [
     "WandbSink",
     "MlflowSink",
     "SINKS",
+    "check_words",
     "sink_from_words",
 ]
 
@@ -108,6 +110,8 @@ def _mean(values: np.ndarray) -> float:
 class _Sink(ABC):
     """A sink of `Recorder` that sends named numbers; where they go is said by `_send`."""
 
+    package: ClassVar[str] = ""  # that must be installed
+
     def __init__(self, depth: int) -> None:
         self._depth = depth
 
@@ -178,6 +182,8 @@ class TensorBoardSink(_Sink):
         ImportError: the package tensorboard is missing.
     """
 
+    package: ClassVar[str] = "tensorboard"
+
     def __init__(self, place: Any, *, depth: int = 1) -> None:
         super().__init__(depth)
         self._owns = not hasattr(place, "add_scalar")
@@ -213,6 +219,8 @@ class WandbSink(_Sink):
         ImportError: the package wandb is missing.
     """
 
+    package: ClassVar[str] = "wandb"
+
     def __init__(self, place: Any, *, depth: int = 1) -> None:
         super().__init__(depth)
         self._owns = not hasattr(place, "log")
@@ -247,6 +255,8 @@ class MlflowSink(_Sink):
         ImportError: the package mlflow is missing.
     """
 
+    package: ClassVar[str] = "mlflow"
+
     def __init__(self, place: Any, *, depth: int = 1) -> None:
         super().__init__(depth)
         self._owns = False
@@ -269,13 +279,13 @@ class MlflowSink(_Sink):
             self._client.end_run()
 
 
-SINKS: dict[str, tuple[Callable[..., RowSink], str]] = {
+SINKS: dict[str, tuple[Any, str]] = {
     "tensorboard": (TensorBoardSink, "scalars for TensorBoard, in a folder"),
     "jsonl": (JsonLinesSink, "one JSON object per step, in a file"),
     "wandb": (WandbSink, "a run of Weights & Biases, in a project"),
     "mlflow": (MlflowSink, "metrics of an MLflow run, in an experiment"),
 }
-"""Name -> (class, what it makes)."""
+"""Name -> (class, what it makes); the class names the package that it needs."""
 
 
 def sink_from_words(word: str, *, depth: int = 1) -> RowSink:
@@ -289,8 +299,21 @@ def sink_from_words(word: str, *, depth: int = 1) -> RowSink:
     ...
     ValueError: --to jsonl: expected NAME:PLACE with NAME of tensorboard, jsonl, wandb, mlflow. Write --to jsonl:PLACE.
     """
+    check_words(word)
+    name, _, place = word.partition(":")
+    return SINKS[name][0](place, depth=depth)
+
+
+def check_words(word: str) -> None:
+    """Refuse what `sink_from_words` cannot make, before anything runs.
+
+    Raises:
+        ValueError: an unknown name, no place, or a package that is not installed.
+    """
     name, _, place = word.partition(":")
     if name not in SINKS or not place:
         hint = name if name in SINKS else next(iter(SINKS))
         raise ValueError(f"--to {word}: expected NAME:PLACE with NAME of {', '.join(SINKS)}. Write --to {hint}:PLACE.")
-    return SINKS[name][0](place, depth=depth)
+    package = SINKS[name][0].package
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"--to {word}: expected the package {package}, which is missing. Run: pip install {package}")

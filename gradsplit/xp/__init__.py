@@ -29,7 +29,7 @@ _LOADED: dict[str, ModuleType] = {}
 """Those imported already; a traced step finds its namespace here, since imports cannot be traced."""
 
 
-def namespace(array: Array) -> ModuleType:
+def namespace(array: Array, *, call: str = "namespace(…)") -> ModuleType:
     """Return the namespace module for an array.
 
     Raises:
@@ -47,6 +47,6 @@ def namespace(array: Array) -> ModuleType:
             _LOADED[root] = importlib.import_module(f".{NAMESPACES[root]}", __name__)
             return _LOADED[root]
     raise TypeError(
-        f"namespace(array): expected an array of {', '.join(NAMESPACES)}, got {type(array).__module__}."
+        f"{call}: expected an array of {', '.join(NAMESPACES)}, got {type(array).__module__}."
         f"{type(array).__name__}. Pass norms and limits as arrays of the framework that trains."
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,20 @@ def test_every_public_name_is_described(name):
         return
     described = inspect.getdoc(thing)
     assert described, f"gradsplit.{name} has no docstring"
+
+
+_USED_AS_NAMED = """
+import gradsplit as gs
+assert gs.chain.Unrolled and gs.optim.directions.register and gs.budget.register and gs.sources.RunningLimit
+assert "watch" not in dir(gs)
+import inspect
+for _ in range(2):  # the second time the package has taken the function's place
+    assert list(inspect.signature(gs.diagnose).parameters)[:3] == ["model", "loss_fn", "batch"]
+gs.GSOO
+"""
+
+
+def test_a_room_that_an_error_names_is_there_and_a_slip_is_told_of():
+    done = subprocess.run([sys.executable, "-c", _USED_AS_NAMED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("AttributeError: module 'gradsplit' has no attribute 'GSOO'")
+    assert "Did you mean: 'GSO'?" in done.stderr

@@ -202,7 +202,7 @@ def test_a_fixed_limit_may_differ_from_node_to_node():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: gs.Fixed(-1.0), r"Fixed\(limit=-1.0\): expected limits >= 0 \(inf means unbounded\), never NaN"),
+        (lambda: gs.Fixed(-1.0), r"Fixed\(limit=-1.0\): expected limits >= 0, where inf means unbounded"),
         (lambda: gs.Fixed(float("nan")), r"Fixed\(limit=nan\): expected limits >= 0"),
         (lambda: gs.Fixed([1.0, -2.0]), r"expected limits >= 0"),
         (lambda: gs.Fixed([[1.0]]), r"expected limits >= 0"),
@@ -220,6 +220,12 @@ def test_a_fixed_limit_may_differ_from_node_to_node():
         (lambda: gs.ZScore(0.0), r"ZScore\(z=0.0\): expected standard deviations > 0"),
         (lambda: gs.ZScore(beta=0.0), r"ZScore\(beta=0.0\): expected a memory in \(0, 1\)"),
         (lambda: gs.ZScore(warmup=1), r"ZScore\(warmup=1\): expected at least two observations"),
+        (lambda: gs.Ema(warmup=1.5), r"Ema\(warmup=1.5\): expected a whole number. Write warmup=2"),
+        (
+            lambda: gs.Fixed(None),
+            r"Fixed\(limit=None\): expected a number, or one per node. Write for example Fixed\(1.0\)",
+        ),
+        (lambda: gs.Fixed(True), r"Fixed\(limit=True\): expected a number"),
         (lambda: gs.Percentile(1.0), r"Percentile\(q=1.0\): expected a quantile in \(0, 1\)"),
         (lambda: gs.Percentile(eta=0.0), r"Percentile\(eta=0.0\): expected a step in \(0, 1\]"),
     ],

@@ -123,15 +123,23 @@ PLAN = gs.xsp(Layout.from_shapes({"w": (3, 2)}))
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((np.ones(2), np.ones(5)), ValueError, r"project\(norm_B=…\): expected shape \(3,\), one per bin, got \(2,\)"),
+        (
+            (np.ones(2), np.ones(5)),
+            ValueError,
+            r"project\(norm_B=…\): expected shape \(3,\), one per bin of the plan, got \(2,\)",
+        ),
         (
             (np.ones(3), np.ones(4)),
             ValueError,
-            r"project\(limit_N=…\): expected shape \(5,\), one per node, got \(4,\)",
+            r"project\(limit_N=…\): expected shape \(5,\), one per node of the plan, got \(4,\)",
         ),
         ((np.ones(3), -np.ones(5)), ValueError, r"limits >= 0, where inf means unbounded, got -1.0 at '.*'. Make it 0"),
         ((np.ones(3), np.array([1, 1, 1, np.nan, 1])), ValueError, r"where inf means unbounded, got nan at 'w\[1:2\]'"),
-        (([1.0, 1.0, 1.0], np.ones(5)), TypeError, r"expected an array of numpy, torch.*, got builtins.list"),
+        (
+            ([1.0, 1.0, 1.0], np.ones(5)),
+            TypeError,
+            r"project\(norm_B=…\): expected an array of numpy, torch.*, got builtins.list",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, error, words):

@@ -88,6 +88,23 @@ def test_sizes_of_other_libraries_become_python_integers():
             TypeError,
             "got an item of type Parameter. Pass model.named_parameters",
         ),
+        (
+            lambda: gs.layout_of(None),
+            TypeError,
+            r"layout_of\(…\): expected a model or pairs .*, got NoneType. Pass the model",
+        ),
+        (lambda: gs.layout_of(nn.Linear), TypeError, r"got the class Linear. .* as in model = Linear\(…\)"),
+        (lambda: gs.layout_of([("w", 3)]), TypeError, "expected a tensor at 'w', got int. Pass pairs"),
+        (lambda: gs.layout_of(nn.LazyLinear(2)), ValueError, "got a lazy one at 'weight'. Run one batch"),
+        (
+            lambda: gs.xsp(nn.Linear(2, 2)),
+            TypeError,
+            r"xsp\(Linear\): expected a Layout. Write xsp\(layout_of\(model\)\)",
+        ),
+        (lambda: gs.lbf(nn.Linear(2, 2), {}), TypeError, r"lbf\(Linear\): expected a Layout"),
+        (lambda: gs.tree_sp(nn.Linear(2, 2)), TypeError, r"tree_sp\(Linear\): expected a Layout"),
+        (lambda: gs.whole(nn.Linear), TypeError, r"whole\(a class\): expected a Layout"),
+        (lambda: gs.per_tensor(None), TypeError, r"per_tensor\(NoneType\): expected a Layout"),
         (lambda: Layout((), ()), ValueError, "expected at least one tensor, got none"),
         (lambda: Layout(("a", "b"), ((1,),)), ValueError, "expected one shape per name, got 2 names and 1 shapes"),
         (lambda: Layout(("a", "a"), ((1,), (2,))), ValueError, "expected unique names, got 'a' twice. Prefix"),
@@ -107,3 +124,11 @@ def test_a_name_given_twice_for_two_parameters_is_refused():
     assert len(named_trainable(pairs)) == 2
     with pytest.raises(ValueError, match="expected unique names, got 'w' twice"):
         gs.layout_of(pairs)
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert gs.layout_of(torch.compile(model)).names == gs.layout_of(model).names
+    names = gs.layout_of(model).names
+    model[1] = torch.compile(model[1])
+    assert gs.layout_of(model).names == names

@@ -151,10 +151,16 @@ def test_ties_go_to_the_first_tensor_and_to_rows():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"energy": {}}, r"expected energies of exactly the layout's tensors, got none for \['w'\]"),
-        ({"energy": {"w": np.ones((2, 3)), "x": np.ones(1)}}, r"some for unknown \['x'\]. Calibrate the model"),
+        ({"energy": {}}, r"expected energies of exactly the layout's tensors, got none for 'w'. Calibrate"),
+        (
+            {"energy": {"w": np.ones((2, 3)), "x": np.ones(1)}},
+            r"some for 'x', which it does not have. Calibrate the model",
+        ),
         ({"energy": {"w": np.ones((3, 2))}}, r"expected shape \(2, 3\), got \(3, 2\) at 'w'"),
-        ({"energy": {"w": np.full((2, 3), -1.0)}}, "expected finite energies >= 0, got others at 'w'. Leave out steps"),
+        (
+            {"energy": {"w": np.full((2, 3), -1.0)}},
+            "expected finite energies >= 0, got others at 'w'. Pass means of squared",
+        ),
         ({"energy": {"w": np.full((2, 3), np.nan)}}, "expected finite energies >= 0, got others at 'w'"),
         ({"max_bins": 0}, r"lbf\(max_bins=0\): expected at least one bin per tensor, 1 here. Raise max_bins"),
         ({"min_gain": -1.0}, r"lbf\(min_gain=-1.0\): expected a gain >= 0"),

@@ -116,6 +116,32 @@ def on_two_devices():
             r"calibrate\(steps=0\): expected at least one backward pass",
         ),
         (
+            lambda m: gs.GradientSplitter(None),
+            TypeError,
+            r"GradientSplitter\(…\): expected a model or pairs \(name, parameter\), got NoneType. Pass the model",
+        ),
+        (lambda m: gs.GradientSplitter(nn.Linear), TypeError, r"GradientSplitter\(…\): .* got the class Linear"),
+        (
+            lambda m: gs.GradientSplitter(m, sinks=print),
+            ValueError,
+            r"GradientSplitter\(sinks=<built-in function print>\): expected functions .* Write sinks=\[print\]",
+        ),
+        (
+            lambda m: gs.GradientSplitter(m, sinks=[3]),
+            ValueError,
+            r"GradientSplitter\(sinks=\[3\]\): expected functions",
+        ),
+        (
+            lambda m: gs.GradientSplitter(m, collective="yes"),
+            ValueError,
+            r"GradientSplitter\(collective='yes'\): expected True, False or None",
+        ),
+        (
+            lambda m: gs.GradientSplitter(m, budget=gs.Fixed(1.0), cap_updates=True),
+            ValueError,
+            r"cap_updates=True, budget=Fixed\(limit=1.0\)\): expected a budget that bounds the update, got none",
+        ),
+        (
             lambda m: gs.GSO([torch.zeros(3, dtype=torch.int64)], direction="adam"),
             TypeError,
             r"GSO\(…\): expected floating-point parameters, got torch.int64 at 'group0.param0'. Leave it out",

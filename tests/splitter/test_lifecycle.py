@@ -291,3 +291,34 @@ def test_pairs_say_what_is_meant_and_nothing_else_is_watched():
     splitter.step()
     assert before.norm() > 1e-3
     assert torch.equal(model[0].weight.grad, before)
+
+
+@pytest.mark.parametrize("strategy", ["xsp", "lbf"])
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_state_of_the_wrapped_model_goes_on_with_the_plain_one(wrap, strategy):
+    def start(seed, wrap=lambda model: model):
+        model = model_of(seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        splitter = gs.GradientSplitter(wrap(model), strategy, gs.Ema(1.1, warmup=3), optimizer=optimizer)
+        splitter.calibrate(lambda: backward(model, 99), 3)
+        splitter.attach(optimizer)
+        return model, optimizer, splitter
+
+    model, optimizer, splitter = start(0, wrap)
+    train(model, optimizer, range(5))
+    plain, its_optimizer, its_splitter = start(1)
+    plain.load_state_dict(model.state_dict())
+    its_splitter.load_state_dict(splitter.state_dict())
+    assert its_splitter.plan.layout.names == gs.layout_of(plain).names
+    assert_equal(train(plain, its_optimizer, range(5, 9)), train(model, optimizer, range(5, 9)))
+
+
+def test_a_splitter_says_what_it_is():
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    splitter = gs.GradientSplitter(model, budget=gs.Fixed(2.0), optimizer=optimizer)
+    plan = repr(splitter.plan)
+    assert repr(splitter) == f"GradientSplitter({plan}, {{bin: Fixed(limit=2.0)}}, with SGD, 0 steps)"
+    splitter.attach(optimizer)
+    train(model, optimizer, range(1))
+    assert repr(splitter) == f"GradientSplitter({plan}, {{bin: Fixed(limit=2.0)}}, attached to SGD, 1 steps)"

@@ -81,7 +81,9 @@ def _variance_mean(
 @rule(aten.linalg_vector_norm)
 def _vector_norm(x: Series, ord: float = 2, dim: Dims = None, keepdim: bool = False) -> Series:  # noqa: A002 - ATen's name
     if ord != 2:
-        raise ValueError(f"taylor_ladder: expected linalg_vector_norm with ord=2, got ord={ord}. Write it with powers.")
+        raise ValueError(
+            f"taylor_ladder: expected torch.linalg.vector_norm with ord=2, got ord={ord}. Write the norm with powers."
+        )
     dims = tuple(range(x.ndim)) if dim is None else dim
     return power(map_orders(torch.sum, (square(x), dims), {"keepdim": keepdim}), 0.5)
 

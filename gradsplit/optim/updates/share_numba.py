@@ -18,7 +18,7 @@ from ...amp import Scaling
 from ...budget import Decision
 from ...budget.lines import line_table, lines_of
 from ...collective import COLLECTIVE, FALLS, LET_THROUGH, RISES, Collective
-from ...kernels.addressable import bump_versions, overlap
+from ...kernels.addressable import bump_versions, obstacle, overlap
 from ...kernels.addresses import KINDS, compiled, load, narrow, pointer, store
 from ...kernels.numba_loops import _limit, share
 from ...kernels.threads import Call, run, threads_for
@@ -319,11 +319,14 @@ class CompiledShare(ShareUpdate):
 
     def _prepare(self, weights: list[Tensor]) -> bool:
         """Lower the plan for the weights as they lie; False where the loops cannot walk them."""
-        forms = [(w.dtype, w.shape, w.is_contiguous()) for w in weights]
+        forms = [(type(w), w.dtype, w.shape, w.is_contiguous()) for w in weights]
         if forms == self._forms:
             return bool(self._tables)
         self._forms, self._tables = forms, []
-        if not self._fits or not all(w.dtype in (torch.float32, torch.float64) and w.is_contiguous() for w in weights):
+        plain = (torch.float32, torch.float64)
+        if not self._fits or not all(w.dtype in plain and w.is_contiguous() for w in weights):
+            return False
+        if any(w.numel() and obstacle(w) for w in weights):
             return False
         tables = []
         for dtype in sorted({w.dtype for w in weights}, key=str):

@@ -101,6 +101,10 @@ class Ending:
             elif asked:
                 say("torch was never imported, so that nothing was recorded")
             return asked
+        if self.session is not None and self.session.failed and not self.session.num_rows:
+            if asked or not self.settings.quiet:
+                say(f"nothing was recorded: {self.session.failed}")
+            return asked
         if not self.settings.quiet:
             if self.session is not None and self.session.num_actions:
                 say(f"the guard acted {self.session.num_actions} times; the report says why")

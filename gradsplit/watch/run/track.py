@@ -429,7 +429,8 @@ class Track:
 def _lengths(tensors: list[Tensor]) -> Tensor:
     """(T,) L2 lengths, in one dtype on one device."""
     half = (torch.float16, torch.bfloat16)
-    wide = [t.to(torch.float32) if t.dtype in half else torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    plain = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    wide = [t.to(torch.float32) if t.dtype in half else t for t in plain]
     device = wide[0].device
     return torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(wide)])
 

@@ -117,6 +117,10 @@ CASES = {
     "betas in quotes": (lambda m: gs.GSO(m, betas=("a", "b")), r"GSO\(betas=\('a', 'b'\)\): expected two numbers"),
     "a sink that is none": (lambda m: gs.GSO(m, sinks=[3]), r"GSO\(sinks=\[3\]\): expected functions of a record in a"),
     "a sink without its list": (lambda m: gs.GSO(m, sinks=print), r"GSO\(sinks=<built-in function print>\): expected"),
+    "a pattern that is none": (
+        lambda m: gs.GSO(m, direction={3: "adam"}),
+        r"GSO\(direction=\{3: …\}\): expected name patterns, got int. Write for example \{'\*.weight': 'adam'\}",
+    ),
     "betas": (lambda m: gs.GSO(m, betas=(1.0, 0.9)), "Invalid beta parameter at index 0: 1.0"),
 }
 
@@ -333,6 +337,31 @@ STATES = {
         _spoilt("momentum", lambda old: old[:4]),
         r"expected memories of shape \(9, 6\) for 'head.weight', got 'momentum' of shape \(4, 6\)",
     ),
+    "a memory in a list": (
+        _spoilt("momentum", lambda old: old.tolist()),
+        "expected a tensor at 'momentum' of 'head.weight', got list. The state is damaged",
+    ),
+    "a step in words": (_spoilt("step", lambda old: "x"), "a count of steps for 'head.weight', got step='x'"),
+    "memories under other keys": (
+        lambda state: {**state, "state": {f"p{i}": memory for i, memory in state["state"].items()}},
+        r"expected memories of the parameters that 'param_groups' lists, \[0, 1, 2\] .* and some of 'p0'",
+    ),
+    "no history": (
+        lambda state: {**state, "gradsplit": [None]},
+        r"a mapping per plan at 'gradsplit', got \['NoneType'\]",
+    ),
+    "a history in words": (
+        lambda state: {**state, "gradsplit": [{**state["gradsplit"][0], "share": "x"}]},
+        r"expected a mapping per plan at 'gradsplit', got \['dict'\]",
+    ),
+    "a share above one half": (
+        lambda state: {**state, "param_groups": [{**state["param_groups"][0], "lr": 7.0}]},
+        r"constants that GSO takes in group 0, got others \(GSO\(lr=7.0\): expected a share .*\). Correct them",
+    ),
+    "a share in quotes": (
+        lambda state: {**state, "param_groups": [{**state["param_groups"][0], "lr": "0.03"}]},
+        r"constants that GSO takes in group 0, got others \(GSO\(lr='0.03'\): expected a number, got str",
+    ),
     "a memory with nan": (
         _spoilt("momentum", lambda old: old * float("nan")),
         "expected finite memories, got inf or nan in 'momentum' of 'head.weight'. Such a row would never move again",
@@ -382,3 +411,49 @@ def test_groups_without_names_and_modules_join_an_optimizer_that_was_given_a_mod
 
 def test_a_number_of_steps_may_come_from_numpy():
     assert gs.GSO(net_of(), steps=np.int64(5))._clock.pace() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, r"GSO\(NoneType\): expected a module, parameters, pairs .* Write for example GSO\(model\)"),
+        (nn.Linear, r"GSO\(the class Linear\): expected a module"),
+        (
+            [{"param": []}],
+            r"add_param_group\(dict\): expected a mapping with 'params', got the keys \['param'\]. Write",
+        ),
+    ],
+)
+def test_what_holds_no_parameters_is_named(given, words):
+    with pytest.raises(TypeError, match=words):
+        gs.GSO(given)
+
+
+def test_a_group_that_is_no_mapping_is_refused_and_one_tensor_is_taken():
+    model = net_of()
+    optimizer = gs.GSO(model.head)
+    with pytest.raises(TypeError, match=r"add_param_group\(list\): expected a mapping with 'params', got none. Write"):
+        optimizer.add_param_group([model.words.weight])
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model.words.weight})
+    assert [p is model.words.weight for p in optimizer.param_groups[1]["params"]] == [True]
+
+
+def test_the_warning_of_the_end_points_at_the_users_line():
+    model = net_of()
+    optimizer = gs.GSO(model, steps=1)
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    with pytest.warns(UserWarning, match=r"GSO\(steps=1\): step 1 is beyond the end of the run") as told:
+        optimizer.step()
+    assert [one.filename for one in told] == [__file__]
+
+
+def test_parameters_that_to_empty_has_replaced_are_told_of():
+    model = nn.Linear(3, 2, device="meta")
+    optimizer = gs.GSO(model)
+    model.to_empty(device="cpu")
+    nn.init.ones_(model.weight)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.warns(UserWarning, match=r"'weight' and others lie on the meta device and have no gradient.*make GSO"):
+        optimizer.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -449,3 +450,53 @@ def test_a_convolution_with_one_output_channel_is_a_matrix_and_a_position_is_not
     positions = torch.nn.ParameterDict({"place": torch.nn.Parameter(torch.zeros(1, 5, 4))})
     kind = gs.GSO(positions)._kinds[0][0]
     assert (kind.name, kind.rows, kind.cols) == ("embedding", 5, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}, {"direction": "adam"}, {"in_backward": True}], ids=str)
+def test_a_conjugate_that_autograd_left_to_be_worked_out_is_a_gradient_like_any(options):
+    """The gradient of Re(conj(w) c) is c itself; torch hands it over as the conjugate of something."""
+    torch.manual_seed(0)
+    c, start = torch.randn(4, 3, dtype=torch.complex64), torch.randn(4, 3, dtype=torch.complex64)
+    ends = []
+    for loss_of_w in (
+        lambda w: (w.conj() * c).real.sum(),
+        lambda w: (torch.view_as_real(w) * torch.view_as_real(c)).sum(),
+    ):
+        w = nn.Parameter(start.clone())
+        optimizer = gs.GSO([("w", w)], **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of_w(w).backward()
+            optimizer.step()
+        ends.append(w.detach())
+    assert not torch.equal(ends[0], start)
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}, {"direction": "adam"}], ids=str)
+def test_a_gradient_that_holds_the_negative_of_its_values_is_read_as_it_is(options):
+    ends = []
+    for way in (torch._neg_view, torch.neg):
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.randn(4, 3))
+        optimizer = gs.GSO([("w", w)], **options)
+        w.grad = way(torch.randn(4, 3))
+        optimizer.step()
+        ends.append(w.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_parameter_of_a_type_with_memory_elsewhere_moves_as_by_the_definition():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    torch.manual_seed(0)
+    values, gradient, ends = torch.randn(4, 3), torch.randn(4, 3), []
+    for make in (lambda: TwoTensor(values.clone(), torch.zeros(4, 3)), values.clone):
+        w = nn.Parameter(make())
+        optimizer = gs.GSO([("w", w)])
+        w.grad = TwoTensor(gradient.clone(), torch.zeros(4, 3)) if isinstance(w, TwoTensor) else gradient.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of falling back
+            optimizer.step()
+        ends.append(w.a.detach() if isinstance(w, TwoTensor) else w.detach())
+    torch.testing.assert_close(*ends)

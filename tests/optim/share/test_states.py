@@ -235,3 +235,33 @@ def test_a_loss_may_be_resumed_at_every_step():
     model.load_state_dict(weights)
     optimizer.load_state_dict(copy.deepcopy(state))
     assert_same(first, train(model, optimizer, range(3, 6)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("way", ["cast", "loaded"])
+def test_a_model_of_another_dtype_goes_on_with_its_memories(way, backend):
+    """float32 for three steps, then float64: close to float64 throughout, and memories of the new dtype."""
+    straight = net_of(torch.float64)
+    train(straight, gs.GSO(straight, backend=backend), range(6))
+    model = net_of().double().float()
+    optimizer = gs.GSO(model, backend=backend)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    model.double()
+    if way == "loaded":
+        optimizer = gs.GSO(model, backend=backend)
+        optimizer.load_state_dict(saved)
+    train(model, optimizer, range(3, 6))
+    for p, q in zip(model.parameters(), straight.parameters(), strict=True):
+        assert {value.dtype for key, value in optimizer.state[p].items() if key != "step"} == {torch.float64}
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+
+
+def test_memories_in_half_precision_become_float32():
+    model, other = net_of(torch.bfloat16), net_of(torch.bfloat16)
+    before = torch.optim.AdamW(model.parameters())
+    train(model, before, range(2))
+    optimizer = gs.GSO(other)
+    optimizer.load_state_dict(before.state_dict())
+    assert all(value.dtype == torch.float32 for p in other.parameters() for value in optimizer.state[p].values())
+    train(other, optimizer, range(2, 4))

@@ -109,6 +109,14 @@ def test_torch_without_us_is_said_and_fails_a_check(tmp_path, words, code):
     assert not (tmp_path / "run.db").exists()
 
 
+@pytest.mark.parametrize(("words", "code"), [((), 0), (("--fail-on", "explosion"), 3)])
+def test_a_sink_that_cannot_be_made_is_told_of_at_the_end(tmp_path, words, code):
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    done = _run(tmp_path, _TRAIN, "--to", "jsonl:taken/norms.jsonl", *words, expect=code)
+    assert "nothing was recorded: watching stopped (NotADirectoryError(" in done.stderr
+    assert "recorded; next" not in done.stderr
+
+
 def test_a_check_passes_a_healthy_script_and_fails_one_that_never_steps(tmp_path):
     _run(tmp_path, _TRAIN, "--fail-on", "explosion", "--fail-on", "exception")
     (tmp_path / "run.db").unlink()

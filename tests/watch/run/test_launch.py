@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sqlite3
@@ -118,6 +119,20 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, monkeypatch,
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sink_whose_package_is_missing_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    from gradsplit.cli import main
+
+    (tmp_path / "x.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--to", "wandb:project", "x.py"])
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--to wandb:project: expected the package wandb, which is missing. Run: pip install wandb" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["x.py"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
