@@ -150,8 +150,8 @@ def check_patterns(argument: str, choice: Any, names: Sequence[str], *, what: st
     for pattern, value in choice.items() if isinstance(choice, Mapping) else ():
         if not isinstance(pattern, str):
             raise ValueError(
-                f"{call}({argument}={{{pattern!r}: …}}): expected name patterns, got {type(pattern).__name__}. Write for "
-                f"example {{'*.weight': {value!r}}}."
+                f"{call}({argument}={{{pattern!r}: …}}): expected name patterns, got {type(pattern).__name__}. Write "
+                f"for example {{'*.weight': {value!r}}}."
             )
         if names and not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
