@@ -16,9 +16,11 @@ from pathlib import Path
 __all__ = ["PAGES", "filled", "tables"]
 
 FOLDER = Path(__file__).parent / "results" / "any-optimizer"
+BOUNDS = Path(__file__).parent / "results" / "sgd-bounds.jsonl"
 PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("results/any-optimizer.md", "with-your-optimizer.md")]
 TASKS = ("text", "detection")
 FAULTS = ("one NaN", "row x 1e6", "batch x 1e3", "layer x 1e3")
+CONTROLS = ("none", "default", "clip 1", "ZClip", "skip")
 OPTIMIZERS = ("Adam", "AdamW", "Muon", "SOAP", "Lion", "Adafactor", "SGD", "schedule-free", "Prodigy")
 
 Cell = tuple[str, str, str, str, str]
@@ -70,13 +72,22 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], evidence: str = "s
     return "\n".join(lines)
 
 
+def seeds_of(counts: list[int]) -> str:
+    """How many seeds the cells have, as a sentence."""
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"\n\nSeeds per cell: {least if least == most else f'{least} to {most}'}."
+
+
 def tables() -> tuple[dict[str, str], dict[str, object]]:
     """Return the tables by name, and the numbers that stand in them."""
     runs, chosen = read()
     numbers: dict[str, object] = {}
     made: dict[str, str] = {}
+    counts: list[int] = []
 
     def cell(name: str, values: list[float]) -> str:
+        if values:
+            counts.append(len(values))
         finite = [round(value, 4) for value in values if math.isfinite(value)]
         if finite:
             numbers[name] = finite
@@ -98,6 +109,7 @@ def tables() -> tuple[dict[str, str], dict[str, object]]:
     made["rates"] = table(["optimizer", "rate, text", "loss, text", "rate, detection", "loss, detection"], rows)
 
     for task in TASKS:
+        counts.clear()
         rows = [
             [
                 optimizer,
@@ -109,19 +121,26 @@ def tables() -> tuple[dict[str, str], dict[str, object]]:
             ]
             for optimizer in OPTIMIZERS
         ]
-        made[f"5, {task}"] = table(["optimizer", "no fault", *FAULTS], rows)
+        made[f"5, {task}"] = table(["optimizer", "no fault", *FAULTS], rows) + seeds_of(counts)
 
     for task in TASKS:
         rows = []
+        counts.clear()
         for optimizer in OPTIMIZERS:
             for control in ("clip 1", "ZClip", "skip"):
                 cells = [of(task, optimizer, control, fault, "0.05") for fault in ("clean", *FAULTS)]
                 if set(cells) != {"-"}:
                     rows.append([optimizer, control, *cells])
-        made[f"others, {task}"] = table(["optimizer", "control", "no fault", *FAULTS], rows)
+        made[f"others, {task}"] = table(["optimizer", "control", "no fault", *FAULTS], rows) + seeds_of(counts)
+
+    for rate in ("0.05", "0.2", "0.01"):
+        rows = [[control, *_totals(runs, control, rate)] for control in CONTROLS]
+        made[f"totals {rate}"] = table(["control", "runs", *TOTALS], rows)
+        numbers[f"totals / {rate}"] = {row[0]: row[1:] for row in rows}
 
     for rate in ("0.2", "0.01"):
         rows = []
+        counts.clear()
         for optimizer in OPTIMIZERS:
             for task in TASKS:
                 cells = [
@@ -130,7 +149,7 @@ def tables() -> tuple[dict[str, str], dict[str, object]]:
                 ]
                 if set(cells) != {"- → -"}:
                     rows.append([optimizer, task, *cells])
-        made[f"rate {rate}"] = table(["optimizer", "task", *FAULTS], rows)
+        made[f"rate {rate}"] = table(["optimizer", "task", *FAULTS], rows) + seeds_of(counts)
 
     rows = []
     for optimizer in OPTIMIZERS:
@@ -151,6 +170,23 @@ def tables() -> tuple[dict[str, str], dict[str, object]]:
     head = ["optimizer", "text: default, % of none", "seeds of none vary by", "detection", "seeds vary by"]
     made["clean"] = table(head, rows)
 
+    rows = []
+    for optimizer in OPTIMIZERS:
+        row = [optimizer]
+        for task in TASKS:
+            for control in ("relative .2", "default"):
+                clean = excess(runs, task, optimizer, control, "clean", "0.0")
+                faulty = [excess(runs, task, optimizer, control, fault, "0.05") for fault in FAULTS]
+                if not clean or not all(faulty):
+                    row.append("-")
+                    continue
+                both = [statistics.mean(clean), max(statistics.median(values) for values in faulty)]
+                numbers[f"{task} / {optimizer} / {control} / clean and worst"] = [round(value, 4) for value in both]
+                row.append(", ".join(f"{value:+.1f}" for value in both))
+        if "-" not in row:
+            rows.append(row)
+    made["factor"] = table(["optimizer", "text, 0.2", "text, 1", "detection, 0.2", "detection, 1"], rows)
+
     made["guide"] = table(
         ["optimizer", "what to write", "a NaN, text", "worst other fault, text", "worst other fault, detection"],
         [
@@ -167,12 +203,71 @@ def tables() -> tuple[dict[str, str], dict[str, object]]:
     )
 
     rows = []
+    counts.clear()
     for task in TASKS:
-        for control in ("none", "default", "tau .06", "tau .1", "isolation"):
+        for control in ("none", "default", "tau .06", "tau .1", "tau .3", "isolation"):
             cells = [of(task, "SGD", control, fault, "0.05") for fault in ("clean", *FAULTS)]
             rows.append([task, f"`{NAMES[control]}`", *cells])
-    made["SGD"] = table(["task", "in front of SGD", "no fault", *FAULTS], rows)
+    made["SGD"] = table(["task", "in front of SGD", "no fault", *FAULTS], rows) + seeds_of(counts)
+    made["rules"], numbers["rules"] = _rules(runs)
     return made, numbers
+
+
+TOTALS = ("within 3 % of clean", "hurt by more than 10 %", "dead", "median, %")
+
+
+def _totals(runs: Runs, control: str, rate: str) -> list[str]:
+    """Over all faults of both tasks: how many runs end near a clean one, are hurt, or die; and their median."""
+    cells = [excess(runs, task, o, control, fault, rate) for task in TASKS for o in OPTIMIZERS for fault in FAULTS]
+    values = [value for cell in cells for value in cell]
+    if not values:
+        return ["-"] * (1 + len(TOTALS))
+    dead = sum(math.isinf(value) for value in values)
+    near = sum(value <= 3 for value in values)
+    hurt = sum(value > 10 for value in values) - dead
+    share = [f"{100 * count / len(values):.0f} %" for count in (near, hurt, dead)]
+    return [str(len(values)), *share, f"{statistics.median(values):+.1f}" if dead * 2 < len(values) else "dead"]
+
+
+TASKS_OF_RULES = {
+    "text, clean": (0.3,),
+    "detection, clean": (0.03,),
+    "exploding detection": (0.03, 0.1, 0.3),
+    "hot stack": (0.1, 1.0),
+    "GPT": (0.1, 0.3, 1.0),
+}
+
+
+def _rules(runs: Runs) -> tuple[str, dict[str, list[float | None]]]:
+    """Other bounds in front of SGD: medians over the seeds, clean runs in per cent above none."""
+    found: dict[tuple[str, str, float], list[float | None]] = defaultdict(list)
+    for line in BOUNDS.read_text(encoding="utf8").splitlines():
+        row = json.loads(line)
+        score = row["score"]
+        if row["task"].endswith("clean"):
+            none = runs[row["task"].partition(",")[0], "SGD", "none", "clean", "0.0"][str(row["seed"])]
+            score = round(100 * (score / none - 1), 4)
+        found[row["rule"], row["task"], row["lr"]].append(score)
+    rows = []
+    for rule in dict.fromkeys(rule for rule, *_ in found):
+        row = [rule]
+        for task, lrs in TASKS_OF_RULES.items():
+            cells = []
+            for lr in lrs:
+                scores = found.get((rule, task, lr), [])
+                known = [score for score in scores if score is not None]
+                if not scores:
+                    cells.append("-")
+                elif len(known) < len(scores):
+                    cells.append("dead")
+                elif task.endswith("clean"):
+                    cells.append(f"{statistics.mean(known):+.1f}")
+                else:
+                    cells.append(f"{statistics.median(known):.3f}")
+            row.append(", ".join(cells))
+        rows.append(row)
+    made = table(["rule", *TASKS_OF_RULES], rows)
+    return made, {" / ".join(map(str, key)): values for key, values in found.items()}
 
 
 def _worst(runs: Runs, task: str, optimizer: str) -> str:
@@ -186,13 +281,13 @@ def _worst(runs: Runs, task: str, optimizer: str) -> str:
 
 WRITE = {
     "Muon": "as below",
-    "SGD": "as above, or `RelativeStep(0.1, length=1.0)`",
 }
 NAMES = {
     "none": "nothing",
     "default": "RelativeStep(0.03, length=1.0), the default",
     "tau .06": "RelativeStep(0.06, length=1.0)",
     "tau .1": "RelativeStep(0.1, length=1.0)",
+    "tau .3": "RelativeStep(0.3, length=1.0), collective=True",
     "isolation": "Relative(0.2), collective=True",
 }
 
@@ -211,7 +306,10 @@ def filled(text: str, made: dict[str, str]) -> str:
         start, stop = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
         before, found, rest = text.partition(start)
         if found:
-            text = before + start + content + stop + rest.partition(stop)[2]
+            _, ended, rest = rest.partition(stop)
+            if not ended:
+                raise ValueError(f"expected a line and {stop.strip()!r} after {start.strip()!r}")
+            text = before + start + content + stop + rest
     return text
 
 

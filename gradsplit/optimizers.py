@@ -101,7 +101,7 @@ def usual_bounds(optimizer: torch.optim.Optimizer, *, caps: bool) -> tuple[Budge
     """Return the default budget at an optimizer, and whether the collective rule stands beside it.
 
     >>> usual_bounds(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]), caps=False)
-    (Relative(factor=0.2, eps=0.001), True)
+    (Relative(factor=1.0, eps=0.001), True)
     """
     if caps:
         return RelativeStep(), False

@@ -196,7 +196,7 @@ class GradientSplitter:
         plan: a Plan, a strategy's name ("xsp", "lbf", "tree_sp", "per_tensor", "whole") or a function layout -> plan.
         budget: a budget, its name, a tuple of them, or a mapping from levels ("root", "module", "tensor", "bin") to
             these. The default fits the optimizer, and `describe` says which it is: in front of SGD
-            ``RelativeStep(0.03, length=1.0)``; in front of others ``Relative(0.2)`` with the collective rule; in front
+            ``RelativeStep(0.03, length=1.0)``; in front of others ``Relative(1.0)`` with the collective rule; in front
             of LBFGS nothing but zeros for what is not finite; behind any, with ``cap_updates``, ``RelativeStep(0.03)``.
         optimizer: in front of which, or behind which, this stands; `attach` sets it too. A wrapper of an optimizer (of
             accelerate, Lightning, schedule-free) stands for what is inside.
@@ -310,7 +310,7 @@ class GradientSplitter:
         >>> model = nn.Linear(2, 2)
         >>> said = GradientSplitter(model, optimizer=torch.optim.AdamW(model.parameters())).describe()
         >>> said.split(". ")[0]
-        'In front of AdamW, each of 3 bins keeps within Relative(factor=0.2, eps=0.001)'
+        'In front of AdamW, each of 3 bins keeps within Relative(factor=1.0, eps=0.001)'
         """
         if self._unseen is not None:
             self._unseen.read()

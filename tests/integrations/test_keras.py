@@ -107,13 +107,13 @@ def test_the_default_in_front_of_others_keeps_faults_in_their_rows(name):
     moved = one_step(optimizer, broken, start) - start
     assert np.isfinite(moved).all()
     assert optimizer.split_report.counts()[1].tolist() == [0.0, 1.0, 0.0]
-    limit = 0.2 * np.linalg.norm(start, axis=0)[0]
+    limit = np.linalg.norm(start, axis=0)[0]
     np.testing.assert_allclose(optimizer.split_report.record(0).decision.limit_B.numpy(), limit, rtol=1e-6)
 
 
 def test_a_batch_times_a_thousand_enters_adam_s_memory_as_a_usual_one():
     gradient = np.random.default_rng(0).standard_normal((4, 40)).astype("float32")
-    start = np.full((4, 40), 100.0, "float32")  # limits of 40, far above
+    start = np.full((4, 40), 100.0, "float32")  # limits of 200, far above
     plain, ours = keras.optimizers.Adam(0.1), gsk.split(keras.optimizers.Adam(0.1))
     held = [[keras.Variable(start, name="kernel")] for _ in range(2)]
     for step in range(12):

@@ -62,7 +62,7 @@ def test_the_default_follows_the_optimizer():
     given = tree([1e3 * w for w in weights(4)])
     params = tree(weights())
     bounded, _ = split_gradients().update(given, split_gradients().init(params), params)
-    expected, _ = (s := split_gradients("xsp", gs.Relative(0.2))).update(given, s.init(params), params)
+    expected, _ = (s := split_gradients("xsp", gs.Relative(1.0))).update(given, s.init(params), params)
     for x, y in zip(jax.tree.leaves(bounded), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x, y)
     sgd = split_gradients(learning_rate=0.1)

@@ -113,7 +113,7 @@ def test_in_front_of_adam_single_rows_are_bounded_and_a_whole_batch_is_divided()
     model.weight.grad = small.clone()
     model.weight.grad[2] *= 1e6
     splitter.step()
-    limit = 0.2 * model.weight[2].norm()
+    limit = model.weight[2].norm()
     torch.testing.assert_close(model.weight.grad[2].norm(), limit)
     model.weight.grad[2] = small[2]
     assert torch.equal(model.weight.grad, small)

@@ -277,7 +277,7 @@ def split(
         plan: a Plan, a strategy's name or a function layout -> plan, as in `gradsplit.GradientSplitter`.
         budget: as there, the default too. In front of `keras.optimizers.SGD` it is ``RelativeStep(0.03, length=1.0)``,
             which reads the learning rate, schedules included, and the momentum. In front of all others it is
-            ``Relative(0.2)`` with the collective rule; with ``cap_updates=True`` it is ``RelativeStep()``.
+            ``Relative(1.0)`` with the collective rule; with ``cap_updates=True`` it is ``RelativeStep()``.
         rule: "bottom_up" or "nearest", see `gradsplit.project`.
         orientation: a mapping from patterns of names to the axis or axes that count output units, for example
             ``{"*.my_depthwise.kernel": (-2, -1)}``; None: by the layers' names.

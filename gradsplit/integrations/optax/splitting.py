@@ -54,7 +54,7 @@ def split_gradients(
         plan: a Plan of `layout_of(params)`, a strategy's name, or a function layout -> plan.
         budget: a budget, its name, a tuple, or a mapping from levels. The default fits the optimizer behind: with the
             ``learning_rate`` of an SGD ``RelativeStep(0.03, length=1.0)``, which bounds the step; without, in front of
-            Adam, Muon and all others, ``Relative(0.2)`` with the collective rule, which keeps faults out of their
+            Adam, Muon and all others, ``Relative(1.0)`` with the collective rule, which keeps faults out of their
             memories.
         rule: "bottom_up" or "nearest", see `gradsplit.project`.
         learning_rate: of the SGD behind, a float or schedule; needed by `RelativeStep`.
