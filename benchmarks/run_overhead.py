@@ -4,7 +4,10 @@ Steps alternate between watched and not in one process and one model; what is co
 of the process, the recorder's own included), which a busy machine distorts less than wall time. "Inside" is the time in
 our own code before backward and at the step.
 
+With ``--samples`` every third step is watched together with its samples; ratios are those of neighbouring steps.
+
 Run: python benchmarks/run_overhead.py --out benchmarks/results/run_overhead.json
+     python benchmarks/run_overhead.py --samples --out benchmarks/results/run_samples.json
 """
 
 from __future__ import annotations
@@ -43,14 +46,15 @@ def tiny() -> tuple[Any, Any]:
     return model, lambda step: (model(x + 0.001 * step) - x[:, :1]).square().mean()
 
 
-def measured(make: Any, pairs: int, warm: int) -> dict[str, Any]:
+def measured(make: Any, pairs: int, warm: int, *, samples: bool = False) -> dict[str, Any]:
     """Train for a few steps and return the seconds of each."""
     model, loss_at = make()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    ways = ("alone", "watched", "samples") if samples else ("alone", "watched")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     inside: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(Settings(record=str(Path(folder) / "run.db"), quiet=True))
+        session = Session(Settings(record=str(Path(folder) / "run.db"), quiet=True, samples=samples))
         watching, spent = False, 0.0
 
         def pre(*arguments: object) -> None:
@@ -61,8 +65,11 @@ def measured(make: Any, pairs: int, warm: int) -> dict[str, Any]:
                 spent += time.thread_time() - began
 
         optimizer.register_step_pre_hook(pre)
-        for step in range(2 * pairs + warm):
-            watching, spent, began = step % 2 == 1, 0.0, time.process_time()
+        for step in range(len(ways) * (pairs + warm)):
+            way = ways[step % len(ways)]
+            if session._samples is not None:
+                (session._samples.open if way == "samples" else session._samples.close)()
+            watching, spent, began = way != "alone", 0.0, time.process_time()
             optimizer.zero_grad()
             loss = loss_at(step)
             if watching:
@@ -71,19 +78,23 @@ def measured(make: Any, pairs: int, warm: int) -> dict[str, Any]:
                 spent += time.thread_time() - start
             loss.backward()
             optimizer.step()
-            if step >= warm:  # the optimizer's state, the names and the order of the forward pass are made in the first
-                seconds[watching].append(time.process_time() - began)
-                inside += [spent] if watching else []
+            if (
+                step >= len(ways) * warm
+            ):  # the optimizer's state, the names and the order of the forward pass are made in the first
+                seconds[way].append(time.process_time() - began)
+                inside += [spent] if way == "watched" else []
         session.close()
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "alone": seconds[False],
-        "watched": seconds[True],
+        **seconds,
         "inside": inside,
-        "median_alone": statistics.median(seconds[False]),
-        "median_watched": statistics.median(seconds[True]),
+        **{f"median_{way}": statistics.median(seconds[way]) for way in ways},
         "median_inside": statistics.median(inside),
-        "inside_share": statistics.median(inside) / statistics.median(seconds[False]),
+        "inside_share": statistics.median(inside) / statistics.median(seconds["alone"]),
+        **{
+            f"ratio_{way}": statistics.median(a / b for a, b in zip(seconds[way], seconds["alone"], strict=True))
+            for way in ways[1:]
+        },
     }
 
 
@@ -92,9 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--samples", action="store_true", help="also measure --samples")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = {"tiny": measured(tiny, 25 * asked.pairs, 40), "gpt": measured(gpt, asked.pairs, 18)}
+    found = {
+        "tiny": measured(tiny, 25 * asked.pairs, 20, samples=asked.samples),
+        "gpt": measured(gpt, asked.pairs, 9, samples=asked.samples),
+    }
     for name, values in found.items():
         alone, watched, inside = (values[f"median_{word}"] * 1e3 for word in ("alone", "watched", "inside"))
         print(
@@ -103,9 +118,14 @@ def main() -> None:
         print(
             f"  alone {alone:.3f} ms, watched {watched:.3f} ms, inside {inside:.3f} ms, {inside / alone:.2%} of a step"
         )
+        if asked.samples:
+            print(
+                f"  with samples {values['median_samples'] * 1e3:.3f} ms; over the step before it alone: watched "
+                f"{values['ratio_watched']:.3f}, with samples {values['ratio_samples']:.3f}"
+            )
     if asked.out:
         about = {
-            "command": "python benchmarks/run_overhead.py",
+            "command": "python benchmarks/run_overhead.py" + (" --samples" if asked.samples else ""),
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, 1 thread of 2 shared cores, torch {torch.__version__}",
             "options": OPTIONS,

@@ -187,7 +187,7 @@ class SampleWatch:
         self._met: dict[int, _Met] = {}
         self._new: list[_Met] = []
         self._names: dict[int, dict[int, str]] = {}
-        self._task, self._count, self._sealed = -1, 0, 0
+        self._task, self._count = -1, 0
         self._passes: deque[_Pass] = deque()
         self._num_bytes = 0
         self._marks: deque[tuple[int, int, int, int]] = deque(maxlen=MOST_PASSES)
@@ -298,11 +298,10 @@ class SampleWatch:
             self._fail(error)
 
     def _begin(self, task: int) -> None:
+        inside = task < self._task  # the passes after this one ran inside of it: reentrant checkpoints
         self._task = task
-        for at in range(len(self._passes) - 1, -1, -1):
-            if self._passes[at].number < self._sealed:
-                break
-            if self._passes[at].task == task:  # those after it ran inside of it: reentrant checkpoints
+        for at in range(len(self._passes) - 1, -1, -1) if inside else ():
+            if self._passes[at].task == task and self._passes[at].number >= max(self._since.values(), default=0):
                 self._join(at)
                 return
         if self._passes:
@@ -331,7 +330,7 @@ class SampleWatch:
             self._new.pop().learn()  # sharded parameters are whole while their module runs: only now they are their own
         with self._lock:
             self._marks.append((stream, row, self._since.get(stream, 0), self._count))
-            self._since[stream] = self._sealed = self._count
+            self._since[stream] = self._count
 
     def read(self, stream: int, row: int) -> Reading:
         """Which samples of the step in this row stood out; waits for the device."""

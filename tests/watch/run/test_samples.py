@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +20,7 @@ from gradsplit.watch.record import Recorder, RunFile, RunWriter
 from gradsplit.watch.report.account import account_of
 from gradsplit.watch.report.run_page import run_page
 from gradsplit.watch.report.text import findings, report_text
+from tests.distributed.ranks import on_ranks
 from tests.watch.run.processes import run_gradsplit
 from tests.watch.run.watched import account_at, watched
 
@@ -310,3 +314,38 @@ def test_the_command_line_takes_the_option(tmp_path):
     done = run_gradsplit(tmp_path, "--watch", "--samples", "train.py")
     assert done.returncode == 0, done.stderr
     assert "Sample 3 of the batch of step 20 stood out" in _said(account_at(tmp_path / "run.db"))[0]
+
+
+def _on_a_rank(rank, world, folder):
+    """Two trainings, one after the other; the second rank's batch has the fault."""
+    for name, wrap in (
+        ("ddp", nn.parallel.DistributedDataParallel),
+        ("fsdp", lambda net: fully_shard(net, mesh=init_device_mesh("cpu", (world,)))),
+    ):
+        torch.manual_seed(0)
+        with watched(folder / f"{name}.db", samples=True):
+            model = wrap(_regression())
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+            torch.manual_seed(rank)
+            for step in range(STEPS):
+                x, target = _rows()
+                if step == AT and rank == 1:
+                    target[6] += 1e3
+                optimizer.zero_grad()
+                _loss(model, x, target).backward()
+                optimizer.step()
+
+
+@pytest.mark.parametrize("ways", [("ddp", "fsdp")])
+def test_each_rank_names_its_own_samples_and_the_report_of_rank_0_has_them(tmp_path, ways):
+    on_ranks(2, functools.partial(_on_a_rank, folder=tmp_path))
+    for way in ways:
+        assert not [row for one in _readings(tmp_path / f"{way}.db") for row in one["rows"]]
+        (reading,) = account_at(tmp_path / f"{way}.db").samples_at_first
+        assert (reading.rank, [row.sample for row in reading.rows]) == (1, [6])
+        assert f"Sample 6 of the batch of step {AT} on rank 1 stood out" in _said(account_at(tmp_path / f"{way}.db"))[0]
+
+
+def _readings(path):
+    with RunFile(path) as file:
+        return [one for one in file.meta.get("remarks", []) if one["kind"] == "samples"]
