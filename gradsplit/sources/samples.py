@@ -77,7 +77,7 @@ class SampleSplitter:
         keep: how many notes (layer and pass) are remembered for `named`.
 
     Raises:
-        ValueError: an unknown kind, name or option.
+        ValueError: no model, an unknown kind or name, or another option that does not fit.
         RuntimeError: the model is compiled, or split by sample already.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -119,8 +119,10 @@ class SampleSplitter:
                 )
         if per not in ("sample", "token"):
             raise ValueError(f"SampleSplitter(per={per!r}): expected 'sample' or 'token'.")
-        if not isinstance(batch_dim, int) or batch_dim < 0:
+        if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
             raise ValueError(f"SampleSplitter(batch_dim={batch_dim!r}): expected a dimension counted from 0.")
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise ValueError(f"SampleSplitter(scaler={scaler!r:.80}): expected a GradScaler. Leave it out without one.")
         if isinstance(model, nn.DataParallel):
             raise ValueError(
                 "SampleSplitter(model=DataParallel(…)): expected a model that runs in one thread, since its replicas "
@@ -168,6 +170,7 @@ class SampleSplitter:
 
         Raises:
             RuntimeError: a layer is split already.
+            ValueError: the optimizer has no parameter of the model.
         """
         if self._patched or any(isinstance(m.__dict__.get("forward"), _Forward) for m in self.model.modules()):
             raise RuntimeError(
@@ -175,6 +178,17 @@ class SampleSplitter:
                 "Call .remove() of the first splitter."
             )
         modules = dict(self.model.named_modules())
+        mine = {id(parameter) for parameter in self.model.parameters()}
+        if optimizer is not None and not (
+            isinstance(optimizer, torch.optim.Optimizer)
+            and any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+        ):
+            raise ValueError(
+                f"SampleSplitter.attach({type(optimizer).__name__}): expected the optimizer of this model, got one "
+                "that has none of its parameters. Give it the optimizer that trains the model, or none."
+            )
+        if not any(parameter.requires_grad for name in self.layers for parameter in modules[name].parameters()):
+            self._say("SampleSplitter: no layer of this model is split, since none that has a rule is trained.")
         if self.unruled:
             self._say(
                 f"SampleSplitter: no rule for {', '.join(self.unruled)}; their gradients stay as they are. Name "
@@ -281,7 +295,7 @@ class SampleSplitter:
                 else:
                     self._list(name, module)
                 continue
-            if kind is not None:
+            if kind is not None and not any(p.is_complex() for p in module.parameters()):
                 self.layers[name] = Layer(self, name or "(model)", kind)
                 if isinstance(kind, WholeKind):
                     covered = (*covered, name)
@@ -442,6 +456,11 @@ class _Forward:
 
     @not_traced  # torch.compile then runs the layer as it is, and split
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "SampleSplitter: expected an ordinary forward and backward pass, got a transformation of torch.func. "
+                "Call .remove() before vmap, grad or jacrev, and attach the splitter again behind them."
+            )
         return self.call(self.module, self.before or _ordinary(self.module), args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

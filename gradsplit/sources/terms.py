@@ -151,18 +151,22 @@ class TermSplitter:
         self._calls = 0
         self._left_out: deque[tuple[int, str, Tensor]] = deque(maxlen=10_000)
         self._last: tuple[tuple[str, ...], Tensor] | None = None
-        self._said = False
+        self._said: set[str] = set()
 
-    def backward(self, **terms: Tensor) -> None:
+    def backward(self, *unnamed: Any, **terms: Tensor) -> None:
         """Add the bounded gradient of the sum of the terms to ``.grad``.
 
         Args:
+            unnamed: nothing; a term without a name is refused.
             terms: name -> a term of the loss, a single number with a graph. A term that is not there in this step is
                 left away.
 
         Raises:
             ValueError: no term, or one that is no single number or has no graph; nothing has been added then.
         """
+        if unnamed:
+            given = "**terms" if isinstance(unnamed[0], Mapping) else "data=loss"
+            raise ValueError(f"TermSplitter.backward(…): expected every term by its name. Write backward({given}).")
         self._check(terms)
         chosen = [k for k, parameter in enumerate(self.parameters) if parameter.requires_grad]
         parameters = [self.parameters[k] for k in chosen]
@@ -241,6 +245,11 @@ class TermSplitter:
     def _check(self, terms: Mapping[str, Tensor]) -> None:
         if not terms:
             raise ValueError("TermSplitter.backward(): expected at least one term, as in backward(data=loss).")
+        if isinstance(terms.get("weights"), Mapping):
+            raise ValueError(
+                "TermSplitter.backward(weights={…}): expected terms of the loss alone. Weights belong into "
+                "TermSplitter(parameters, weights={…})."
+            )
         for name, term in terms.items():
             call = f"TermSplitter.backward({name}=…)"
             if not isinstance(term, Tensor) or term.numel() != 1:
@@ -294,6 +303,11 @@ class TermSplitter:
         places = [self._places[name] for name in names]
         for place, gradient in zip(places, gradients, strict=True):
             self._reaches[place] = frozenset(k for k, g in zip(chosen, gradient, strict=True) if g is not None)
+            if not self._reaches[place]:
+                self._say(
+                    f"TermSplitter: the term {list(self._places)[place]!r} reaches none of the parameters, so that it "
+                    "adds nothing. Give the splitter the parameters that the term depends on, or leave the term out."
+                )
             self._seen[place] = self._calls
         return places
 
@@ -347,14 +361,16 @@ class TermSplitter:
         for name, left in lefts.items():
             if not looks(left) or bool(left):
                 self._left_out.append((self._calls, name, left))
-        if not self._said and all(looks(left) and bool(left) for left in lefts.values()):
-            self._said = True
-            warnings.warn(
+        if all(looks(left) and bool(left) for left in lefts.values()):
+            self._say(
                 "TermSplitter: no term of the step has a finite gradient, so that nothing was added. Look at the input "
-                "or at the weights if this lasts.",
-                UserWarning,
-                stacklevel=3,
+                "or at the weights if this lasts."
             )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, UserWarning, stacklevel=4)
 
 
 _PARTS = ("scale", "level", "worst")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsplit as gs
-from gradsplit.sources import RunningLimit, SampleSplitter
+from gradsplit.sources import RunningLimit, SampleSplitter, SampleWatch
 from tests.sources.cases import grads, made
 
 RULE = RunningLimit(quantile=0.5, factor=1.5)
@@ -308,6 +308,12 @@ def test_a_module_named_in_also_is_bounded_as_a_whole():
         ({"quarantine": ["fc"]}, r"no module 'fc'"),
         ({"also": ["00"]}, r"no module '00' \('0'\)"),
         ({"leave_out": ["0.weigh"]}, r"no module '0.weigh'"),
+        ({"batch_dim": True}, r"batch_dim=True"),
+        ({"quarantine": None}, r"quarantine=None\): expected 'auto'"),
+        ({"also": "0"}, r"also='0'\): expected a list of module names"),
+        ({"leave_out": "0"}, r"leave_out='0'\): expected a list"),
+        ({"scaler": "amp"}, r"scaler='amp'\): expected a GradScaler"),
+        ({"keep": -1}, r"keep=-1\): expected a number of notes"),
     ],
 )
 def test_a_bad_option_is_refused_by_name(options, said):
@@ -315,6 +321,58 @@ def test_a_bad_option_is_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
         SampleSplitter(model, **options)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("model", [None, "net", [nn.Linear(1, 1)]])
+def test_what_is_no_model_is_refused_by_name(model):
+    with pytest.raises(TypeError, match=r"SampleSplitter\(.*expected a torch.nn.Module"):
+        SampleSplitter(model)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)])
+def test_the_optimizer_of_another_model_is_refused_and_nothing_is_attached(optimizer):
+    model = _net()
+    with pytest.raises(ValueError, match=r"attach\(.*expected the optimizer of this model"):
+        SampleSplitter(model).attach(optimizer)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_model_of_which_nothing_is_split_says_so():
+    for model in (_net().requires_grad_(False), nn.ReLU()):
+        with pytest.warns(UserWarning, match="no layer of this model is split"), SampleSplitter(model):
+            pass
+
+
+def test_complex_layers_have_no_rule():
+    model = nn.Sequential(nn.Linear(3, 4, dtype=torch.complex64), nn.Linear(4, 2, dtype=torch.complex64))
+    with pytest.warns(UserWarning, match=r"no (rule for 0\.weight|layer of this model)"), SampleSplitter(model):
+        model(torch.randn(5, 3, dtype=torch.complex64)).abs().sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_transformations_of_torch_func_are_refused_by_name():
+    model, x = _net(), torch.randn(5, 4, 3)
+    with SampleSplitter(model):
+        with pytest.raises(RuntimeError, match=r"transformation of torch\.func.*Call \.remove\(\)"):
+            torch.func.vmap(model)(x)
+        with torch.no_grad():
+            assert torch.func.vmap(model)(x).shape == (5, 4, 2)
+
+
+def test_an_empty_batch_has_no_gradient():
+    model = _net()
+    with SampleSplitter(model) as splitter:
+        model(torch.ones(0, 3)).sum().backward()
+    assert splitter.named() == [] and not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_samples_are_seen_beside_a_splitter_of_samples():
+    model, x = _net(), torch.randn(6, 3)
+    x[4] = math.nan
+    with SampleSplitter(model) as splitter, SampleWatch(model) as watch:
+        model(x).square().sum().backward()
+    assert {row.sample for row in splitter.named()} == {row.sample for row in watch.read_last().rows} == {4}
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_two_splitters_on_one_model_are_refused():

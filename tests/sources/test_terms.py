@@ -311,6 +311,7 @@ def test_a_device_where_nobody_looks_gives_the_same_numbers(monkeypatch):
         ({"a": torch.ones(3, requires_grad=True)}, r"shape \(3,\)"),
         ({"a": torch.ones(())}, "without a gradient"),
         ({"a": torch.empty(0, requires_grad=True)}, r"shape \(0,\)"),
+        ({"weights": {"a": 0.1}}, r"Weights belong into TermSplitter\(parameters, weights="),
     ],
 )
 def test_a_bad_term_is_refused_and_nothing_is_added(terms, said):
@@ -335,6 +336,26 @@ def test_a_bad_term_is_refused_and_nothing_is_added(terms, said):
 def test_a_bad_option_is_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
         TermSplitter([_weight()], **options)
+
+
+@pytest.mark.parametrize(("unnamed", "said"), [(1.0, r"data=loss"), ({"a": 1.0}, r"\*\*terms")])
+def test_terms_without_a_name_are_refused(unnamed, said):
+    with pytest.raises(ValueError, match=rf"expected every term by its name\. Write backward\({said}\)"):
+        TermSplitter([_weight()]).backward(unnamed)
+
+
+def test_a_term_that_reaches_none_of_the_parameters_is_named_once():
+    w, other = _weight(2), _weight()
+    splitter = TermSplitter([w])
+    with pytest.warns(UserWarning, match="the term 'lost' reaches none of the parameters"):
+        splitter.backward(good=w.sum(), lost=other.sum())
+    splitter.backward(good=w.sum(), lost=other.sum())
+    assert w.grad is not None and other.grad is None
+
+
+def test_what_is_no_parameter_is_refused():
+    with pytest.raises(TypeError, match=r"TermSplitter\(parameters\): expected a model or its parameters"):
+        TermSplitter("net")
 
 
 def test_parameters_without_gradients_are_refused():

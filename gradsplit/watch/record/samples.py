@@ -46,19 +46,19 @@ class SampleReader:
             values = np.concatenate(
                 [rows.norm_SL, rows.total_S[:, None], np.abs(rows.loss_S)[:, None]], axis=1, dtype=np.float64
             )
-            out = self._out(index, values)
+            out, new = self._out(index, values)
         made = []
         for k, left in enumerate(out.tolist()):
             streak = self._in_a_row[index] = self._in_a_row.get(index, 0) + 1 if left else 0
-            if left and streak <= IN_A_ROW and self.num_readings < MOST_READINGS:
+            if left and (streak <= IN_A_ROW or new[k]) and self.num_readings < MOST_READINGS:
                 self.num_readings += 1
                 reading = self.watch.read(index, first + k)
                 about = {"kind": "samples", "stream": index, "step": int(rows.step_S[k]), "row": first + k}
                 made.append({**about, **_plain(reading, self.watch.failed)})
         return made
 
-    def _out(self, index: int, values: np.ndarray) -> np.ndarray:
-        """(S,) whether a row leaves what is usual."""
+    def _out(self, index: int, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(S,) whether a row leaves what is usual, and whether the row before it was nothing like it."""
         bar = np.full(values.shape[1], PART)
         bar[-2:] = WHOLE
         before = self._history.get(index, np.zeros((0, values.shape[1])))
@@ -76,8 +76,9 @@ class SampleReader:
         seen = np.isfinite(table[:, -1])
         lost = ~np.isfinite(values[:, :-1]).all(axis=1) | (~np.isfinite(values[:, -1]) & (np.cumsum(seen)[start:] > 0))
         self._history[index] = table[-HISTORY:]
-        left: np.ndarray = out | lost | np.isinf(values[:, -1])
-        return left
+        last = table[max(0, start - 1) : -1] if start else np.concatenate([values[:1], values[:-1]])
+        new = ((values > bar * last) | (~np.isfinite(values) & np.isfinite(last))).any(axis=1)
+        return out | lost | np.isinf(values[:, -1]), new
 
 
 def _median(values: np.ndarray) -> np.ndarray:
