@@ -97,14 +97,20 @@ class ShardedKernel(Kernel):
         """See `Kernel.squares`; one all-reduce."""
         return self.squares_many([tensors])[0]
 
-    def squares_many(self, lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
-        """See `Kernel.squares_many`; one all-reduce of (2 x lists, B)."""
+    def squares_many(self, lists: Sequence[Sequence[Tensor | None]], *of_first: Tensor) -> list[Tensor]:
+        """See `Kernel.squares_many`; one all-reduce of (2 x lists, B).
+
+        Args:
+            lists: see there.
+            of_first: other sums over the first list's bins on this rank, (B,) each, for bins inside one tensor; what
+                they are over all ranks follows the squares.
+        """
         counts = [self._held(tensors) for tensors in lists]
-        total = self.add_(torch.stack([*self._sums(lists), *counts]))
-        squares, held = total[: len(lists)], total[len(lists) :]
+        total = self.add_(torch.stack([*self._sums(lists), *of_first, *counts]))
+        sums, held = total[: -len(lists)], total[-len(lists) :]
         # Where a rank has no gradient the count is no multiple; a bin's length is then that of what is there.
         copies = (held / self._numel - 1e-6).ceil().clamp(min=1.0)
-        return [self._of_bins(row) for row in squares / copies]
+        return [self._of_bins(row) for row in sums / torch.cat([copies, copies[:1].expand(len(of_first), -1)])]
 
     def squares_here(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """See `Kernel.squares_here`."""

@@ -5,6 +5,7 @@ Per bin b (a row by default), with gradient g, weights w of n entries, tau the s
     c    = median over all bins of ||g_b|| / s_b               s_b the largest norm that the bin has had of late
     g'_b = g_b / c where c > 5, then times min(1, limit_b / ||g'_b||)                      limit_b from the budget
     D    = the array's direction, from g' and its memory
+    tau <- tau min(1, (14 / H)^2)          H the number of layers that stand in series of late, see `gradsplit.series`
     w_b <- (1 - decay tau) w_b - tau max(||w_b||, least sqrt n) d_b / max(||d_b||, floor)
     w_b <- w_b min(1, max(||w_b at the start||, longest) / ||w_b||)                        rows of matrices
 
@@ -29,6 +30,7 @@ import numpy as np
 
 from ..budget import Decision, Relative, begin, budgets_by_level, sums_for, terms_of
 from ..plan import Plan
+from ..series import DEEP, FADES
 from ..xp import Array, namespace
 from .adam import check_constants, grown, is_number
 from .arrays import Oriented, Patterns
@@ -55,6 +57,7 @@ class ShareState(NamedTuple):
         recent_B: (B,) the largest norm of late; 0 before the first.
         most_B: (B,) the longest that the bin may become; 0 before its first move.
         of_gradient: histories of the budgets.
+        series: 0-d, the number of layers in series of late.
     """
 
     steps: Array
@@ -64,6 +67,7 @@ class ShareState(NamedTuple):
     recent_B: Array
     most_B: Array
     of_gradient: History
+    series: Array = 0.0
 
 
 class ShareRule(NamedTuple):
@@ -169,6 +173,7 @@ def share_rule(
             xp.full(num_bins, 0.0, like),
             xp.full(num_bins, 0.0, like),
             begin(terms_of(plan, budgets, like, rule=rule, call=call), like),
+            xp.reshape(xp.full(1, 0.0, like), ()),
         )
 
     def update(
@@ -185,6 +190,7 @@ def share_rule(
         decision, of_gradient, (recent_B, steps) = decide_collectively(
             plan, terms, state.of_gradient, recent, amount_B, weight_B, rule=rule
         )
+        factor, series = in_series(given, weights, decision, state.series)
         ages_T = state.ages_T + xp.asarray(np.isin(np.arange(num_arrays), there), length_B)
         zero_B = xp.full(num_bins, 0.0, length_B)
         bounded = patterns.scaled([xp.wide(g) for g in given], decision.scale_B, ~decision.finite_B)
@@ -196,7 +202,7 @@ def share_rule(
         longest = xp.maximum(length_B, xp.asarray(longest_B, length_B))
         most_B = xp.cast(state.most_B, length_B)  # a framework may keep its states in single precision
         most_B = xp.where(moves_B & (most_B == 0), longest, most_B)
-        tau_B = xp.asarray(tau, length_B) * xp.asarray(share_B, length_B)
+        tau_B = xp.asarray(tau, length_B) * factor * xp.asarray(share_B, length_B)
         decay_B = xp.where(moves_B, tau_B * weight_decay, zero_B)
         length = xp.maximum(length_B, xp.asarray(least_B, length_B))
         step_B = xp.where(moves_B, tau_B * length / xp.maximum(ahead_B, xp.asarray(floor_B, length_B)), zero_B)
@@ -207,7 +213,7 @@ def share_rule(
         if any(limited):
             changes = shortened(changes, weights, moves_B, most_B)
         changes = [xp.cast(change, weight) for change, weight in zip(changes, weights, strict=True)]
-        after = ShareState(steps, ages_T, tuple(momenta), tuple(squares), recent_B, most_B, of_gradient)
+        after = ShareState(steps, ages_T, tuple(momenta), tuple(squares), recent_B, most_B, of_gradient, series)
         return changes, after, decision
 
     def aimed(
@@ -228,6 +234,26 @@ def share_rule(
                 directions[t] = directions[t] / first / (root + (max(eps, _TINY) if is_number(eps) else eps))
         _orthogonalise(directions, [t for t in there if made[t].direction == "orthogonal"], made, oriented)
         return momenta, squares, directions
+
+    def in_series(
+        given: list[Array], weights: Sequence[Array], decision: Decision, before: Array
+    ) -> tuple[Array, Array]:
+        """Return the factor on the share for layers in series, 0-d, and their number of late."""
+        xp, like, rests_B = namespace(decision.norm_B), decision.norm_B, ~decision.finite_B
+        before = xp.cast(xp.asarray(before, like), like)
+        total = largest = before * 0.0
+        for t, kind in enumerate(made):
+            if kind.name != "vector" and math.prod(patterns.shapes[t]):
+                g = xp.wide(given[t])
+                g = xp.where(patterns.factor(t, rests_B), xp.zeros_like(g), g)
+                euler = xp.cast(xp.inner(g, xp.cast(weights[t], g)), like)
+                euler = xp.where(xp.isfinite(euler), euler, before * 0.0)
+                total, largest = total + euler, xp.maximum(largest, xp.maximum(euler, -euler))
+        known = largest > 0
+        here = xp.maximum(total, -total) / xp.where(known, largest, largest * 0.0 + 1.0)
+        series = xp.where(known, xp.maximum(here, before * FADES), before)
+        root = DEEP / xp.maximum(series, series * 0.0 + DEEP)
+        return root * root, series
 
     def shortened(changes: list[Array], weights: Sequence[Array], moves_B: Array, most_B: Array) -> list[Array]:
         """Draw back rows that would grow beyond their longest length."""

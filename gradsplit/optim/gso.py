@@ -15,8 +15,10 @@ from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import constant_while_traced, not_traced, users_level, without_compiler_guard
+from ..kernels.kernel import accumulate_dtype
 from ..plan import refuse_lazy
 from ..rates import Clock
+from ..series import Series
 from ..split import StepRecord, checked_sinks
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
@@ -302,6 +304,8 @@ class GSO(Optimizer):
         self._clock = Clock(self._steps, first.device if capturable and first is not None else None)
         self._clock.set(made)
         self._collective = Collective(one_by_one=self._one_tensor_a_part)
+        device = torch.device("cpu") if first is None else first.device
+        self._series = Series(torch.zeros((), dtype=accumulate_dtype(device), device=device))
         shared = [i for i in range(self._shared_groups) if not self._overrides[i]]
         self._parts = self._made_part(shared, self._options) if shared else []
         for i in range(len(self.param_groups)):
@@ -316,6 +320,7 @@ class GSO(Optimizer):
             [kind for i in groups for kind in self._kinds[i]] if self.by_share else None,
             self._collective,
             self._clock,
+            self._series,
             one_tensor_each=self._one_tensor_a_part,
         )
 
@@ -347,8 +352,13 @@ class GSO(Optimizer):
             self._collective.settle()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._init_group()
-            for part in self._parts:
-                self._step_part(part, scaling)
+            try:
+                for part in self._parts:
+                    self._step_part(part, scaling)
+            except BaseException:
+                self._series.forget()
+                raise
+            self._series.settle()
         self._clock.advance()
         if self._has_sinks():
             self._show()

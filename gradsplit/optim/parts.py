@@ -20,6 +20,7 @@ from ..distributed import is_sharded, local_of
 from ..hooks import users_level
 from ..plan import Layout, Plan, make_plan, one_device, part_of
 from ..rates import Clock
+from ..series import Series
 from ..split import Split, StepRecord
 from .directions import DIRECTIONS
 from .kinds import Kind
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 _CALL = "GSO"
+
+_Shared = tuple[Collective, Clock, Series]
 
 
 @dataclass
@@ -97,6 +100,7 @@ def make_parts(
     kinds: Sequence[Kind] | None,
     collective: Collective,
     clock: Clock,
+    series: Series,
     *,
     one_tensor_each: bool,
 ) -> list[Part]:
@@ -108,7 +112,7 @@ def make_parts(
         options: ``second_moment`` and ``fused`` as in `GSO`, the others as in `Split`.
         kinds: one per parameter for the share step; None: updates as by AdamW.
         collective: shared by all parts.
-        clock: likewise.
+        clock, series: likewise.
         one_tensor_each: one part per tensor, for updates inside backward.
 
     Raises:
@@ -133,7 +137,7 @@ def make_parts(
         kept = [t for t, p in enumerate(owners) if p.requires_grad or names[t] in plan.layout.names]
         names, positions = [names[t] for t in kept], [positions[t] for t in kept]
         owners, held = [owners[t] for t in kept], None if held is None else [held[t] for t in kept]
-    shared = collective, clock
+    shared = collective, clock, series
     part = _make_part(optimizer, names, owners, positions, options, held, shared)
     return _one_by_one(part, shared) if one_tensor_each else [part]
 
@@ -145,7 +149,7 @@ def _make_part(
     positions: list[int],
     options: Mapping[str, Any],
     kinds: list[Kind] | None,
-    shared: tuple[Collective, Clock],
+    shared: _Shared,
 ) -> Part:
     more = dict(options)
     second_moment, fused = more.pop("second_moment"), more.pop("fused")
@@ -179,7 +183,7 @@ _COMPILED = {"numba": (".updates.share_numba", "CompiledShare"), "triton": (".up
 """Backend -> module and class of the share step; by the definition where there is none."""
 
 
-def _update(split: Split, kinds: list[Kind] | None, shared: tuple[Collective, Clock], fused: bool | None) -> Update:
+def _update(split: Split, kinds: list[Kind] | None, shared: _Shared, fused: bool | None) -> Update:
     if kinds is None:
         return make_update(split, fused=fused)
     place = _COMPILED.get(split.kernel.name) if fused is not False else None
@@ -190,7 +194,7 @@ def _update(split: Split, kinds: list[Kind] | None, shared: tuple[Collective, Cl
     return update
 
 
-def _one_by_one(part: Part, shared: tuple[Collective, Clock]) -> list[Part]:
+def _one_by_one(part: Part, shared: _Shared) -> list[Part]:
     """Return one part per tensor, for updates that see one tensor at a time."""
     split, parts = part.split, []
     check_budget(split)

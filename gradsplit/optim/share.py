@@ -5,6 +5,7 @@ Per bin b (a row by default), with gradient g, weights w of n entries, tau the s
     c    = median over all bins of ||g_b|| / s_b               s_b the largest norm that the bin has had of late
     g'_b = g_b / c where c > 5, then times min(1, limit_b / ||g'_b||)                      limit_b from the budget
     D    = the tensor's direction, from g' and its memory
+    tau <- tau min(1, (14 / H)^2)          H the number of layers that stand in series of late, see `gradsplit.series`
     w_b <- (1 - decay tau) w_b - tau max(||w_b||, least sqrt n) d_b / max(||d_b||, floor)
     w_b <- w_b min(1, max(||w_b at the start||, longest) / ||w_b||)                        rows of matrices
 
@@ -31,6 +32,7 @@ from ..collective import Collective
 from ..distributed import is_sharded, shard_of
 from ..plan import pattern_of
 from ..rates import Clock
+from ..series import Series
 from ..split import ShareRecord, Split
 from .directions import DIRECTIONS, Adam, Orthogonal, Turn
 from .kinds import Kind
@@ -84,6 +86,15 @@ class _Stack:
             sums = array.to(total_B.dtype).square()
         total_B.index_add_(0, self.ids, sums.reshape(-1))
 
+    def add_products(self, total_B: Tensor, one: Tensor, other: Tensor) -> None:
+        """Add the products of two arrays' entries to their bins."""
+        if not one.numel():
+            return
+        wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
+        products = one.to(wide) * other.to(wide)
+        sums = products.sum(self.over, dtype=total_B.dtype) if self.over else products.to(total_B.dtype)
+        total_B.index_add_(0, self.ids, sums.reshape(-1))
+
     def spread(self, values_B: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the bins' values in a shape that broadcasts over the array."""
         return values_B.to(dtype).index_select(0, self.ids).view(self.form)
@@ -102,14 +113,15 @@ class ShareUpdate:
         kinds: what each tensor is.
         collective: shared by all parts of the optimizer.
         clock: likewise.
+        series: likewise.
 
     Attributes:
         measures: whether the next step measures by how much it turns the rows.
         decision, collected, moved_B, grown_B, cosine_B: of the last step, see `ShareRecord`.
     """
 
-    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock) -> None:
-        self.split, self.kinds, self.collective, self.clock = split, kinds, collective, clock
+    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock, series: Series) -> None:
+        self.split, self.kinds, self.collective, self.clock, self.series = split, kinds, collective, clock, series
         self.measures, self.directions = False, DIRECTIONS
         self.decision: Decision | None = None
         self.collected: Tensor | None = None
@@ -118,12 +130,15 @@ class ShareUpdate:
         self.cosine_B: Tensor | None = None
         plan, like = split.plan, split.like
         numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
-        share_B, least_B, longest_B, keeps_B = (torch.empty_like(like) for _ in range(4))
+        share_B, least_B, longest_B, keeps_B, rows_B = (torch.empty_like(like) for _ in range(5))
+        self._tensor_B = torch.zeros(plan.num_bins, dtype=torch.int64, device=like.device)
         for t, kind in enumerate(kinds):
             ids = torch.from_numpy(split.bins_of_tensor[t]).to(like.device)
+            self._tensor_B[ids], rows_B[ids] = t, float(kind.name != "vector")
             share_B[ids], least_B[ids], longest_B[ids] = kind.share, kind.least, kind.longest
             keeps_B[ids] = float(DIRECTIONS[kind.direction].keeps_length)
         root_B = numel_B.sqrt()
+        self._in_series_B = rows_B > 0
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
         self._floor_B = torch.where(keeps_B > 0, root_B, 1e-30)
         # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
@@ -150,8 +165,9 @@ class ShareUpdate:
         return ShareRecord(step, squares_B, decision, self.collected, self.moved_B, grown_B, self.cosine_B)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the recent norms and the longest lengths, (B,) each, and the number of steps."""
-        return {"recent": self.recent_B.clone(), "most": self.most_B.clone(), "steps": self.seen_steps.clone()}
+        """Return the recent norms and the longest lengths, (B,) each, the numbers of steps and of layers in series."""
+        vectors = {"recent": self.recent_B.clone(), "most": self.most_B.clone()}
+        return {**vectors, "steps": self.seen_steps.clone(), "series": self.series.of_late.clone()}
 
     def load(self, state: Mapping[str, Any], *, call: str) -> None:
         """Take over what `state` returned.
@@ -159,6 +175,7 @@ class ShareUpdate:
         Raises:
             ValueError: vectors of another number of bins, or values that no run leaves; nothing is taken over then.
         """
+        state = {"series": 0.0, **state}  # a state of before has no such number, which begins at 0
         for key, old in self.state().items():
             value = torch.as_tensor(state.get(key, ()))
             if value.shape != old.shape or bool((value.isnan() | (value < 0)).any()):
@@ -166,7 +183,7 @@ class ShareUpdate:
                     f"{call}: expected {old.numel()} numbers >= 0 at {key!r}, got shape {tuple(value.shape)}. "
                     "The state is damaged, or of another plan: load another."
                 )
-        self.recent_B, self.most_B, self.seen_steps = (
+        self.recent_B, self.most_B, self.seen_steps, self.series.of_late = (
             torch.as_tensor(state[key]).to(old.device, old.dtype, copy=True) for key, old in self.state().items()
         )
 
@@ -191,7 +208,9 @@ class ShareUpdate:
         stacks = self._stacks_of(gradients, weights, groups)
         try:
             given = [stack.gathered(gradients) for stack in stacks]
-            decision, length_B, recent_B, seen_steps = self._bound(*self._measured(stacks, given, gradients), scaling)
+            squares_B, weight_squares_B, euler_B = self._measured(stacks, given, gradients)
+            decision, length_B, recent_B, seen_steps = self._bound(squares_B, weight_squares_B, scaling)
+            shortened = self._shortened(euler_B, decision.finite_B)
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
             cosine_B = self._cosine_B(stacks, given, directions, groups, decision, ahead_B) if self.measures else None
@@ -204,7 +223,7 @@ class ShareUpdate:
             most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
             assert split.rates is not None
             num_bins = split.plan.num_bins
-            tau_B = split.rates.value_B("lr", num_bins) * self._share_B * self.clock.pace()
+            tau_B = split.rates.value_B("lr", num_bins) * self._share_B * (self.clock.pace() * shortened)
             decay_B = torch.where(moves_B, split.rates.value_B("weight_decay", num_bins) * tau_B, 0.0)
             length = torch.maximum(length_B, self._least_B)
             step_B = torch.where(moves_B, tau_B * length / torch.maximum(ahead_B, self._floor_B), 0.0)
@@ -271,15 +290,25 @@ class ShareUpdate:
 
     def _measured(
         self, stacks: list[_Stack], given: list[Tensor], gradients: list[Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
-        """Squares of gradients and weights, (B,) each; with one message where ranks hold shards."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Squares of gradients and weights, and their products, (B,) each; one message where ranks hold shards."""
         split, weights = self.split, self.split.parameters
+        euler_B = torch.zeros_like(split.like)
+        for stack, gradient in zip(stacks, given, strict=True):
+            if stack.kind.name != "vector":
+                stack.add_products(euler_B, gradient, stack.gathered(weights))
         if split.is_sharded:
-            squares_B, weight_squares_B = split.kernel.squares_many([gradients, [*weights]])
-            return squares_B, weight_squares_B
+            squares_B, weight_squares_B, euler_B = split.kernel.squares_many([gradients, [*weights]], euler_B)
+            return squares_B, weight_squares_B, euler_B
         resting = [self._stack([t]) for t, g in enumerate(gradients) if g is None] if self._looks_above else []
         moving = (stack.gathered(weights) for stack in (*stacks, *resting))
-        return self._squares(stacks, given), self._squares([*stacks, *resting], moving)
+        return self._squares(stacks, given), self._squares([*stacks, *resting], moving), euler_B
+
+    def _shortened(self, euler_B: Tensor, finite_B: Tensor) -> Tensor:
+        """Return the factor on the share for layers in series, 0-d, from the products of gradients and weights (B,)."""
+        known_B = torch.where(finite_B & self._in_series_B, euler_B, 0.0)
+        euler_T = known_B.new_zeros(len(self.kinds)).index_add_(0, self._tensor_B, known_B)
+        return self.series.look(euler_T)
 
     def _bound(
         self, squares_B: Tensor, weight_squares_B: Tensor, scaling: Scaling | None

@@ -99,6 +99,11 @@ def reshape(array: Array, shape: tuple[int, ...]) -> Array:
     return jnp.reshape(array, shape)
 
 
+def inner(one: Array, other: Array) -> Array:
+    """Return the sum of the products of two arrays' entries, 0-d."""
+    return jnp.sum(one * other)
+
+
 def every(flags: Array) -> Array:
     return jnp.all(flags)
 

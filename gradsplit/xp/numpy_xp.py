@@ -44,6 +44,7 @@ __all__ = [
     "holds_squares",
     "in_unit",
     "index",
+    "inner",
     "is_readable",
     "isfinite",
     "log",
@@ -138,6 +139,12 @@ def modulus(array: np.ndarray) -> np.ndarray:
 def length_over(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     """Root of the sum of squares over axes, which stay with size 1."""
     return np.sqrt((array * array).sum(axis=axes, keepdims=True))
+
+
+def inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the sum of the products of two arrays' entries, 0-d."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray((one * other).sum())
 
 
 def every(flags: np.ndarray) -> np.ndarray:

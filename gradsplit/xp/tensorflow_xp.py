@@ -104,6 +104,11 @@ def in_unit(array: Tensor, unit: float) -> Tensor:
     return tf.maximum(tf.abs(array) * (1.0 / unit), 0.0)
 
 
+def inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the products of two arrays' entries, 0-d."""
+    return tf.reduce_sum(one * other)
+
+
 def when(flag: Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
     """Return ``yes()`` or ``no()``, chosen on the device."""
     return tf.cond(flag, yes, no)

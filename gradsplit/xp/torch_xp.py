@@ -94,6 +94,11 @@ def length_over(array: Tensor, axes: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(array, dim=axes, keepdim=True) if axes else array.abs()
 
 
+def inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the products of two arrays' entries, 0-d."""
+    return (one * other).sum()
+
+
 def every(flags: Tensor) -> Tensor:
     return flags.all()
 

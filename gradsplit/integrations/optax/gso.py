@@ -30,6 +30,7 @@ class GsoShareState(NamedTuple):
         most: (B,) the longest that each bin may become.
         history: of the budgets.
         last: the last decision on the gradient, see `SplitTransformation.record`.
+        series: the number of layers that stand in series of late.
     """
 
     num_steps: Array
@@ -41,6 +42,7 @@ class GsoShareState(NamedTuple):
     most: Array
     history: Any
     last: LastStep
+    series: Array | float = 0.0
 
 
 class GsoOptState(NamedTuple):
@@ -186,6 +188,7 @@ def _by_share(planner: Planner, learning_rate: Rate) -> SplitTransformation:
             first.most_B,
             first.of_gradient,
             LastStep.before(plan.num_bins, leaves.arrays),
+            first.series,
         )
 
     def update(updates: Any, state: GsoShareState, params: Any = None, **extra: Any) -> tuple[Any, GsoShareState]:
@@ -193,7 +196,7 @@ def _by_share(planner: Planner, learning_rate: Rate) -> SplitTransformation:
         _, made = planner.of(leaves)
         share = learning_rate(state.num_steps) if callable(learning_rate) else learning_rate
         memories = _arrays_of(state.mu), _arrays_of(state.nu)
-        before = ShareState(state.seen, state.ages, *memories, state.recent, state.most, state.history)
+        before = ShareState(state.seen, state.ages, *memories, state.recent, state.most, state.history, state.series)
         changes, after, decision = made.update(leaves.arrays, before, weights, jnp.asarray(share))
         return leaves.back(changes), GsoShareState(
             optax.safe_increment(state.num_steps),
@@ -205,6 +208,7 @@ def _by_share(planner: Planner, learning_rate: Rate) -> SplitTransformation:
             after.most_B,
             after.of_gradient,
             LastStep.of(decision),
+            after.series,
         )
 
     return SplitTransformation.made(init, update, planner)

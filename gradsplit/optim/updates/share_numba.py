@@ -24,6 +24,7 @@ from ...kernels.numba_loops import _limit, share
 from ...kernels.threads import Call, run, threads_for
 from ...plan.lowering import lower
 from ...rates import Clock
+from ...series import Series
 from ...split import Split
 from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised
 from ..kinds import Kind
@@ -31,7 +32,7 @@ from ..share import ShareUpdate
 from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
 from .numba_loops import _bin_square, _entry
 
-__all__ = ["COLUMNS", "DIRECTION", "apply", "decide", "enter", "ratios", "turn", "CompiledShare"]
+__all__ = ["COLUMNS", "DIRECTION", "apply", "decide", "enter", "products", "ratios", "turn", "CompiledShare"]
 
 DIRECTION = 4
 """The row of ``bases`` with the addresses of the directions, behind those of `compiled`."""
@@ -82,6 +83,32 @@ def decide(squares, weights, fired, factor, falls, recent, tensors, numel, lines
             recent[b] *= LET_THROUGH
         else:
             recent[b] = min(max(norm, falls * recent[b]), RISES * recent[b])
+
+
+@_reduced
+def _dot_row(g, d, start, length):
+    total = narrow(d, 0.0)
+    for j in range(start, start + length):
+        total += load(g, j) * load(d, j)
+    return np.float64(total)
+
+
+@_reduced
+def _products(c, worker, kind, entries, chunks, bases, out):
+    for e in range(chunks[c], chunks[c + 1]):
+        first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
+        if bases[GRADIENT, t] == 0:
+            continue
+        g, p = pointer(bases[GRADIENT, t], kind), pointer(bases[WEIGHT, t], kind)
+        for i in range(count):
+            for r in range(rows):
+                out[first + i] += _dot_row(g, p, offset + i * step + r * row_step, length)
+
+
+@_plain
+def products(work, *arguments):
+    """Add up gradient times weight of every bin."""
+    share(_products, work, arguments)
 
 
 @_reduced
@@ -197,14 +224,6 @@ def apply(work, *arguments):
 
 
 @_reduced
-def _dot_row(g, d, start, length):
-    total = narrow(d, 0.0)
-    for j in range(start, start + length):
-        total += load(g, j) * load(d, j)
-    return np.float64(total)
-
-
-@_reduced
 def _turn(c, worker, kind, entries, chunks, bases, numbers, norms, cosines):
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
@@ -233,15 +252,14 @@ class CompiledShare(ShareUpdate):
     beyond a bin, and for directions from outside.
     """
 
-    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock) -> None:
-        super().__init__(split, kinds, collective, clock)
+    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock, series: Series) -> None:
+        super().__init__(split, kinds, collective, clock, series)
         plan = split.plan
         lines = lines_of(split.gradient_budgets)
         known = all(type(DIRECTIONS[kind.direction]) in (Adam, Orthogonal) for kind in kinds)
         self._fits = lines is not None and known
         self._lines = line_table(lines or (), plan.width_T)
-        self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
-        self._tensor_B[plan.bin_K] = plan.tensor_K
+        self._tensors = self._tensor_B.numpy()
         self._numel_B = np.asarray(plan.numel_B, dtype=np.float64)
         self._tables: list[tuple[torch.dtype, Any]] = []
         self._forms: list[Any] = []
@@ -274,9 +292,12 @@ class CompiledShare(ShareUpdate):
             return
         present = [None if g is None else w for g, w in zip(plain, weights, strict=True)]
         squares_B, weight_squares_B = self.split.kernel.squares_many([plain, [*weights]])
-        numbers = self._numbers(states, groups)
         out = self._decide(squares_B.numpy(), weight_squares_B.numpy())
         bases = self._bases(present, plain, states)
+        euler = np.zeros(len(squares_B))
+        run([(products, (KINDS[d], t.entries, t.chunks, bases, euler)) for d, t in self._tables], 1)
+        shortened = float(self._shortened(torch.from_numpy(euler), torch.from_numpy(out[4] > 0)))
+        numbers = self._numbers(states, groups, shortened)
         threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         calls: list[Call] = [
             (enter, (KINDS[d], t.entries, t.chunks, bases, numbers, out[2], out[4])) for d, t in self._tables
@@ -309,7 +330,7 @@ class CompiledShare(ShareUpdate):
         falls = min(FALLS, seen / (seen + 2))
         decide(
             *(squares, weights, fired, factor, falls, recent),
-            *(self._tensor_B, self._numel_B, self._lines, out),
+            *(self._tensors, self._numel_B, self._lines, out),
         )
         self.seen_steps += bool((out[0] > 0).any())
         self.collected = torch.tensor(factor, dtype=torch.float64)
@@ -395,9 +416,9 @@ class CompiledShare(ShareUpdate):
             self._addresses = (key, not overlap(self.split.parameters))
         return self._addresses[1]
 
-    def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> np.ndarray:
+    def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]], shortened: float) -> np.ndarray:
         """The constants of each tensor's step, (T, 12), see `COLUMNS`."""
-        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.clock.pace())
+        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.clock.pace()) * shortened
         for t, (state, group, kind) in enumerate(zip(states, groups, self.kinds, strict=True)):
             if not state:
                 continue

@@ -27,6 +27,7 @@ __all__ = [
     "SQUARE",
     "WEIGHT2",
     "RATIO",
+    "EULER",
     "NORM",
     "LIMIT",
     "SCALE",
@@ -56,9 +57,10 @@ _SHARE, _DECAY, _LEAST, _MOST, _KEEPS, _SIGN, _W1, _BETA2, _W2, _EPS = (tl.const
 """A tensor's constants: times the share, decay per share, the least root mean square, the longest length; 1 where the
 direction's own length counts; -1 where the optimizer ascends; 1 - beta1, beta2, 1 - beta2, eps."""
 
-ROWS = 9
-SQUARE, WEIGHT2, RATIO, NORM, LIMIT, SCALE, LENGTH, FINITE, RECENT = (tl.constexpr(r) for r in range(ROWS))
-"""The vectors over all bins: squares of gradient and weights, norm over recent norm; what `decide` makes of them."""
+ROWS = 10
+SQUARE, WEIGHT2, RATIO, EULER, NORM, LIMIT, SCALE, LENGTH, FINITE, RECENT = (tl.constexpr(r) for r in range(ROWS))
+"""The vectors over all bins: squares of gradient and weights, norm over recent norm, gradient times weights; what
+`decide` makes of them."""
 
 _OF_WEIGHT, _OF_GRADIENT = tl.constexpr(WEIGHT), tl.constexpr(GRADIENT)
 _OF_FIRST, _OF_SECOND, _OF_AHEAD = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT), tl.constexpr(AHEAD)
@@ -97,6 +99,16 @@ def _square(memory, row, size, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _product(one, other, row, size, PLAIN: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for lo in range(0, size, BLOCK):
+        _at, of_weight, there = _places(row, lo, PLAIN, BLOCK)
+        x = tl.load(one + of_weight, mask=there, other=0.0).to(tl.float64)
+        total += x * tl.load(other + of_weight, mask=there, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def measure(
     table,
     addresses,
@@ -109,15 +121,20 @@ def measure(
     PLAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the squares of a bin's gradient and weights, and ||g_b|| / s_b; nan where that says nothing.
+    """Write the squares of a bin's gradient and weights, their product, and ||g_b|| / s_b; nan where that says nothing.
 
     ``unscale`` holds what a gradient is multiplied by, and a number above 0 on an overflow.
     """
     row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     t, b, size = tl.load(row + TENSOR), tl.load(row + BIN), tl.load(row + SIZE)
-    square = tl.full([], 0.0, tl.float64)
+    square, euler = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
     if tl.load(addresses + _OF_GRADIENT * num_tensors + t) != 0:
-        square = _square(_array(addresses, _OF_GRADIENT, t, num_tensors, KIND), row, size, PLAIN, BLOCK)
+        g, p = (
+            _array(addresses, _OF_GRADIENT, t, num_tensors, KIND),
+            _array(addresses, _OF_WEIGHT, t, num_tensors, KIND),
+        )
+        square = _square(g, row, size, PLAIN, BLOCK)
+        euler = _product(g, p, row, size, PLAIN, BLOCK)
     inverse = tl.load(unscale)
     square = tl.where(tl.load(unscale + 1) > 0, float("inf"), square * inverse * inverse)
     weight2 = tl.full([], 0.0, tl.float64)
@@ -128,6 +145,7 @@ def measure(
     ratio = tl.sqrt(square) / tl.where(known > 0, known, 1.0)
     tl.store(vectors + SQUARE * num_bins + b, square)
     tl.store(vectors + WEIGHT2 * num_bins + b, weight2)
+    tl.store(vectors + EULER * num_bins + b, euler)
     tl.store(vectors + RATIO * num_bins + b, tl.where(says, ratio, float("nan")))
 
 

@@ -31,6 +31,7 @@ from ...kernels.addressable import bump_versions, obstacle, overlap, warn_of_fal
 from ...kernels.selfcheck import is_sound
 from ...plan import Layout, pattern_of, xsp
 from ...rates import Clock
+from ...series import Series
 from ...split import Split
 from ..directions import DIRECTIONS, Adam, Orthogonal, Turn, orthogonalised, product_dtype
 from ..kinds import Kind
@@ -87,14 +88,11 @@ class TritonShare(ShareUpdate):
     memory or have no memory of their own.
     """
 
-    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock) -> None:
-        super().__init__(split, kinds, collective, clock)
+    def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock, series: Series) -> None:
+        super().__init__(split, kinds, collective, clock, series)
         plan, self._device = split.plan, split.kernel.device
         self._lines = lines_of(split.gradient_budgets)
         self._line_table = self._here(line_table(self._lines or (), plan.width_T))
-        tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
-        tensor_B[plan.bin_K] = plan.tensor_K
-        self._tensor_B = self._here(tensor_B)
         self._numel_B = self._here(np.asarray(plan.numel_B, dtype=np.float64))
         self._known: tuple[Any, _Room | None] = (None, None)
         self._sent: dict[str, tuple[Any, Tensor]] = {}
@@ -150,6 +148,7 @@ class TritonShare(ShareUpdate):
         history = split.gradient.history
         try:
             decision, seen_steps = self._decide(vectors, num_tensors)
+            pace = pace * self._shortened(vectors[programs.EULER.value], decision.finite_B)
             for table in room.tables:
                 if not table.adam:
                     programs.enter[(len(table.bins),)](
@@ -481,7 +480,7 @@ def _trial(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         tensors = [p.detach() for p in owners]
         split = Split(plan, tensors, Relative(0.2), owners=owners, backend="eager", caps_updates=True, call="GSO")
         split.read_rates(optimizer)
-        update: Any = make(split, kinds, Collective(), Clock(None))
+        update: Any = make(split, kinds, Collective(), Clock(None), Series(split.like))
         update.directions = {**DIRECTIONS, "orthogonal": _Momentum()}
         wide = _KINDS[dtype][2]
         states: list[dict[str, Any]] = []

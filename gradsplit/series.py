@@ -1,0 +1,86 @@
+"""How many layers stand in series, read off the gradient; where they are many, the share of a step is shortened.
+
+Where the output is homogeneous in a layer's weights W, Euler's identity gives <dL/dW, W> = <dL/dy, y>, whichever layer
+it is. So for every step, over the tensors t that are matrices or embeddings:
+
+    e_t = <g_t, w_t>                      over rows whose gradient is finite
+    h   = |sum_t e_t| / max_t |e_t|       37 for 36 plain convolutions and a head, 1 for one layer
+    H   = max(h, 0.995 H)                 the series of late; H = 0 before the first step
+    f   = min(1, (14 / H)^2)              a factor on the share of every tensor
+
+Layers beside each other share the value of the whole, and do not count. A norm ends a series, since the values in front
+of it add up to 0. A layer with a way around it counts with the part of the signal that it carries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEEP", "FADES", "Series", "shortened"]
+
+DEEP = 14.0
+"""The number of layers in series beyond which the share is shortened."""
+
+FADES = 0.995
+
+
+def shortened(series: Tensor) -> Tensor:
+    """Return the factor on the share, 0-d, for a number of layers in series.
+
+    >>> shortened(torch.tensor([0.0, 6.0, 13.0, 28.0]))
+    tensor([1.0000, 1.0000, 1.0000, 0.2500])
+    """
+    return (DEEP / series.clamp(min=DEEP)).square()
+
+
+class Series:
+    """The number of layers in series of late; parts of a model share one.
+
+    Parts, and tensors inside backward, come one after the other. Each is shortened by what has come so far in this step
+    and by the number of the steps before.
+
+    Args:
+        like: of the dtype and on the device in which the gradient is measured.
+
+    Attributes:
+        of_late: 0-d, the number H after the last step; 0 before the first.
+
+    >>> series = Series(torch.zeros(()))
+    >>> factor = series.look(torch.full((28,), 3.0))
+    >>> series.settle()
+    >>> factor, series.of_late
+    (tensor(0.2500), tensor(28.))
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.of_late = like.new_zeros(())
+        self._sums: list[Tensor] = []
+        self._largest: list[Tensor] = []
+
+    def look(self, euler_T: Tensor) -> Tensor:
+        """Return the factor on the share, 0-d; nothing waits for the device.
+
+        Args:
+            euler_T: sums of gradient times weight, one per tensor; what is not finite says nothing.
+        """
+        euler_T = torch.where(euler_T.isfinite(), euler_T, 0.0).to(self.of_late)
+        self._sums.append(euler_T.sum())
+        self._largest.append(euler_T.abs().amax())
+        return shortened(self._now())
+
+    def _now(self) -> Tensor:
+        total, largest = sum(self._sums[1:], self._sums[0]).abs(), torch.stack(self._largest).amax()
+        known = largest > 0
+        here = total / torch.where(known, largest, 1.0)
+        return torch.where(known, torch.maximum(here, FADES * self.of_late), self.of_late)
+
+    def settle(self) -> None:
+        """End a step."""
+        if self._sums:
+            self.of_late.copy_(self._now())  # in place, so that a captured step finds it again
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave the number as it was before this step."""
+        self._sums, self._largest = [], []
