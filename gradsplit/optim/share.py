@@ -162,7 +162,8 @@ class ShareUpdate:
             return None
         squares_B = torch.where(decision.finite_B, decision.norm_B.square(), torch.nan)
         grown_B = none_B if self.grown_B is None else self.grown_B
-        return ShareRecord(step, squares_B, decision, self.collected, self.moved_B, grown_B, self.cosine_B)
+        of_rows = self.moved_B, grown_B, self.cosine_B
+        return ShareRecord(step, squares_B, decision, self.collected, *of_rows, self.series.of_late)
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms and the longest lengths, (B,) each, the numbers of steps and of layers in series."""

@@ -85,6 +85,7 @@ class Oracle:
         self.counts = [0] * len(self.weights)
         self.recent = [np.zeros(s.rows) for s in self.sheets]
         self.longest = [np.zeros(s.rows) for s in self.sheets]
+        self.series = 0.0
 
     def step(
         self,
@@ -101,10 +102,23 @@ class Oracle:
         ]
         given = [None if g is None or not g.size else g for g in given]
         factor = self._collect(given)
+        lr *= self._in_series(given)
         for t, gradient in enumerate(given):
             if gradient is not None:
                 self.counts[t] += 1
                 self._update(t, gradient, factor, lr, decay, betas, eps)
+
+    def _in_series(self, gradients: list[Array | None]) -> float:
+        """Return the factor on the share; the number of layers in series is brought up to date."""
+        values = []
+        for sheet, w, g in zip(self.sheets, self.weights, gradients, strict=True):
+            if g is not None and sheet.what != "vector":
+                fine = np.isfinite(g).all(axis=1)
+                values.append(float((g[fine] * w[fine].conj()).real.sum()))
+        largest = max(map(abs, values), default=0.0)
+        if largest > 0:
+            self.series = max(abs(sum(values)) / largest, 0.995 * self.series)
+        return min(1.0, (14.0 / self.series) ** 2) if self.series else 1.0
 
     def _collect(self, gradients: list[Array | None]) -> float:
         """Return what the whole gradient is multiplied by; the recent norms are brought up to date."""
