@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DEEP", "FADES", "Series", "shortened"]
+__all__ = ["DEEP", "FADES", "Series", "in_full", "shortened"]
 
 DEEP = 14.0
 """The number of layers in series beyond which the share is shortened."""
@@ -34,6 +34,11 @@ def shortened(series: Tensor) -> Tensor:
     return (DEEP / series.clamp(min=DEEP)).square()
 
 
+def in_full(array: Tensor) -> Tensor:
+    """Return an array in at least float32, so that its products with another are."""
+    return array.float() if array.dtype in (torch.float16, torch.bfloat16) else array
+
+
 class Series:
     """The number of layers in series of late; parts of a model share one.
 
@@ -47,7 +52,7 @@ class Series:
         of_late: 0-d, the number H after the last step; 0 before the first.
 
     >>> series = Series(torch.zeros(()))
-    >>> factor = series.look(torch.full((28,), 3.0))
+    >>> factor = series.look(torch.full((28,), 3.0), torch.arange(28), 28)
     >>> series.settle()
     >>> factor, series.of_late
     (tensor(0.2500), tensor(28.))
@@ -58,12 +63,16 @@ class Series:
         self._sums: list[Tensor] = []
         self._largest: list[Tensor] = []
 
-    def look(self, euler_T: Tensor) -> Tensor:
+    def look(self, euler_B: Tensor, tensor_B: Tensor, num_tensors: int) -> Tensor:
         """Return the factor on the share, 0-d; nothing waits for the device.
 
         Args:
-            euler_T: sums of gradient times weight, one per tensor; what is not finite says nothing.
+            euler_B: (B,) sums of gradient times weight; 0 for a row that does not count. What is not finite says
+                nothing.
+            tensor_B: (B,) the number of each row's tensor.
+            num_tensors: how many there are.
         """
+        euler_T = euler_B.new_zeros(num_tensors).index_add_(0, tensor_B, euler_B)
         euler_T = torch.where(euler_T.isfinite(), euler_T, 0.0).to(self.of_late)
         self._sums.append(euler_T.sum())
         self._largest.append(euler_T.abs().amax())

@@ -1,13 +1,14 @@
 """Sharded tensors: what a rank holds of a plan, and the kernel that adds over the ranks."""
 
 from .kernel import ShardedKernel, add_over, adder, make_kernel
-from .shards import Shard, in_form, is_sharded, local_of, local_plan_of, shard_of, whole_of
+from .shards import Shard, gathering, in_form, is_sharded, local_of, local_plan_of, shard_of, whole_of
 
 __all__ = [
     "Shard",
     "ShardedKernel",
     "add_over",
     "adder",
+    "gathering",
     "in_form",
     "is_sharded",
     "local_of",

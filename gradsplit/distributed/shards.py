@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard, overload
 
 import numpy as np
@@ -19,7 +19,17 @@ from ..plan import Boxes, Plan
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Shard", "in_form", "is_sharded", "local_of", "shard_of", "whole_of", "local_plan_of", "pieces_of"]
+__all__ = [
+    "Shard",
+    "gathering",
+    "in_form",
+    "is_sharded",
+    "local_of",
+    "shard_of",
+    "whole_of",
+    "local_plan_of",
+    "pieces_of",
+]
 
 
 class Shard(NamedTuple):
@@ -99,6 +109,41 @@ def shard_of(name: str, tensor: Tensor, form: tuple[int, ...] | None = None) -> 
         return Shard(local, 0, 1 if size else 0, start, start + size)
     behind = math.prod(shape[2:])
     return Shard(local, offset[0], offset[0] + local[0], offset[1] * behind, (offset[1] + local[1]) * behind)
+
+
+def gathering(
+    name: str, tensor: DTensor, form: tuple[int, ...], rows: int
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return how what this rank holds of a tensor becomes the whole matrix, by one all-gather, and how it is cut again.
+
+    Args:
+        name: of the tensor, for errors.
+        tensor: the parameter.
+        form: the shape as which the tensor is seen.
+        rows: of the matrix (1, rows, columns) that is wanted.
+    """
+    from torch.distributed.tensor import DTensor
+
+    shard, pair = shard_of(name, tensor, form), (2,) if tensor.is_complex() else ()
+    shape, mine = (*tensor.shape, *pair), (*tensor.to_local().shape, *pair)
+    steps = torch.empty(shape, device="meta").stride()
+
+    def whole(local: Tensor) -> Tensor:
+        made = DTensor.from_local(
+            local.view(mine),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=steps,
+        )
+        return made.full_tensor().reshape(1, rows, -1)
+
+    def piece(matrix: Tensor) -> Tensor:
+        row, col = slice(shard.row_start, shard.row_stop), slice(shard.col_start, shard.col_stop)
+        return matrix.reshape(form[0] if len(form) > 1 else 1, -1)[row, col].contiguous()[None]
+
+    return whole, piece
 
 
 def _shard_as(name: str, tensor: DTensor, form: tuple[int, ...]) -> Shard:

@@ -358,7 +358,8 @@ class GSO(Optimizer):
             except BaseException:
                 self._series.forget()
                 raise
-            self._series.settle()
+            if self.by_share:
+                self._series.settle()
         self._clock.advance()
         if self._has_sinks():
             self._show()

@@ -112,7 +112,8 @@ def make_parts(
         options: ``second_moment`` and ``fused`` as in `GSO`, the others as in `Split`.
         kinds: one per parameter for the share step; None: updates as by AdamW.
         collective: shared by all parts.
-        clock, series: likewise.
+        clock: likewise.
+        series: likewise.
         one_tensor_each: one part per tensor, for updates inside backward.
 
     Raises:

@@ -29,10 +29,10 @@ from torch import Tensor
 from ..amp import Scaling
 from ..budget import Decision
 from ..collective import Collective
-from ..distributed import is_sharded, shard_of
+from ..distributed import gathering, is_sharded
 from ..plan import pattern_of
 from ..rates import Clock
-from ..series import Series
+from ..series import Series, in_full
 from ..split import ShareRecord, Split
 from .directions import DIRECTIONS, Adam, Orthogonal, Turn
 from .kinds import Kind
@@ -88,10 +88,7 @@ class _Stack:
 
     def add_products(self, total_B: Tensor, one: Tensor, other: Tensor) -> None:
         """Add the products of two arrays' entries to their bins."""
-        if not one.numel():
-            return
-        wide = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
-        products = one.to(wide) * other.to(wide)
+        products = in_full(one) * in_full(other)
         sums = products.sum(self.over, dtype=total_B.dtype) if self.over else products.to(total_B.dtype)
         total_B.index_add_(0, self.ids, sums.reshape(-1))
 
@@ -162,8 +159,8 @@ class ShareUpdate:
             return None
         squares_B = torch.where(decision.finite_B, decision.norm_B.square(), torch.nan)
         grown_B = none_B if self.grown_B is None else self.grown_B
-        of_rows = self.moved_B, grown_B, self.cosine_B
-        return ShareRecord(step, squares_B, decision, self.collected, *of_rows, self.series.of_late)
+        of_step = self.collected, self.moved_B, grown_B, self.cosine_B, self.series.of_late
+        return ShareRecord(step, squares_B, decision, *of_step)
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms and the longest lengths, (B,) each, the numbers of steps and of layers in series."""
@@ -209,8 +206,8 @@ class ShareUpdate:
         stacks = self._stacks_of(gradients, weights, groups)
         try:
             given = [stack.gathered(gradients) for stack in stacks]
-            squares_B, weight_squares_B, euler_B = self._measured(stacks, given, gradients)
-            decision, length_B, recent_B, seen_steps = self._bound(squares_B, weight_squares_B, scaling)
+            *squares, euler_B = self._measured(stacks, given, gradients)
+            decision, length_B, recent_B, seen_steps = self._bound(*squares, scaling)
             shortened = self._shortened(euler_B, decision.finite_B)
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
@@ -291,25 +288,31 @@ class ShareUpdate:
 
     def _measured(
         self, stacks: list[_Stack], given: list[Tensor], gradients: list[Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Squares of gradients and weights, and their products, (B,) each; one message where ranks hold shards."""
         split, weights = self.split, self.split.parameters
-        euler_B = torch.zeros_like(split.like)
+        gradient_B, weight_B, euler_B = (torch.zeros_like(split.like) for _ in range(3))
         for stack, gradient in zip(stacks, given, strict=True):
+            weight = stack.gathered(weights)
             if stack.kind.name != "vector":
-                stack.add_products(euler_B, gradient, stack.gathered(weights))
+                stack.add_products(euler_B, gradient, weight)
+            if not split.is_sharded:
+                stack.add_squares(gradient_B, gradient)
+                stack.add_squares(weight_B, weight)
         if split.is_sharded:
-            squares_B, weight_squares_B, euler_B = split.kernel.squares_many([gradients, [*weights]], euler_B)
-            return squares_B, weight_squares_B, euler_B
-        resting = [self._stack([t]) for t, g in enumerate(gradients) if g is None] if self._looks_above else []
-        moving = (stack.gathered(weights) for stack in (*stacks, *resting))
-        return self._squares(stacks, given), self._squares([*stacks, *resting], moving), euler_B
+            kernel: Any = split.kernel
+            return tuple(kernel.squares_many([gradients, [*weights]], euler_B))
+        for t, g in enumerate(gradients if self._looks_above else ()):
+            if g is None:
+                rests = self._stack([t])
+                rests.add_squares(weight_B, rests.gathered(weights))
+        return gradient_B, weight_B, euler_B
 
     def _shortened(self, euler_B: Tensor, finite_B: Tensor) -> Tensor:
         """Return the factor on the share for layers in series, 0-d, from the products of gradients and weights (B,)."""
-        known_B = torch.where(finite_B & self._in_series_B, euler_B, 0.0)
-        euler_T = known_B.new_zeros(len(self.kinds)).index_add_(0, self._tensor_B, known_B)
-        return self.series.look(euler_T)
+        return self.series.look(
+            torch.where(finite_B & self._in_series_B, euler_B, 0.0), self._tensor_B, len(self.kinds)
+        )
 
     def _bound(
         self, squares_B: Tensor, weight_squares_B: Tensor, scaling: Scaling | None
@@ -525,30 +528,7 @@ def _written(old: Any, new: Any) -> Any:
 
 def _gathering(split: Split, t: int, kind: Kind) -> tuple[Any, Any]:
     """How a shard becomes the whole matrix and back; two None where every rank holds the whole."""
-    owner: Any = split.owners[t]
+    owner, layout = split.owners[t], split.plan.layout
     if not is_sharded(owner) or not owner.numel() or split.kernel.is_whole_T[t]:
         return None, None
-    from torch.distributed.tensor import DTensor
-
-    layout = split.plan.layout
-    shard = shard_of(layout.names[t], owner, layout.shapes[t])
-    pair = (2,) if owner.is_complex() else ()
-    shape, mine = (*owner.shape, *pair), (*owner.to_local().shape, *pair)
-    steps = torch.empty(shape, device="meta").stride()
-
-    def whole(local: Tensor) -> Tensor:
-        made = DTensor.from_local(
-            local.view(mine),
-            owner.device_mesh,
-            owner.placements,
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=steps,
-        )
-        return made.full_tensor().reshape(1, kind.rows, -1)
-
-    def piece(matrix: Tensor) -> Tensor:
-        rows, cols = slice(shard.row_start, shard.row_stop), slice(shard.col_start, shard.col_stop)
-        return matrix.reshape(layout.rows[t], -1)[rows, cols].contiguous()[None]
-
-    return whole, piece
+    return gathering(layout.names[t], owner, layout.shapes[t], kind.rows)

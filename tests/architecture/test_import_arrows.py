@@ -17,7 +17,7 @@ from tests.architecture.sources import (
 # The house from the ground up: each storey may import the storeys below it, and its own neighbours only where named.
 # A part of the package without a place here is an error: choose its storey.
 STOREYS: tuple[set[str], ...] = (
-    {"xp", "hooks", "amp", "moved", "collective"},
+    {"xp", "hooks", "amp", "moved", "collective", "series"},
     {"plan"},
     {"budget", "kernels", "rates"},
     {"distributed", "functional", "optimizers", "programs", "records"},

@@ -36,7 +36,11 @@ def deep(layers: int = LAYERS, dtype: torch.dtype = torch.float64) -> Deep:
 
 def sheets_of(model: nn.Module) -> dict[str, Sheet]:
     return {
-        name: Sheet("embedding", 5, 4) if p.shape[0] == 5 else Sheet("matrix", 4, 4) if p.dim() > 1 else Sheet("vector", 1, 4)
+        name: Sheet("embedding", 5, 4)
+        if p.shape[0] == 5
+        else Sheet("matrix", 4, 4)
+        if p.dim() > 1
+        else Sheet("vector", 1, 4)
         for name, p in model.named_parameters()
     }
 
@@ -105,14 +109,17 @@ def test_what_is_not_deep_is_the_same_bit_for_bit(monkeypatch):
     assert len(SHEETS) == len(runs[0])
 
 
-@pytest.mark.parametrize(("name", "options", "least", "most"), [
-    ("plain-stack", {"depth": 20}, 20.9, 21.1),
-    ("plain-stack", {"depth": 12}, 12.9, 13.1),
-    ("residual-stack", {"gain": 0.5}, 1.0, 13.0),
-    ("detection", {}, 1.0, 8.0),
-    ("gpt", {}, 0.0, 5.0),
-    ("lstm", {}, 0.0, 5.0),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "least", "most"),
+    [
+        ("plain-stack", {"depth": 20}, 20.9, 21.1),
+        ("plain-stack", {"depth": 12}, 12.9, 13.1),
+        ("residual-stack", {"gain": 0.5}, 1.0, 13.0),
+        ("detection", {}, 1.0, 8.0),
+        ("gpt", {}, 0.0, 5.0),
+        ("lstm", {}, 0.0, 5.0),
+    ],
+)
 def test_the_number_of_layers_in_series_of_the_project_s_own_tasks(name, options, least, most):
     """Convolutions and the head of a plain stack, one by one; a norm or a way around ends a series."""
     task = workload(name).build(seed=0, **options)
@@ -202,7 +209,10 @@ def test_inside_backward_the_layers_add_up():
     model(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
     assert float(optimizer.records[0].series) == pytest.approx(20)
-    moved = [float(((p.detach() - w).norm(dim=1) / w.norm(dim=1)).max()) for p, w in zip((model[0].weight, model[19].weight), before, strict=True)]
+    moved = [
+        float(((p.detach() - w).norm(dim=1) / w.norm(dim=1)).max())
+        for p, w in zip((model[0].weight, model[19].weight), before, strict=True)
+    ]
     assert moved[0] == pytest.approx(0.03 * (14 / 20) ** 2, rel=0.02) and moved[1] == pytest.approx(0.03, rel=0.02)
 
 
