@@ -368,6 +368,19 @@ def _adamw_fresh() -> list[Job]:
     return jobs + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:3]) + cells(*HOT[:2], "adamw", 1e-2, FRESH[:3])
 
 
+def _series() -> list[Job]:
+    """Layers in series: deep stacks, where the share is shortened, and what must stay as it was; with `--again`."""
+    deep = {"depth": 36}
+    jobs = cells("plain-stack", 350, "gso", SHARE, (*FRESH, *range(16, 22)), options=deep)
+    jobs += cells("deep-stack", 300, "gso", SHARE, FRESH[:2])
+    jobs += cells("plain-stack", 350, "gso", SHARE, FRESH[:2]) + cells("residual-stack", 900, "gso", SHARE, FRESH)
+    for gain in (1.0, 2.0, 0.5):
+        jobs += cells("residual-stack", 900, "gso", SHARE, FRESH[:2], options={"gain": gain})
+    jobs += cells("plain-stack", 350, "gso", SHARE, FRESH, options={"depth": 24})
+    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH[:2]) + cells("lstm", 500, "gso", SHARE, FRESH[:2])
+    return jobs + cells(*MIXER, "gso", SHARE, FRESH[:2]) + cells("gpt", 500, "gso", SHARE, CHOOSING)
+
+
 PROOF: dict[str, list[Job]] = {
     "proof-main": _main(),
     "proof-text": _text(),
@@ -403,4 +416,5 @@ PROOF: dict[str, list[Job]] = {
     "proof-adamw-fresh": _adamw_fresh(),
     "proof-regular-fresh": _regular_fresh(),
     "proof-regular": _regular(),
+    "proof-series": _series(),
 }

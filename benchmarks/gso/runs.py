@@ -24,6 +24,7 @@ from benchmarks.gso.plan import Job
 from benchmarks.gso.proof import PROOF
 from benchmarks.gso.reference import Collective, GSOReference, output_layers
 from benchmarks.gso.tasks import build, evidence, faulty, inject, tasks
+from gradsplit.series import DEEP
 
 RESULTS = Path(__file__).parents[1] / "results" / "gso"
 RUNS = RESULTS / "runs.jsonl"
@@ -223,6 +224,7 @@ def run(job: Job) -> dict[str, Any]:
     fault = dict(job.fault)
     spoiled: list[int] = []
     losses: list[float] = []
+    series: list[float] = []
     started, used = time.perf_counter(), time.process_time()
     for optimizer in made.optimizers:
         getattr(optimizer, "train", lambda: None)()
@@ -239,6 +241,8 @@ def run(job: Job) -> dict[str, Any]:
         made.before()
         for optimizer in made.optimizers:
             optimizer.step()
+        if job.method == "gso":
+            series.append(float(made.optimizers[0]._series.of_late))
         for schedule in schedules:
             schedule.step()
         losses.append(float(loss.detach()))
@@ -260,6 +264,8 @@ def run(job: Job) -> dict[str, Any]:
         "fired_at_faults": None if collective is None else len(set(collective.fired) & set(spoiled)),
         "spoiled": len(spoiled),
         "largest_median": None if collective is None else round(max(collective.medians), 3),
+        "series": round(max(series), 3) if series else None,
+        "shortened": sum(number > DEEP for number in series) if series else None,
         "cpu_seconds": round(used, 2),
         "seconds": round(taken, 2),
         "losses": [float(f"{statistics.fmean(losses[i : i + stride]):.4g}") for i in range(0, len(losses), stride)],
@@ -286,9 +292,9 @@ def append(job: Job, result: dict[str, Any], conditions: dict[str, Any]) -> None
         file.write(json.dumps(row) + "\n")
 
 
-def execute(jobs: list[Job], workers: int) -> None:
-    """Run what is missing, in order."""
-    finished = done()
+def execute(jobs: list[Job], workers: int, *, again: bool = False) -> None:
+    """Run what is missing, in order; with `again` also GSO's runs of before the rule of layers in series."""
+    finished = {key: row for key, row in done().items() if not again or row.get("series") is not None}
     missing = list({job.key: job for job in jobs if job.key not in finished}.values())
     where = evidence.conditions()
     conditions = {
@@ -339,6 +345,7 @@ def main(asked_for: Sequence[str]) -> None:
     parser.add_argument("--groups", default="", help="names, comma-separated, in the order in which they run")
     parser.add_argument("--show", default="", help="names of groups whose medians are printed")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--again", action="store_true", help="also GSO's runs of before the rule of layers in series")
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args(asked_for)
     if asked.list:
@@ -349,4 +356,4 @@ def main(asked_for: Sequence[str]) -> None:
         print(f"== {name}")
         print("\n".join(summaries(GROUPS[name])))
     if asked.groups:
-        execute([job for name in asked.groups.split(",") for job in GROUPS[name]], asked.jobs)
+        execute([job for name in asked.groups.split(",") for job in GROUPS[name]], asked.jobs, again=asked.again)
