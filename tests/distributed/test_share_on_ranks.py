@@ -18,6 +18,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a linear decay": {"steps": STEPS},
     "blocks": {"blocks": {"*wide.weight": 37, "*conv.weight": 11}},
     "all Adam": {"direction": {"*": "adam"}},
+    "shortened": {},
     "columns": {"plan": lambda layout: gs.xsp(layout, axis=1)},
 }
 SHARDED_MATRICES = {"ddp": 0, "hsdp": 0, "fsdp": 6, "tp": 2}  # hsdp: two replicas, each whole on one rank
@@ -55,9 +56,12 @@ def train(model: nn.Module, optimizer: gs.GSO) -> list[tuple[int, int]]:
 
 def run(model: nn.Module, variant: str, **options: Any) -> tuple[dict[str, torch.Tensor], Any, Any]:
     optimizer = gs.GSO(model, **VARIANTS[variant], **options)
+    if variant == "shortened":
+        optimizer._series.of_late.fill_(28.0)
     made = train(model, optimizer)
     (part,) = optimizer._parts
-    return weights_of(model), made, (part.update.recent_B, part.update.most_B, part.update.collected)
+    update = part.update
+    return weights_of(model), made, (update.recent_B, update.most_B, update.collected, update.series.of_late)
 
 
 def work(rank: int, world: int) -> dict[Any, Any]:

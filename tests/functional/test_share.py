@@ -14,6 +14,7 @@ from jax import numpy as jnp
 import gradsplit as gs
 from gradsplit.functional import Oriented, array_kinds, orientation_of, share, share_rule
 from gradsplit.functional.share import newton_schulz
+from gradsplit.plan import Layout
 from gradsplit.xp import namespace
 from tests.functional.share_runs import (
     BLOCKS,
@@ -234,3 +235,37 @@ def test_fewer_than_sixteen_rows_are_no_batch(make, rows):
     before_B = make(np.ones(rows + 1))  # one more row, without a gradient, does not count
     factor, _ = splitting.collective_factor(more_B, more_B > 0, before_B, before_B[0] * 5.0)
     assert float(factor) == pytest.approx(0.01 if rows == 16 else 1.0)
+
+
+@pytest.mark.parametrize("array", [np.asarray, torch.as_tensor, jnp.asarray], ids=["numpy", "torch", "jax"])
+def test_a_deep_series_moves_by_the_shortened_share_of_torch_s_gso(array):
+    """Gradients are the weights, of one length in every layer: 28 layers in series move by a quarter of the share."""
+    rng = np.random.default_rng(0)
+    shapes = {**{f"layer{k}.kernel": (3, 4) for k in range(28)}, "bias": (4,)}
+    first = [rng.standard_normal(shape) for shape in shapes.values()]
+    first = [w / np.linalg.norm(w) for w in first]
+    given = [w + (0.1 * np.eye(3, 4) - 0.1 * (np.eye(3, 4) * w).sum() * w if w.ndim > 1 else 0.1) for w in first]
+    given[0][1] = np.nan
+    parameters = {name: torch.nn.Parameter(torch.from_numpy(w.copy())) for name, w in zip(shapes, first, strict=True)}
+    optimizer = gs.GSO(list(parameters.items()), backend="reference")
+    with jax.enable_x64(True):
+        made, held = share_rule(gs.xsp(Layout.from_shapes(shapes))), [array(w.copy()) for w in first]
+        state = made.init(held)
+        for scale in (1.0, 0.5, 1000.0):
+            changes, state, _ = made.update([array(g * scale) for g in given], state, held, 0.03)
+            held = [w + change for w, change in zip(held, changes, strict=True)]
+            for p, g in zip(parameters.values(), given, strict=True):
+                p.grad = torch.from_numpy(g * scale)
+            optimizer.step()
+            assert 26 < float(state.series) < 28
+            assert float(state.series) == pytest.approx(float(optimizer.records[0].series), rel=1e-6)
+            for ours, theirs in zip(held, parameters.values(), strict=True):
+                np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_of_before_has_no_series_and_begins_one():
+    made, held = rule_of(), [np.asarray(w) for w in weights()]
+    state = made.init(held)
+    before = share.ShareState(*state[:-1])
+    ours, theirs = (made.update(gradients(0, held), one, held, SHARE)[1] for one in (before, state))
+    assert float(ours.series) == float(theirs.series) > 0

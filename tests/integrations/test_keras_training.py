@@ -57,6 +57,22 @@ def test_a_loaded_model_goes_on_bit_for_bit(make, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_state_of_before_without_the_number_of_layers_in_series_is_loaded():
+    model = compiled(gsk.GSO())
+    fit(model)
+    saved: dict = {}
+    model.optimizer.save_own_variables(saved)
+    at = model.optimizer._moving.place_of_series(model.optimizer.variables)
+    assert 0 < float(saved[str(at)]) < 14
+    rest = [saved[str(i)] for i in range(len(saved)) if i != at]
+    again = compiled(gsk.GSO())
+    again.optimizer.build(again.trainable_variables)
+    again.optimizer.load_own_variables({str(i): value for i, value in enumerate(rest)})
+    for i, variable in enumerate(again.optimizer.variables):
+        wanted = 0.0 if i == at else saved[str(i)]
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), wanted)
+
+
 def test_a_run_that_forgets_its_history_ends_elsewhere(tmp_path):
     model = compiled(OPTIMIZERS["Adam, Ema"]())
     fit(model)

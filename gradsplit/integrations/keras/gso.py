@@ -120,6 +120,14 @@ class GSO(keras.optimizers.Optimizer):
         assert self._moving is not None
         self._moving.step(list(grads), list(trainable_variables))
 
+    def load_own_variables(self, store: Any) -> None:
+        """Load a saved state; in one of before, the number of layers in series is missing, and begins at 0."""
+        at = None if self._moving is None else self._moving.place_of_series(self.variables)
+        if at is not None and len(store.keys()) == len(self.variables) - 1:
+            kept = {str(i + (i >= at)): store[str(i)] for i in range(len(self.variables) - 1)}
+            store = {**kept, str(at): np.zeros(())}
+        super().load_own_variables(store)
+
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Refuse: decay is one number for all variables here.
 
@@ -166,6 +174,12 @@ class _Moving:
         self._state = Kept(optimizer, "moments", rule.init(weights))
         self._rates = Rates(optimizer)
         self.report = Report(optimizer, plan)
+
+    def place_of_series(self, variables: list[Any]) -> int | None:
+        """Return the number of the variable that holds the number of layers in series."""
+        if not isinstance(self._rule, ShareRule):
+            return None
+        return next(i for i, variable in enumerate(variables) if variable is self._state.variables[-1])
 
     def step(self, gradients: list[Any], received: list[Any]) -> None:
         """Move the variables that have a gradient."""

@@ -123,6 +123,11 @@ FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "tl.where(tl.load(unscale + 1) > 2,",
         {"scaled": 1024.0},
     ),
+    "gradient times gradient in place of weight": (
+        "x * tl.load(other + of_weight, mask=there, other=0.0).to(tl.float64)",
+        "x * x",
+        {},
+    ),
     "the order of turned weights is forgotten": ("if not PLAIN:", "if PLAIN:", {"form": "turned"}),
 }
 """Text of a program, what is put in its place, and the run that must tell."""
@@ -203,6 +208,7 @@ def _state(optimizer: gs.GSO, model: nn.Module) -> list[tuple[str, torch.Tensor]
     for name in ("scale_B", "norm_B", "limit_B"):
         made.append((name, getattr(update.decision, name).clone()))
     made += [("recent", update.recent_B), ("most", update.most_B), ("steps", update.seen_steps)]
+    made.append(("layers in series", update.series.of_late))
     made += [("finite", update.decision.finite_B.double()), ("factor", update.collected.clone())]
     for name, value in (("moved", update.moved_B), ("grown", update.grown_B), ("cosine", update.cosine_B)):
         made.append((name, torch.zeros_like(update.most_B) if value is None else value.double()))
