@@ -46,20 +46,21 @@ class Series:
     and by the number of the steps before.
 
     Args:
-        like: of the dtype and on the device in which the gradient is measured.
+        device: where the parameters are; None: on the CPU.
 
     Attributes:
         of_late: 0-d, the number H after the last step; 0 before the first.
 
-    >>> series = Series(torch.zeros(()))
+    >>> series = Series()
     >>> factor = series.look(torch.full((28,), 3.0), torch.arange(28), 28)
     >>> series.settle()
     >>> factor, series.of_late
-    (tensor(0.2500), tensor(28.))
+    (tensor(0.2500, dtype=torch.float64), tensor(28., dtype=torch.float64))
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.of_late = like.new_zeros(())
+    def __init__(self, device: torch.device | None = None) -> None:
+        narrow = device is not None and device.type == "mps"
+        self.of_late = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
         self._sums: list[Tensor] = []
         self._largest: list[Tensor] = []
 

@@ -15,7 +15,6 @@ from ..amp import Scaling
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import constant_while_traced, not_traced, users_level, without_compiler_guard
-from ..kernels.kernel import accumulate_dtype
 from ..plan import refuse_lazy
 from ..rates import Clock
 from ..series import Series
@@ -69,8 +68,9 @@ class GSO(Optimizer):
         w_b <- w_b min(1, max(||w_b at the start||, 3) / ||w_b||)                                    matrices
 
     Vectors move by tau / 3 and count as at least sqrt n long. A gradient that is scaled as a whole is told from single
-    rows by the median over rows of ||g_b|| / its recent norm; above 5 the whole gradient is divided by it. All formulas
-    stand in `gradsplit.optim.share`, the directions in `gradsplit.optim.directions`.
+    rows by the median over rows of ||g_b|| / its recent norm; above 5 the whole gradient is divided by it. Where H > 14
+    layers stand in series, tau is multiplied by (14 / H)^2, see `gradsplit.series`. All formulas stand in
+    `gradsplit.optim.share`, the directions in `gradsplit.optim.directions`.
 
     Nothing has to be tuned: no rate in units of weights, no clip, no warm-up. The schedule matters: linear to zero is
     best (``steps=``). From Muon (Jordan et al. 2024), LARS and LAMB (You et al. 2017, 2020), Nero (Liu et al. 2021) and
@@ -187,12 +187,8 @@ class GSO(Optimizer):
             "stages": stages,
             "fused": False if differentiable else fused,
         }
-        self._direction, self._blocks, self.sinks, self.measures = (
-            direction,
-            blocks,
-            checked_sinks(sinks, call="GSO"),
-            False,
-        )
+        self._direction, self._blocks, self.measures = direction, blocks, False
+        self.sinks = checked_sinks(sinks, call="GSO")
         self._one_tensor_a_part = in_backward
         self._in_backward: InBackward | None = None
         self._overrides: list[dict[str, Any]] = []
@@ -304,8 +300,7 @@ class GSO(Optimizer):
         self._clock = Clock(self._steps, first.device if capturable and first is not None else None)
         self._clock.set(made)
         self._collective = Collective(one_by_one=self._one_tensor_a_part)
-        device = torch.device("cpu") if first is None else first.device
-        self._series = Series(torch.zeros((), dtype=accumulate_dtype(device), device=device))
+        self._series = Series(None if first is None else first.device)
         shared = [i for i in range(self._shared_groups) if not self._overrides[i]]
         self._parts = self._made_part(shared, self._options) if shared else []
         for i in range(len(self.param_groups)):
@@ -352,12 +347,10 @@ class GSO(Optimizer):
             self._collective.settle()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._init_group()
-            try:
-                for part in self._parts:
-                    self._step_part(part, scaling)
-            except BaseException:
-                self._series.forget()
-                raise
+            if self.by_share and self._in_backward is None:
+                self._series.forget()  # what a step that failed has left
+            for part in self._parts:
+                self._step_part(part, scaling)
             if self.by_share:
                 self._series.settle()
         self._clock.advance()

@@ -480,7 +480,7 @@ def _trial(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tens
         tensors = [p.detach() for p in owners]
         split = Split(plan, tensors, Relative(0.2), owners=owners, backend="eager", caps_updates=True, call="GSO")
         split.read_rates(optimizer)
-        update: Any = make(split, kinds, Collective(), Clock(None), Series(split.like))
+        update: Any = make(split, kinds, Collective(), Clock(None), Series(device))
         update.directions = {**DIRECTIONS, "orthogonal": _Momentum()}
         wide = _KINDS[dtype][2]
         states: list[dict[str, Any]] = []
