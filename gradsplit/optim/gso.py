@@ -44,15 +44,8 @@ from .share import ShareUpdate
 __all__ = ["GSO"]
 
 _KEPT = (
-    "_options",
-    "_overrides",
-    "_shared_groups",
-    "_one_tensor_a_part",
-    "_kinds",
-    "_steps",
-    "_told",
-    "_direction",
-    "_blocks",
+    *("_options", "_overrides", "_shared_groups", "_one_tensor_a_part", "_kinds"),
+    *("_steps", "_told", "_direction", "_blocks"),
 )
 """What a copy takes over; parts and hooks are made anew, for its own parameters."""
 
