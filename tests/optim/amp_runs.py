@@ -5,18 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 
 import gradsplit as gs
+from tests.optim.small import model_of
 
 SCALE = 2.0**16
 INF = float("inf")
 HISTORY = (gs.Ema(1.1, warmup=1), gs.ZScore(1.0, warmup=2), gs.Percentile(0.5))
-
-
-def model_of(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def loss_of(model, step):

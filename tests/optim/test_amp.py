@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import gradsplit as gs
-from tests.optim.amp_runs import HISTORY, INF, SCALE, assert_same, loss_of, model_of, scaler_of, snapshot, train
+from tests.optim.amp_runs import HISTORY, INF, SCALE, assert_same, loss_of, scaler_of, snapshot, train
+from tests.optim.small import model_of
 
 OPTIONS = {
     "default": {},

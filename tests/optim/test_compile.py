@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import gradsplit as gs
+from tests.optim.small import model_of
 
 # torch's compiler uses parts of torch that torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -25,11 +25,6 @@ def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def model_of():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
 def backward(model, step):

@@ -9,19 +9,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
-
-
-def model_of(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        optimizer.zero_grad()
-        (model(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))) - 3).square().mean().backward()
-        optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
+from tests.optim.small import model_of, train
 
 
 @pytest.mark.parametrize("second_moment", ["element", "bin"])

@@ -15,29 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import gradsplit as gs
-
-
-def model_of(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-
-
-def backward(model, step):
-    p = next(model.parameters())
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).to(p.dtype)
-    loss = (model(x) - 3).square().mean()
-    loss.backward()
-    return loss
-
-
-def train(model, optimizer, steps, scheduler=None):
-    for step in steps:
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-    return [p.detach().clone() for p in model.parameters()]
+from tests.optim.small import backward, model_of, train
 
 
 def assert_equal(a, b):

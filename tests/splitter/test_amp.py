@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import gradsplit as gs
-from tests.optim.amp_runs import HISTORY, INF, SCALE, assert_same, loss_of, model_of, scaler_of, train
+from tests.optim.amp_runs import HISTORY, INF, SCALE, assert_same, loss_of, scaler_of, train
+from tests.optim.small import model_of
 
 SPLITTERS = {
     "scale-free": HISTORY,
