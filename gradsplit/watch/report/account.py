@@ -11,13 +11,8 @@ import numpy as np
 
 from ...resume.actions import GuardAction
 from ..record import RunFile, RunFileError, Series, Stream, Turns
-from .origin import Departure, Neighbour, end_of, first_departure
+from .origin import Departure, end_of, first_departure
 from .rules import (
-    ALONE,
-    FACTOR,
-    HISTORY,
-    RISEN,
-    SCORE,
     Scores,
     Weights,
     counted,
@@ -27,24 +22,7 @@ from .rules import (
 )
 from .samples import SampleReading, readings_of, samples_at
 
-__all__ = [
-    "FAILURES",
-    "fails_on",
-    "NodeUse",
-    "uses_of",
-    "ALONE",
-    "FACTOR",
-    "HISTORY",
-    "RISEN",
-    "SCORE",
-    "Scores",
-    "scores_of",
-    "Account",
-    "Departure",
-    "Neighbour",
-    "StreamAccount",
-    "account_of",
-]
+__all__ = ["FAILURES", "fails_on", "NodeUse", "uses_of", "Account", "StreamAccount", "account_of"]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from ...budget.registry import BUDGETS
 from ...resume.actions import GuardAction
-from .account import Account, Departure, StreamAccount
+from .account import Account, StreamAccount
+from .origin import Departure
 from .samples import look_at
 
-__all__ = ["Advice", "advice_of", "ACTION_HEADINGS", "action_rows", "action_sentence"]
+__all__ = ["Advice", "advice_of", "number", "ACTION_HEADINGS", "action_rows", "action_sentence"]
 
 OFTEN = 0.5  # a budget that acts in a larger share of the steps is more than a guard against exceptions
 SELDOM = 0.001
@@ -211,9 +212,6 @@ def number(value: float) -> str:
     ('1.23e+06', 'not finite', '0.25')
     """
     return f"{value:.3g}" if math.isfinite(value) else "not finite"
-
-
-__all__ += ["number"]
 
 
 ACTION_HEADINGS = ["after step", "what", "because", "loss", "usual loss", "undone", "batches left out", "rates ×"]

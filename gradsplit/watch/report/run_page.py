@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from .account import ALONE, FACTOR, HISTORY, SCORE, Account, StreamAccount
+from .account import Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
 from .html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
-from .rules import GROWN, LOSS_TIMES, NORM_ALONE, NORM_TIMES, RATE_TIMES, WEIGHT_TIMES
+from .rules import ALONE, FACTOR, GROWN, HISTORY, LOSS_TIMES, NORM_ALONE, NORM_TIMES, RATE_TIMES, SCORE, WEIGHT_TIMES
 from .samples import SAMPLE_HEADINGS, sample_rows
 from .text import GLOSSARY, TURN_HEADINGS, USE_HEADINGS, findings, headline, turn_rows, use_rows
 

@@ -12,7 +12,17 @@ from .advice import action_sentence, advice_of, number
 from .origin import Departure
 from .samples import SAMPLE_GLOSSARY, samples_sentences
 
-__all__ = ["TURN_HEADINGS", "printable", "findings", "headline", "report_text", "turn_rows", "use_rows"]
+__all__ = [
+    "GLOSSARY",
+    "TURN_HEADINGS",
+    "USE_HEADINGS",
+    "printable",
+    "findings",
+    "headline",
+    "report_text",
+    "turn_rows",
+    "use_rows",
+]
 
 
 def printable(text: str) -> str:
@@ -390,6 +400,3 @@ def report_text(account: Account) -> str:
 
 def _step(first: Departure) -> str:
     return str(first.step) if first.step == first.last_step else f"{first.step} to {first.last_step}"
-
-
-__all__ += ["GLOSSARY", "USE_HEADINGS"]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gradsplit.watch.record import RunFile, RunWriter, Stream
-from gradsplit.watch.report.account import account_of, scores_of
+from gradsplit.watch.report.account import account_of
 from gradsplit.watch.report.advice import advice_of
+from gradsplit.watch.report.rules import scores_of
 from gradsplit.watch.report.text import findings, headline, report_text
 from tests.watch.record.recorded import noise, outline, rows_of, write_run
 
