@@ -243,7 +243,7 @@ def share_rule(
         before = xp.cast(xp.asarray(before, like), like)
         total = largest = before * 0.0
         for t, kind in enumerate(made):
-            if kind.name != "vector" and math.prod(patterns.shapes[t]):
+            if kind.name != "vector" and 0 not in patterns.shapes[t]:
                 g = xp.wide(given[t])
                 g = xp.where(patterns.factor(t, rests_B), xp.zeros_like(g), g)
                 euler = xp.cast(xp.inner(g, xp.cast(weights[t], g)), like)

@@ -206,8 +206,8 @@ class ShareUpdate:
         stacks = self._stacks_of(gradients, weights, groups)
         try:
             given = [stack.gathered(gradients) for stack in stacks]
-            *squares, euler_B = self._measured(stacks, given, gradients)
-            decision, length_B, recent_B, seen_steps = self._bound(*squares, scaling)
+            squares_B, weight_squares_B, euler_B = self._measured(stacks, given, gradients)
+            decision, length_B, recent_B, seen_steps = self._bound(squares_B, weight_squares_B, scaling)
             shortened = self._shortened(euler_B, decision.finite_B)
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
@@ -288,7 +288,7 @@ class ShareUpdate:
 
     def _measured(
         self, stacks: list[_Stack], given: list[Tensor], gradients: list[Tensor | None]
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Squares of gradients and weights, and their products, (B,) each; one message where ranks hold shards."""
         split, weights = self.split, self.split.parameters
         gradient_B, weight_B, euler_B = (torch.zeros_like(split.like) for _ in range(3))

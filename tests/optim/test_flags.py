@@ -123,7 +123,8 @@ def test_a_group_may_choose_its_update_but_not_whether_autograd_sees_it():
 def test_parameters_without_memory_are_refused_by_the_first_fused_step():
     p = nn.Parameter(torch.empty(2, 3, device="meta"))
     optimizer = gs.GSO([p], lr=0.1, fused=True, direction="adam")
-    optimizer.step()
+    with pytest.warns(UserWarning, match="lie on the meta device"):
+        optimizer.step()
     p.grad = torch.empty(2, 3, device="meta")
     with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
         optimizer.step()
