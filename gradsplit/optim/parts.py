@@ -8,7 +8,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Part:
         update: makes a step of them.
         kinds: what each parameter is to the share step; None: they are updated as by AdamW.
         dtypes: of the parameters at the last step; None before the first.
+        places: the shape and the device of each parameter, which stay.
     """
 
     split: Split
@@ -59,6 +60,27 @@ class Part:
     update: Update
     kinds: list[Kind] | None = None
     dtypes: list[torch.dtype] | None = None
+    places: list[tuple[torch.Size, torch.device]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = [(owner.shape, owner.device) for owner in self.split.owners]
+
+    def check_places(self) -> None:
+        """Refuse parameters of another shape or device, before compiled code reads memory that is not theirs.
+
+        Raises:
+            ValueError: a parameter was given other data since GSO was made; names it.
+        """
+        places = [(owner.shape, owner.device) for owner in self.split.owners]
+        if places == self.places:
+            return
+        t = next(t for t, place in enumerate(places) if place != self.places[t])
+        (shape, device), (before, at) = places[t], self.places[t]
+        was, now = (tuple(before), tuple(shape)) if shape != before else (at, device)
+        raise ValueError(
+            f"GSO.step(): expected {self.split.plan.layout.names[t]!r} as it was when GSO was made, {was}, got {now}. "
+            "Make a new GSO after a parameter changes its shape or its device."
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what the next step depends on and no parameter holds."""
@@ -347,7 +369,9 @@ def make_memories(optimizer: torch.optim.Optimizer, part: Part, second_moment: s
 
     Raises:
         RuntimeError: a sparse gradient; nothing has been made then.
+        ValueError: a parameter of another shape, or on another device.
     """
+    part.check_places()
     split = part.split
     new = [
         t

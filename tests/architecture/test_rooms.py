@@ -23,7 +23,7 @@ MOST_FILES = (
 MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
     # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, and
-    38_150  # how many layers stand in series
+    38_200  # how many layers stand in series, parameters that changed their shape
 )
 ROOMS_SINCE = {"sources": 2_260}  # a room that came after that bound; 2,000, samples that are only seen, refusals
 MOST_SINGLE = 0.15

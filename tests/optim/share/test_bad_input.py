@@ -457,3 +457,26 @@ def test_parameters_that_to_empty_has_replaced_are_told_of():
     model(torch.ones(1, 3)).sum().backward()
     with pytest.warns(UserWarning, match=r"'weight' and others lie on the meta device and have no gradient.*make GSO"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "adam"}, {"backend": "eager"}, {"in_backward": True}], ids=str)
+def test_a_parameter_of_another_shape_is_refused_before_any_memory_is_read(options):
+    weights = [nn.Parameter(torch.ones(20, 3)), nn.Parameter(torch.ones(20, 3))]
+    groups = [{"params": [("first", weights[0])]}, {"params": [("second", weights[1])]}]
+    optimizer = gs.GSO(groups, **options)
+    for step in range(2):
+        if step:
+            weights[1].data = torch.ones(4, 3)
+            before = weights[0].detach().clone()
+            words = (
+                r"GSO.step\(\): expected 'second' as it was when GSO was made, \(20, 3\), got \(4, 3\). Make a new GSO"
+            )
+            with pytest.raises(ValueError, match=words):
+                sum(w.square().sum() for w in weights).backward()
+                optimizer.step()
+            assert torch.equal(weights[1], torch.ones(4, 3))
+            assert options.get("in_backward") or torch.equal(weights[0], before)
+        else:
+            sum(w.square().sum() for w in weights).backward()
+            optimizer.step()
+            optimizer.zero_grad()
