@@ -138,6 +138,17 @@ def sizes_table(rows: list[Row]) -> str:
     return table(["parameters", "steps", *names.values()], lines, EVIDENCE) if lines else ""
 
 
+def short_table(rows: list[Row]) -> str:
+    """GSO at two shares and Muon in short runs."""
+    lines = []
+    for parameters in dict.fromkeys(row["parameters"] for row in rows):
+        here = [row for row in rows if row["parameters"] == parameters]
+        found = {(row["method"], row["lr"]): f"{row['score']:.3f}" for row in here}
+        lines.append([f"{parameters / 1e6:.1f} M", here[0]["steps"], *(found.get(cell, "") for cell in plan.SHORT)])
+    head = ["parameters", "steps", *(f"{COLUMNS[method]} {lr:g}" for method, lr in plan.SHORT)]
+    return table(head, lines, EVIDENCE) if lines else ""
+
+
 def count_words(count: Row) -> str:
     """What the table says about the aim."""
     behind = f" Further behind: {'; '.join(count['not_near'])}." if count["not_near"] else ""
@@ -173,6 +184,7 @@ def parts(made: Row) -> dict[str, str]:
         "outputs": outputs_table(made["outputs"]),
         "strategies": strategies_table(made["strategies"]),
         "sizes": sizes_table(made["sizes"]),
+        "short": short_table(made["short"]),
     }
 
 

@@ -241,6 +241,15 @@ def large_rates() -> dict[str, float]:
     return chosen
 
 
+SHORT: tuple[tuple[str, float], ...] = (("gso", 0.015), ("gso", 0.03), ("gso", 0.06), ("muon", 0.05))
+
+
+def short() -> list[Job]:
+    """150 steps at 3 M and 1 M: whether the size or the length of a run decides between GSO and Muon."""
+    steps = LARGE["3 M"][0]
+    return [Job("gpt", steps, method, lr, CHOOSING, LARGE[size][1]) for size in ("3 M", "1 M") for method, lr in SHORT]
+
+
 GROUPS: dict[str, Callable[[], list[Job]]] = {
     "first": partial(choosing, CASES, STRONGEST),
     "edges": partial(edges, CASES, RATES),
@@ -251,6 +260,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "confirm-cosine": partial(confirming, FULL[:1], STRONGEST, FRESH, "cosine"),
     "sensitivity": _sensitivity,
     "outputs": _outputs,
+    "large-short": short,
     "strategies": _strategies,
     **{f"first-{name}": partial(choosing, [name], STRONGEST) for name in CASES},
     **{f"others-{name}": partial(choosing, [name], OTHERS) for name in CASES},
