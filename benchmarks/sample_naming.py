@@ -146,6 +146,18 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table(runs: list[dict[str, Any]]) -> list[str]:
+    """The rows of the documentation's table, one per fault and net."""
+    lines = ["| fault | net | departures | precision | recall |", "|---|---|---|---|---|"]
+    for fault, net in dict.fromkeys((one["fault"], one["net"]) for one in runs):
+        found = summary([one for one in runs if (one["fault"], one["net"]) == (fault, net)])
+        named = f"{found['named']} named" if found["named"] and not found["planted"] else "nobody named"
+        precision = named if found["precision"] is None or not found["planted"] else f"{found['precision']:.2f}"
+        recall = "–" if found["recall"] is None else f"{found['recall']:.2f}"
+        lines.append(f"| {fault} | {net} | {found['departure']} of {found['runs']} | {precision} | {recall} |")
+    return lines
+
+
 def main() -> None:
     """Print a line per net and fault, keep every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,12 +67,29 @@ def run(
         raise typer.Exit(1)
 
 
+def _or_none(value: Any) -> Any:
+    """What JSON knows: nothing in the place of nan."""
+    return value if value == value else None
+
+
 def _write_lines(opened: RunFile, place: Path) -> None:
-    """Write numbers of which there is one per step; norms of nodes are for the page and for `RunFile`."""
+    """Write numbers of which there is one per step, and the samples that stood out of its batch, where these were read.
+
+    Norms of nodes are for the page and for `RunFile`.
+    """
+    from ..watch.report.samples import readings_of
+
     columns = ("step", "time", "loss", "lr", "own_scale", "skipped", "total")
     with place.open("w", encoding="utf8") as out:
         for stream in opened.streams:
             series = opened.series(stream)
-            for row in zip(*(getattr(series, f"{name}_R").tolist() for name in columns), strict=True):
-                values = {name: value if value == value else None for name, value in zip(columns, row, strict=True)}
+            remarks = [one for one in opened.meta.get("remarks", []) if one.get("stream", 0) == stream.index]
+            read = {one.row: one for one in readings_of(remarks, 0)}
+            table = zip(*(getattr(series, f"{name}_R").tolist() for name in columns), strict=True)
+            for r, row in enumerate(table, series.first_row):
+                values: dict[str, Any] = {name: _or_none(value) for name, value in zip(columns, row, strict=True)}
+                if r in read:
+                    keys = ("pass", "sample", "layer", "ratio", "num_layers")
+                    rows = [dict(zip(keys, map(_or_none, each), strict=True)) for each in read[r].rows]
+                    values["samples"] = rows
                 out.write(json.dumps({"optimizer": stream.index, **values}) + "\n")

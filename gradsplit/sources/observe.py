@@ -377,8 +377,8 @@ def _on_host(one: _Pass, layers: Mapping[int, str]) -> list[Seen]:
         Seen(
             layers[id(entry.met)],
             entry.met.place,
-            None if entry.activation_S is None else entry.activation_S.double().cpu().numpy(),
-            entry.signal_S.double().cpu().numpy(),
+            None if entry.activation_S is None else entry.activation_S.cpu().double().numpy(),
+            entry.signal_S.cpu().double().numpy(),
         )
         for entry in list(one.entries)
         if id(entry.met) in layers

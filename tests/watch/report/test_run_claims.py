@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 from benchmarks.account import table
 from tests.architecture.sources import ROOT
@@ -38,3 +39,14 @@ def test_the_cost_of_watching_is_the_one_measured():
     assert f"Watching costs {share:.1%} of a step's processor time" in page
     assert f"and {tiny:.2f} ms of a" in page
     assert share <= 0.02 and tiny <= 0.5
+
+
+def test_the_cost_of_samples_is_the_one_measured():
+    results = json.loads((ROOT / "benchmarks" / "results" / "run_samples.json").read_text(encoding="utf8"))
+    page = (ROOT / "docs/results/watching.md").read_text(encoding="utf8")
+    ways = ("alone", "watched", "samples")
+    for net, digits in (("gpt", 0), ("tiny", 2)):
+        alone, watched, samples = (f"{results[net][f'median_{way}'] * 1e3:.{digits}f}" for way in ways)
+        assert f"{alone} ms alone, {watched} ms watched and {samples} ms with samples" in page
+    ratio = statistics.median(a / b for a, b in zip(results["gpt"]["samples"], results["gpt"]["watched"], strict=True))
+    assert f"{ratio - 1:.1%} more than the watched step before it" in page

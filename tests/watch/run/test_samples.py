@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
 import math
 
 import pytest
 import torch
+import typer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
 
 import gradsplit as gs
+from gradsplit.cli import report
 from gradsplit.watch.record import Recorder, RunFile, RunWriter
 from gradsplit.watch.report.account import account_of
 from gradsplit.watch.report.run_page import run_page
@@ -314,6 +318,13 @@ def test_the_command_line_takes_the_option(tmp_path):
     done = run_gradsplit(tmp_path, "--watch", "--samples", "train.py")
     assert done.returncode == 0, done.stderr
     assert "Sample 3 of the batch of step 20 stood out" in _said(account_at(tmp_path / "run.db"))[0]
+    app = typer.Typer()
+    app.command()(report.run)
+    words = [str(tmp_path / "run.db"), "--no-page", "--jsonl", str(tmp_path / "steps")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    lines = [json.loads(line) for line in (tmp_path / "steps").read_text().splitlines()]
+    assert len(lines) == 30 and "samples" not in lines[19]
+    assert lines[20]["samples"] == [{"pass": 0, "sample": 3, "layer": "0", "ratio": None, "num_layers": 1}]
 
 
 def _on_a_rank(rank, world, folder):
