@@ -26,7 +26,7 @@ MOST_LINES = (
     38_200  # how many layers stand in series, parameters that changed their shape
 )
 ROOMS_SINCE = {"sources": 2_260}  # a room that came after that bound; 2,000, samples that are only seen, refusals
-MOST_SINGLE = 0.15
+MOST_SINGLE = 0.13
 FEWEST_LINES = 60  # of a module with a single importer; a shorter one belongs in its importer
 
 # A row is a module that nobody but its registry imports: a strategy, a budget, a backend, an update, a finding, a rule,

@@ -16,7 +16,7 @@ from tests.architecture.sources import PACKAGE
 
 # A reader who follows a step opens that many files at most.
 FILES_OF_A_SPLITTER_STEP = 11  # the records of a step have a file of their own
-FILES_OF_A_GSO_STEP = {"adam": 11, "auto": 24}
+FILES_OF_A_GSO_STEP = {"adam": 11, "auto": 16}
 
 
 def files_entered(act: Callable[[], Any]) -> list[str]:
