@@ -99,9 +99,8 @@ GLOSSARY: dict[str, str] = {
         "A value was inf or nan. It flows from the loss down, so the last lost tensor of the forward pass is named."
     ),
     "… its weights jumped": (
-        "Between two readings this tensor's weights grew thirtyfold and alone. Something but the optimizer "
-        "wrote to them, "
-        "or its rate for them is far too high."
+        "Between two readings this tensor's weights grew thirtyfold and alone. Something but the optimizer wrote to "
+        "them, or its rate for them is far too high."
     ),
     "… the forward pass made the first value that was not finite here": (
         "The loss was not finite. Of all tensors that backward would need, this module's result was the first lost one."
@@ -129,13 +128,13 @@ GLOSSARY: dict[str, str] = {
         "More than 10 times the first loss, with a norm beyond 10 times the first one."
     ),
     "At step … the loss ended at … times its best": (
-        "The loss settled above twice its start and its best, after the norm had risen tenfold: the run did "
-        "not recover."
+        "The loss settled above twice its start and its best, after the norm had risen tenfold: the run did not "
+        "recover."
     ),
     "At step … the loss was not finite": "The loss was inf or nan.",
     "From step … on the norm of the whole gradient grew by … per step": (
-        "A few per cent per step for fifty steps, while the loss did not fall: a slow explosion. No single "
-        "step began it."
+        "A few per cent per step for fifty steps, while the loss did not fall: a slow explosion. No single step began "
+        "it."
     ),
     "On rank …": "It was seen in that process's own batch or forward pass; the gradients of all ranks show it.",
     "The script crashed in the forward pass": (
