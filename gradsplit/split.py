@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+_DAMAGED = "The state is damaged: load another, or start without one."
+
+
 def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
     """Refuse a mapping without the keys, counts that are none and learning rates that are none.
 
@@ -68,10 +71,10 @@ def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
         )
     count = state.get("step_count", 0)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ValueError(f"{call}: expected a count of steps, got step_count={count!r}. The state is damaged.")
+        raise ValueError(f"{call}: expected a count of steps, got step_count={count!r}. {_DAMAGED}")
     tops = state.get("top_lr", [])
     if not isinstance(tops, (list, tuple)) or not all(isinstance(top, float) and 0 < top < math.inf for top in tops):
-        raise ValueError(f"{call}: expected learning rates > 0, got top_lr={tops!r:.80}. The state is damaged.")
+        raise ValueError(f"{call}: expected learning rates > 0, got top_lr={tops!r:.80}. {_DAMAGED}")
     return list(tops)
 
 

@@ -250,7 +250,7 @@ def check_saved(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"{call}: expected what state_dict() returned, with 'state' and 'param_groups', got {what}.")
     count = saved.get(COUNT, 0)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ValueError(f"{call}: expected a count of steps, got {COUNT}={count!r}. The state is damaged.")
+        raise ValueError(f"{call}: expected a count of steps, got {COUNT}={count!r}. {_DAMAGED}")
     history = saved.get(HISTORY, ())
     if history is not None and not (
         isinstance(history, (list, tuple))

@@ -62,7 +62,8 @@ class GuardAction:
             given = made.worst if one.name == "worst" else (getattr(made, one.name),)
             if not all(isinstance(value, _KINDS[str(one.type)]) and not isinstance(value, bool) for value in given):
                 raise ValueError(
-                    f"expected {one.type} in {one.name!r} of an action, got {getattr(made, one.name)!r:.40}"
+                    f"GuardAction.from_dict(…): expected {one.type} in {one.name!r}, got "
+                    f"{getattr(made, one.name)!r:.40}. The state is damaged: load another, or start without one."
                 )
         return made
 

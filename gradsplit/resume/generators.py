@@ -144,7 +144,10 @@ def load_state_of(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator) and isinstance(state, torch.Tensor):
         generator.set_state(state.cpu())
     elif isinstance(generator, torch.Generator) or isinstance(state, torch.Tensor) or kind not in state:
-        raise ValueError(f"expected the state of a {type(generator).__name__}, got that of another kind of generator")
+        raise ValueError(
+            f"load_state_of({type(generator).__name__}, …): expected the state of such a generator, got that of "
+            "another kind of generator. Make the generators as the saved run did."
+        )
     elif isinstance(generator, random.Random):
         version, words, gauss = json.loads(state["python"])
         generator.setstate((version, tuple(words), gauss))

@@ -157,8 +157,15 @@ def test_what_taylor_ladder_does_not_take(problem):
     loss_of_params, params = loss_of_model(*problem)
     other = gs.xsp(gs.layout_of(nn.Linear(2, 2)))
     one = {"0.weight": torch.ones(4, 3)}
-    with pytest.raises(ValueError, match=r"order=0\): expected order >= 1"):
-        taylor_ladder(loss_of_params, params, one, order=0)
+    for order in (0, 1.5, "x"):
+        with pytest.raises(ValueError, match=rf"order={order!r}\): expected a whole number >= 1. Pass the highest"):
+            taylor_ladder(loss_of_params, params, one, order=order)
+    with pytest.raises(
+        TypeError, match=r"params=Linear\): expected a mapping .* Write dict\(model.named_parameters\(\)\)"
+    ):
+        taylor_ladder(loss_of_params, nn.Linear(2, 2), order=2)
+    with pytest.raises(ValueError, match=r"expected a scalar loss, got float. Return a tensor"):
+        taylor_ladder(lambda p: 3.0, {"x": torch.ones(2)}, order=2)
     with pytest.raises(ValueError, match=r"expected the plan's tensors among the parameters, got 'weight'"):
         taylor_ladder(loss_of_params, params, bins=other, order=2)
     with pytest.raises(ValueError, match=r"expected shape \(4, 3\), got '0\.weight' of shape \(3,\)"):

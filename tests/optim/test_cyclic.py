@@ -117,3 +117,14 @@ def test_the_state_of_other_blocks_is_refused():
     state = cyclic.state_dict()
     with pytest.raises(ValueError, match="expected a cycle over"):
         cyclic.load_state_dict({**state, "blocks": ["0", "9"]})
+
+
+def test_optimizer_and_model_in_the_wrong_order_are_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"CyclicBlocks\(Sequential, …\): .* Write CyclicBlocks\(optimizer, model\)"):
+        gs.CyclicBlocks(model, optimizer)
+    with pytest.raises(TypeError, match=r"CyclicBlocks\(…\): expected a model or pairs .* got NoneType"):
+        gs.CyclicBlocks(optimizer, None)
+    with pytest.raises(ValueError, match=r"switch_every=1.5\): expected a whole number of steps >= 1"):
+        gs.CyclicBlocks(optimizer, model, switch_every=1.5)

@@ -337,3 +337,14 @@ def test_what_was_loaded_shares_no_memory_with_what_was_returned(tmp_path):
     gs.save_checkpoint(tmp_path / "run.ckpt", **parts)
     rest = gs.load_checkpoint(tmp_path / "run.ckpt", model=parts["model"])
     assert rest["optimizer"]["state"][0]["exp_avg"].shape == (4, 3)
+
+
+def test_a_part_that_cannot_be_loaded_into_and_one_that_does_not_fit_are_named_in_one_line(tmp_path):
+    gs.save_checkpoint(tmp_path / "a.pt", model=nn.Linear(2, 1))
+    with pytest.raises(
+        gs.CheckpointError, match=r"an object with load_state_dict\(\) as 'model', got int. Leave it out"
+    ):
+        gs.load_checkpoint(tmp_path / "a.pt", model=3)
+    with pytest.raises(gs.CheckpointError, match="found one that does not fit") as caught:
+        gs.load_checkpoint(tmp_path / "a.pt", model=nn.Sequential(nn.Linear(2, 1)))
+    assert "\n" not in str(caught.value)

@@ -289,3 +289,30 @@ def test_the_scale_of_a_run_is_saved_with_it():
     old = LossHistory(128, 10.0)
     old.load_state_dict({"losses": START})  # a file from before the scale was saved
     assert old.spread > 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (
+            lambda model, optimizer: (optimizer, model),
+            r"Guard\(optimizer=Linear\): expected a torch optimizer. Write Guard",
+        ),
+        (lambda model, optimizer: (model, None), r"Guard\(optimizer=NoneType\): expected a torch optimizer"),
+        (lambda model, optimizer: (None, optimizer), r"Guard\(model=NoneType\): expected a module. Write Guard"),
+    ],
+)
+def test_parts_in_the_wrong_place_are_named(parts, says):
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=says):
+        gs.Guard(*parts(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+
+
+@pytest.mark.parametrize("state", [None, {}])
+def test_what_is_no_state_is_named(state):
+    model = nn.Linear(2, 1)
+    guard = gs.Guard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"Guard.load_state_dict\(…\): expected what state_dict\(\) returned, got .* Load the"
+    ):
+        guard.load_state_dict(state)
