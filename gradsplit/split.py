@@ -162,6 +162,7 @@ class Split:
     ) -> None:
         self.plan, self.call, self.tensors = plan, call, tensors
         self.owners = tensors if owners is None else owners
+        self._shapes = [owner.shape for owner in self.owners]
         self._options: dict[str, Any] = {"rule": rule, "backend": backend, "caps_updates": caps_updates, "call": call}
         self._budget = budget
         self._ranks: dict[str, Any] = {"process_group": process_group, "stages": stages}
@@ -238,6 +239,23 @@ class Split:
             self.rates = Rates(self.plan, self.owners, optimizer, call=self.call, in_groups=in_groups)
             if self._tops:
                 self.rates.load(self._tops)
+
+    def check_shapes(self, *, call: str) -> None:
+        """Refuse gradients of another shape, before compiled code reads memory that is not theirs.
+
+        Raises:
+            ValueError: a parameter was given other data since its bins were made.
+        """
+        if torch.compiler.is_compiling():
+            return
+        shapes = [owner.shape if owner.grad is None else owner.grad.shape for owner in self.owners]
+        if shapes != self._shapes:
+            t = next(t for t, shape in enumerate(shapes) if shape != self._shapes[t])
+            raise ValueError(
+                f"{call}: expected a gradient of shape {tuple(self._shapes[t])} at {self.plan.layout.names[t]!r}, as "
+                f"the parameter had when its bins were made, got {tuple(shapes[t])}. Make a new {self.call} after a "
+                "parameter changes its shape."
+            )
 
     def pace_B(self) -> Tensor:
         """Return the learning rate now / the largest so far, (B,); after `read_rates`."""

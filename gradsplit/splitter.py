@@ -158,23 +158,6 @@ def refuse_too_early(splitter: GradientSplitter) -> None:
         )
 
 
-def refuse_other_shapes(splitter: GradientSplitter, gradients: list[Tensor | None]) -> None:
-    """Refuse gradients of another shape, before compiled code reads memory that is not theirs.
-
-    Raises:
-        ValueError: a parameter was given other data since the splitter was made.
-    """
-    expected = splitter._shapes
-    shapes = [shape if g is None else g.shape for g, shape in zip(gradients, expected, strict=True)]
-    if shapes != expected:
-        t = next(t for t, shape in enumerate(shapes) if shape != expected[t])
-        raise ValueError(
-            f"GradientSplitter.step(): expected a gradient of shape {tuple(expected[t])} at "
-            f"{splitter.layout.names[t]!r}, as the parameter had when the splitter was made, got "
-            f"{tuple(shapes[t])}. Make a new splitter after a parameter changes its shape."
-        )
-
-
 def in_short(splitter: GradientSplitter) -> str:
     """Say in one line what a splitter bounds, where it stands, and how many steps it has made."""
     name = "no optimizer" if splitter.optimizer is None else type(splitter.optimizer).__name__
@@ -255,7 +238,6 @@ class GradientSplitter:
         self.parameters: list[Tensor] = [parameter for _, parameter in pairs]
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout, self._thawed = layout_of(pairs), Thawed(model)
-        self._shapes = [parameter.shape for parameter in self.parameters]
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
         self.process_group, self.stages, self.sinks = (
             process_group,
@@ -369,8 +351,7 @@ class GradientSplitter:
         if self._members is not None and not torch.compiler.is_compiling() and self._members.look():
             self._split.read_rates(self._members.optimizer, in_groups=self._split.needs_rates, anew=True)
         gradients = gradients_of(self.layout.names, self.parameters)
-        if not torch.compiler.is_compiling():
-            refuse_other_shapes(self, gradients)
+        self._split.check_shapes(call="GradientSplitter.step()")
         scaling = Scaling.of(self.optimizer, scaler)
         check = partial(_raise_if_not_finite, self) if self.on_nonfinite == "raise" else None
         held = self._turn.held

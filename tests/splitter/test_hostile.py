@@ -147,10 +147,24 @@ def test_a_parameter_of_another_shape_is_refused_before_memory_is_read(backend):
     model[0].weight.data = torch.randn(7, 4)
     model[0].weight.grad = torch.ones(7, 4)
     before = [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"shape \(20, 4\) at '0.weight', .* got \(7, 4\). Make a new splitter"):
+    with pytest.raises(ValueError, match=r"shape \(20, 4\) at '0.weight', .* got \(7, 4\). Make a new Grad"):
         splitter.step()
     assert all(torch.equal(p.grad, old) for p, old in zip(model.parameters(), before, strict=True))
     assert splitter.step_count == 1
+
+
+@pytest.mark.parametrize("direction", [None, "adam"])
+def test_gso_refuses_a_parameter_of_another_shape_too(direction):
+    model = model_of()
+    optimizer = gs.GSO(model) if direction is None else gs.GSO(model, direction=direction)
+    backward(model)
+    optimizer.step()
+    model[0].weight.data = torch.randn(7, 4)
+    model[0].weight.grad = torch.ones(7, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"GSO.step\(\): expected a gradient of shape \(20, 4\) at .* Make a new GSO"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_a_group_that_was_taken_out_is_named():
