@@ -1,7 +1,7 @@
 """Sharded tensors: what a rank holds of a plan, and the kernel that adds over the ranks."""
 
 from .kernel import ShardedKernel, add_over, adder, make_kernel
-from .shards import Shard, gathering, in_form, is_sharded, local_of, local_plan_of, shard_of, whole_of
+from .shards import Shard, gathering, in_form, is_sharded, local_of, local_plan_of, place_of, shard_of, whole_of
 
 __all__ = [
     "Shard",
@@ -14,6 +14,7 @@ __all__ = [
     "local_of",
     "local_plan_of",
     "make_kernel",
+    "place_of",
     "shard_of",
     "whole_of",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "in_form",
     "is_sharded",
     "local_of",
+    "place_of",
     "shard_of",
     "whole_of",
     "local_plan_of",
@@ -102,7 +103,7 @@ def shard_of(name: str, tensor: Tensor, form: tuple[int, ...] | None = None) -> 
             f"shard_of({name!r}): expected shards along dim 0 or 1, got placements {placements} of shape {shape}. A "
             "shard of a later dim is not a block of rows x columns: shard dim 0 instead."
         )
-    local, offset = _local_shape_and_offset(tensor)
+    local, offset = place_of(tensor)
     if len(shape) < 2:
         start = offset[0] if offset else 0
         size = math.prod(local)
@@ -152,7 +153,7 @@ def _shard_as(name: str, tensor: DTensor, form: tuple[int, ...]) -> Shard:
     Raises:
         ValueError: a part that is no block of that form.
     """
-    sizes, (local, offset) = tuple(int(size) for size in tensor.shape), _local_shape_and_offset(tensor)
+    sizes, (local, offset) = tuple(int(size) for size in tensor.shape), place_of(tensor)
     if math.prod(form) == 2 * math.prod(sizes):  # pairs of real numbers
         sizes, local, offset = (*sizes, 2), (*local, 2), (*offset, 0)
     num_rows = form[0] if len(form) > 1 else 1
@@ -188,10 +189,11 @@ def _run(sizes: tuple[int, ...], local: tuple[int, ...], offset: tuple[int, ...]
     return start, start + math.prod(local)
 
 
-def _local_shape_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Torch's own arithmetic of uneven, empty and strided shards.
+def place_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of what this rank holds, and where it begins; also of uneven, empty and strided shards.
 
-    It is private. If its meaning changed, `ShardedKernel` would not count whole copies and would say so.
+    The arithmetic is torch's own, and private. If its meaning changed, `ShardedKernel` would not count whole copies and
+    would say so.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

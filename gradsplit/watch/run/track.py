@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...budget import DEFAULT_OF_SPLITTER, Relative, RelativeStep
+from ...distributed import add_over, is_sharded, local_of, place_of
 from ...optim import GSO
 from ...optimizers import follows_gradient
 from ...plan import Layout, Plan
@@ -49,24 +50,27 @@ class BlockReader:
                 assert sizes.sum() == rows, "blocks must be whole rows"
                 self._rows_T.append(torch.from_numpy(np.repeat(blocks, sizes)).to(device))
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._single: dict[tuple[int, ...], Tensor] = {}  # blocks of the tensors that are one block, as indices
 
     @torch.no_grad()
     def squares(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return (L,) sums of squares, float64; not finite where an entry was not. Changes nothing."""
-        ids: list[Tensor] = []
-        sums: list[Tensor] = []
+        rows_of: list[Tensor] = []  # of tensors that are several blocks
         single: list[int] = []
-        single_sums: list[Tensor] = []
+        many: list[Tensor] = []  # and what there is of them here
+        whole: list[Tensor] = []
         sharded: dict[tuple[Any, int], list[int]] = {}
         for t, gradient in enumerate(gradients):
             rows = self._rows_T[t]
             if gradient is None or (isinstance(rows, int) and rows < 0):
                 continue
             first_row = 0
-            if hasattr(gradient, "placements"):
-                for dim in _sharding_dims(gradient):
-                    sharded.setdefault((gradient.device_mesh, dim), []).append(t)  # type: ignore[attr-defined]
-                gradient, first_row = _local_part(gradient)
+            if is_sharded(gradient):
+                for dim, placement in enumerate(gradient.placements):
+                    if not placement.is_replicate():
+                        sharded.setdefault((gradient.device_mesh, dim), []).append(t)
+                _, offset = place_of(gradient)
+                gradient, first_row = local_of(gradient), offset[0] if len(offset) > 1 else 0
             if gradient.is_sparse:
                 gradient = gradient.coalesce()
                 if isinstance(rows, Tensor):
@@ -76,36 +80,49 @@ class BlockReader:
                 continue
             if isinstance(rows, int):
                 single.append(rows)
-                single_sums.append(self._one(gradient))
+                whole.append(gradient)
             else:
-                ids.append(rows[first_row : first_row + gradient.shape[0]])
-                sums.append(self._each_row(gradient))
-        squares_L = torch.zeros(self.num_blocks, dtype=self._dtype, device=self.device)
-        if ids:
-            squares_L.index_add_(0, torch.cat(ids), torch.cat(sums))
-        if single:
-            squares_L.index_add_(0, torch.tensor(single, device=self.device), torch.stack(single_sums))
+                rows_of.append(rows[first_row : first_row + gradient.shape[0]])
+                many.append(gradient)
+        squares_L = self._sums(rows_of, many, single, whole, exact=self.device.type != "cpu")
+        if self.device.type == "cpu" and not math.isfinite(float(squares_L.sum())):
+            squares_L = self._sums(rows_of, many, single, whole, exact=True)
         return self._shared(squares_L, sharded) if sharded else squares_L
 
-    def _one(self, gradient: Tensor) -> Tensor:
-        value = self._norm(gradient, None)
-        if gradient.device.type == "cpu" and not torch.isfinite(value) and value.dtype != self._dtype:
-            value = torch.linalg.vector_norm(gradient, dtype=_wide(gradient, self._dtype))
-        return value.to(self.device, self._dtype).square()
+    def _sums(
+        self, rows_of: list[Tensor], many: list[Tensor], single: list[int], whole: list[Tensor], *, exact: bool
+    ) -> Tensor:
+        """Sums of squares by block; exact: norms in float64, otherwise in the gradient's own precision.
 
-    def _each_row(self, gradient: Tensor) -> Tensor:
-        dims = tuple(range(1, gradient.dim()))
-        value = self._norm(gradient, dims)
-        if gradient.device.type == "cpu" and value.dtype != self._dtype and not bool(torch.isfinite(value).all()):
-            value = torch.linalg.vector_norm(gradient, dim=dims, dtype=_wide(gradient, self._dtype))
-        return value.to(self.device, self._dtype).square()
+        Of a CPU the caller checks the result and asks again. Elsewhere a look at it would wait.
+        """
+        squares_L = torch.zeros(self.num_blocks, dtype=self._dtype, device=self.device)
+        if many:
+            norms = [self._norm(gradient, tuple(range(1, gradient.dim())), exact=exact) for gradient in many]
+            squares_L.index_add_(0, torch.cat(rows_of), self._joined(norms, torch.cat).square())
+        if whole:
+            norms = [self._norm(gradient, None, exact=exact) for gradient in whole]
+            key = tuple(single)
+            if key not in self._single:
+                self._single[key] = torch.tensor(single, device=self.device)
+            squares_L.index_add_(0, self._single[key], self._joined(norms, torch.stack).square())
+        return squares_L
 
-    def _norm(self, gradient: Tensor, dims: tuple[int, ...] | None) -> Tensor:
-        """On a CPU in the gradient's own precision, which the caller checks; elsewhere in float64, without a check."""
-        if gradient.device.type != "cpu":
-            return torch.linalg.vector_norm(gradient, dim=dims, dtype=_wide(gradient, self._dtype))
-        half = gradient.dtype in (torch.float16, torch.bfloat16)
-        return torch.linalg.vector_norm(gradient, dim=dims, dtype=torch.float32 if half else None)
+    def _joined(self, norms: list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """One vector; of one dtype and device it is widened as a whole."""
+        first = norms[0]
+        if any(norm.dtype != first.dtype or norm.device != self.device for norm in norms):
+            norms = [norm.to(self.device, self._dtype) for norm in norms]
+        return join(norms).to(self._dtype)
+
+    def _norm(self, gradient: Tensor, dims: tuple[int, ...] | None, *, exact: bool) -> Tensor:
+        wide: torch.dtype | None = None
+        if exact:
+            wide = self._dtype.to_complex() if gradient.is_complex() else self._dtype
+        elif gradient.dtype in (torch.float16, torch.bfloat16):
+            wide = torch.float32
+        norm: Tensor = torch.linalg.vector_norm(gradient, dim=dims, dtype=wide)
+        return norm
 
     def _shared(self, squares_L: Tensor, sharded: dict[tuple[Any, int], list[int]]) -> Tensor:
         """Add up over ranks what is sharded, leaving what every rank holds whole."""
@@ -115,26 +132,8 @@ class BlockReader:
                 rows = self._rows_T[t]
                 here[rows] = True
             part = torch.where(here, squares_L, torch.zeros_like(squares_L))
-            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-            squares_L = torch.where(here, part, squares_L)
+            squares_L = torch.where(here, add_over(mesh.get_group(dim), part), squares_L)
         return squares_L
-
-
-def _wide(gradient: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_complex() if gradient.is_complex() else dtype
-
-
-def _sharding_dims(gradient: Any) -> list[int]:
-    return [dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()]
-
-
-def _local_part(gradient: Any) -> tuple[Tensor, int]:
-    """Return what this rank holds, and the global row at which it begins."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    local = gradient._local_tensor
-    _, offset = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
-    return local, int(offset[0]) if len(offset) > 1 else 0
 
 
 def signature(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
