@@ -79,7 +79,7 @@ def _write_lines(opened: RunFile, place: Path) -> None:
     """
     from ..watch.report.samples import readings_of
 
-    columns = ("step", "time", "loss", "lr", "own_scale", "skipped", "total")
+    columns = ("step", "time", "loss", "lr", "own_scale", "skipped", "total", "given")
     with place.open("w", encoding="utf8") as out:
         for stream in opened.streams:
             series = opened.series(stream)

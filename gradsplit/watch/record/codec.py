@@ -197,7 +197,7 @@ def merge(chunks: list[dict[str, Any]], num_leaves: int) -> dict[str, Any]:
     start_W = np.concatenate([window_starts(c) + at for c, at in zip(chunks, before, strict=False)])
     each = np.arange(0, len(start_W), _FACTOR)
     merged: dict[str, Any] = {key: value for key, value in first.items() if key not in ("id", *_WIDE)}
-    for column in ("step", "time", "loss", "lr", "own_scale", "skipped", "total"):
+    for column in ("step", "time", "loss", "lr", "own_scale", "skipped", "total", "given"):
         merged[column] = b"".join(chunk[column] for chunk in chunks)
     merged["num_rows"] = int(before[-1])
     merged["stride"] = first["stride"] * _FACTOR

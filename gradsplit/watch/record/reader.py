@@ -21,7 +21,7 @@ import numpy as np
 
 from ...resume.actions import GuardAction
 from .checks import check_about, check_chunk, check_meta, check_thinning
-from .codec import to_float, unpack_bits, unpack_counts, unpack_exact, window_starts
+from .codec import pack_exact, to_float, unpack_bits, unpack_counts, unpack_exact, window_starts
 from .outline import Outline
 from .rows import Stream, Turns
 from .run_file import RunFileError, open_to_read
@@ -51,7 +51,7 @@ class Series:
     Attributes:
         stream: what they are about.
         first_row: rows before these that were not read.
-        step_R, time_R, loss_R, lr_R, own_scale_R, skipped_R, total_R: as in `Rows`.
+        step_R, time_R, loss_R, lr_R, own_scale_R, skipped_R, total_R, given_R: as in `Rows`.
         start_W: the first row of each window.
         norm_bits_WL, peak_bits_WL: bfloat16 as uint16; read them with `norm` and `peak`.
         kept_bits_WL: the smallest share that was kept; None where nothing was controlled.
@@ -67,6 +67,7 @@ class Series:
     own_scale_R: np.ndarray
     skipped_R: np.ndarray
     total_R: np.ndarray
+    given_R: np.ndarray
     start_W: np.ndarray
     norm_bits_WL: np.ndarray
     peak_bits_WL: np.ndarray
@@ -286,11 +287,12 @@ class RunFile:
         """
         after = 0 if last is None else self.num_rows(stream.index) - last
         names = (*ROW_COLUMNS, "first_row", "num_rows", "starts", "norm", "peak", "kept", "scaled", "zeroed")
+        there = {row[0] for row in self._query("SELECT name FROM pragma_table_info('chunk')")}
+        read = [name if name in there or name != "given" else "NULL" for name in names]
         chunks = [
             dict(zip(names, row, strict=True))
             for row in self._query(
-                f"SELECT {', '.join(names)} FROM chunk WHERE stream = ? AND first_row + num_rows > ? "
-                "ORDER BY first_row",
+                f"SELECT {', '.join(read)} FROM chunk WHERE stream = ? AND first_row + num_rows > ? ORDER BY first_row",
                 (stream.index, after),
             )
         ]
@@ -304,6 +306,8 @@ class RunFile:
         """The series of consecutive chunks."""
         widths = {name: np.dtype(dtype).itemsize for name, dtype in ROW_COLUMNS.items()}
         for chunk in chunks:
+            if chunk["given"] is None and type(chunk["num_rows"]) is int and 0 < chunk["num_rows"] < 1 << 32:
+                chunk["given"] = pack_exact(np.full(chunk["num_rows"], np.nan), "f4")  # an older file
             check_chunk(chunk, widths, controlled=stream.controlled)
         num_leaves = stream.outline.num_leaves
         before = np.cumsum([0, *(chunk["num_rows"] for chunk in chunks)])

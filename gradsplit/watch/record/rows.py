@@ -75,6 +75,8 @@ class Rows:
         kept_SL: norm after ours / norm before it, in [0, 1]; None where nothing is controlled.
         scaled_SL: bins scaled per leaf; None where nothing is controlled.
         zeroed_SL: bins zeroed per leaf; None where nothing is controlled.
+        given_S: root mean square of what the first layers were given, as a multiple of the first time. nan: not seen;
+            inf: it was not finite; None: nobody looked.
     """
 
     stream: Stream
@@ -88,6 +90,7 @@ class Rows:
     kept_SL: np.ndarray | None = None
     scaled_SL: np.ndarray | None = None
     zeroed_SL: np.ndarray | None = None
+    given_S: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.step_S)

@@ -49,6 +49,7 @@ CREATE TABLE chunk (
     own_scale BLOB NOT NULL,         -- float32 a row
     skipped BLOB NOT NULL,           -- uint8 a row
     total BLOB NOT NULL,             -- float32 a row
+    given BLOB,                      -- float32 a row: size of the batch; NULL: nobody looked
     norm BLOB NOT NULL,              -- wide: the window's first row
     peak BLOB,                       -- wide: the window's largest; NULL: stride is 1
     kept BLOB,                       -- wide: the window's smallest; NULL: nothing was controlled

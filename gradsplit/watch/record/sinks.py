@@ -51,7 +51,7 @@ class RowBuffer:
         # Counts as float32: exact below 2^24 bins per leaf, and one dtype to copy.
         self._scaled = self._table() if stream.controlled else None
         self._zeroed = self._table() if stream.controlled else None
-        self._numbers: list[tuple[int, float, float | Tensor, float | Tensor, float | Tensor, float | Tensor]] = []
+        self._numbers: list[tuple[int, float, tuple[float | Tensor, ...]]] = []
 
     def _table(self) -> Tensor:
         return torch.empty(self.capacity, self.stream.outline.num_leaves, dtype=torch.float32, device=self.device)
@@ -77,6 +77,7 @@ class RowBuffer:
         lr: float | Tensor = float("nan"),
         own_scale: float | Tensor = 1.0,
         skipped: float | Tensor = 0.0,
+        given: float | Tensor = float("nan"),
     ) -> None:
         """Add one row.
 
@@ -90,6 +91,7 @@ class RowBuffer:
             lr: likewise.
             own_scale: likewise; the script's own factor on all gradients.
             skipped: likewise; not 0 if the step is not made.
+            given: likewise; how large the batch was, see `Rows`.
         """
         row = len(self)
         norm_L = torch.sqrt(squares_L)
@@ -102,7 +104,7 @@ class RowBuffer:
             self._kept[row].copy_(torch.where(torch.isfinite(share_L), share_L, absent_L).clamp(max=1.0))
             self._scaled[row].copy_(torch.zeros_like(squares_L) if scaled_L is None else scaled_L)
             self._zeroed[row].copy_(torch.zeros_like(squares_L) if zeroed_L is None else zeroed_L)
-        self._numbers.append((step, time.time(), loss, lr, own_scale, skipped))
+        self._numbers.append((step, time.time(), (loss, lr, own_scale, skipped, given)))
 
     def take(self) -> Rows | None:
         """Return all rows on the host and start anew; None if there are none. Waits for the device."""
@@ -110,7 +112,8 @@ class RowBuffer:
         if not count:
             return None
         numbers, self._numbers = self._numbers, []
-        step, when, loss, lr, own_scale, skipped = zip(*numbers, strict=True)
+        step, when, others = zip(*numbers, strict=True)
+        loss, lr, own_scale, skipped, given = map(_numbers, zip(*others, strict=True))
 
         def host(table: Tensor | None) -> np.ndarray | None:
             return None if table is None else table[:count].cpu().numpy().copy()
@@ -121,14 +124,15 @@ class RowBuffer:
             self.stream,
             np.array(step, dtype=np.int64),
             np.array(when),
-            _numbers(loss),
-            _numbers(lr),
-            _numbers(own_scale),
-            (_numbers(skipped) != 0).astype(np.uint8),
+            loss,
+            lr,
+            own_scale,
+            (skipped != 0).astype(np.uint8),
             norm,
             host(self._kept),
             host(self._scaled),
             host(self._zeroed),
+            given,
         )
 
 

@@ -27,6 +27,7 @@ ROW_COLUMNS: dict[str, str] = {
     "own_scale": "f4",
     "skipped": "u1",
     "total": "f4",
+    "given": "f4",
 }
 """The columns with one number per row, and their types in the file."""
 
@@ -158,6 +159,7 @@ class RunWriter:
                 ),
             )
         exact = {
+            "given": np.full(len(rows), np.nan) if rows.given_S is None else rows.given_S,
             "step": rows.step_S,
             "time": rows.time_S,
             "loss": rows.loss_S,

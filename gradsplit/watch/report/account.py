@@ -16,6 +16,7 @@ from .rules import (
     Scores,
     Weights,
     counted,
+    larger_batch,
     outgrown,
     rises_of,
     scores_of,
@@ -91,6 +92,7 @@ class StreamAccount:
         kept: median share of the whole gradient's norm that was kept.
         turns: what GSO's steps did; empty for other optimizers.
         raised: step at which the learning rate rose far above all before it, and how far; (0, 0.0) where it did not.
+        larger: step and size of a batch far larger than all before it, as a multiple; (-1, 0.0) where there was none.
         samples: what was read of the samples, in the order of steps; empty without ``--samples``.
         at_first: those readings that explain the first departure, also of other ranks.
         outgrown: step and median growth of the matrices where they outgrew their start early; (0, 0.0) where not.
@@ -111,6 +113,7 @@ class StreamAccount:
     turns: Turns
     outgrown: tuple[int, float] = (0, 0.0)
     raised: tuple[int, float] = (0, 0.0)
+    larger: tuple[int, float] = (-1, 0.0)
     samples: tuple[SampleReading, ...] = ()
     at_first: tuple[SampleReading, ...] = ()
 
@@ -316,7 +319,13 @@ def _stream_account(
         turns,
         outgrown(weights, _matrices(series.stream, tensors)),
         _raised(series),
+        _larger(series),
     )
+
+
+def _larger(series: Series) -> tuple[int, float]:
+    row, times = larger_batch(series)
+    return (-1, 0.0) if row < 0 else (int(series.step_R[row]), times)
 
 
 def _raised(series: Series) -> tuple[int, float]:

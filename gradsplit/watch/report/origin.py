@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..record import Series, Stream
-from .rules import HISTORY, RISEN, SCORE, Scores, Seen, Weights, seen_in, unlike_batch
+from .rules import HISTORY, RISEN, SCORE, Scores, Seen, Weights, larger_batch, seen_in, unlike_batch
 
 __all__ = ["Departure", "Neighbour", "end_of", "first_departure"]
 
@@ -131,10 +131,11 @@ def first_departure(
         usual_T = np.where(np.isnan(scores.usual_WT[w]), norm_WT[0], scores.usual_WT[w])
         times_T = norm_WT[w] / usual_T
     t = _origin_of_risen(times_T, scores.left_WT[w], place_T)
-    batch = _unlike(series, weights, remarks, w)
+    larger = _larger(series, w)
+    batch = larger or _unlike(series, weights, remarks, w)
     if jump is not None and jump.tensor is not None and not bad_T.all():
         t, kind, reason = jump.tensor, "weights", jump.reason
-    elif bad_T.any() and not (batch and np.isfinite(series.loss_R[series.start_W[w]])):
+    elif bad_T.any() and not larger and not (batch and np.isfinite(series.loss_R[series.start_W[w]])):
         t, kind, reason, everything = _origin_of_lost(series, tensors, norm_WT, w, place_T, remarks)
     elif rate is not None:
         kind, reason = "rate", rate.reason
@@ -168,6 +169,14 @@ def _is_of(remark: dict[str, Any], series: Series, w: int) -> bool:
     if "row" in remark:
         return first <= int(remark["row"]) < end
     return bool(series.step_R[first] <= int(remark.get("step", -1)) <= series.step_R[end - 1])
+
+
+def _larger(series: Series, w: int) -> str:
+    """Say how much larger the batch of this window was than any before it; empty where it was not."""
+    row, times = larger_batch(series)
+    if not int(series.start_W[w]) <= row < _end(series, w):
+        return ""
+    return f"the root mean square of what the first layer was given was {times:.3g} times that of any batch before"
 
 
 def _unlike(series: Series, weights: Weights, remarks: list[dict[str, Any]], w: int) -> str:
@@ -217,6 +226,9 @@ def _origin_of_lost(
     bad_T = ~np.isfinite(norm_WT[w])
     here = [one for one in remarks if _is_of(one, series, w)]
     remark = next((one for one in here if one.get("kind") in _LOST_WORDS), None)
+    given = series.given_R[: int(series.start_W[w]) + 1]
+    if remark is None and np.isinf(given[-1]) and np.isfinite(given[:-1]).any():
+        remark = {"kind": "input"}  # not on a CPU, where the graph of the loss says it
     if remark is not None:
         where = str(remark.get("where", ""))
         t = tensors.index(where) if where in tensors else int(np.flatnonzero(bad_T)[0])

@@ -30,6 +30,7 @@ __all__ = [
     "WEIGHT_TIMES",
     "Weights",
     "counted",
+    "larger_batch",
     "outgrown",
     "rises_of",
     "scores_of",
@@ -48,8 +49,9 @@ RATE_TIMES = 5.0  # over the largest rate before: more than any warm-up or resta
 RATE_ROWS = 20  # after a rise of the rate, and before it, whose losses and norms are compared
 RATE_LOSS, RATE_NORM = 2.0, 5.0  # by which the largest of them rise where the rate is to blame
 BATCH_LOSS, BATCH_NORM = 10.0, 3.0  # over the five steps before, where one batch is unlike them
+GIVEN_TIMES, GIVEN_ROWS = 10.0, 3  # over the largest of at least three batches: more than those of one data set differ
 STILL = 1.1  # growth of a tensor up to which the weights count as unchanged
-FLOOR = 0.1  # root mean square of a tensor below which its growth is that of something that starts at 0
+SMALL = 0.25  # root mean square of a tensor below which its growth is that of something that starts at 0
 OUTGROWN = 4.0  # median growth of matrices by the first reading after step 8: a learning rate that is large for them
 SOON = 40  # the last step at which that reading counts
 STUCK = 20  # steps that a gradient scaler skips one after the other without an end
@@ -290,6 +292,24 @@ def _largest(values: np.ndarray) -> float:
     return float(values.max()) if len(values) and np.isfinite(values).all() else float("nan")
 
 
+def larger_batch(series: Series) -> tuple[int, float]:
+    """Return the first row whose batch was far larger than all before it, and how far; (-1, 0.0) where none was.
+
+    The size is the root mean square of what the first layers were given. It needs three rows before it in which it was
+    seen.
+    """
+    given = series.given_R.astype(np.float64)
+    rows = np.flatnonzero(np.isfinite(given))
+    if len(rows) <= GIVEN_ROWS:
+        return -1, 0.0
+    top = np.maximum.accumulate(given[rows])[GIVEN_ROWS - 1 : -1]
+    odd = np.flatnonzero((given[rows][GIVEN_ROWS:] > GIVEN_TIMES * top) & (top > 0))
+    if not len(odd):
+        return -1, 0.0
+    at = int(odd[0])
+    return int(rows[GIVEN_ROWS + at]), float(given[rows][GIVEN_ROWS + at] / top[at])
+
+
 def unlike_batch(series: Series, weights: Weights, row: int, times: float | None) -> str:
     """Say how a step's batch was unlike those before, where neither weights nor rate had changed; else nothing.
 
@@ -305,7 +325,7 @@ def unlike_batch(series: Series, weights: Weights, row: int, times: float | None
         return ""
     before = slice(max(0, row - 5), row)
     rates = series.lr_R[before]
-    floor_T = FLOOR * np.sqrt(weights.numel_T)
+    floor_T = SMALL * np.sqrt(weights.numel_T)
     grown_T = weights.length_KT[k] / np.maximum(weights.length_KT[k - 1], floor_T)
     if (grown_T > STILL).any() or (rates > 2 * np.median(rates)).any():
         return ""
@@ -334,7 +354,7 @@ def _weights(series: Series, weights: Weights) -> list[Seen]:
     if not len(weights.step_K):
         return []
     found: list[Seen] = []
-    floor_T = FLOOR * np.sqrt(weights.numel_T)
+    floor_T = SMALL * np.sqrt(weights.numel_T)
     before_KT = np.maximum(weights.length_KT[:-1].astype(np.float64), floor_T)
     times_KT = weights.length_KT[1:].astype(np.float64) / before_KT
     for k in range(len(times_KT)):

@@ -157,6 +157,10 @@ GLOSSARY: dict[str, str] = {
         "A fact, and no fault by itself: it stands here where neither losses nor norms rose after it, or where "
         "something else came first."
     ),
+    "… the batch of step … was … times as large as any before it": (
+        "A fact, and no fault by itself: a normalisation or a saturated unit may take such a batch up without a trace "
+        "in loss and gradient. Look for it in the data."
+    ),
     "… its matrices had grown to … times their length by step …": (
         "The median over the weight matrices, within the first steps. Healthy runs stay below 2; from 4 on the first "
         "steps have replaced the initialisation, and a smaller rate often ends lower. It is advice, and no check fails."
@@ -265,6 +269,11 @@ def _stream(stream: StreamAccount, *, several: bool) -> list[str]:
         said.append(
             f"{name}: the learning rate rose to {number(stream.raised[1])} times its largest before at step "
             f"{stream.raised[0]}."
+        )
+    if stream.larger[1] and not (stream.first is not None and stream.first.kind == "batch"):
+        said.append(
+            f"{name}: the batch of step {stream.larger[0]} was {number(stream.larger[1])} times as large as any before "
+            "it, by the root mean square of what the first layer was given."
         )
     if stream.outgrown[0]:
         said.append(

@@ -41,7 +41,7 @@ class HandUpdates:
         self._session = session
         self._holder: ByHand | None = None
         self._reader: BlockReader | None = None
-        self._waiting: list[tuple[Tensor, Tensor | float]] = []  # used, but not yet known to be updates
+        self._waiting: list[tuple[Tensor, Tensor | float, Tensor | float]] = []  # used, but not yet known to be updates
         self._last: Tensor | None = None
         self._used, self._off = False, False
         self.tracks: list[Track] = []
@@ -87,15 +87,16 @@ class HandUpdates:
         assert self._last is not None
         session = self._session
         # Before the next backward pass the sum of losses has the new one already.
-        self._waiting.append((self._last, session.losses.take() if last else session.losses.take_before()))
+        loss = session.losses.take() if last else session.losses.take_before()
+        self._waiting.append((self._last, loss, session.given.take()))
         self._last = None
         if not self.tracks and len(self._waiting) < (1 if self._free() else _SURE):
             return
         if not self.tracks:
             self.tracks.append(session.hand_track(self._holder))
         waiting, self._waiting = self._waiting, []
-        for squares_L, loss in waiting:
-            session.hand_row(self.tracks[0], squares_L, loss)
+        for squares_L, of_pass, given in waiting:
+            session.hand_row(self.tracks[0], squares_L, of_pass, given)
 
     def _free(self) -> bool:
         """Whether no living optimizer has any of these leaves."""

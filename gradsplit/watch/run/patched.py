@@ -15,9 +15,7 @@ hooks.
 from __future__ import annotations
 
 import functools
-import math
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,11 +26,10 @@ from torch.nn.utils import clip_grad
 __all__ = [
     "Losses",
     "Lost",
-    "Sizes",
-    "UNLIKE",
-    "largest_given",
+    "kept_by",
     "leaves_in_order",
     "lost_in_forward",
+    "operations_of",
     "watch_own_bound",
     "watch_scaler",
 ]
@@ -170,8 +167,8 @@ class Lost(dict[str, Any]):
     """
 
 
-def _operations(loss: Tensor) -> Iterator[Any]:
-    """The nodes of a graph, each once; nothing where there are too many."""
+def operations_of(loss: Tensor) -> Iterator[Any]:
+    """Yield the nodes of a graph, each once; a graph that is too large is left after some of them."""
     start = loss.grad_fn
     seen, waiting = ({start} if start is not None else set()), [start] if start is not None else []
     while waiting and len(seen) <= _MOST:
@@ -186,7 +183,7 @@ def _operations(loss: Tensor) -> Iterator[Any]:
 def _uses(loss: Tensor) -> list[tuple[int, Tensor]]:
     """Pairs (number of the first operation that reads it, leaf), in the order of the forward pass."""
     first: dict[int, tuple[int, Tensor]] = {}
-    for node in _operations(loss):
+    for node in operations_of(loss):
         number = int(node._sequence_nr())
         for below, _ in node.next_functions:
             leaf = getattr(below, "variable", None)
@@ -218,10 +215,10 @@ def lost_in_forward(loss: Tensor, names: Mapping[int, str]) -> Lost:
     shown = [(number, names.get(id(leaf), ""), leaf) for number, leaf in uses]
     spoilt = next(((number, name) for number, name, leaf in shown if name and not _finite(leaf)), None)
     found: list[tuple[int, Any, bool, bool]] = []  # number, operation, whether it was given the value, and as data
-    for node in _operations(loss):
+    for node in operations_of(loss):
         number = int(node._sequence_nr())
         if number < 1 << 62:
-            spoilt_names = [name for name, kept in _kept(node).items() if not _finite(kept)]
+            spoilt_names = [name for name, kept in kept_by(node).items() if not _finite(kept)]
             if spoilt_names:
                 given = [name for name in spoilt_names if "result" not in name and "output" not in name]
                 as_data = (
@@ -280,38 +277,6 @@ def _is_data(node: Any, name: str) -> bool:
     return isinstance(kept, Tensor) and not kept.requires_grad
 
 
-_NO_DATA = ("result", "output", "weight", "running", "save_", "logsumexp")  # names of what operations keep
-
-
-def largest_given(loss: Tensor) -> float:
-    """Return the largest magnitude among the data that a forward pass was given; 0 where none was kept.
-
-    Data are tensors that operations keep for backward, that need no gradient and that no operation made: inputs and
-    targets. Statistics that a layer keeps for itself are no data, and neither is a single number (a scaler's factor).
-
-    >>> w, x = torch.ones(2, requires_grad=True), torch.tensor([3.0, -7.0])
-    >>> largest_given((w * x).sum())
-    7.0
-    """
-    largest = 0.0
-    for node in _operations(loss):
-        if int(node._sequence_nr()) >= 1 << 62:
-            continue
-        for name in dir(node):
-            if not name.startswith("_saved_") or any(word in name for word in _NO_DATA):
-                continue
-            try:
-                given = getattr(node, name)
-            except RuntimeError:  # behind hooks, or written to since
-                continue
-            if isinstance(given, Tensor) and given.is_floating_point() and given.dim() and given.numel():
-                if given.requires_grad:
-                    continue
-                size = float(given.detach().abs().max())
-                largest = max(largest, size) if math.isfinite(size) else largest
-    return largest
-
-
 def _read_by(node: Any) -> set[int]:
     """The leaves, by id, that an operation reads itself or through a view."""
     found: set[int] = set()
@@ -322,12 +287,13 @@ def _read_by(node: Any) -> set[int]:
     return found
 
 
-def _kept(node: Any) -> dict[str, Tensor]:
-    """The tensors that an operation keeps for backward; those behind hooks (checkpointing) are left alone."""
+def kept_by(node: Any) -> dict[str, Tensor]:
+    """Return the tensors that an operation keeps for backward; those behind hooks (checkpointing) are left alone.
+
+    To ask for those would compute a part of the forward pass again.
+    """
     found: dict[str, Tensor] = {}
-    for name in dir(node):
-        if not name.startswith("_raw_saved_"):
-            continue
+    for name in _places_of(type(node)):
         saved = getattr(node, name, None)
         for at, one in enumerate(saved if isinstance(saved, (list, tuple)) else [saved]):
             try:
@@ -338,37 +304,14 @@ def _kept(node: Any) -> dict[str, Tensor]:
     return found
 
 
+@functools.lru_cache(maxsize=1024)
+def _places_of(operation: Any) -> tuple[str, ...]:
+    """Where an operation keeps tensors; all nodes of one operation have the same places."""
+    return tuple(name for name in dir(operation) if name.startswith("_raw_saved_"))
+
+
 def _finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout != torch.strided or tensor.is_meta:
         return True
     with torch.no_grad():
         return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor.detach()).all())
-
-
-_JUMP = 4.0  # of a loss over the largest of those before it, at which the batch is looked at
-_RECENT = 8  # losses that it is held against
-_AGAIN = 64  # backward passes between two looks at ordinary batches
-UNLIKE = 10.0  # of a batch's largest magnitude over that of the batches before it
-
-
-class Sizes:
-    """The largest magnitude in the batches, read at the first ones, thinly later, and where the loss jumps."""
-
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=_RECENT)
-        self._usual, self._count = 0.0, 0
-
-    def look(self, loss: float, read: Callable[[], float]) -> float:
-        """Return by how much the batch of this loss is larger than those before it; 1 where it was not read."""
-        jumped = len(self._losses) > 0 and abs(loss) > _JUMP * max(map(abs, self._losses))
-        regular = self._count < _RECENT or self._count % _AGAIN == 0
-        self._count += 1
-        self._losses.append(loss)
-        if not (jumped or regular):
-            return 1.0
-        size = read()
-        times = size / self._usual if self._usual > 0 else 1.0
-        if times <= UNLIKE:  # a batch that stands out is no measure for the next
-            self._usual = max(self._usual, size)
-            return 1.0
-        return times

@@ -24,13 +24,11 @@ from ...sources.observe import SampleWatch
 from ..record import Recorder, RunFileError, RunWriter, tell
 from .by_hand import HandUpdates
 from .ending import say
+from .given import UNLIKE, Given, Sizes, largest_given
 from .launch import free_name
 from .names import TensorsOf, names_of_leaves, roots_of
 from .patched import (
-    UNLIKE,
     Losses,
-    Sizes,
-    largest_given,
     leaves_in_order,
     lost_in_forward,
     watch_own_bound,
@@ -135,7 +133,7 @@ class Session:
         self._looks = 0
         self._lost: dict[str, Any] | None = None
         self._num_remarks = 0
-        self._sizes = Sizes()
+        self._sizes, self.given = Sizes(), Given()
         self._by_hand = HandUpdates(self)
         self._samples = SampleWatch() if settings.samples else None
 
@@ -182,6 +180,7 @@ class Session:
             self._looks += 1
             self._watchfully(lambda: self._learn_order(loss))
         self._guarded(lambda: self._by_hand.before_backward(loss))  # it records the pass before; then comes this one
+        self._watchfully(lambda: self.given.look(loss))
         if value is not None and value.device.type == "cpu":  # elsewhere a look at the number would wait
             self._watchfully(lambda: self._look(loss, float(value.real)))
 
@@ -295,7 +294,7 @@ class Session:
     @torch.no_grad()
     def _commit(self, track: Track, optimizer: torch.optim.Optimizer, *, not_made: bool = False) -> None:
         factor = 1.0 if self._guards is None else self._guards.factor(optimizer)
-        track.commit(optimizer, self.losses.take(), factor, not_made=not_made)
+        track.commit(optimizer, self.losses.take(), factor, given=self.given.take(), not_made=not_made)
         self._count(track)
 
     def _count(self, track: Track) -> None:
@@ -306,9 +305,9 @@ class Session:
             self._num_remarks += 1
             self._recorder.remark({**lost, "step": track.step, "row": track.num_rows - 1, "stream": track.index})
 
-    def hand_row(self, track: Track, squares_L: Tensor, loss: Tensor | float) -> None:
+    def hand_row(self, track: Track, squares_L: Tensor, loss: Tensor | float, given: Tensor | float) -> None:
         """Record a step of a script that updates its weights by hand."""
-        track.add_measured(squares_L, loss)
+        track.add_measured(squares_L, loss, given)
         self._count(track)
 
     def hand_track(self, holder: Any) -> Track:

@@ -277,6 +277,7 @@ class Track:
         loss: Tensor | float,
         rate_factor: float = 1.0,
         *,
+        given: Tensor | float = float("nan"),
         not_made: bool = False,
     ) -> None:
         """Record one row for gradients that are ready; measure them now unless that has been done.
@@ -285,6 +286,7 @@ class Track:
             optimizer: whose step it is.
             loss: of the step.
             rate_factor: by which a guard multiplies the rates.
+            given: how large the batch was, see `Given`.
             not_made: a gradient scaler lets no step follow.
         """
         self.last_loss = loss
@@ -323,6 +325,7 @@ class Track:
             lr=optimizer.param_groups[0].get("lr", float("nan")) * rate_factor,
             own_scale=1.0 if reading.own_scale is None else reading.own_scale,
             skipped=skipped,
+            given=given,
         )
         if self.splitter is not None and self.splitter._cap is not None and not self._remembered:
             self._remembered = True  # a closure may be called again after the weights have moved within this step
@@ -335,11 +338,11 @@ class Track:
             return False
         return reading.own_scale is None or bool(torch.isfinite(reading.own_scale))
 
-    def add_measured(self, squares_L: Tensor, loss: Tensor | float) -> None:
+    def add_measured(self, squares_L: Tensor, loss: Tensor | float, given: Tensor | float) -> None:
         """Record a row whose gradients were measured before: a step of a script that updates its weights by hand."""
         self.begin_step()
         self.num_rows += 1
-        self.recorder.add(self.index, self.step, squares_L, loss=loss)
+        self.recorder.add(self.index, self.step, squares_L, loss=loss, given=given)
         self._watch_weights(squares_L)
 
     def _watch_weights(self, squares_L: Tensor) -> None:
