@@ -7,12 +7,17 @@ pass, weights x 1000, the learning rate x 30, a batch x 1000, and one NaN in a b
 
 What counts as right:
 - step: within one of the step at which the fault was planted;
-- module: the module of the fault. Of a bad batch or a NaN in it: the batch, or the first module. Of a rate: the rate,
-  also where the report tells it without an accusation, since the loss went on as before.
-- a healthy run: nothing is named.
+- module: the module of the fault. Of a bad batch or a NaN in it: the batch, or the first module. Of a rate: the rate.
+  A rate and a batch count also where the report tells them without an accusation, since the loss went on as before.
+- a healthy run: nothing is named, and no batch is told.
+
+A run without a fault is healthy if its losses stay finite and below ten times the mean of its first tenth. That is read
+from what the script prints, before the account is looked at. Of the first 80 runs without a fault 78 stayed below 3.6
+times, and the other two reached 38 and 139 times. A run that is not healthy is right if something is named. A fault is
+void where the losses before it had gone beyond ten times their start.
 
 Sets: "development" are five scripts that the rules were made on. "held out" are the other five, looked at once when
-the rules stood. "fresh" are all ten with other seeds, faults, places and sizes.
+the rules stood. "fresh" and "fresh 2" are all ten with other seeds, faults, places and sizes.
 
 Run: python benchmarks/attribution_scripts.py --set development --out benchmarks/results/attribution-scripts.jsonl
 Runs that the file has already are left out; --judge reads the kept run files again with the rules of now.
@@ -56,17 +61,19 @@ SCRIPTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 DEVELOPMENT = ("gan", "recurrent", "amp", "two_ranks", "by_hand")
 FAULTS, HEALTHY = 6, 4
+SETS = {"development": 0, "held out": 0, "fresh": 1, "fresh 2": 2}
+SOUND = 10.0  # times its start: the largest loss of a healthy run
 
 
 def runs_of(name: str) -> list[dict[str, Any]]:
     """Return the runs of a set, faults and healthy runs of one script after the other."""
     scripts = list(SCRIPTS)
-    if name != "fresh":
+    if not SETS[name]:
         scripts = [script for script in SCRIPTS if (script in DEVELOPMENT) == (name == "development")]
     made: list[dict[str, Any]] = []
     for script in scripts:
         steps, kinds = SCRIPTS[script]
-        rng = np.random.default_rng([1 if name == "fresh" else 0, list(SCRIPTS).index(script)])
+        rng = np.random.default_rng([SETS[name], list(SCRIPTS).index(script)])
         order = [str(kind) for kind in rng.permutation(kinds)]
         for i in range(FAULTS):
             kind = order[i % len(order)]
@@ -205,8 +212,15 @@ def judged(run: dict[str, Any], told: dict[str, Any], account: Account) -> dict[
     if first is not None:
         module = first.tensor.rpartition(".")[0]
         said |= {"said_step": first.step, "said_kind": first.kind, "said_module": module}
+    larger = next((stream.larger[0] for stream in account.streams if stream.larger[1]), None)
+    if larger is not None:
+        said["said_larger"] = larger
     if "fault" not in run:
-        return {**said, "right": first is None}
+        sound = is_sound(told)
+        return {**said, "healthy": sound, "right": (first is None and larger is None) if sound else first is not None}
+    said["void"] = float(told.get("before", 0.0)) > SOUND * float(told.get("start", math.inf))
+    if first is None and run["fault"] == "batch" and larger is not None:
+        return {**said, "right_step": abs(larger - run["at"]) <= 1, "right_module": True}
     raised = next((stream.raised[0] for stream in account.streams if stream.raised[1]), None)
     if first is None and run["fault"] == "rate" and raised is not None:
         return {**said, "said_raised": raised, "right_step": abs(raised - run["at"]) <= 1, "right_module": True}
@@ -222,25 +236,35 @@ def judged(run: dict[str, Any], told: dict[str, Any], account: Account) -> dict[
     return {**said, "right_step": abs(first.step - run["at"]) <= 1, "right_module": right}
 
 
+def is_sound(told: dict[str, Any]) -> bool:
+    """Whether a run without a fault was healthy by its own losses."""
+    return bool(told.get("finite")) and float(told["largest"]) <= SOUND * float(told["first"])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table of right answers, by script and by kind."""
     lines = ["| | faults | step right | module right | healthy runs accused |", "|---|---|---|---|---|"]
+    void = [row for row in rows if row.get("void")]
+    rows = [row for row in rows if not row.get("void")]
     kinds = [kind for kind in ALL if any(row["run"].get("fault") == kind for row in rows)]
     scripts = [script for script in SCRIPTS if any(row["run"]["script"] == script for row in rows)]
     for label in [*scripts, *kinds, "all"]:
         mine = [row for row in rows if label in ("all", row["run"]["script"], row["run"].get("fault"))]
         bad = [row for row in mine if "fault" in row["run"]]
-        well = [row for row in mine if "fault" not in row["run"]]
+        well = [row for row in mine if "fault" not in row["run"] and row.get("healthy", True)]
         accused = f"{sum(not row['right'] for row in well)} of {len(well)}" if well else ""
         right = [sum(bool(row[key]) for row in bad) for key in ("right_step", "right_module")]
         lines.append(f"| {label} | {len(bad)} | {right[0]} | {right[1]} | {accused} |")
+    ill = [row for row in rows if not row.get("healthy", True)]
+    told = sum(bool(row["right"]) for row in ill)
+    lines.append(f"\n{len(ill)} runs without a fault were not healthy, {told} of them named; {len(void)} faults void")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Carry out what is missing, judge, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=["development", "held out", "fresh"], default="development")
+    parser.add_argument("--set", choices=list(SETS), default="development")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attribution-scripts.jsonl")
     parser.add_argument("--folder", type=Path, default=Path("attribution-runs"), help="where run files are kept")
     parser.add_argument("--judge", action="store_true", help="judge the kept run files anew, run nothing")

@@ -155,7 +155,10 @@ class Planted:
         finite = [loss for loss in self._losses if math.isfinite(loss)]
         tenth = max(1, len(self._losses) // 10)
         first, last = self._losses[:tenth], self._losses[-tenth:]
+        before = [loss for loss in self._losses[: max(0, self.asked.at)] if math.isfinite(loss)]
         self._print(
+            start=self._losses[0],
+            before=max(before, default=0.0),
             first=sum(first) / tenth,
             last=sum(last) / tenth,
             largest=max(finite, default=math.nan),

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 model = Net()
 spread = nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), planted.rate(0.1), momentum=0.9)
+optimizer = torch.optim.SGD(model.parameters(), planted.rate(0.05), momentum=0.9)
 planted.into(optimizer, model=model)
 centres = 1.5 * torch.randn(6, 12)
 torch.manual_seed(1000 * planted.seed + rank)
