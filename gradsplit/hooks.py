@@ -241,7 +241,7 @@ def after_backward(act: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[s
     ['backward', 'act']
     """
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    if closure is None:
+    if not callable(closure) or isinstance(closure, torch.nn.Module):  # an optimizer's step may take something else
         act()
         return None
 

@@ -172,7 +172,12 @@ class Recorder:
         seconds: between flushes; 0: after every row, on the calling thread.
         max_nodes: how fine a StepRecord is summed up, see `Outline`.
         samples: the model, or a `SampleWatch`: the run file gets the samples that stood out at a departure.
+
+    Attributes:
+        tell: what says that a sink failed.
     """
+
+    tell = staticmethod(tell)
 
     def __init__(
         self,
@@ -341,7 +346,7 @@ class Recorder:
             try:
                 self.flush()
             except Exception as error:
-                tell(f"a flush of the recording failed ({error!r}).")
+                self.tell(f"a flush of the recording failed ({error!r}).")
 
     def _to_sinks(self, act: Any) -> None:
         for sink in list(self.sinks):
@@ -349,7 +354,7 @@ class Recorder:
                 act(sink)
             except Exception as error:
                 self.sinks.remove(sink)
-                tell(f"{type(sink).__name__} failed and gets no more rows, the training goes on ({error!r}).")
+                self.tell(f"{type(sink).__name__} failed and gets no more rows, the training goes on ({error!r}).")
 
 
 def summed_up(record: StepRecord, leaf_of_bin_B: Tensor, num_leaves: int) -> dict[str, Tensor]:

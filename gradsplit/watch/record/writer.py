@@ -45,9 +45,14 @@ class RunWriter:
         meta: what to keep about the run, plain data.
         max_megabytes: above this, old rows are thinned (see `Thinning`); in units of 10^6 bytes.
 
+    Attributes:
+        tell: what says that the recording stopped.
+
     Raises:
         RunFileError: the file cannot be made.
     """
+
+    tell = staticmethod(tell)
 
     def __init__(
         self, path: str | os.PathLike[str], meta: Mapping[str, Any] | None = None, *, max_megabytes: float = 400.0
@@ -64,7 +69,7 @@ class RunWriter:
 
     @property
     def num_rows(self) -> int:
-        """Rows handed to the file, over all streams; the last of them may be lost where the disk failed."""
+        """Rows in the file, over all streams; the last of them may be lost where the disk failed."""
         return sum(self._rows.values())
 
     def write(self, batch: Sequence[Rows]) -> None:
@@ -138,7 +143,7 @@ class RunWriter:
         connection, self._connection, self.failed = self._connection, None, str(error)
         if connection is not None:
             connection.close()
-        tell(
+        self.tell(
             f"recording to {self.path} stopped, the training goes on ({error}). Free some space, or record elsewhere "
             "with --record; what was written until now can be read."
         )
@@ -220,6 +225,7 @@ class _Transaction:
 
     def __enter__(self) -> sqlite3.Connection | None:
         writer = self._writer
+        self._rows = dict(writer._rows)
         if writer._connection is None or os.getpid() != writer._pid:
             return None  # given up, or a forked child: SQLite connections must not cross a fork
         try:
@@ -236,6 +242,8 @@ class _Transaction:
             connection.execute("ROLLBACK" if error else "COMMIT")
         except sqlite3.Error as failure:
             error = error if isinstance(error, (sqlite3.Error, OSError)) else failure
+        if error is not None:
+            self._writer._rows = self._rows  # what was rolled back is not in the file
         if isinstance(error, (sqlite3.Error, OSError)):
             self._writer._give_up(error)
             return True

@@ -93,13 +93,18 @@ class Ending:
         place = Path(self.settings.record)
         if self.session is not None and self.session.place is not None:
             place = self.session.place
-        files = [path for path in (place, *sorted(place.parent.glob(f"{place.stem}.*{place.suffix}"))) if path.exists()]
-        if not files:
-            reason = self._why_nothing()
+        reason = self._why_nothing()
+        files = [
+            path
+            for path in (place, *sorted(place.parent.glob(f"{place.stem}.*{place.suffix}")))
+            if os.path.exists(path)
+        ]
+        if not files or (self.session is not None and self.session.nothing):
             if reason and (asked or not self.settings.quiet):
                 say(reason)
             elif asked:
-                say("torch was never imported, so that nothing was recorded")
+                why = "" if "torch" in sys.modules else "torch was never imported, so that "
+                say(f"{why}nothing was recorded, and the check fails")
             return asked
         if self.session is not None and self.session.failed and not self.session.num_rows:
             if asked or not self.settings.quiet:
@@ -123,8 +128,10 @@ class Ending:
                 "torch was loaded but nothing was attached, so that nothing was recorded. Something in this program "
                 "loads torch in its own way; put a gradsplit.watch.record.Recorder into the script instead."
             )
-        if self.session.failed:
-            return f"nothing was recorded: {self.session.failed}"
+        if self.session.failed or self.session.nothing:
+            return ""  # it was said when it failed
+        if self.session.num_rows:
+            return f"the run file {self.session.place} is gone: the script, or somebody else, has removed it"
         return (
             "no step of a torch.optim.Optimizer was seen; nothing was recorded. Needed is an optimizer of torch, or an "
             "update by hand after loss.backward(); gradients from torch.autograd.grad are not seen."

@@ -6,6 +6,7 @@ code and tracebacks. The same way reaches the workers of a launcher (docs/decisi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .ending import say
 from .settings import Settings
 
 __all__ = ["free_name", "launch", "program_of"]
@@ -27,7 +29,11 @@ def free_name(path: str | os.PathLike[str]) -> Path:
     """Return the path itself, or ``name-2.db``, ``name-3.db``, … whichever does not exist yet."""
     place = Path(path)
     for number in itertools.count(2):
-        if not place.exists():
+        try:
+            there = place.exists()
+        except OSError:  # a folder that may not be looked into: whoever writes there will say so
+            there = False
+        if not there:
             return place
         place = Path(path).with_stem(f"{Path(path).stem}-{number}")
     raise AssertionError("count() never ends")
@@ -63,20 +69,23 @@ def launch(words: Sequence[str], settings: Settings) -> NoReturn:
     """Become the script.
 
     Raises:
-        ValueError: nothing of that name to run, or a run file that could not be written.
+        ValueError: nothing of that name to run.
     """
     command = program_of(words)
     place = Path(settings.record)
-    if place.parent != Path() and not place.parent.exists():
-        place.parent.mkdir(parents=True)
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"gradsplit run --record {place}: expected a folder that can be written to, got {place.parent.resolve()}, "
-            "which cannot. Choose another, for example --record ~/runs/run.db."
-        )
+    with contextlib.suppress(OSError):  # the script runs in any case, and says then that nothing is recorded
+        place.parent.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.replace(
         settings, record=str(free_name(place).resolve()), pid=os.getpid(), about={**about(words), **settings.about}
     )
+    deaf = _leaves_us_out(command)
+    if deaf and (settings.fail_on or settings.guard or settings.control):
+        raise ValueError(
+            f"gradsplit run … {deaf}: expected a Python that reads PYTHONPATH, which attaches to the script, got one that "
+            "does not. Leave this option out."
+        )
+    if deaf:
+        say(f"nothing will be recorded: {deaf} tells Python not to read PYTHONPATH, which attaches to the script")
     # The script may change its folder before it trains.
     at_home = [word.partition(":") for word in settings.to]
     to = (f"{n}:{Path(p).resolve()}" if n in ("jsonl", "tensorboard") else f"{n}:{p}" for n, _, p in at_home)
@@ -89,6 +98,23 @@ def launch(words: Sequence[str], settings: Settings) -> NoReturn:
     if os.name == "nt":  # Windows cannot replace a process: the parent would return at once
         sys.exit(subprocess.call(command, env=environment))
     os.execve(command[0], command, environment)
+
+
+def _leaves_us_out(command: Sequence[str]) -> str:
+    """Return the option of Python by which it would not run our sitecustomize; empty if there is none.
+
+    >>> _leaves_us_out(["/bin/python3", "-u", "-Wignore", "-IB", "x.py"]), _leaves_us_out(["python", "x.py", "-I"])
+    ('-IB', '')
+    """
+    words = iter(command[1:] if "python" in Path(command[0]).name else ())
+    for word in words:
+        if not word.startswith("-") or word in ("-", "-m", "-c"):
+            break
+        if word in ("-W", "-X"):
+            next(words, None)
+        elif word[:2] not in ("--", "-W", "-X") and set(word) & set("IES"):
+            return word
+    return ""
 
 
 def about(words: Sequence[str]) -> dict[str, Any]:

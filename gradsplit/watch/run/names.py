@@ -65,7 +65,10 @@ def _covers(wanted: set[int]) -> list[tuple[Any, dict[int, str]]]:
     roots = [module for module in modules if id(module) not in inside and "_parameters" in vars(module)]
     covers: list[tuple[Any, dict[int, str]]] = []
     for root in roots:
-        names = {id(parameter): name for name, parameter in root.named_parameters() if id(parameter) in wanted}
+        try:
+            names = {id(parameter): name for name, parameter in root.named_parameters() if id(parameter) in wanted}
+        except Exception:  # a module may define what its parameters are, and refuse
+            continue
         if names:
             covers.append((root, names))
     return covers

@@ -103,7 +103,7 @@ def _attach(settings: Settings, ending: Ending) -> None:
     try:
         from .session import Session
 
-        session = Session(settings)
+        session = Session(settings, closes=False)
         session.install()
         ending.session = session
     except Exception as error:  # the script comes first

@@ -14,6 +14,7 @@ hooks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -29,21 +30,20 @@ __all__ = [
     "kept_by",
     "leaves_in_order",
     "lost_in_forward",
+    "own_factor",
     "operations_of",
     "watch_own_bound",
     "watch_scaler",
 ]
 
 Before = Callable[[list[Tensor]], None]
-After = Callable[[list[Tensor], Tensor], None]
+After = Callable[[list[Tensor], float, Tensor], None]
 
 
 def watch_own_bound(before: Before, after: After) -> None:
-    """Call ``before(parameters)`` and ``after(parameters, factor)`` around each ``clip_grad_norm_`` of the script.
+    """Call ``before(parameters)`` and ``after(parameters, max_norm, norm)`` around each ``clip_grad_norm_``.
 
-    The factor is a tensor, ``min(1, max_norm / (norm + 1e-6))``, from the norm that torch's function returned. It is
-    nan where that norm was not finite, because torch's function then spreads nan to every gradient. The script gets the
-    same results as without us.
+    The norm is what torch's function returned, see `own_factor`. The script gets the same results as without us.
     """
     original = clip_grad.clip_grad_norm_
 
@@ -54,12 +54,21 @@ def watch_own_bound(before: Before, after: After) -> None:
         tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         before(tensors)
         norm = original(tensors, max_norm, norm_type, *args, **kwargs)
-        factor = (float(max_norm) / (norm.detach() + 1e-6)).clamp(max=1.0)
-        after(tensors, torch.where(torch.isfinite(norm), factor, torch.full_like(factor, float("nan"))))
+        after(tensors, max_norm, norm)
         return norm
 
     clip_grad.clip_grad_norm_ = watched
     torch.nn.utils.clip_grad_norm_ = watched
+
+
+def own_factor(max_norm: float, norm: Tensor) -> Tensor:
+    """Return by what ``clip_grad_norm_`` scaled all gradients, ``min(1, max_norm / (norm + 1e-6))``, as a tensor.
+
+    It is nan where the norm was not finite, because torch's function then spreads nan to every gradient.
+    """
+    norm = norm.detach()
+    factor = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
+    return torch.where(torch.isfinite(norm), factor, torch.full_like(factor, float("nan")))
 
 
 def watch_scaler(before: Callable[[Any], int], after: Callable[[Any, int], None]) -> None:
@@ -138,7 +147,9 @@ class Losses:
         def seen_backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return backward(tensor, *args, **kwargs)
-            value = self.note(tensor)
+            value: Tensor | None = None
+            with contextlib.suppress(Exception):  # a tensor of a class of its own may refuse anything
+                value = self.note(tensor)
             for act in self.before:
                 act(tensor, value)
             made = backward(tensor, *args, **kwargs)
@@ -149,7 +160,8 @@ class Losses:
         @functools.wraps(scale)
         def seen_scale(scaler: Any, outputs: Any) -> Any:
             scaled = scale(scaler, outputs)
-            self.note_scaled(outputs, scaled)
+            with contextlib.suppress(Exception):
+                self.note_scaled(outputs, scaled)
             return scaled
 
         for owner, name, seen in ((Tensor, "backward", seen_backward), (torch.amp.GradScaler, "scale", seen_scale)):
@@ -304,10 +316,16 @@ def kept_by(node: Any) -> dict[str, Tensor]:
     return found
 
 
-@functools.lru_cache(maxsize=1024)
+_PLACES: dict[Any, tuple[str, ...]] = {}
+
+
 def _places_of(operation: Any) -> tuple[str, ...]:
     """Where an operation keeps tensors; all nodes of one operation have the same places."""
-    return tuple(name for name in dir(operation) if name.startswith("_raw_saved_"))
+    if operation not in _PLACES:
+        if len(_PLACES) > 1000:  # a script may make classes for ever
+            _PLACES.clear()
+        _PLACES[operation] = tuple(name for name in dir(operation) if name.startswith("_raw_saved_"))
+    return _PLACES[operation]
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -10,18 +10,19 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...hooks import after_backward, not_traced
 from ...resume import DivergenceError, Guard
 from ...resume.actions import GuardAction
 from ...sources.observe import SampleWatch
-from ..record import Recorder, RunFileError, RunWriter, tell
+from ..record import Recorder, RunFileError, RunWriter
 from .by_hand import HandUpdates
 from .ending import say
 from .given import UNLIKE, Given, Sizes, largest_given
@@ -31,6 +32,7 @@ from .patched import (
     Losses,
     leaves_in_order,
     lost_in_forward,
+    own_factor,
     watch_own_bound,
     watch_scaler,
 )
@@ -58,8 +60,7 @@ class Guards:
     def __init__(self, told: Callable[[GuardAction], Any]) -> None:
         self._told = told
         # An optimizer keeps its guard alive, by its hooks, and nothing else does: scripts may make many.
-        self._guards: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Guard]]
-        self._guards = weakref.WeakKeyDictionary()
+        self._guards: MutableMapping[torch.optim.Optimizer, weakref.ref[Guard]] = WeakIdKeyDictionary()
         self.num_actions = 0
         self._blind = False
 
@@ -92,7 +93,7 @@ class Guards:
         if not isinstance(loss, Tensor):
             if not self._blind:
                 self._blind = True
-                tell(
+                say(
                     "no loss was seen, so that --guard has nothing to go by; it sees those that loss.backward() is "
                     "called on. Use gradsplit.Guard in the script."
                 )
@@ -104,7 +105,7 @@ class Guards:
         except Exception as error:
             guard.remove()
             del self._guards[optimizer]
-            tell(f"guarding stopped, the training goes on ({error!r}). Please report it with the script.")
+            say(f"guarding stopped, the training goes on ({error!r}). Please report it with the script.")
 
     def _note(self, action: GuardAction) -> None:
         self.num_actions += 1
@@ -116,11 +117,16 @@ class Session:
 
     Measuring never disturbs the script: what fails is reported once and given up. Bounding was asked for, so its errors
     are raised.
+
+    Args:
+        settings: what was asked for.
+        closes: whether the recording ends by itself with the process; otherwise whoever made the session ends it.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.losses = settings, Losses()
-        self._tracks: weakref.WeakKeyDictionary[torch.optim.Optimizer, Track] = weakref.WeakKeyDictionary()
+    def __init__(self, settings: Settings, *, closes: bool = True) -> None:
+        self.settings, self.losses, self._closes = settings, Losses(), closes
+        # By identity: an optimizer may define what equals it.
+        self._tracks: MutableMapping[torch.optim.Optimizer, Track] = WeakIdKeyDictionary()
         self._recorder: Recorder | None = None
         self._place: Path | None = None
         self._num_streams, self._pid, self._broken = 0, os.getpid(), False
@@ -142,7 +148,7 @@ class Session:
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         self.losses.install()
-        self.losses.before += [self._before_backward]
+        self.losses.before += [lambda loss, value: self._guarded(lambda: self._before_backward(loss, value))]
         self.losses.after += [lambda: self._guarded(lambda: self._by_hand.after_backward())]
         watch_own_bound(self.before_own_bound, self.after_own_bound)
         watch_scaler(self.before_scaler, self.after_scaler)
@@ -157,12 +163,18 @@ class Session:
         """The run file of this process; None before the first step."""
         return self._place
 
+    @property
+    def nothing(self) -> bool:
+        """Whether a recording was begun and has no row."""
+        written = self.num_rows if self._writer is None or not self._writer.failed else self._writer.num_rows
+        return bool(self.failed or (self._writer is not None and self._writer.failed)) and not written
+
     def missing(self) -> str:
         """Say what the run file lacks; empty where it has every step."""
         if self._writer is not None and self._writer.failed:
-            return f"{self._writer.num_rows} of {self.num_rows} steps were written ({self._writer.failed})"
+            return f"{self._writer.num_rows} of {self.num_rows} steps were written"  # why, was said then
         if self.failed and self.num_rows:
-            return f"the recording ends with step {self._last_step()}: {self.failed}"
+            return f"the recording ends with step {self._last_step()}"
         behind = self._num_passes - self._passes_then
         if self.num_rows and behind >= _UNSEEN and behind > 4 * self._passes_then / self.num_rows:
             return f"the last {behind} backward passes are not in it: no step of an optimizer was seen after them"
@@ -221,14 +233,16 @@ class Session:
 
     def after_scaler(self, optimizer: Any, mark: int) -> None:
         """Record the step that a gradient scaler did not make, under the script's own number and with its own loss."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._guarded(lambda: self._after_scaler(getattr(optimizer, "optimizer", optimizer), mark))
+
+    def _after_scaler(self, optimizer: Any, mark: int) -> None:
         track = self._track_of(optimizer)
         if (-1 if track is None else track.step) != mark or not isinstance(optimizer, torch.optim.Optimizer):
             return
         self._begin(optimizer)
         track = self._track_of(optimizer)
         if track is not None:
-            self._guarded(lambda: self._commit(track, optimizer, not_made=True))
+            self._commit(track, optimizer, not_made=True)
 
     def _track_of(self, optimizer: Any) -> Track | None:
         optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -238,8 +252,7 @@ class Session:
         """Look at the gradients of a step when they are complete."""
         if _inside_another_step(optimizer):
             return None
-        self._by_hand.stop()
-        self._begin(optimizer)
+        self._guarded(lambda: self._begin(optimizer))
         return after_backward(lambda: self._process(optimizer), args, kwargs)
 
     def post(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -257,18 +270,21 @@ class Session:
             if track.covers(keys):
                 self._guarded(track.read)
 
-    def after_own_bound(self, parameters: list[Tensor], factor: Tensor) -> None:
+    def after_own_bound(self, parameters: list[Tensor], max_norm: float, norm: Tensor) -> None:
         """Note what the script did."""
-        keys = {id(parameter) for parameter in parameters}
-        self._early = (keys, factor)
+        self._guarded(lambda: self._note_own_bound({id(parameter) for parameter in parameters}, max_norm, norm))
+
+    def _note_own_bound(self, keys: set[int], max_norm: float, norm: Tensor) -> None:
+        self._early = (keys, own_factor(max_norm, norm))
         for track in list(self._tracks.values()):
             if track.covers(keys):
-                self._guarded(lambda track=track: track.note_own_scale(factor))
+                track.note_own_scale(self._early[1])
 
     _early: tuple[set[int], Tensor] | None = None  # the script's first call comes before its optimizer is known
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         self._leave_parent()
+        self._by_hand.stop()
         track = self._tracks.get(optimizer)
         if track is None or track.signature != signature(optimizer):
             self._guarded(lambda: self._start(optimizer))
@@ -281,7 +297,7 @@ class Session:
         if os.getpid() != self._pid:
             self._pid, self._recorder, self._num_streams, self._guards = os.getpid(), None, 0, None
             self._writer, self.num_rows, self.failed = None, 0, ""
-            self._tracks = weakref.WeakKeyDictionary()
+            self._tracks = WeakIdKeyDictionary()
             self._by_hand = HandUpdates(self)
             if self._samples is not None:
                 self._samples.forget()
@@ -350,19 +366,21 @@ class Session:
             self._place = free_name(name)
             try:
                 self._writer = RunWriter(self._place, about, max_megabytes=self.settings.max_megabytes)
+                self._writer.tell = say  # a script may silence warnings
                 sinks.append(self._writer)
                 break
             except RunFileError as error:
-                if self._place.exists() and attempt < _TRIES - 1:
+                if os.path.exists(self._place) and attempt < _TRIES - 1:
                     continue  # another process of the script has just taken the name
                 self.failed = str(error)
-                tell(f"nothing is recorded, the training goes on ({error})")
+                say(f"nothing is recorded, the training goes on ({error})")
                 break
         if rank == 0:
             sinks += [sink_from_words(word, depth=self.settings.depth) for word in self.settings.to]
         recorder = _ScriptRecorder(sinks, seconds=self.settings.seconds, samples=self._samples)
         atexit.unregister(recorder.close)  # the last lengths of the weights come first
-        atexit.register(self.close)
+        if self._closes:
+            atexit.register(self.close)
         return recorder
 
     def _guarded(self, act: Any) -> None:
@@ -376,7 +394,7 @@ class Session:
             act()
         except Exception as error:
             self._broken, self.failed = True, f"watching stopped ({error!r})"
-            tell(f"watching stopped, the training goes on ({error!r}). Please report it with the script.")
+            say(f"watching stopped, the training goes on ({error!r}). Please report it with the script.")
 
     def flush(self) -> None:
         """Write what was recorded until now."""
@@ -417,6 +435,8 @@ class Session:
 
 class _ScriptRecorder(Recorder):
     """A recorder that ends with the script and notes how it ended."""
+
+    tell = staticmethod(say)
 
     def close(self, **meta: Any) -> None:
         """See `Recorder.close`."""

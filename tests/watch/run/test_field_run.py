@@ -260,7 +260,7 @@ print(loss.item())
 def test_a_full_disk_leaves_the_script_alone_and_is_said(tmp_path):
     (tmp_path / "train.py").write_text(_FULL.format(limit=20_000))
     alone = run_python(tmp_path, "train.py")
-    for limit, said, there in ((20_000, "nothing was recorded: ", False), (150_000, "recorded in part: ", True)):
+    for limit, said, there in ((20_000, "nothing is recorded, ", False), (150_000, "recorded in part: ", True)):
         done = _run(tmp_path, _FULL.format(limit=limit))
         assert (done.stdout, done.returncode) == (alone.stdout, 0)
         assert done.stderr.count(f"gradsplit: {said}") == 1, done.stderr
