@@ -81,8 +81,8 @@ def launch(words: Sequence[str], settings: Settings) -> NoReturn:
     deaf = _leaves_us_out(command)
     if deaf and (settings.fail_on or settings.guard or settings.control):
         raise ValueError(
-            f"gradsplit run … {deaf}: expected a Python that reads PYTHONPATH, which attaches to the script, got one that "
-            "does not. Leave this option out."
+            f"gradsplit run … {deaf}: expected a Python that reads PYTHONPATH, which attaches to the script, got one "
+            "that does not. Leave this option out."
         )
     if deaf:
         say(f"nothing will be recorded: {deaf} tells Python not to read PYTHONPATH, which attaches to the script")
