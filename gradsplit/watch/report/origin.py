@@ -174,7 +174,7 @@ def _is_of(remark: dict[str, Any], series: Series, w: int) -> bool:
 def _larger(series: Series, w: int) -> str:
     """Say how much larger the batch of this window was than any before it; empty where it was not."""
     row, times = larger_batch(series)
-    if not int(series.start_W[w]) <= row < _end(series, w):
+    if not int(series.start_W[w]) <= row < end_of(series, w):
         return ""
     return f"the root mean square of what the first layer was given was {times:.3g} times that of any batch before"
 
