@@ -22,6 +22,10 @@ MOST_FILES = (
 )
 MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
+    213  # which samples did it: seen, read, told; how many layers stand in series; how large each batch was
+)
+MOST_LINES = (
+    # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
     # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, how many layers
     38_600  # stand in series, parameters that changed their shape, sizes of batches, scripts that refuse to be seen
 )
