@@ -22,12 +22,8 @@ MOST_FILES = (
 )
 MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
-    213  # which samples did it: seen, read, told; how many layers stand in series; how large each batch was
-)
-MOST_LINES = (
-    # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
-    # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, how many layers
-    38_600  # stand in series, parameters that changed their shape, sizes of batches, scripts that refuse to be seen
+    # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, and
+    38_550  # how many layers stand in series, parameters that changed their shape, how large each batch was
 )
 ROOMS_SINCE = {"sources": 2_260}  # a room that came after that bound; 2,000, samples that are only seen, refusals
 MOST_SINGLE = 0.13
