@@ -243,8 +243,7 @@ def _hot_wide() -> list[Job]:
 def _hot_wide_fresh() -> list[Job]:
     """The same on fresh seeds."""
     wide = {"wide": True}
-    jobs = cells(*HOT[:2], "adamw", 1e-2, FRESH[3:], method_options=wide)
-    jobs += cells(*HOT[:2], "soap", 1e-2, FRESH[:2], method_options=wide)
+    jobs = cells(*HOT[:2], "soap", 3e-2, FRESH[:3], method_options=wide)
     return jobs + cells(*HOT[:2], "muon", 0.03, FRESH[:2], method_options={"adam": 1e-2, **wide})
 
 
