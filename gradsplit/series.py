@@ -14,6 +14,8 @@ of it add up to 0. A layer with a way around it counts with the part of the sign
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def shortened(series: Tensor) -> Tensor:
     >>> shortened(torch.tensor([0.0, 6.0, 13.0, 28.0]))
     tensor([1.0000, 1.0000, 1.0000, 0.2500])
     """
-    return (DEEP / series.clamp(min=DEEP)).square()
+    return (series.clamp(min=DEEP) / DEEP).pow(-2)
 
 
 def in_full(array: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class Series:
         of_late: 0-d, the number H after the last step; 0 before the first.
 
     >>> series = Series()
-    >>> factor = series.look(torch.full((28,), 3.0), torch.arange(28), 28)
+    >>> factor = series.look(torch.full((28,), 3.0))
     >>> series.settle()
     >>> factor, series.of_late
     (tensor(0.2500, dtype=torch.float64), tensor(28., dtype=torch.float64))
@@ -61,36 +63,30 @@ class Series:
     def __init__(self, device: torch.device | None = None) -> None:
         narrow = device is not None and device.type == "mps"
         self.of_late = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
-        self._sums: list[Tensor] = []
-        self._largest: list[Tensor] = []
+        self.forget()
 
-    def look(self, euler_B: Tensor, tensor_B: Tensor, num_tensors: int) -> Tensor:
+    def look(self, euler_T: Tensor) -> Tensor:
         """Return the factor on the share, 0-d; nothing waits for the device.
 
         Args:
-            euler_B: (B,) sums of gradient times weight; 0 for a row that does not count. What is not finite says
-                nothing.
-            tensor_B: (B,) the number of each row's tensor.
-            num_tensors: how many there are.
+            euler_T: (T,) sums of gradient times weight, per tensor; 0 or not finite where they say nothing.
         """
-        euler_T = euler_B.new_zeros(num_tensors).index_add_(0, tensor_B, euler_B)
-        euler_T = torch.where(euler_T.isfinite(), euler_T, 0.0).to(self.of_late)
-        self._sums.append(euler_T.sum())
-        self._largest.append(euler_T.abs().amax())
-        return shortened(self._now())
-
-    def _now(self) -> Tensor:
-        total, largest = sum(self._sums[1:], self._sums[0]).abs(), torch.stack(self._largest).amax()
-        known = largest > 0
-        here = total / torch.where(known, largest, 1.0)
-        return torch.where(known, torch.maximum(here, FADES * self.of_late), self.of_late)
+        euler_T = euler_T.to(self.of_late).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        total, largest = euler_T.sum(), torch.linalg.vector_norm(euler_T, math.inf)
+        if self._sums is not None:
+            total, largest = total + self._sums[0], torch.maximum(largest, self._sums[1])
+        self._sums = total, largest
+        here = total.abs() / largest.clamp(min=1e-38)
+        self._next = torch.where(largest > 0, torch.maximum(here, FADES * self.of_late), self.of_late)
+        return shortened(self._next)
 
     def settle(self) -> None:
         """End a step."""
-        if self._sums:
-            self.of_late.copy_(self._now())  # in place, so that a captured step finds it again
+        if self._next is not None:
+            self.of_late.copy_(self._next)  # in place, so that a captured step finds it again
         self.forget()
 
     def forget(self) -> None:
         """Leave the number as it was before this step."""
-        self._sums, self._largest = [], []
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._next: Tensor | None = None

@@ -127,15 +127,15 @@ class ShareUpdate:
         self.cosine_B: Tensor | None = None
         plan, like = split.plan, split.like
         numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
-        share_B, least_B, longest_B, keeps_B, rows_B = (torch.empty_like(like) for _ in range(5))
-        self._tensor_B = torch.zeros(plan.num_bins, dtype=torch.int64, device=like.device)
+        share_B, least_B, longest_B, keeps_B = (torch.empty_like(like) for _ in range(4))
+        # Vectors do not count as layers: what is added of them is left behind the tensors' sums.
+        self._layer_B = torch.zeros(plan.num_bins, dtype=torch.int64, device=like.device)
         for t, kind in enumerate(kinds):
             ids = torch.from_numpy(split.bins_of_tensor[t]).to(like.device)
-            self._tensor_B[ids], rows_B[ids] = t, float(kind.name != "vector")
+            self._layer_B[ids] = len(kinds) if kind.name == "vector" else t
             share_B[ids], least_B[ids], longest_B[ids] = kind.share, kind.least, kind.longest
             keeps_B[ids] = float(DIRECTIONS[kind.direction].keeps_length)
         root_B = numel_B.sqrt()
-        self._in_series_B = rows_B > 0
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
         self._floor_B = torch.where(keeps_B > 0, root_B, 1e-30)
         # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
@@ -208,7 +208,7 @@ class ShareUpdate:
             given = [stack.gathered(gradients) for stack in stacks]
             squares_B, weight_squares_B, euler_B = self._measured(stacks, given, gradients)
             decision, length_B, recent_B, seen_steps = self._bound(squares_B, weight_squares_B, scaling)
-            shortened = self._shortened(euler_B, decision.finite_B)
+            shortened = self._shortened(torch.where(decision.finite_B, euler_B, 0.0))
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
             cosine_B = self._cosine_B(stacks, given, directions, groups, decision, ahead_B) if self.measures else None
@@ -308,11 +308,10 @@ class ShareUpdate:
                 rests.add_squares(weight_B, rests.gathered(weights))
         return gradient_B, weight_B, euler_B
 
-    def _shortened(self, euler_B: Tensor, finite_B: Tensor) -> Tensor:
+    def _shortened(self, euler_B: Tensor) -> Tensor:
         """Return the factor on the share for layers in series, 0-d, from the products of gradients and weights (B,)."""
-        return self.series.look(
-            torch.where(finite_B & self._in_series_B, euler_B, 0.0), self._tensor_B, len(self.kinds)
-        )
+        sums = euler_B.new_zeros(len(self.kinds) + 1).index_add_(0, self._layer_B, euler_B)
+        return self.series.look(sums[:-1])
 
     def _bound(
         self, squares_B: Tensor, weight_squares_B: Tensor, scaling: Scaling | None

@@ -259,7 +259,8 @@ class CompiledShare(ShareUpdate):
         known = all(type(DIRECTIONS[kind.direction]) in (Adam, Orthogonal) for kind in kinds)
         self._fits = lines is not None and known
         self._lines = line_table(lines or (), plan.width_T)
-        self._tensors = self._tensor_B.numpy()
+        self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
+        self._tensor_B[plan.bin_K] = plan.tensor_K
         self._numel_B = np.asarray(plan.numel_B, dtype=np.float64)
         self._tables: list[tuple[torch.dtype, Any]] = []
         self._forms: list[Any] = []
@@ -296,7 +297,7 @@ class CompiledShare(ShareUpdate):
         bases = self._bases(present, plain, states)
         euler = np.zeros(len(squares_B))
         run([(products, (KINDS[d], t.entries, t.chunks, bases, euler)) for d, t in self._tables], 1)
-        shortened = float(self._shortened(torch.from_numpy(euler), torch.from_numpy(out[4] > 0)))
+        shortened = float(self._shortened(torch.from_numpy(np.where(out[4] > 0, euler, 0.0))))
         numbers = self._numbers(states, groups, shortened)
         threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         calls: list[Call] = [
@@ -330,7 +331,7 @@ class CompiledShare(ShareUpdate):
         falls = min(FALLS, seen / (seen + 2))
         decide(
             *(squares, weights, fired, factor, falls, recent),
-            *(self._tensors, self._numel_B, self._lines, out),
+            *(self._tensor_B, self._numel_B, self._lines, out),
         )
         self.seen_steps += bool((out[0] > 0).any())
         self.collected = torch.tensor(factor, dtype=torch.float64)

@@ -145,7 +145,7 @@ def measure(
     ratio = tl.sqrt(square) / tl.where(known > 0, known, 1.0)
     tl.store(vectors + SQUARE * num_bins + b, square)
     tl.store(vectors + WEIGHT2 * num_bins + b, weight2)
-    tl.store(vectors + EULER * num_bins + b, euler)
+    tl.store(vectors + EULER * num_bins + b, tl.where(square < float("inf"), euler, 0.0))
     tl.store(vectors + RATIO * num_bins + b, tl.where(says, ratio, float("nan")))
 
 

@@ -243,13 +243,13 @@ def test_a_traced_step_is_the_plain_one():
     assert float(optimizers[1]._series.of_late) == pytest.approx(LAYERS * series.FADES**2)
 
 
-def _leaves_words_out(self, euler_B, finite_B):
-    self._in_series_B[:5] = False
-    return _SHORTENED(self, euler_B, finite_B)
+def _leaves_words_out(self, euler_B):
+    self._layer_B[:5] = len(self.kinds)
+    return _SHORTENED(self, euler_B)
 
 
-def _counts_bad_rows(self, euler_B, finite_B):
-    return _SHORTENED(self, torch.where(finite_B, euler_B, 1.0), torch.ones_like(finite_B))
+def _counts_bad_rows(self, euler_B):
+    return _SHORTENED(self, torch.where(euler_B == 0, 1.0, euler_B))
 
 
 _SHORTENED = ShareUpdate._shortened
