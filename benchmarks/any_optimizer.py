@@ -196,6 +196,7 @@ CONTROLS: dict[str, Callable[[Task, Made], Bound]] = {
     "default": _split(),
     "isolation": _split(budget=gs.Relative(0.2), collective=True),  # the name of "relative .2" in front of SGD
     "relative .2": _split(budget=gs.Relative(0.2), collective=True),
+    "relative .5": _split(budget=gs.Relative(0.5), collective=True),
     "tau .06": _split(budget=gs.RelativeStep(0.06, length=1.0)),
     "tau .1": _split(budget=gs.RelativeStep(0.1, length=1.0)),
     "tau .3": _split(budget=gs.RelativeStep(0.3, length=1.0), collective=True),
