@@ -364,7 +364,7 @@ def _adamw_fresh() -> list[Job]:
     """AdamW at the rates of seed 0 where no fresh seed of it had run."""
     jobs = cells(*GPT[:2], "adamw", 3e-3, FRESH[:3], options={"zero": True})
     jobs += cells(*HOT[:2], "adamw", 1e-3, FRESH[:3], options={"gain": 0.5})
-    return jobs + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:3]) + cells(*HOT[:2], "adamw", 1e-2, FRESH[:3])
+    return jobs + cells("deep-stack", 300, "adamw", 1e-3, FRESH[:3])
 
 
 def _series() -> list[Job]:
