@@ -324,7 +324,8 @@ def not_traced(function: Function) -> Function:
 def users_level() -> int:
     """Return the ``stacklevel`` at which a warning of the caller points at the user's line, beyond torch and gradsplit.
 
-    >>> users_level()
+    >>> script = {"__name__": "script", "users_level": users_level}
+    >>> exec("level = users_level()", script); script["level"]
     1
     """
     frame, level = sys._getframe(1), 1
