@@ -7,7 +7,7 @@ takes it up. torch keeps the input of a layer for backward, so that no hook is n
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,6 +76,8 @@ class Given:
 
     def __init__(self) -> None:
         self._ways: list[tuple[_Place, ...]] = []
+        # id(parameter), what is kept and at which time in a graph -> size when it was first seen
+        self._firsts: dict[tuple[int, str, int], float] = {}
         self._passes, self._missed = 0, 0
         self._largest: Tensor | float | None = None
         self._last: Tensor | float = math.nan
@@ -84,7 +86,8 @@ class Given:
     def look(self, loss: Tensor) -> None:
         """Read what backward is about to be called on."""
         self._passes += 1
-        regular = self._passes <= _SEARCHED or self._passes % _SEARCHED_EACH == 0
+        # A single graph unlike the others is searched, too: an odd batch may take another way through a layer.
+        regular = self._missed < _SEARCHED or self._passes % _SEARCHED_EACH == 0
         if self._missed >= _SEARCHED_EACH and not regular:
             return  # graphs of ever other kinds
         for way in self._ways:
@@ -95,10 +98,11 @@ class Given:
                 self._missed = 0
                 return
         self._missed += 1
-        if regular:
-            way = _places_in(loss)
-            if way and self._read(loss, way):
-                self._ways = [way, *self._ways[: _MOST_WAYS - 1]]
+        way = _places_in(loss, self._firsts) if regular else ()
+        if way and self._read(loss, way):
+            self._ways = [way, *self._ways[: _MOST_WAYS - 1]]
+        elif self._largest is None:
+            self._last = math.nan
 
     def _read(self, loss: Tensor, way: tuple[_Place, ...]) -> bool:
         """Take in what the layers were given, if the graph is of this kind."""
@@ -158,27 +162,41 @@ def _root_mean_square(data: Tensor, factor: float) -> Tensor | float:
     return scaled
 
 
-def _places_in(loss: Tensor) -> tuple[_Place, ...]:
-    """Search a graph for the first layers that were given data, by the shortest path to each."""
+def _places_in(loss: Tensor, firsts: dict[tuple[int, str, int], float]) -> tuple[_Place, ...]:
+    """Search a graph for the first layers that were given data, by the shortest path to each.
+
+    A layer that was seen in a graph of another kind keeps its first size.
+    """
     if loss.grad_fn is None:
         return ()
-    found: list[tuple[int, _Place]] = []
     parents: dict[Any, tuple[Any, int]] = {loss.grad_fn: (None, 0)}
     waiting = deque([loss.grad_fn])
+    layers: list[tuple[int, Any, Tensor]] = []  # number, operation, its weight
     while waiting and len(parents) <= _MOST_SEARCHED:
         node = waiting.popleft()
         for k, (below, _) in enumerate(node.next_functions):
             if below is not None and below not in parents:
                 parents[below] = (node, k)
                 waiting.append(below)
-        if int(node._sequence_nr()) < _NUMBERED and _reads_a_leaf(node):
-            for name, kept in kept_by(node).items():
-                first = float(_root_mean_square(kept, 1.0)) if _is_data(name, kept) else 0.0
-                if 0 < first < math.inf:
-                    path = _path_to(node, parents)
-                    if len(path) <= _MOST_STEPS_DOWN:
-                        found.append((int(node._sequence_nr()), _Place(path, node.name(), name, first)))
-    return tuple(place for _, place in sorted(found, key=lambda one: one[0])[:_MOST_PLACES])
+        leaf = _leaf_of(node) if int(node._sequence_nr()) < _NUMBERED else None
+        if leaf is not None:
+            layers.append((int(node._sequence_nr()), node, leaf))
+    found: list[_Place] = []
+    times: Counter[tuple[int, str]] = Counter()  # a graph may go through a layer several times
+    for _, node, leaf in sorted(layers, key=lambda layer: layer[0]):
+        for name, kept in kept_by(node).items():
+            if not _is_data(name, kept):
+                continue
+            # What one operation calls its first matrix is the tensor itself to another.
+            of_layer = (id(leaf), "data" if name in ("self", "mat1", "input", "other") else name)
+            times[of_layer] += 1
+            key = (*of_layer, times[of_layer])
+            first = firsts.get(key) or float(_root_mean_square(kept, 1.0))
+            path = _path_to(node, parents)
+            if 0 < first < math.inf and len(path) <= _MOST_STEPS_DOWN and len(found) < _MOST_PLACES:
+                firsts[key] = first
+                found.append(_Place(path, node.name(), name, first))
+    return tuple(found)
 
 
 _MOST_SEARCHED = 100_000  # operations
@@ -192,17 +210,18 @@ def _path_to(node: Any, parents: dict[Any, tuple[Any, int]]) -> tuple[int, ...]:
     return tuple(reversed(path))
 
 
-def _reads_a_leaf(node: Any) -> bool:
-    """Whether an operation reads a leaf itself, or through views and casts of it alone."""
-    for below, _ in node.next_functions:
+def _leaf_of(node: Any) -> Tensor | None:
+    """Return the last leaf that an operation reads itself, or through views and casts of it alone: its weight."""
+    for below, _ in reversed(node.next_functions):
         for _ in range(4):
             if below is None or isinstance(getattr(below, "variable", None), Tensor):
                 break
             behind = below.next_functions
             below = behind[0][0] if len(behind) == 1 else None
-        if below is not None and isinstance(getattr(below, "variable", None), Tensor):
-            return True
-    return False
+        leaf = getattr(below, "variable", None)
+        if isinstance(leaf, Tensor):
+            return leaf
+    return None
 
 
 _JUMP = 4.0  # of a loss over the largest of those before it, at which the batch is looked at

@@ -125,6 +125,20 @@ def test_updates_by_hand_have_the_column_too(tmp_path):
     np.testing.assert_allclose(_given(tmp_path / "run.db"), [1, 1, 1, 1, 1, 20, 1, 1])
 
 
+def test_an_odd_batch_that_takes_another_way_through_the_layer_is_seen(tmp_path):
+    """A linear map of a batch that is not contiguous is another operation than that of one that is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with watched(tmp_path / "run.db"):
+        for step in range(30):
+            x = torch.ones(3, 7, 4)[:, :-1]
+            model(x * 1000 if step == 20 else x).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    np.testing.assert_allclose(_given(tmp_path / "run.db"), np.where(np.arange(30) == 20, 1000, 1), rtol=1e-5)
+
+
 def test_words_have_no_size(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 1))
@@ -145,7 +159,7 @@ def test_a_value_that_is_lost_is_inf_and_sticks_to_its_step():
 
 
 def test_graphs_of_ever_other_kinds_are_left_alone():
-    """Each graph is longer than the one before: what is seen is right, and few graphs are searched."""
+    """Each graph is longer than the one before: what is seen is right, and after a while few graphs are searched."""
     given, model = Given(), nn.Linear(2, 2)
     for length in range(1, 300):
         x = torch.full((2, 2), float(length))
