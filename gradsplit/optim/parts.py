@@ -403,7 +403,6 @@ def step_part(optimizer: torch.optim.Optimizer, part: Part, scaling: Scaling | N
     """
     split = part.split
     part.look_again()
-    split.check_shapes(call="GSO.step()")
     gradients = [local_gradient(owner) for owner in split.owners]
     # Where ranks hold shards, one without gradients takes part all the same, or the others would wait for it.
     if alone and all(gradient is None for gradient in gradients):

@@ -162,7 +162,7 @@ def test_gso_refuses_a_parameter_of_another_shape_too(direction):
     model[0].weight.data = torch.randn(7, 4)
     model[0].weight.grad = torch.ones(7, 4)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"GSO.step\(\): expected a gradient of shape \(20, 4\) at .* Make a new GSO"):
+    with pytest.raises(ValueError, match=r"GSO.step\(\): expected .*\(20, 4\).* got \(7, 4\). Make a new GSO"):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
