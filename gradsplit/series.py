@@ -63,7 +63,8 @@ class Series:
     def __init__(self, device: torch.device | None = None) -> None:
         narrow = device is not None and device.type == "mps"
         self.of_late = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
-        self.forget()
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._next: Tensor | None = None
 
     def look(self, euler_T: Tensor) -> Tensor:
         """Return the factor on the share, 0-d; nothing waits for the device.
@@ -88,5 +89,4 @@ class Series:
 
     def forget(self) -> None:
         """Leave the number as it was before this step."""
-        self._sums: tuple[Tensor, Tensor] | None = None
-        self._next: Tensor | None = None
+        self._sums = self._next = None

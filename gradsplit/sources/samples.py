@@ -181,7 +181,7 @@ class SampleSplitter:
         mine = {id(parameter) for parameter in self.model.parameters()}
         if optimizer is not None and not (
             isinstance(optimizer, torch.optim.Optimizer)
-            and any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+            and any(id(parameter) in mine for held in optimizer.param_groups for parameter in held["params"])
         ):
             raise ValueError(
                 f"SampleSplitter.attach({type(optimizer).__name__}): expected the optimizer of this model, got one "
