@@ -7,6 +7,8 @@ import math
 import statistics
 
 from benchmarks.account import table
+from benchmarks.sample_naming import summary
+from benchmarks.sample_naming import table as naming_table
 from tests.architecture.sources import ROOT
 
 
@@ -50,3 +52,11 @@ def test_the_cost_of_samples_is_the_one_measured():
         assert f"{alone} ms alone, {watched} ms watched and {samples} ms with samples" in page
     ratio = statistics.median(a / b for a, b in zip(results["gpt"]["samples"], results["gpt"]["watched"], strict=True))
     assert f"{ratio - 1:.1%} more than the watched step before it" in page
+
+
+def test_the_table_of_named_samples_follows_from_the_runs():
+    results = json.loads((ROOT / "benchmarks" / "results" / "sample_naming.json").read_text(encoding="utf8"))
+    page = (ROOT / "docs/results/watching.md").read_text(encoding="utf8")
+    assert "\n".join(naming_table(results["runs"])) in page
+    whole = summary([one for one in results["runs"] if one["planted"]])
+    assert whole["precision"] >= 0.95 and whole["recall"] >= 0.95
