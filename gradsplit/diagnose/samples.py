@@ -29,11 +29,12 @@ def one_sample(evidence: Evidence) -> list[Finding]:
     splitter = SampleSplitter(evidence.model, RunningLimit(quantile=0.5, factor=1.0), quarantine=(), keep=100_000)
     splitter.unruled.clear()  # nothing is trained here
     try:
-        with warnings.catch_warnings(), splitter:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            loss: Tensor = evidence.loss_fn(evidence.model, evidence.batch)
-            # Not backward(): its hooks may be those of an optimizer that steps inside it.
-            torch.autograd.grad(loss, parameters, allow_unused=True)
+            with splitter:
+                loss: Tensor = evidence.loss_fn(evidence.model, evidence.batch)
+                # Not backward(): its hooks may be those of an optimizer that steps inside it.
+                torch.autograd.grad(loss, parameters, allow_unused=True)
     except (RuntimeError, ValueError) as error:
         evidence.notes.append(f"samples were not examined: {error}")
         return []

@@ -110,7 +110,7 @@ def test_a_cap_behind_muon_bounds_every_row(kind):
         (lambda: optax.inject_hyperparams(cap_updates)(learning_rate=0.1), lambda: cap_updates(learning_rate=0.1)),
         (lambda: optax.inject_hyperparams(split_gradients)(), lambda: split_gradients()),
         (
-            lambda: optax.inject_hyperparams(split_gradients)(collective=True, budget=gs.Relative(0.2)),
+            lambda: optax.inject_hyperparams(split_gradients)(collective=True, budget=gs.Relative(1.0)),
             lambda: split_gradients(),
         ),
         (

@@ -149,9 +149,9 @@ def _deaf(stack, **_):
 orthogonal_true = orthogonal.orthogonalised
 
 
-def _rounds_memory(optimizer, saved):
+def _rounds_memory(optimizer, saved, *, by_share):
     """What torch's own `load_state_dict` does to the float32 memory of a bfloat16 parameter."""
-    _MEND(optimizer, saved)
+    _MEND(optimizer, saved, by_share=by_share)
     for state in optimizer.state.values():
         for value in state.values():
             value.copy_(value.bfloat16() if not value.is_complex() else value)

@@ -167,10 +167,12 @@ def test_a_graph_compiled_by_torch_compile_is_one_layer(tmp_path):
     def make():
         return torch.compile(_pictures(norm=False), backend="aot_eager")
 
-    weights = _train(tmp_path / "run.db", make, _images, "large", {7}, seed=0)
+    weights = _train(
+        tmp_path / "run.db", make, _images, "large", {7}, seed=1
+    )  # with seed 0 the net is right about this image, so nothing departs
     account = account_at(tmp_path / "run.db")
     assert _named(account) == {7} and "most in the compiled model" in _said(account)[0]
-    same = _train(tmp_path / "without.db", make, _images, "large", {7}, seed=0, samples=False)
+    same = _train(tmp_path / "without.db", make, _images, "large", {7}, seed=1, samples=False)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
