@@ -125,7 +125,8 @@ def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf8"))
         about = kept["about"]
-        text += f"## Time of a step\n\nOver the same step without, {about['machine']}, {about['date']}, four times 100 runs.\n\n"
+        text += "## Time of a step\n\n"
+        text += f"Over the same step without, {about['machine']}, {about['date']}, four times 100 runs.\n\n"
         rows = [[step, f"{statistics.median(ratios):.2f}"] for step, ratios in kept["ratio"].items()]
         text += table(["step", "median"], rows, "benchmarks/results/sources/cost.json") + "\n"
     file = results / "together.jsonl"
