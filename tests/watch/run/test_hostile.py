@@ -192,7 +192,7 @@ def test_in_a_folder_without_rights_the_script_runs(tmp_path, words):
     """As a user without rights; root keeps its user and gives up the rights to write everywhere."""
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     if root and shutil.which("setpriv") is None:
-        pytest.skip("root writes everywhere, and setpriv is not there to take that away")
+        pytest.skip("not run: root may write everywhere, and setpriv, which takes that right away, is not installed")
     (tmp_path / "train.py").write_text(_TRAIN + "train(3)\n")
     tmp_path.chmod(0o555)
     try:
