@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .records import StepRecord
 from .split import Split, check_state, checked_sinks, described, gradients_of
 from .update_cap import STEPS, UpdateCap
 
-__all__ = ["GradientSplitter", "calibrate"]
+__all__ = ["GradientSplitter"]
 
 
 COPIED = (
@@ -58,113 +57,6 @@ def check_options(model: Any, on_nonfinite: str, step: str, cap_updates: bool, c
             f"GradientSplitter(step={step!r}, cap_updates={cap_updates!r}): expected 'cap', or 'share' with "
             "cap_updates=True, since a step has a length only after the optimizer has made it."
         )
-
-
-def adopted(splitter: GradientSplitter, plan: Plan) -> tuple[Split, UpdateCap | None]:
-    """Return the split of a plan, with budgets without history and the largest learning rates until now, and the cap.
-
-    Raises:
-        ValueError: a cap on the update without a budget that bounds it.
-    """
-    before: Split | None = vars(splitter).get("_split")
-    split = Split(
-        plan,
-        splitter.parameters,
-        splitter._budget,
-        rule=splitter.rule,
-        backend=splitter.backend,
-        process_group=splitter.process_group,
-        stages=splitter.stages,
-        caps_updates=splitter._after_updates,
-        collective=splitter._is_collective,
-        call="GradientSplitter",
-    )
-    if splitter._after_updates and split.update is None:
-        raise ValueError(
-            f"GradientSplitter(cap_updates=True, budget={splitter._budget!r:.60}): expected a budget that bounds the "
-            "update, got none. Use RelativeStep(), alone or beside the others in a tuple, or leave budget= out."
-        )
-    _ = split.programs  # now, since a step must not wait for the device
-    cap = None if split.update is None else UpdateCap(split, splitter._step)
-    if before is not None:
-        split.load_tops(before.tops())
-        if before.rates is not None:
-            split.read_rates(before.rates.optimizer, in_groups=split.needs_rates)
-    return split, cap
-
-
-def stand_by(splitter: GradientSplitter, optimizer: Any) -> torch.optim.Optimizer:
-    """Let a splitter stand at an optimizer, or at the one inside a wrapper, and return that."""
-    optimizer = optimizer_of(optimizer, call="GradientSplitter")
-    at = splitter.optimizer
-    if at is not None and at is not optimizer and splitter._handle is not None and splitter._handle.is_attached:
-        raise ValueError(
-            f"GradientSplitter.attach({type(optimizer).__name__}): expected one optimizer, got a second one beside "
-            f"{type(at).__name__}, to which this is attached. Call remove() on its handle first, or make another "
-            "splitter for the second one."
-        )
-    if splitter._chooses:
-        budget, collective = usual_bounds(optimizer, caps=splitter._after_updates)
-        collective = collective if splitter._collective is None else splitter._collective
-        if (budget, collective) != (splitter._budget, splitter._is_collective):
-            splitter._budget, splitter._is_collective = budget, collective
-            splitter._adopt(splitter.plan)
-    in_front = [budget for _, budget in splitter._split.gradient_budgets]
-    refuse_misfit(optimizer, in_front, caps=splitter._cap is not None)
-    splitter._split.read_rates(optimizer, in_groups=splitter._split.needs_rates)
-    if optimizer is not splitter.optimizer:
-        splitter._members = Members(
-            optimizer, splitter.layout.names, splitter.parameters, others=splitter._all_named, call="GradientSplitter"
-        )
-    splitter.optimizer = optimizer
-    splitter._turn.stand_at(optimizer)
-    return optimizer
-
-
-def refuse_too_early(splitter: GradientSplitter) -> None:
-    """Refuse a step that lacks what its bounds need.
-
-    Raises:
-        ValueError: no learning rate for RelativeStep; a cap on the update that stands at no optimizer.
-
-    Warns:
-        UserWarning: another splitter at the same optimizer has bounded these gradients, or the optimizer has made a
-            step with them before.
-    """
-    unseen = None if torch.compiler.is_compiling() else splitter._unseen
-    if unseen is not None and unseen.came_too_late(splitter.parameters):
-        warnings.warn(
-            f"GradientSplitter.step(): {type(splitter.optimizer).__name__} made its step with these gradients before "
-            f"they were bounded. {CALL_ME}",
-            UserWarning,
-            stacklevel=4,
-        )
-    if not torch.compiler.is_compiling() and splitter._turn.done_by_another(splitter.parameters):
-        warnings.warn(
-            f"GradientSplitter.step(): another splitter at this {type(splitter.optimizer).__name__} has bounded these "
-            "gradients already, so that limits hold twice. Leave one of them out; one splitter takes several budgets.",
-            UserWarning,
-            stacklevel=4,
-        )
-    if splitter._split.needs_rates and splitter._split.rates is None:
-        raise ValueError(
-            "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
-            "attach(optimizer), or a budget of gradients, for example budget=gradsplit.Relative(0.02)."
-        )
-    if splitter._cap is not None and splitter.step_count and not splitter._cap.remembers:
-        raise ValueError(
-            "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it, and no "
-            "step of it was seen. Call attach(optimizer) once instead of step()."
-        )
-
-
-def in_short(splitter: GradientSplitter) -> str:
-    """Say in one line what a splitter bounds, where it stands, and how many steps it has made."""
-    name = "no optimizer" if splitter.optimizer is None else type(splitter.optimizer).__name__
-    place = "attached to" if splitter._handle is not None and splitter._handle.is_attached else "with"
-    budgets = [*splitter._split.gradient_budgets, *splitter._split.update_budgets]
-    bounds = ", ".join(f"{level}: {budget!r}" for level, budget in budgets)
-    return f"GradientSplitter({splitter.plan!r}, {{{bounds}}}, {place} {name}, {splitter.step_count} steps)"
 
 
 class GradientSplitter:
@@ -264,8 +156,36 @@ class GradientSplitter:
                 self._unseen = Unseen(inner, self, call="GradientSplitter", remedy=CALL_ME)
 
     def _adopt(self, plan: Plan) -> None:
-        """Start on a plan, with budgets without history; the largest learning rates stay."""
-        self._split, self._cap = adopted(self, plan)
+        """Start on a plan, with budgets without history; the largest learning rates stay.
+
+        Raises:
+            ValueError: a cap on the update without a budget that bounds it.
+        """
+        before: Split | None = vars(self).get("_split")
+        split = Split(
+            plan,
+            self.parameters,
+            self._budget,
+            rule=self.rule,
+            backend=self.backend,
+            process_group=self.process_group,
+            stages=self.stages,
+            caps_updates=self._after_updates,
+            collective=self._is_collective,
+            call="GradientSplitter",
+        )
+        if self._after_updates and split.update is None:
+            raise ValueError(
+                f"GradientSplitter(cap_updates=True, budget={self._budget!r:.60}): expected a budget that bounds the "
+                "update, got none. Use RelativeStep(), alone or beside the others in a tuple, or leave budget= out."
+            )
+        _ = split.programs  # now, since a step must not wait for the device
+        cap = None if split.update is None else UpdateCap(split, self._step)
+        if before is not None:
+            split.load_tops(before.tops())
+            if before.rates is not None:
+                split.read_rates(before.rates.optimizer, in_groups=split.needs_rates)
+        self._split, self._cap = split, cap
 
     @property
     def plan(self) -> Plan:
@@ -283,8 +203,31 @@ class GradientSplitter:
         return self._split.gradient
 
     def _stand_by(self, optimizer: Any) -> torch.optim.Optimizer:
-        """Take an optimizer as the one whose step follows, with the default that fits it."""
-        return stand_by(self, optimizer)
+        """Take an optimizer, or the one inside a wrapper, as the one whose step follows; return it."""
+        optimizer = optimizer_of(optimizer, call="GradientSplitter")
+        at = self.optimizer
+        if at is not None and at is not optimizer and self._handle is not None and self._handle.is_attached:
+            raise ValueError(
+                f"GradientSplitter.attach({type(optimizer).__name__}): expected one optimizer, got a second one beside "
+                f"{type(at).__name__}, to which this is attached. Call remove() on its handle first, or make another "
+                "splitter for the second one."
+            )
+        if self._chooses:
+            budget, collective = usual_bounds(optimizer, caps=self._after_updates)
+            collective = collective if self._collective is None else self._collective
+            if (budget, collective) != (self._budget, self._is_collective):
+                self._budget, self._is_collective = budget, collective
+                self._adopt(self.plan)
+        in_front = [budget for _, budget in self._split.gradient_budgets]
+        refuse_misfit(optimizer, in_front, caps=self._cap is not None)
+        self._split.read_rates(optimizer, in_groups=self._split.needs_rates)
+        if optimizer is not self.optimizer:
+            self._members = Members(
+                optimizer, self.layout.names, self.parameters, others=self._all_named, call="GradientSplitter"
+            )
+        self.optimizer = optimizer
+        self._turn.stand_at(optimizer)
+        return optimizer
 
     def describe(self) -> str:
         """Say in a few sentences what is bounded, and why.
@@ -346,20 +289,76 @@ class GradientSplitter:
         Warns:
             UserWarning: no parameter has a gradient; one that was frozen when the splitter was made has one.
         """
-        refuse_too_early(self)
+        self._check_ready()
         self._thawed.look(call="GradientSplitter.step()")
         if self._members is not None and not torch.compiler.is_compiling() and self._members.look():
             self._split.read_rates(self._members.optimizer, in_groups=self._split.needs_rates, anew=True)
         gradients = gradients_of(self.layout.names, self.parameters)
         self._split.check_shapes(call="GradientSplitter.step()")
         scaling = Scaling.of(self.optimizer, scaler)
-        check = partial(_raise_if_not_finite, self) if self.on_nonfinite == "raise" else None
+        check = self._raise_if_not_finite if self.on_nonfinite == "raise" else None
         held = self._turn.held
         squares_B, decision = self._split.bound_(gradients, check, scaling, held)
         if self._cap is not None:
             self._cap.note(squares_B)
         self._turn.take(decision, self.parameters)
-        return StepRecord(self.step_count - 1, squares_B, decision) if held else _record(self, squares_B, decision)
+        return StepRecord(self.step_count - 1, squares_B, decision) if held else self._recorded(squares_B, decision)
+
+    def _check_ready(self) -> None:
+        """Refuse a step that lacks what its bounds need.
+
+        Raises:
+            ValueError: no learning rate for RelativeStep; a cap on the update that stands at no optimizer.
+
+        Warns:
+            UserWarning: another splitter at the same optimizer has bounded these gradients, or the optimizer has made a
+                step with them before.
+        """
+        unseen = None if torch.compiler.is_compiling() else self._unseen
+        if unseen is not None and unseen.came_too_late(self.parameters):
+            warnings.warn(
+                f"GradientSplitter.step(): {type(self.optimizer).__name__} made its step with these gradients before "
+                f"they were bounded. {CALL_ME}",
+                UserWarning,
+                stacklevel=4,
+            )
+        if not torch.compiler.is_compiling() and self._turn.done_by_another(self.parameters):
+            warnings.warn(
+                f"GradientSplitter.step(): another splitter at this {type(self.optimizer).__name__} has bounded these "
+                "gradients already, so that limits hold twice. Leave one of them out; one splitter takes several "
+                "budgets.",
+                UserWarning,
+                stacklevel=4,
+            )
+        if self._split.needs_rates and self._split.rates is None:
+            raise ValueError(
+                "GradientSplitter.step(): RelativeStep needs the learning rate. Pass optimizer=…, or "
+                "attach(optimizer), or a budget of gradients, for example budget=gradsplit.Relative(0.02)."
+            )
+        if self._cap is not None and self.step_count and not self._cap.remembers:
+            raise ValueError(
+                "GradientSplitter.step(): cap_updates=True bounds the step after the optimizer has made it, and no "
+                "step of it was seen. Call attach(optimizer) once instead of step()."
+            )
+
+    def _raise_if_not_finite(self, squares_B: Tensor) -> None:
+        if not bool(squares_B.isfinite().all()):
+            bad = [self.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
+            raise FloatingPointError(
+                f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
+                f"{self.step_count}. Use on_nonfinite='zero' to go on without them."
+            )
+
+    @not_traced  # a step count inside a graph would have the graph compiled anew at every step
+    def _recorded(self, squares_B: Tensor, decision: Decision) -> StepRecord:
+        """Count the step and hand its record to the sinks."""
+        if self._unseen is not None:
+            self._unseen = None if self._unseen.settle() else self._unseen
+        record = StepRecord(self.step_count, squares_B, decision)
+        self.step_count += 1
+        for sink in self.sinks:
+            sink(record)
+        return record
 
     @torch.no_grad()
     def calibrate(self, closure: Callable[[], Any], steps: int = 8) -> Plan:
@@ -375,10 +374,48 @@ class GradientSplitter:
         Returns:
             The plan now in force.
         """
-        return calibrate(self, closure, steps)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"GradientSplitter.calibrate(steps={steps!r}): expected at least one backward pass.")
+        strategy = self._strategy
+        cuts_anew = isinstance(strategy, str) and STRATEGIES[strategy].needs_energy
+        whole_means = [torch.zeros_like(p.detach(), dtype=torch.float32) for p in self.parameters] if cuts_anew else []
+        mean: list[Any] = [local_of(value) for value in whole_means]
+        seen = [0] * len(self.parameters)
+        squares: list[Tensor] = []
+        for _ in range(steps):
+            for parameter in self.parameters:
+                parameter.grad = None
+            with torch.enable_grad():
+                closure()
+            gradients = gradients_of(self.layout.names, self.parameters, call="GradientSplitter.calibrate(…)")
+            squares.append(self.kernel.squares(gradients))
+            if not cuts_anew:
+                continue
+            energy_T = [None if gradient is None else _energy(gradient) for gradient in gradients]
+            for t, sound in enumerate(_sound_everywhere(self.kernel, energy_T)):
+                if sound:
+                    mean[t].lerp_(energy_T[t], 1 - _MEMORY)
+                    seen[t] += 1
+        for parameter in self.parameters:
+            parameter.grad = None
+        if cuts_anew:
+            energies = {
+                name: whole_of(value) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
+                for name, value, count in zip(self.layout.names, whole_means, seen, strict=True)
+            }
+            self._adopt(make_plan(strategy, self.layout, energies, call="GradientSplitter.calibrate"))
+        elif not self._split.needs_rates:
+            weights = self.kernel.squares(self.parameters) if self.ledger.reads_weights else None
+            for squares_B in squares:
+                self.ledger.decide(squares_B, weights)
+        return self.plan
 
     def __repr__(self) -> str:
-        return in_short(self)
+        name = "no optimizer" if self.optimizer is None else type(self.optimizer).__name__
+        place = "attached to" if self._handle is not None and self._handle.is_attached else "with"
+        budgets = [*self._split.gradient_budgets, *self._split.update_budgets]
+        bounds = ", ".join(f"{level}: {budget!r}" for level, budget in budgets)
+        return f"GradientSplitter({self.plan!r}, {{{bounds}}}, {place} {name}, {self.step_count} steps)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(COPIED)
@@ -400,99 +437,34 @@ class GradientSplitter:
         Raises:
             ValueError: the state of another plan or of other budgets; nothing is taken over then.
         """
-        load(self, state)
-
-
-def load(splitter: GradientSplitter, state: Mapping[str, Any]) -> None:
-    """See `GradientSplitter.load_state_dict`."""
-    call = "GradientSplitter.load_state_dict(…)"
-    tops = check_state(state, ("fingerprint", "step_count", "history", "top_lr"), call=call)
-    before = dict(vars(splitter))
-    try:
-        if state.get("plan") is not None and splitter._strategy == "lbf":
-            made = Plan.from_dict(state["plan"])
-            if made.layout.shapes == splitter.layout.shapes:  # as in torch, names do not count
-                made = Plan(splitter.layout, made.boxes, modules=made.modules)
-            splitter._adopt(make_plan(made, splitter.layout, call=call))
-        # With the names: an older version's.
-        if state["fingerprint"] not in (splitter._split.partition, splitter.plan.fingerprint):
-            raise ValueError(
-                f"{call}: expected the state of plan {splitter._split.partition}, got that of plan "
-                f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
-            )
-        recent = splitter._split.recent
-        norms = None if recent is None or "collective" not in state else recent.read(state["collective"], call=call)
-        splitter.ledger.load_state_dict(state["history"], call=call)
-    except Exception:
-        vars(splitter).update(before)
-        raise
-    if recent is not None and norms is not None:
-        recent.recent_B, recent.steps = norms
-    splitter.step_count = state["step_count"]
-    splitter._split.load_tops(tops)
-
-
-def _raise_if_not_finite(splitter: GradientSplitter, squares_B: Tensor) -> None:
-    if not bool(squares_B.isfinite().all()):
-        bad = [splitter.plan.bins[b].name for b in (~squares_B.isfinite()).nonzero().flatten()[:5].tolist()]
-        raise FloatingPointError(
-            f"GradientSplitter.step(): expected finite gradients, got inf or nan in {', '.join(bad)} at step "
-            f"{splitter.step_count}. Use on_nonfinite='zero' to go on without them."
-        )
-
-
-@not_traced  # a step count inside a graph would have the graph compiled anew at every step
-def _record(splitter: GradientSplitter, squares_B: Tensor, decision: Decision) -> StepRecord:
-    """Count the step and hand its record to the sinks."""
-    if splitter._unseen is not None:
-        splitter._unseen = None if splitter._unseen.settle() else splitter._unseen
-    record = StepRecord(splitter.step_count, squares_B, decision)
-    splitter.step_count += 1
-    for sink in splitter.sinks:
-        sink(record)
-    return record
+        call = "GradientSplitter.load_state_dict(…)"
+        tops = check_state(state, ("fingerprint", "step_count", "history", "top_lr"), call=call)
+        before = dict(vars(self))
+        try:
+            if state.get("plan") is not None and self._strategy == "lbf":
+                made = Plan.from_dict(state["plan"])
+                if made.layout.shapes == self.layout.shapes:  # as in torch, names do not count
+                    made = Plan(self.layout, made.boxes, modules=made.modules)
+                self._adopt(make_plan(made, self.layout, call=call))
+            # With the names: an older version's.
+            if state["fingerprint"] not in (self._split.partition, self.plan.fingerprint):
+                raise ValueError(
+                    f"{call}: expected the state of plan {self._split.partition}, got that of plan "
+                    f"{state['fingerprint']}. Make the splitter with the model and plan of the saved run."
+                )
+            recent = self._split.recent
+            norms = None if recent is None or "collective" not in state else recent.read(state["collective"], call=call)
+            self.ledger.load_state_dict(state["history"], call=call)
+        except Exception:
+            vars(self).update(before)
+            raise
+        if recent is not None and norms is not None:
+            recent.recent_B, recent.steps = norms
+        self.step_count = state["step_count"]
+        self._split.load_tops(tops)
 
 
 _MEMORY = 0.9
-
-
-def calibrate(splitter: GradientSplitter, closure: Callable[[], Any], steps: int) -> Plan:
-    """See `GradientSplitter.calibrate`."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"GradientSplitter.calibrate(steps={steps!r}): expected at least one backward pass.")
-    strategy = splitter._strategy
-    cuts_anew = isinstance(strategy, str) and STRATEGIES[strategy].needs_energy
-    whole_means = [torch.zeros_like(p.detach(), dtype=torch.float32) for p in splitter.parameters] if cuts_anew else []
-    mean: list[Any] = [local_of(value) for value in whole_means]
-    seen = [0] * len(splitter.parameters)
-    squares: list[Tensor] = []
-    for _ in range(steps):
-        for parameter in splitter.parameters:
-            parameter.grad = None
-        with torch.enable_grad():
-            closure()
-        gradients = gradients_of(splitter.layout.names, splitter.parameters, call="GradientSplitter.calibrate(…)")
-        squares.append(splitter.kernel.squares(gradients))
-        if not cuts_anew:
-            continue
-        energy_T = [None if gradient is None else _energy(gradient) for gradient in gradients]
-        for t, sound in enumerate(_sound_everywhere(splitter.kernel, energy_T)):
-            if sound:
-                mean[t].lerp_(energy_T[t], 1 - _MEMORY)
-                seen[t] += 1
-    for parameter in splitter.parameters:
-        parameter.grad = None
-    if cuts_anew:
-        energies = {
-            name: whole_of(value) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
-            for name, value, count in zip(splitter.layout.names, whole_means, seen, strict=True)
-        }
-        splitter._adopt(make_plan(strategy, splitter.layout, energies, call="GradientSplitter.calibrate"))
-    elif not splitter._split.needs_rates:
-        weights = splitter.kernel.squares(splitter.parameters) if splitter.ledger.reads_weights else None
-        for squares_B in squares:
-            splitter.ledger.decide(squares_B, weights)
-    return splitter.plan
 
 
 def _energy(gradient: Tensor) -> Tensor:
