@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,6 +165,9 @@ class TermSplitter:
 
         Raises:
             ValueError: no term, or one that is no single number or has no graph; nothing has been added then.
+
+        Warns:
+            UserWarning: a term without a weight, called nearly as a weight that no term has had; once per term.
         """
         if unnamed:
             given = "**terms" if isinstance(unnamed[0], Mapping) else "data=loss"
@@ -297,6 +302,7 @@ class TermSplitter:
         """The places of the terms of this call, what they reach, and that they were seen."""
         for name in names:
             if name not in self._places:
+                self._compare(name, names)
                 self._places[name] = len(self._places)
                 self._reaches.append(frozenset())
                 self._seen.append(0)
@@ -310,6 +316,20 @@ class TermSplitter:
                 )
             self._seen[place] = self._calls
         return places
+
+    def _compare(self, name: str, names: tuple[str, ...]) -> None:
+        """Warn of a new term without a weight, where a weight that no term has had is called nearly the same."""
+        if name in self.weights:
+            return
+        unused = [key for key in self.weights if key not in self._places and key not in names]
+        # Names that differ in their digits alone are two terms.
+        unused = [key for key in unused if re.sub(r"\d", "", key) != re.sub(r"\d", "", name)]
+        for key in difflib.get_close_matches(name, unused, n=1, cutoff=0.8):
+            self._say(
+                f"TermSplitter.backward({name}=…): expected a weight for {name!r}, got one for {key!r} alone, so that "
+                f"this term counts as 1. Write weights={{{name!r}: {self.weights[key]!r}}} if that was meant.",
+                5,
+            )
 
     def _observe(self, places: Sequence[int], norm_K: Tensor, value_K: Tensor) -> Tensor:
         """The state after this call, and from it the limit of every term of the call."""
@@ -367,10 +387,10 @@ class TermSplitter:
                 "or at the weights if this lasts."
             )
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, stacklevel: int = 4) -> None:
         if text not in self._said:
             self._said.add(text)
-            warnings.warn(text, UserWarning, stacklevel=4)
+            warnings.warn(text, UserWarning, stacklevel=stacklevel)
 
 
 _PARTS = ("scale", "level", "worst")

@@ -353,6 +353,31 @@ def test_a_term_that_reaches_none_of_the_parameters_is_named_once():
     assert w.grad is not None and other.grad is None
 
 
+def test_a_misspelt_weight_is_named_once_and_in_the_users_line():
+    w = _weight()
+    splitter = TermSplitter([w], weights={"boundry": 10.0, "data": 2.0})
+    with pytest.warns(UserWarning, match=r"a weight for 'boundary', got one for 'boundry' alone") as caught:
+        splitter.backward(boundary=w.sum(), data=w.sum())
+    assert len(caught) == 1 and caught[0].filename == __file__
+    splitter.backward(boundary=w.sum(), data=w.sum())
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ({"boundary": 10.0}, ["boundary", "data"]),
+        ({"penalty": 10.0}, ["data"]),  # it may come later
+        ({"scale10": 10.0}, ["scale20"]),  # two terms that are counted
+        ({"boundary_x": 10.0, "boundary_y": 1.0}, ["boundary_y"]),
+    ],
+)
+def test_a_weight_without_a_misspelt_term_says_nothing(weights, names):
+    w = _weight()
+    with warnings.catch_warnings(record=True) as caught:
+        TermSplitter([w], weights=weights).backward(**{name: w.sum() for name in names})
+    assert not caught
+
+
 def test_what_is_no_parameter_is_refused():
     with pytest.raises(TypeError, match=r"TermSplitter\(parameters\): expected a model or its parameters"):
         TermSplitter("net")
