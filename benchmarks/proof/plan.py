@@ -101,7 +101,7 @@ CHEAP = (*FULL, "diffusion", "control", "exploding-detector", "healthy-detector"
 LARGE: dict[str, tuple[int, dict[str, Any]]] = {
     "1 M": (400, {"text": "sotu.txt", "layers": 4, "width": 144}),
     "3 M": (150, {"text": "sotu.txt", "layers": 6, "width": 208}),
-    "10 M": (20, {"text": "sotu.txt", "layers": 8, "width": 320, "heads": 8}),
+    "10 M": (150, {"text": "sotu.txt", "layers": 8, "width": 320, "heads": 8}),
 }
 LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
     "gso": (0.03,),
@@ -109,6 +109,7 @@ LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
     "muon": (0.02, 0.05),
     "soap": (1e-2, 3e-3),
 }
+MORE_RATES = {"10 M": {"adamw+clip1+warmup": (1e-3,)}}  # beside the best one at 1 M
 SIZES = {"22 k": {"layers": 1, "width": 32}, "160 k": {"layers": 3, "width": 64}}
 SENSITIVE = ("gso", "adamw+clip1+warmup", "muon")
 AROUND = tuple(10**power for power in (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25))  # a factor of 316
@@ -226,7 +227,12 @@ def large(size: str) -> list[Job]:
         return [
             Job("gpt", steps, method, lr, CHOOSING, options) for method, rates in LARGE_RATES.items() for lr in rates
         ]
-    return [Job("gpt", steps, method, lr, CHOOSING, options) for method, lr in large_rates().items()]
+    more = MORE_RATES.get(size, {})
+    return [
+        Job("gpt", steps, method, lr, CHOOSING, options)
+        for method, best in large_rates().items()
+        for lr in (best, *more.get(method, ()))
+    ]
 
 
 def large_rates() -> dict[str, float]:
@@ -245,9 +251,19 @@ SHORT: tuple[tuple[str, float], ...] = (("gso", 0.015), ("gso", 0.03), ("gso", 0
 
 
 def short() -> list[Job]:
-    """150 steps at 3 M and 1 M: whether the size or the length of a run decides between GSO and Muon."""
+    """150 steps at all sizes: whether the size or the length of a run decides between GSO and Muon."""
     steps = LARGE["3 M"][0]
-    return [Job("gpt", steps, method, lr, CHOOSING, LARGE[size][1]) for size in ("3 M", "1 M") for method, lr in SHORT]
+    return [
+        Job("gpt", steps, method, lr, CHOOSING, LARGE[size][1])
+        for size in ("10 M", "3 M", "1 M")
+        for method, lr in SHORT
+        if size == "1 M" or lr != 0.06  # the largest share lost at 1 M
+    ]
+
+
+def _of(method: str, group: Callable[[], list[Job]]) -> list[Job]:
+    """The jobs of a group that belong to one method."""
+    return [job for job in group() if job.method == method]
 
 
 GROUPS: dict[str, Callable[[], list[Job]]] = {
@@ -267,4 +283,5 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     **{f"edges-{name}": partial(edges, [name], RATES) for name in CASES},
     **{f"confirm-{name}": partial(confirming, [name], RATES) for name in CASES},
     **{f"large-{size.replace(' ', '')}": partial(large, size) for size in LARGE},
+    **{f"large-10M-{method}": partial(_of, method, partial(large, "10 M")) for method in LARGE_RATES},
 }
