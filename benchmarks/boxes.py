@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RAW = ROOT / "benchmarks" / "results" / "demo" / "demo.json"
 PICTURE = ROOT / "docs" / "results" / "boxes.svg"
 SHOWN = ("SGD, global clip", "AdamW, clip, warm-up", "GSO, nothing chosen")
-GAP, HEAD = 16, 30
+GAP, HEAD, LINE = 16, 66, 27
 
 
 def main() -> None:
@@ -37,16 +37,17 @@ def main() -> None:
     panels = []
     for at, label in enumerate(SHOWN):
         example, score = rows[label]["example"], rows[label]["score"]
-        words = f"{label}: {example['hit']} of {len(example['truth'])} trees hit, mAP at .5 {score:.3f}"
+        found = f"{example['hit']} of {len(example['truth'])} trees hit, mAP50 {score:.3f}"
+        name = f'<text y="{LINE}" class="label">{html.escape(label)}</text>'
         panels.append(
-            f'<g transform="translate({at * (wide + GAP)} 0)"><text x="0" y="20">{html.escape(words)}</text>'
-            f'<g transform="translate(0 {HEAD})"><use href="#photograph"/>{box_marks(example)}</g></g>'
+            f'<g transform="translate({at * (wide + GAP)} 0)">{name}<text y="{2 * LINE}">{html.escape(found)}</text>'
+            f'<svg y="{HEAD}" width="{wide}" height="{tall}"><use href="#photograph"/>{box_marks(example)}</svg></g>'
         )
     whole = len(SHOWN) * (wide + GAP) - GAP
     PICTURE.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {tall + HEAD}" width="{whole}" '
         f'height="{tall + HEAD}" role="img" aria-label="Boxes found by SGD with a clip, by AdamW and by GSO">'
-        "<style>text{font:15px system-ui,sans-serif;fill:#222}</style>"
+        "<style>text{font:24px system-ui,sans-serif;fill:#222}.label{font-weight:600}</style>"
         f'<rect width="{whole}" height="{tall + HEAD}" fill="#fff"/>'
         f'<defs><image id="photograph" width="{wide}" height="{tall}" href="data:image/jpeg;base64,{jpeg}"/></defs>'
         f"{''.join(panels)}</svg>\n",

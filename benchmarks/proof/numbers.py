@@ -249,6 +249,22 @@ def strategies() -> list[Row]:
     return rows
 
 
+def photographs() -> Row:
+    """Method -> metric -> median and range over the fresh seeds, of the detector on photographs."""
+    finished, case, made = store.done(), plan.CASES["photographs"], {}
+    for method in COLUMNS:
+        best = plan.best_rate(finished, "photographs", method)
+        keys = [] if best is None else [case.job(method, best, seed).key for seed in plan.FRESH]
+        runs = [finished[key] for key in keys if key in finished and not finished[key]["diverged"]]
+        if runs:
+            made[method] = {"lr": best, "seeds": [run["seed"] for run in runs]} | {
+                name: {"median": statistics.median(v), "min": min(v), "max": max(v)}
+                for name in ("map50", "map", "test_map50", "test_map")
+                for v in [[run["metrics"][name] for run in runs]]
+            }
+    return made
+
+
 def sizes() -> list[Row]:
     """The larger GPTs: each method at its best rate."""
     finished, rows = store.done(), []
@@ -282,6 +298,7 @@ def count_of(rows: list[Row]) -> Row:
     single = [row for row in held if not row["methods"]["gso"]["fresh"] and not row["methods"]["gso"].get("lost")]
     titles = [plan.CASES[name].title for name in plan.UNSEEN]
     unseen = [row for row in held if row["workload"] in titles]
+    full = [row for row in held if row["of"] == len(COLUMNS)]
     unclear = [row for row in held if 0 < row["ahead_on"] < row["shared"]]
     return {
         "one_seed": len(single),
@@ -291,6 +308,9 @@ def count_of(rows: list[Row]) -> Row:
         "wide": len(wide),
         "wide_first": sum(row["rank"] == 1 for row in wide),
         "wide_near": sum(row in near for row in wide),
+        "full": len(full),
+        "full_first": sum(row["rank"] == 1 for row in full),
+        "full_near": sum(row in near for row in full),
         "rows": len(held),
         "first": sum(row["rank"] == 1 for row in held),
         "first_or_near": len(near),
@@ -313,6 +333,7 @@ def numbers() -> Row:
         "usual_rates": {method: rates[0] for method, rates in plan.RATES.items()},
         "around": list(plan.AROUND),
         "costs": json.loads(store.COSTS.read_text(encoding="utf8"))["rows"] if store.COSTS.is_file() else {},
+        "photographs": photographs(),
         "sensitivity": sensitivity(),
         "outputs": outputs(),
         "strategies": strategies(),

@@ -12,12 +12,13 @@ from xml.sax.saxutils import escape
 
 __all__ = ["behind", "draw", "profile"]
 
-WIDTH, HEIGHT, TOP, BOTTOM, PANEL = 960, 360, 60, 56, 400
+WIDTH, HEIGHT, TOP, BOTTOM, PANEL = 976, 360, 60, 56, 400
 FEWEST = 3  # rows of which a panel is drawn
 FARTHEST = 0.25  # behind the best: the right end of the picture
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555", "#8C564B", "#E69F00", "#7F7F7F")
 DASHES = ("", "6 3", "2 3", "9 3 2 3", "4 4", "1 4", "8 5", "3 6")
-LEFTS = (56, 140, 236, 320, 408, 556, 636, 744)
+FIRST, SECOND = 68, 548  # left edges of the panels
+LEFTS = (68, 152, 248, 332, 420, 568, 648, 756)
 
 Row = Mapping[str, Any]
 
@@ -58,7 +59,7 @@ def _panel(left: int, title: str, rows: list[Row], names: Mapping[str, str], col
     def y(share: float) -> float:
         return bottom - share * (bottom - TOP)
 
-    parts = [f'<text x="{left}" y="{TOP - 14}" class="title">{escape(title)}, {count} row{"s" * (count != 1)}</text>']
+    parts = [f'<text x="{left}" y="{TOP - 14}" class="title">{escape(title)}, {count} task{"s" * (count != 1)}</text>']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y(share):.1f}" y2="{y(share):.1f}" stroke="#e2e2e2"/>')
         parts.append(f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
@@ -69,6 +70,9 @@ def _panel(left: int, title: str, rows: list[Row], names: Mapping[str, str], col
         f'<text x="{left + PANEL / 2}" y="{HEIGHT - 14}" text-anchor="middle">behind the best of them, at most</text>'
     )
     parts.append(below)
+    middle = (TOP + bottom) / 2
+    turned = f'transform="rotate(-90 {left - 52} {middle:.1f})" text-anchor="middle"'
+    parts.append(f'<text x="{left - 52}" y="{middle:.1f}" {turned}>share of the tasks</text>')
     for name in reversed(names):  # the first is drawn last, on top
         path, done = [f"{x(0):.1f},{y(0):.1f}"], 0
         for distance in distances[name]:
@@ -94,10 +98,10 @@ def draw(rows: list[Row], names: Mapping[str, str]) -> str:
     """
     colours = {name: at for at, name in enumerate(names)}
     four = dict(list(names.items())[:4])
-    body = _panel(56, "the four strongest", rows, four, colours)
+    body = _panel(FIRST, "the four strongest", rows, four, colours)
     both = profile(rows, list(names))[1] >= FEWEST
     if both:
-        body += _panel(528, "all eight", rows, names, colours)
+        body += _panel(SECOND, "all eight", rows, names, colours)
     for at, (name, title) in enumerate(names.items() if both else four.items()):
         left = LEFTS[at]
         dashes = f' stroke-dasharray="{DASHES[colours[name]]}"' if DASHES[colours[name]] else ""
@@ -105,7 +109,7 @@ def draw(rows: list[Row], names: Mapping[str, str]) -> str:
         body.append(f'<line x1="{left}" x2="{left + 24}" y1="18" y2="18" {line}/>')
         body.append(f'<text x="{left + 29}" y="22">{escape(title)}</text>')
     about = "share of the workloads in which each optimizer is at most so far behind the best"
-    wide = WIDTH if both else WIDTH // 2
+    wide = WIDTH if both else SECOND - 52
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {HEIGHT}" width="{wide}" role="img"'
     style = "text{font-family:system-ui,sans-serif;font-size:12.5px;fill:#222}.title{font-weight:600}"
     page = f'<rect width="{wide}" height="{HEIGHT}" fill="#fff"/>'

@@ -109,6 +109,8 @@ LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
     "muon": (0.02, 0.05),
     "soap": (1e-2, 3e-3),
 }
+BATCH, CONTEXT = 16, 64  # windows a step and characters a window: the GPT's own
+CHARACTERS = 10_760_274  # of sotu.txt
 MORE_RATES = {"10 M": {"adamw+clip1+warmup": (1e-3,)}}  # beside the best one at 1 M
 SIZES = {"22 k": {"layers": 1, "width": 32}, "160 k": {"layers": 3, "width": 64}}
 SENSITIVE = ("gso", "adamw+clip1+warmup", "muon")
