@@ -123,9 +123,9 @@ def _aerial() -> list[Job]:
 def _seconds() -> list[Job]:
     """As many steps, with a decay of their own, as fit into the CPU time of AdamW's run: see seconds.py."""
     text = {"text": "second"}
-    jobs = cells("gpt", 833, "gso", SHARE, FRESH[:2]) + cells("lstm", 292, "gso", SHARE, FRESH[:3])
+    jobs = cells("lstm", 324, "gso", SHARE, FRESH[:3]) + cells("gpt", 833, "gso", SHARE, FRESH[:2])
     jobs += cells("gpt", 841, "gso", SHARE, FRESH[:2], options=text)
-    jobs += cells("gpt", 690, "soap", 1e-2, FRESH[:2]) + cells("lstm", 186, "soap", 3e-2, FRESH[:3])
+    jobs += cells("gpt", 690, "soap", 1e-2, FRESH[:2]) + cells("lstm", 197, "soap", 3e-2, FRESH[:3])
     jobs += cells("lstm", 374, "muon", 0.06, FRESH[:3], method_options={"adam": 1e-1})
     return jobs + cells("gpt", 802, "muon", 0.03, FRESH[:2], method_options={"adam": 1e-2})
 
@@ -211,7 +211,7 @@ def _depth_fresh(*layers: int) -> list[Job]:
         options = {"layers": count, "width": 48}
         for share in (SHARE, 0.045):
             jobs += cells("gpt", 300, "gso", share, FRESH[:2], options=options)
-        jobs += cells("gpt", 300, "adamw", 3e-3 if count == 24 else 1e-2, FRESH[:2], options=options)
+        jobs += cells("gpt", 300, "adamw", 1e-2, FRESH[:2], options=options)
     return jobs
 
 
@@ -380,6 +380,51 @@ def _series() -> list[Job]:
     return jobs + cells(*MIXER, "gso", SHARE, FRESH[:2]) + cells("gpt", 500, "gso", SHARE, CHOOSING)
 
 
+def _muon(task: str, steps: int, lr: float, seeds: tuple[int, ...], **options: object) -> list[Job]:
+    """Muon with AdamW at 0.01 for the rest."""
+    return cells(task, steps, "muon", lr, seeds, options=options, method_options={"adam": 1e-2})
+
+
+def _both(task: str, steps: int, **options: object) -> list[Job]:
+    """Three rates of Muon and of SOAP on seed 0."""
+    jobs = [job for lr in (0.03, 0.01, 0.1) for job in _muon(task, steps, lr, (0,), **options)]
+    return jobs + [job for lr in (1e-2, 3e-3, 3e-2) for job in cells(task, steps, "soap", lr, (0,), options=options)]
+
+
+def _deep_muon() -> list[Job]:
+    """Muon on the plain stack of 36 layers: four rates on seed 0, the best on fresh seeds."""
+    jobs = [job for lr in (0.03, 0.01, 0.1, 0.003) for job in _muon("plain-stack", 350, lr, (0,), depth=36)]
+    return jobs + _muon("plain-stack", 350, 0.01, FRESH[:3], depth=36)
+
+
+def _deepest() -> list[Job]:
+    """146 layers: AdamW's best, and Muon and SOAP at the rates that are best with 36 layers."""
+    jobs = cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
+    jobs += _muon("deep-stack", 300, 0.01, (0, *FRESH[:2])) + _muon("deep-stack", 300, 0.03, (0,))
+    return jobs + cells("deep-stack", 300, "soap", 3e-3, (0, *FRESH[:2]))
+
+
+def _depth_fresh_24() -> list[Job]:
+    """24 layers: the default, AdamW's best, then the best share of seed 0."""
+    options = {"layers": 24, "width": 48}
+    jobs = cells("gpt", 300, "adamw", 3e-3, FRESH[:2], options=options)
+    return jobs + [job for lr in (SHARE, 0.045) for job in cells("gpt", 300, "gso", lr, FRESH[:2], options=options)]
+
+
+def _gain_edges() -> list[Job]:
+    """Gains .5 and 1: the rates beyond the edge that won."""
+    jobs = _muon(*HOT[:2], 0.1, (0,), gain=0.5) + _muon(*HOT[:2], 0.003, (0,), gain=1.0)
+    for gain in (0.5, 1.0):
+        jobs += cells(*HOT[:2], "soap", 3e-2, (0,), options={"gain": gain})
+    return jobs
+
+
+def _text_schedulefree() -> list[Job]:
+    text = {"text": "second"}
+    jobs = [job for lr in (1e-2, 3e-3, 2e-2) for job in cells(*MAIN, "schedulefree", lr, (0,), options=text)]
+    return jobs + cells(*MAIN, "schedulefree", 1e-2, FRESH[:3], options=text)
+
+
 PROOF: dict[str, list[Job]] = {
     "proof-main": _main(),
     "proof-text": _text(),
@@ -409,11 +454,19 @@ PROOF: dict[str, list[Job]] = {
     "proof-hot-fresh": _hot_fresh(),
     "proof-convolutions": _convolutions(),
     "proof-share-of-steps": _share_of_steps(),
-    "proof-depth-fresh-24": _depth_fresh(24),
+    "proof-depth-fresh-24": _depth_fresh_24(),
     "proof-decay": _decay(),
     "proof-edges": _edges(),
     "proof-adamw-fresh": _adamw_fresh(),
     "proof-regular-fresh": _regular_fresh(),
     "proof-regular": _regular(),
     "proof-series": _series(),
+    "proof-deep-muon": _deep_muon(),
+    "proof-deepest": _deepest(),
+    "proof-mixer": _both(*MIXER),
+    "proof-lora": _both("lora", 400),
+    "proof-zero-rivals": _both(*GPT[:2], zero=True),
+    "proof-depth-6": _both("gpt", 300, layers=6, width=48),
+    "proof-gain-edges": _gain_edges(),
+    "proof-text-schedulefree": _text_schedulefree(),
 }
