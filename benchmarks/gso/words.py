@@ -91,8 +91,8 @@ range. Tokens per step: 1,024. The LSTM has large matrices and few tokens, so Ne
 there.
 """,
     "equal": """Each method has its own decay to zero over the steps that it can afford. Some counts of steps are
-those of an earlier measurement; they lie within 2 % of the table above. On the LSTM GSO and AdamW
-are level: the ranges overlap. Muon, whose step is cheaper there, is ahead of both.
+those of an earlier measurement; they lie within 2 % of the table above. On the LSTM Muon, whose
+step is cheaper there, is ahead of both GSO and AdamW.
 """,
     "stacks": """At 12 layers all is well. Where more than 14 layers stand in series GSO shortens its share by itself,
 since as many layers without a skip that turn by 3 % in the same step change the output too much.
