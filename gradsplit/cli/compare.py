@@ -90,9 +90,10 @@ def _train(grid: Grid, row: Workload, folder: Path, jobs: int, console: Console)
 
     num_runs = len(list(grid.cells())) + len(grid.methods) * grid.fresh_seeds
     minutes = num_runs * row.expected.seconds * grid.settings.steps / row.steps / max(jobs, 1) / 60
+    runs, long = f"{num_runs} run{'' if num_runs == 1 else 's'}", f"about {minutes:.0f}" if minutes >= 2 else "some"
     console.print(
-        f"[bold]{grid.workload}[/]: {row.title}\n{num_runs} runs of {grid.settings.steps} steps, {max(jobs, 1)} at a "
-        f"time: {'about ' + format(minutes, '.0f') if minutes >= 2 else 'some'} minutes; raw results in {folder}"
+        f"[bold]{grid.workload}[/]: {row.title}\n{runs} of {grid.settings.steps} steps, {max(jobs, 1)} at a time: "
+        f"{long} minutes; raw results in {folder}"
     )
     with Progress(
         TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -130,13 +131,14 @@ def _of(strategies: str, methods_of: Any) -> tuple[str, ...]:
 def write_pages(results: dict[str, Any], folder: Path) -> list[Path]:
     """Write the picture of the curve and, where plotly is installed, the page; return all paths of the folder."""
     from ..lab.pages.rate_curve import rate_curve_svg
+    from ..lab.sweep import write_whole
 
     picture = folder / "learning-rate.svg"
-    picture.write_text(rate_curve_svg(results), encoding="utf8")
+    write_whole(picture, rate_curve_svg(results))
     paths = [folder / "cells.csv", folder / "results.json", picture]
     with page_if_possible():
         from ..lab.pages.comparison import comparison_page
 
         paths.append(folder / "compare.html")
-        paths[-1].write_text(comparison_page(results), encoding="utf8")
+        write_whole(paths[-1], comparison_page(results))
     return paths

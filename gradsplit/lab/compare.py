@@ -6,6 +6,7 @@ The summary gives for each method its best cell, that cell's scores on fresh see
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ from .cells import Cell, Grid
 from .evidence import conditions
 from .methods import METHODS
 from .registry import workload
-from .sweep import RawFile, Row, finite_or_none, sweep
+from .sweep import RawFile, Row, finite_or_none, sweep, write_whole
 from .task import Workload
 from .train import smoothed
 
@@ -83,7 +84,7 @@ def compare(
         "failed": [{**asdict(cell), "why": why} for cell, why in failed.items()],
     }
     plain: dict[str, Any] = finite_or_none(results)
-    (folder / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf8")
+    write_whole(folder / "results.json", json.dumps(plain, indent=1) + "\n")
     _write_csv(folder / "cells.csv", rows)
     return plain
 
@@ -113,12 +114,13 @@ def _write_csv(path: Path, rows: list[Row]) -> None:
     metrics = sorted({name for row in rows for name in row["metrics"]})
     names = dict.fromkeys(key for row in rows for key in row)
     plain = [key for key in names if key not in ("metrics", "losses", "worst")]
-    with path.open("w", encoding="utf8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*plain, "worst_bin", *metrics])
-        for row in rows:
-            worst = row["worst"][0][0] if row["worst"] else ""
-            writer.writerow([*(row.get(key) for key in plain), worst, *(row["metrics"].get(name) for name in metrics)])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow([*plain, "worst_bin", *metrics])
+    for row in rows:
+        worst = row["worst"][0][0] if row["worst"] else ""
+        writer.writerow([*(row.get(key) for key in plain), worst, *(row["metrics"].get(name) for name in metrics)])
+    write_whole(path, file.getvalue())
 
 
 def median_score(rows: Iterable[Row], *, higher_is_better: bool) -> float:

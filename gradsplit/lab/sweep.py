@@ -23,7 +23,7 @@ import torch
 from .cells import Cell, Grid, run_cell
 from .task import MissingDataError, MissingPackageError
 
-__all__ = ["RawFile", "finite_or_none", "one_thread", "sweep"]
+__all__ = ["RawFile", "finite_or_none", "one_thread", "sweep", "write_whole"]
 
 Row = dict[str, Any]
 
@@ -54,6 +54,22 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is made from the raw one.
+
+    Raises:
+        OSError: the disk took no more; the text names the file and says what to do.
+    """
+    try:
+        path.write_text(text, encoding="utf8", newline="")
+    except OSError as error:
+        raise OSError(
+            f"compare(out={str(path.parent)!r}): expected room for {path.name}, got {type(error).__name__}: "
+            f"{error.strerror or error}. The finished runs are in cells.jsonl: make room, then start the same command "
+            "again."
+        ) from error
+
+
 class RawFile:
     """The finished runs of one sweep, a line each.
 
@@ -63,6 +79,7 @@ class RawFile:
 
     Raises:
         ValueError: the folder holds runs of something else.
+        OSError: the disk has no room for the first line.
     """
 
     def __init__(self, folder: Path, grid: Grid) -> None:
@@ -72,8 +89,8 @@ class RawFile:
         self.refusal = ""
         folder.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(grid.what_is_trained()))
-        if not self.path.exists():
-            self._write({"what_is_trained": wanted})
+        if not self.path.exists() or not self.path.stat().st_size:  # empty: a full disk refused the first line
+            self._begin(wanted)
             return
         first, *lines = self.path.read_text(encoding="utf8").splitlines()
         held = json.loads(first)["what_is_trained"]
@@ -92,6 +109,15 @@ class RawFile:
         if len(self.rows) < len(lines):  # or the next row would be joined to what is left of the line
             kept = [json.dumps({"what_is_trained": held}), *map(json.dumps, self.rows.values())]
             self.path.write_text("\n".join(kept) + "\n", encoding="utf8")
+
+    def _begin(self, wanted: Row) -> None:
+        try:
+            self._write({"what_is_trained": wanted})
+        except OSError as error:
+            raise OSError(
+                f"compare(out={str(self.path.parent)!r}): expected room for {self.path.name}, got "
+                f"{type(error).__name__}: {error.strerror or error}. Make room, or choose another folder."
+            ) from error
 
     def add(self, cell: Cell, row: Row) -> None:
         """Write one finished run; where the disk refuses it, keep it, and try again with the next.

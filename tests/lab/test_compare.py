@@ -171,6 +171,34 @@ class _FullDisk:
         return self.file.write(line[: self.room])
 
 
+def _refuse(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_was_full_from_the_start_is_named_and_the_folder_serves_again(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    with monkeypatch.context() as full:
+        full.setattr(RawFile, "_write", _refuse)
+        with pytest.raises(OSError, match=r"expected room for cells\.jsonl, got OSError: No space left.* Make room"):
+            RawFile(folder, _grid())
+    (folder / "cells.jsonl").touch()  # what a full disk leaves: the name without a line
+    raw = RawFile(folder, _grid())
+    cell = Cell(FIRST_TUNING_SEED, "none", None, 0.01)
+    raw.add(cell, _row(cell, 0.5))
+    assert set(RawFile(folder, _grid()).rows) == {cell}
+
+
+def test_a_disk_without_room_for_the_results_is_named_and_the_runs_are_kept(tmp_path, monkeypatch):
+    asked = _grid(methods=("none",), lrs=(0.01,), seeds=1, fresh_seeds=0)
+    with monkeypatch.context() as full:
+        full.setattr("pathlib.Path.write_text", _refuse)
+        with pytest.raises(
+            OSError, match=r"expected room for results\.json, got OSError: No space.* are in cells\.jsonl"
+        ):
+            compare(asked, tmp_path, jobs=0)
+    assert len(RawFile(tmp_path, asked).rows) == 1
+
+
 def test_a_full_disk_leaves_no_piece_of_a_line_and_the_next_run_writes_both(tmp_path, monkeypatch):
     raw = RawFile(tmp_path, _grid())
     first, second = list(_grid().cells())[:2]

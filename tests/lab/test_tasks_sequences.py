@@ -150,3 +150,17 @@ def test_spoken_digits_read_the_package_file(monkeypatch: pytest.MonkeyPatch, tm
         assert 0.0 <= task.evaluate(task.model)["accuracy"] <= 1.0
     finally:
         spoken.load_recordings.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("build", "sizes", "said"),
+    [
+        (build_gpt, {"width": 64, "heads": 3}, r"gpt\(width=64, heads=3\): expected a width that is a multiple"),
+        (build_gpt, {"context": 0}, r"gpt\(context=0\): expected at least 1"),
+        (build_gpt, {"heads": 0}, r"gpt\(heads=0\): expected at least 1"),
+        (build_lstm, {"batch": 0}, r"lstm\(batch=0\): expected at least 1"),
+    ],
+)
+def test_sizes_with_which_nothing_is_trained_are_refused(build, sizes, said):
+    with pytest.raises(ValueError, match=said):
+        build(0, **sizes)

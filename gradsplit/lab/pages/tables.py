@@ -47,7 +47,7 @@ def share(value: float | None) -> str:
 
 def _range(scores: Mapping[str, Any], diverged: int) -> str:
     lost = f"{diverged} lost" if diverged else ""
-    if scores["min"] is None:
+    if scores["min"] is None or scores["min"] == scores["max"]:  # of one run the score itself stands beside it
         return lost
     return f"{number(scores['min'])} to {number(scores['max'])}" + (f", {lost}" if lost else "")
 

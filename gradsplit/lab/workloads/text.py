@@ -187,6 +187,22 @@ class TextTask(Task):
         return {"val_loss": total / count}
 
 
+def _checked(builder: str, *, width: int, heads: int = 1, **sizes: int) -> None:
+    """Refuse sizes with which nothing is trained.
+
+    Raises:
+        ValueError: a size is below 1, or the heads do not divide the width.
+    """
+    for name, size in {"width": width, "heads": heads, **sizes}.items():
+        if size < 1:
+            raise ValueError(f"{builder}({name}={size}): expected at least 1. Pass a larger one.")
+    if width % heads:
+        raise ValueError(
+            f"{builder}(width={width}, heads={heads}): expected a width that is a multiple of the heads, since each "
+            "head takes an equal part. Change one of them."
+        )
+
+
 def build_gpt(
     seed: int = 0,
     *,
@@ -198,6 +214,7 @@ def build_gpt(
     batch: int = 16,
 ) -> TextTask:
     """The GPT task; see `GPT.options`."""
+    _checked("gpt", width=width, heads=heads, layers=layers, context=context, batch=batch)
     corpus = load_corpus(text_file, context)
     with seeded(seed):
         model = CharGPT(len(corpus.vocabulary), layers=layers, width=width, heads=heads, context=context)
@@ -214,6 +231,7 @@ def build_lstm(
     batch: int = 16,
 ) -> TextTask:
     """The LSTM task; see `LSTM.options`."""
+    _checked("lstm", width=width, layers=layers, context=context, batch=batch)
     corpus = load_corpus(text_file, context)
     with seeded(seed):
         model = CharLSTM(len(corpus.vocabulary), layers=layers, width=width)
