@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..split import check_state
 from .layers import looks, wide
@@ -146,13 +147,17 @@ class TermSplitter:
         self.decay, self.growth, self.relief, self.memory, self.scaler = decay, growth, relief, memory, scaler
         # Per term, in the order of their first calls: scale, level and worst are m, v and V of the formula.
         self._places: dict[str, int] = {}
-        self._state: Tensor | None = None
+        self._state: Tensor | list[list[float]] = [[], [], []]
         self._reaches: list[frozenset[int]] = []
         self._seen: list[int] = []
-        self._near: tuple[Any, Tensor] | None = None
+        self._marks: dict[int, tuple[list[int], list[Any]]] = {}  # per place, what its reach was made from
+        self._changes = 0
+        self._near: tuple[Any, list[list[int]]] | None = None
+        self._grouped: tuple[Any, list[tuple[list[int], list[bool]]]] | None = None
+        self._one: Tensor | None = None  # the signal at a term
         self._calls = 0
-        self._left_out: deque[tuple[int, str, Tensor]] = deque(maxlen=10_000)
-        self._last: tuple[tuple[str, ...], Tensor] | None = None
+        self._left_out: deque[tuple[int, str, Tensor | bool]] = deque(maxlen=10_000)
+        self._last: tuple[tuple[str, ...], Any] | None = None
         self._said: set[str] = set()
 
     def backward(self, *unnamed: Any, **terms: Tensor) -> None:
@@ -174,31 +179,16 @@ class TermSplitter:
             raise ValueError(f"TermSplitter.backward(…): expected every term by its name. Write backward({given}).")
         self._check(terms)
         chosen = [k for k, parameter in enumerate(self.parameters) if parameter.requires_grad]
-        parameters = [self.parameters[k] for k in chosen]
+        parameters = tuple(self.parameters[k] for k in chosen)
         gradients: list[list[Tensor | None]] = []
         values: list[Tensor] = []
         for place, (name, term) in enumerate(terms.items(), 1):
             gradient, value = self._gradient(name, term, parameters, keep=place < len(terms))
             gradients.append(gradient)
             values.append(value)
-        norm_K, value_K = (
-            torch.stack([_norm(g, v) for g, v in zip(gradients, values, strict=True)]),
-            torch.stack(values),
-        )
-        if self.scaler is None:
-            left_K = ~norm_K.isfinite()
-        else:
-            norm_K = norm_K / self.scaler.scale(torch.ones_like(value_K[0]))
-            # What overflows although the term is finite must reach the scaler.
-            left_K = ~norm_K.isfinite() & ~value_K.isfinite()
         places = self._enter(tuple(terms), chosen, gradients)
-        limit_K = self._observe(places, norm_K, value_K)
-        scale_K = torch.where(norm_K > limit_K, limit_K / norm_K, 1.0)
-        scale_K = torch.where(norm_K.isfinite(), scale_K, torch.where(left_K, 0.0, 1.0))
-        self._last = tuple(terms), torch.stack([norm_K, limit_K, scale_K])
-        for name, gradient, scale, left in zip(terms, gradients, scale_K.unbind(), left_K.unbind(), strict=True):
-            self._add(parameters, gradient, scale * self.weights.get(name, 1.0), left)
-        self._note(dict(zip(terms, left_K.unbind(), strict=True)))
+        follow = self._follow_numbers if all(p.is_cpu for p in parameters) else self._follow
+        follow(tuple(terms), places, parameters, gradients, values)
         self._calls += 1
 
     def named(self) -> list[LeftOut]:
@@ -210,13 +200,15 @@ class TermSplitter:
         if self._last is None:
             return []
         names, numbers = self._last
-        return [TermRow(name, *row) for name, row in zip(names, numbers.T.tolist(), strict=True)]
+        columns = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        return [TermRow(*row) for row in zip(names, *columns, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """The running maxima, and when each term was last seen."""
+        state = self._as_tensor()
         rows = {
             name: {
-                **({} if self._state is None else dict(zip(_PARTS, self._state[:, k].clone(), strict=True))),
+                **dict(zip(_PARTS, state[:, k].clone(), strict=True)),
                 "reaches": sorted(self._reaches[k]),
                 "seen": self._seen[k],
             }
@@ -241,11 +233,15 @@ class TermSplitter:
         rows = list(state["terms"].values())
         device = self.parameters[0].device
         columns = [torch.stack([torch.as_tensor(row.get(part, 0.0), device=device) for part in _PARTS]) for row in rows]
-        self._state = wide(torch.stack(columns, 1)) if columns else None
+        self._state = wide(torch.stack(columns, 1)) if columns else [[], [], []]
         self._places = {name: k for k, name in enumerate(state["terms"])}
         self._reaches = [frozenset(row["reaches"]) for row in rows]
         self._seen = [int(row["seen"]) for row in rows]
         self._calls = int(state["calls"])
+        self._marks, self._near, self._grouped = {}, None, None
+
+    def _as_tensor(self) -> Tensor:
+        return self._state if isinstance(self._state, Tensor) else torch.tensor(self._state, dtype=torch.float64)
 
     def _check(self, terms: Mapping[str, Tensor]) -> None:
         if not terms:
@@ -267,13 +263,17 @@ class TermSplitter:
                 )
 
     def _gradient(
-        self, name: str, term: Tensor, parameters: Sequence[Tensor], *, keep: bool
+        self, name: str, term: Tensor, parameters: tuple[Tensor, ...], *, keep: bool
     ) -> tuple[list[Tensor | None], Tensor]:
         """The gradient and the value of one term, averaged over the ranks."""
-        value = wide(term.detach()).view(())
+        value = term.detach()
         term = term if self.scaler is None else self.scaler.scale(term)
-        made = torch.autograd.grad(term.sum(), parameters, retain_graph=keep, allow_unused=True)
-        found: list[Tensor | None] = list(made)
+        one = self._one
+        if one is None or one.dtype != term.dtype or one.shape != term.shape or one.device != term.device:
+            self._one = one = torch.ones_like(value)
+        # What torch.autograd.grad calls: its checks cost a small network 5 % of a step, and `_check` has made them.
+        engine = torch.autograd.Variable._execution_engine
+        found: list[Tensor | None] = list(engine.run_backward((term,), (one,), keep, False, parameters, True, False))
         if any(gradient is not None and gradient.is_sparse for gradient in found):
             raise ValueError(f"TermSplitter.backward({name}=…): expected dense gradients. Use Embedding(sparse=False).")
         if self._ranks is None:
@@ -285,7 +285,7 @@ class TermSplitter:
             for gradient, parameter in zip(found, parameters, strict=True)
         ]
         dtype = torch.float64 if any(part.dtype == torch.float64 for part in flat) else torch.float32
-        sent = torch.cat([*(part.to(dtype) for part in flat), value.to(dtype).view(1), reached.to(dtype)])
+        sent = torch.cat([*(part.to(dtype) for part in flat), value.to(dtype).reshape(1), reached.to(dtype)])
         torch.distributed.all_reduce(sent, group=self._ranks)
         count = torch.distributed.get_world_size(self._ranks)
         *parts, mean = (sent[: -len(parameters)] / count).split([*(part.numel() for part in flat), 1])
@@ -294,27 +294,32 @@ class TermSplitter:
             part.view_as(parameter).to(parameter.dtype) if use else None
             for part, parameter, use in zip(parts, parameters, used, strict=True)
         ]
-        return gradients, wide(mean).view(())
+        return gradients, mean
 
     def _enter(
-        self, names: tuple[str, ...], chosen: Sequence[int], gradients: Sequence[Sequence[Tensor | None]]
+        self, names: tuple[str, ...], chosen: list[int], gradients: Sequence[Sequence[Tensor | None]]
     ) -> list[int]:
         """The places of the terms of this call, what they reach, and that they were seen."""
-        for name in names:
-            if name not in self._places:
+        places = []
+        for name, gradient in zip(names, gradients, strict=True):
+            place = self._places.get(name)
+            if place is None:
                 self._compare(name, names)
-                self._places[name] = len(self._places)
+                place = self._places[name] = len(self._places)
                 self._reaches.append(frozenset())
                 self._seen.append(0)
-        places = [self._places[name] for name in names]
-        for place, gradient in zip(places, gradients, strict=True):
-            self._reaches[place] = frozenset(k for k, g in zip(chosen, gradient, strict=True) if g is not None)
+            mark = [None if g is None else g.dtype for g in gradient]
+            if self._marks.get(place) != (chosen, mark):
+                self._marks[place] = chosen, mark
+                self._reaches[place] = frozenset(k for k, dtype in zip(chosen, mark, strict=True) if dtype)
+                self._changes += 1
             if not self._reaches[place]:
                 self._say(
-                    f"TermSplitter: the term {list(self._places)[place]!r} reaches none of the parameters, so that it "
-                    "adds nothing. Give the splitter the parameters that the term depends on, or leave the term out."
+                    f"TermSplitter: the term {name!r} reaches none of the parameters, so that it adds nothing. Give "
+                    "the splitter the parameters that the term depends on, or leave the term out."
                 )
             self._seen[place] = self._calls
+            places.append(place)
         return places
 
     def _compare(self, name: str, names: tuple[str, ...]) -> None:
@@ -331,61 +336,150 @@ class TermSplitter:
                 5,
             )
 
-    def _observe(self, places: Sequence[int], norm_K: Tensor, value_K: Tensor) -> Tensor:
+    def _follow(
+        self,
+        names: tuple[str, ...],
+        places: list[int],
+        parameters: Sequence[Tensor],
+        gradients: list[list[Tensor | None]],
+        values: Sequence[Tensor],
+    ) -> None:
+        """Bound the terms and add them; nothing waits for the device."""
+        norm_K = torch.stack([_norm(g, v) for g, v in zip(gradients, values, strict=True)])
+        value_K = torch.stack([wide(value).reshape(()).to(norm_K.device) for value in values])
+        left_K = ~norm_K.isfinite()
+        if self.scaler is not None:
+            norm_K = norm_K / self.scaler.scale(norm_K.new_ones((), dtype=torch.float32)).to(norm_K.device)
+            # What overflows although the term is finite must reach the scaler.
+            left_K = ~norm_K.isfinite() & ~value_K.isfinite()
+        limit_K = self._observe(places, norm_K, value_K)
+        scale_K = torch.where(norm_K > limit_K, limit_K / norm_K, 1.0)
+        scale_K = torch.where(norm_K.isfinite(), scale_K, torch.where(left_K, 0.0, 1.0))
+        self._last = names, torch.stack([norm_K, limit_K, scale_K])
+        for name, found, scale, left in zip(names, gradients, scale_K.unbind(), left_K.unbind(), strict=True):
+            self._left_out.append((self._calls, name, left))
+            factor = scale * self.weights.get(name, 1.0)
+            pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+            parts = [torch.where(left, 0.0, g * factor.to(g.dtype)) for _, g in pairs]
+            held = [(p.grad, part) for (p, _), part in zip(pairs, parts, strict=True) if p.grad is not None]
+            if held:
+                torch._foreach_add_([grad for grad, _ in held], [part for _, part in held])
+            for (parameter, _), part in zip(pairs, parts, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = part
+
+    def _observe(self, places: list[int], norm_K: Tensor, value_K: Tensor) -> Tensor:
         """The state after this call, and from it the limit of every term of the call."""
         count = len(self._places)
-        state = wide(norm_K.new_zeros(3, count)) if self._state is None else self._state.to(norm_K.device)
+        state = self._as_tensor().to(norm_K)
         if state.shape[1] < count:
             state = torch.cat([state, state.new_zeros(3, count - state.shape[1])], 1)
-        every = list(places) == list(range(count))
-        index = None if every else torch.tensor(places, device=norm_K.device)
-        old = state if index is None else state[:, index]
+        index = torch.tensor(places, device=norm_K.device)
+        old = state[:, index]
         new = torch.stack([_followed(old[0], norm_K, self.decay, self.growth), *_watched(old[1:], value_K, self.decay)])
-        self._state = state = new if index is None else state.index_copy(1, index, new)
-        near = self._neighbours(tuple(places), norm_K.device)
+        self._state = state = state.index_copy(1, index, new)
+        near = torch.zeros(len(places), count, dtype=torch.bool)
+        for row, others in enumerate(self._neighbours(places)):
+            near[row, others] = True
+        near = near.to(norm_K.device)
         smallest_K = torch.where(near & (state[0] > 0), state[0], math.inf).amin(1)
-        if self.relief == 1 or count == 1:
+        if self.relief == 1:
             return smallest_K
         left = _progress(state)
-        mine = left if index is None else left[index]
         least_K = torch.where(near & (left > 0), left, math.inf).amin(1)
-        return smallest_K * (mine / least_K).sqrt().clamp(1.0, self.relief)
+        return smallest_K * (left[index] / least_K).sqrt().clamp(1.0, self.relief)
 
-    def _neighbours(self, places: tuple[int, ...], device: torch.device) -> Tensor:
-        """Which terms bound which: (terms of the call, all terms), True where they share a parameter and are alive."""
-        alive = tuple(self._calls - seen < self.memory for seen in self._seen)
-        key = places, alive, tuple(self._reaches), device
+    def _follow_numbers(
+        self,
+        names: tuple[str, ...],
+        places: list[int],
+        parameters: Sequence[Tensor],
+        gradients: list[list[Tensor | None]],
+        values: Sequence[Tensor],
+    ) -> None:
+        """The same in Python's numbers: on the CPU a call of torch costs more than the whole rule."""
+        groups = self._groups(places)
+        vectors: list[list[tuple[int, Tensor]]] = [[] for _ in groups]
+        norms = []
+        for k, found in enumerate(gradients):
+            lengths = []
+            for (members, reached), made in zip(groups, vectors, strict=True):
+                if reached[k]:
+                    vector = _flatten_dense_tensors([found[j] for j in members])
+                    made.append((k, vector))
+                    lengths.append(_length(vector))
+            gradients[k] = []  # a gradient is held once
+            norms.append(math.hypot(*lengths))
+        levels = [float(value) for value in values]
+        lefts = [not math.isfinite(norm) for norm in norms]
+        if self.scaler is not None:
+            scale = float(self.scaler.scale(torch.ones(())))
+            norms = [norm / scale for norm in norms]
+            lefts = [left and not math.isfinite(level) for left, level in zip(lefts, levels, strict=True)]
+        limits = self._observe_numbers(places, norms, levels)
+        scales = [
+            min(1.0, limit / norm) if 0 < norm < math.inf else 0.0 if left else 1.0
+            for norm, limit, left in zip(norms, limits, lefts, strict=True)
+        ]
+        self._last = names, (norms, limits, scales)
+        factors = [scale * self.weights.get(name, 1.0) for name, scale in zip(names, scales, strict=True)]
+        for (members, _), vector in zip(groups, vectors, strict=True):
+            _add([parameters[j] for j in members], [(one, factors[k]) for k, one in vector if not lefts[k]])
+        if True in lefts:
+            self._left_out.extend((self._calls, name, True) for name, left in zip(names, lefts, strict=True) if left)
+            if all(lefts):
+                self._say(
+                    "TermSplitter: no term of the step has a finite gradient, so that nothing was added. Look at the "
+                    "input or at the weights if this lasts."
+                )
+
+    def _observe_numbers(self, places: list[int], norms: list[float], values: list[float]) -> list[float]:
+        """The same as `_observe`."""
+        state: list[list[float]] = self._state.tolist() if isinstance(self._state, Tensor) else self._state
+        self._state = maxima, levels, worsts = state
+        for part in state:
+            part.extend(0.0 for _ in range(len(self._places) - len(part)))
+        inf = math.inf
+        for k, norm, value in zip(places, norms, values, strict=True):
+            if 0 < norm < inf:
+                maxima[k] = _followed_number(maxima[k], norm, self.decay, self.growth)
+            if -inf < value < inf:
+                worst = worsts[k]
+                levels[k] = 0.9 * levels[k] + 0.1 * value if worst > 0 else value
+                worsts[k] = max(value, self.decay * worst)
+        lefts = [_progress_number(level, worst) for level, worst in zip(levels, worsts, strict=True)]
+        limits = []
+        for k, others in zip(places, self._neighbours(places), strict=True):
+            limit = min((maxima[j] for j in others if maxima[j] > 0), default=inf)
+            left = lefts[k]
+            if self.relief > 1 and left < inf:
+                limit *= min(max(math.sqrt(left / min(lefts[j] for j in others)), 1.0), self.relief)
+            limits.append(limit)
+        return limits
+
+    def _groups(self, places: list[int]) -> list[tuple[list[int], list[bool]]]:
+        """Parameters of one dtype that the same terms reach: where they are, and which terms of the call reach them."""
+        key = places, self._changes
+        if self._grouped is None or self._grouped[0] != key:
+            found: dict[tuple[Any, ...], list[int]] = {}
+            for k, dtypes in enumerate(zip(*(self._marks[place][1] for place in places), strict=True)):
+                if any(dtypes):
+                    found.setdefault(dtypes, []).append(k)
+            self._grouped = key, [(members, [d is not None for d in dtypes]) for dtypes, members in found.items()]
+        return self._grouped[1]
+
+    def _neighbours(self, places: list[int]) -> list[list[int]]:
+        """Which terms bound each term of the call: those that share a parameter with it and are alive, and itself."""
+        alive = [self._calls - seen < self.memory for seen in self._seen]
+        key = places, alive, self._changes
         if self._near is None or self._near[0] != key:
-            rows = [
-                [lives and (j == k or bool(self._reaches[j] & self._reaches[k])) for j, lives in enumerate(alive)]
+            reaches = self._reaches
+            near = [
+                [j for j, lives in enumerate(alive) if lives and (j == k or not reaches[j].isdisjoint(reaches[k]))]
                 for k in places
             ]
-            self._near = key, torch.tensor(rows, device=device)
+            self._near = key, near
         return self._near[1]
-
-    def _add(self, parameters: Sequence[Tensor], found: list[Tensor | None], factor: Tensor, left: Tensor) -> None:
-        if looks(left) and bool(left):
-            return
-        pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
-        parts = [torch.where(left, 0.0, g * factor.to(g.dtype)) for _, g in pairs] if not looks(left) else None
-        if parts is None:
-            parts = list(torch._foreach_mul([g for _, g in pairs], factor)) if pairs else []
-        held = [(p.grad, part) for (p, _), part in zip(pairs, parts, strict=True) if p.grad is not None]
-        if held:
-            torch._foreach_add_([grad for grad, _ in held], [part for _, part in held])
-        for (parameter, _), part in zip(pairs, parts, strict=True):
-            if parameter.grad is None:
-                parameter.grad = part
-
-    def _note(self, lefts: Mapping[str, Tensor]) -> None:
-        for name, left in lefts.items():
-            if not looks(left) or bool(left):
-                self._left_out.append((self._calls, name, left))
-        if all(looks(left) and bool(left) for left in lefts.values()):
-            self._say(
-                "TermSplitter: no term of the step has a finite gradient, so that nothing was added. Look at the input "
-                "or at the weights if this lasts."
-            )
 
     def _say(self, text: str, stacklevel: int = 4) -> None:
         if text not in self._said:
@@ -394,22 +488,53 @@ class TermSplitter:
 
 
 _PARTS = ("scale", "level", "worst")
+_PART = 1 << 20
 
 
 def _norm(gradients: Sequence[Tensor | None], value: Tensor) -> Tensor:
     """The L2 norm over all parameters, in float64 where the device has it."""
-    found = [gradient.detach() for gradient in gradients if gradient is not None]
+    found = [gradient for gradient in gradients if gradient is not None]
     if not found:
-        return torch.zeros_like(value)
+        return wide(value).new_zeros(())
     dtype = torch.float64 if looks(found[0]) or found[0].dtype == torch.float64 else torch.float32
     norms = torch._foreach_norm(found, 2, dtype)
     return wide(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
+
+
+def _length(vector: Tensor) -> float:
+    """The L2 norm in float64, a part at a time, since torch makes a copy in that precision."""
+    vector = torch.view_as_real(vector) if vector.is_complex() else vector
+    if vector.shape[0] <= _PART:
+        return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    return math.hypot(*map(_length, vector.split(_PART)))
+
+
+def _add(parameters: Sequence[Tensor], vectors: Sequence[tuple[Tensor, float]]) -> None:
+    """Add the sum of factor times vector, cut into the parameters' shapes, to ``.grad``."""
+    if not vectors:
+        return
+    (first, factor), *others = vectors
+    # Several tensors were copied into one vector; a single one may share its memory with another gradient.
+    total = first if factor == 1 and len(parameters) > 1 else first * factor
+    for vector, factor in others:
+        total.add_(vector, alpha=factor)
+    parts = _unflatten_dense_tensors(total, parameters)
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is None:
+            parameter.grad = part
+        else:
+            parameter.grad.add_(part)
 
 
 def _followed(old_K: Tensor, norm_K: Tensor, decay: float, growth: float) -> Tensor:
     """The running maxima after these norms; zero means that there was none so far."""
     moved_K = torch.minimum(torch.maximum(norm_K, decay * old_K), growth * old_K)
     return torch.where(norm_K.isfinite() & (norm_K > 0), torch.where(old_K > 0, moved_K, norm_K), old_K)
+
+
+def _followed_number(old: float, norm: float, decay: float, growth: float) -> float:
+    """The same for one norm that is finite and above zero."""
+    return min(max(norm, decay * old), growth * old) if old > 0 else norm
 
 
 def _watched(old: Tensor, value_K: Tensor, decay: float) -> Tensor:
@@ -424,6 +549,11 @@ def _progress(state: Tensor) -> Tensor:
     """What is left of every term: its level over its largest value; 0 where it is not above zero."""
     _, level, worst = state
     return torch.where((level > 0) & (worst > 0), level / worst, 0.0)
+
+
+def _progress_number(level: float, worst: float) -> float:
+    """The same for one term; inf where it is not above zero, since it gives no relief then."""
+    return level / worst if level > 0 and worst > 0 else math.inf
 
 
 def _is_sharded(parameter: Tensor) -> bool:

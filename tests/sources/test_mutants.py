@@ -101,23 +101,48 @@ def test_a_maximum_that_a_zero_lowers_is_noticed(monkeypatch):
 
     monkeypatch.setattr(terms, "_followed", lowered)
     with pytest.raises(AssertionError):
-        test_terms.test_a_term_of_zero_drowns_nobody()
+        test_terms.test_a_device_where_nobody_looks_gives_the_same_numbers()
+
+
+def test_a_maximum_that_does_not_decay_is_noticed(monkeypatch):
+    right = terms._followed_number
+    monkeypatch.setattr(terms, "_followed_number", lambda old, norm, decay, growth: right(old, norm, 1.0, growth))
+    with pytest.raises(AssertionError):
+        test_terms.test_a_device_where_nobody_looks_gives_the_same_numbers()
 
 
 def test_a_limit_over_terms_that_share_nothing_is_noticed(monkeypatch):
-    def all_of_them(self, places, device):
-        return torch.ones(len(places), len(self._places), dtype=torch.bool)
-
-    monkeypatch.setattr(terms.TermSplitter, "_neighbours", all_of_them)
+    monkeypatch.setattr(
+        terms.TermSplitter, "_neighbours", lambda self, places: [list(range(len(self._places))) for _ in places]
+    )
     with pytest.raises(AssertionError):
         test_terms.test_terms_that_share_no_parameter_do_not_bound_each_other()
 
 
 @pytest.mark.parametrize("mistake", ["inverted", "squared"])
-def test_a_wrong_relief_is_noticed(monkeypatch, mistake):
-    right = terms._progress
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_wrong_relief_is_noticed(monkeypatch, mistake, where):
+    name = "_progress_number" if where == "host" else "_progress"
+    right = getattr(terms, name)
     monkeypatch.setattr(
-        terms, "_progress", lambda state: 1 / right(state) if mistake == "inverted" else right(state) ** 2
+        terms, name, lambda *a: 1 / (right(*a) + 1e-300) + 1e-300 if mistake == "inverted" else right(*a) ** 2
     )
     with pytest.raises(AssertionError):
-        test_terms.test_the_limit_of_a_term_that_lags_behind_rises(10.0)
+        if where == "host":
+            test_terms.test_the_limit_of_a_term_that_lags_behind_rises(10.0)
+        else:
+            test_terms.test_a_device_where_nobody_looks_gives_the_same_numbers()
+
+
+def test_a_gradient_that_is_scaled_where_it_lies_is_noticed(monkeypatch):
+    def in_place(parameters, vectors):
+        (total, factor), *others = vectors
+        total.mul_(factor)
+        for vector, factor in others:
+            total.add_(vector, alpha=factor)
+        for parameter, part in zip(parameters, terms._unflatten_dense_tensors(total, parameters), strict=True):
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
+
+    monkeypatch.setattr(terms, "_add", in_place)
+    with pytest.raises(AssertionError):
+        test_terms.test_gradients_that_share_their_memory_are_not_changed_twice()

@@ -291,16 +291,88 @@ def test_saving_in_the_middle_changes_nothing():
     assert torch.equal(*found)
 
 
-def test_a_device_where_nobody_looks_gives_the_same_numbers(monkeypatch):
-    found = []
-    for look in (True, False):
-        if not look:
-            monkeypatch.setattr("gradsplit.sources.terms.looks", lambda tensor: False)
-        w = _weight(3)
-        splitter = TermSplitter([w])
-        splitter.backward(a=w[0], b=100 * w[1], c=math.nan * w[2])
-        found.append((w.grad.tolist(), splitter.named()))
-    assert found[0] == found[1]
+def _unseen(splitter: TermSplitter) -> TermSplitter:
+    """The splitter as it runs where looking would wait for the device."""
+    splitter._follow_numbers = splitter._follow
+    return splitter
+
+
+def test_a_device_where_nobody_looks_gives_the_same_numbers():
+    """Many calls with terms that come and go, lag, are zero, negative, huge or not finite, and reach other parts."""
+    generator = torch.Generator().manual_seed(5)
+    twins = [[_weight(3), nn.Parameter(torch.zeros(2)), _weight(1)] for _ in range(2)]
+    splitters = [TermSplitter(twins[0], memory=6), _unseen(TermSplitter(twins[1], memory=6))]
+    for call in range(40):
+        sizes = (10 ** torch.randn(6, generator=generator).double()).tolist()
+        values = {"a": 0.8**call, "b": 1.0, "c": -1.0 if call < 9 else 0.5, "d": math.nan if call % 7 == 3 else 1.0}
+        there = {"a", "c"} if call % 5 == 2 else {"b"} if call % 11 == 6 else {"a", "b", "c", "d"}
+        for (u, v, w), splitter in zip(twins, splitters, strict=True):
+            terms = {
+                "a": sizes[0] * u.sum() + sizes[1] * v.sum() + values["a"],
+                "b": sizes[2] * (u * torch.arange(3)).sum() + values["b"],
+                "c": sizes[3] * w.sum() * (call % 4 > 0) + values["c"],
+                "d": sizes[4] * v.sum() + (values["d"] if call % 2 else values["d"] * v[0] * 1e30) + w.sum(),
+            }
+            splitter.backward(**{name: term for name, term in terms.items() if name in there})
+        for one, other in zip(*(splitter.rows() for splitter in splitters), strict=True):
+            assert one.term == other.term
+            assert one[1:] == pytest.approx(other[1:], rel=1e-12, nan_ok=True)
+        assert splitters[0].named() == splitters[1].named()
+        one, other = (splitter.state_dict() for splitter in splitters)
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+        for one, other in zip(*twins, strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
+    assert len(splitters[0].named()) == 3
+
+
+def test_a_state_passes_between_host_and_device():
+    """A model that is moved in the middle goes on with the same numbers."""
+    w = [_weight(2) for _ in range(2)]
+    straight, moved = TermSplitter([w[0]]), TermSplitter([w[1]])
+    numbers = moved._follow_numbers
+    for call in range(8):
+        moved._follow_numbers = moved._follow if 2 <= call < 5 else numbers
+        for weight, splitter in zip(w, (straight, moved), strict=True):
+            splitter.backward(a=weight.sum() + 0.5**call, b=(10 + call) * weight.sum() + 1.0)
+        for one, other in zip(straight.rows(), moved.rows(), strict=True):
+            assert one[1:] == pytest.approx(other[1:], rel=1e-12)
+    torch.testing.assert_close(w[0].grad, w[1].grad, rtol=1e-12, atol=0)
+
+
+def test_gradients_that_share_their_memory_are_not_changed_twice():
+    v, w = _weight(2), _weight(2)
+    terms = TermSplitter([v, w])
+    held = torch.ones(2).double()
+    terms.backward(a=(v * held).sum() + (w * held).sum(), b=1e3 * (v + w).sum())
+    assert held.tolist() == [1.0, 1.0]
+    assert v.grad.tolist() == w.grad.tolist() == [2.0, 2.0]
+    v.grad.add_(1.0)
+    assert w.grad.tolist() == [2.0, 2.0]
+    alone = _weight(1)
+    terms = TermSplitter([alone])
+    terms.backward(a=alone.sum())
+    alone.grad.mul_(7)
+    terms.backward(a=alone.sum())
+    assert alone.grad.tolist() == [8.0]
+
+
+def test_parameters_of_several_dtypes_and_complex_ones():
+    a, b = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    TermSplitter([a, b]).backward(small=3 * a.sum().float() + 4 * b.real.sum(), large=1e3 * a.sum().float())
+    assert a.grad.dtype == torch.bfloat16 and b.grad.dtype == torch.complex64
+    norm = math.sqrt(2 * 9 + 2 * 16)
+    torch.testing.assert_close(a.grad.float(), torch.full((2,), 3 + norm / math.sqrt(2)), rtol=0.01, atol=0)
+    torch.testing.assert_close(b.grad.real, torch.full((2,), 4.0))
+
+
+def test_a_large_vector_is_measured_in_parts(monkeypatch):
+    from gradsplit.sources import terms
+
+    monkeypatch.setattr(terms, "_PART", 3)
+    w, signal = _weight(8), torch.arange(8.0).double()
+    splitter = TermSplitter([w])
+    splitter.backward(a=(w * signal).sum())
+    assert splitter.rows()[0].norm == pytest.approx(float(signal.norm()), rel=1e-14)
 
 
 @pytest.mark.parametrize(
