@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .limits import Rule, RunningLimit
+from .limits import Rule, RunningLimit, wide
 
 __all__ = [
     *("KINDS", "Decided", "Kind", "Layer", "LayerKind", "Listener", "Where", "all_finite", "length", "looks"),
-    *("masked", "once", "row_shape", "spread", "times", "wide"),
+    *("masked", "once", "row_shape", "spread", "times"),
 ]
 
 
@@ -96,11 +96,6 @@ def length(tensor: Tensor, rows: Sequence[int], *, again: bool = True) -> Tensor
     if again and looks(norm_S) and not all_finite(norm_S):
         norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1) if dims else norm_S
     return norm_S
-
-
-def wide(number_S: Tensor) -> Tensor:
-    """The numbers in float64, where the device has it."""
-    return number_S.float() if number_S.device.type == "mps" else number_S.double()
 
 
 def spread(number_S: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,16 +1,22 @@
-"""How large one sample may be beside the others: a running scale of the samples' norms, kept on their device."""
+"""How large one sample may be beside the others, and one term of the loss: running scales, kept on their device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RULES", "Rule", "RunningLimit", "rule_of"]
+__all__ = ["RULES", "Rule", "RunningLimit", "TermLimits", "rule_of", "wide"]
+
+
+def wide(number_S: Tensor) -> Tensor:
+    """The numbers in float64, where the device has it."""
+    return number_S.float() if number_S.device.type == "mps" else number_S.double()
 
 
 class Rule(Protocol):
@@ -112,3 +118,188 @@ def rule_of(kind: str | Rule, call: str) -> Rule:
         names = " or ".join(map(repr, RULES))
         raise ValueError(f"{call}(kind={kind!r}): expected {names}, or a rule as RunningLimit(quantile=0.5).")
     return kind
+
+
+_PARTS = ("scale", "level", "worst")
+
+
+class TermLimits:
+    """The running maxima of the terms' norms, the levels of their values, and from both the limits: see `TermSplitter`.
+
+    Args:
+        decay: what a maximum keeps per call.
+        growth: largest ratio by which it rises.
+        relief: largest factor on the limit of a term that lags behind.
+        memory: calls after which a term that does not come again no longer counts.
+    """
+
+    def __init__(self, decay: float, growth: float, relief: float, memory: float) -> None:
+        self.decay, self.growth, self.relief, self.memory = decay, growth, relief, memory
+        self.calls = 0
+        # Per term, in the order of their first calls: scale, level and worst are m, v and V of the formula.
+        self.places: dict[str, int] = {}
+        self.reaches: list[frozenset[int]] = []
+        self._state: Tensor | list[list[float]] = [[], [], []]
+        self._seen: list[int] = []
+        self._marks: dict[int, tuple[list[int], list[Any]]] = {}  # per place, what its reach was made from
+        self._changes = 0
+        self._near: tuple[Any, list[list[int]]] | None = None
+        self._grouped: tuple[Any, list[tuple[list[int], list[bool]]]] | None = None
+
+    def enter(
+        self,
+        names: tuple[str, ...],
+        chosen: list[int],
+        gradients: Sequence[Sequence[Tensor | None]],
+        greet: Callable[[str, tuple[str, ...]], None],
+    ) -> list[int]:
+        """The places of the terms of this call; note what they reach and that they were seen.
+
+        Args:
+            names: of the terms.
+            chosen: which parameters the gradients belong to.
+            gradients: per term, None where it does not reach a parameter.
+            greet: called for a term that is new, before it has a place.
+        """
+        places = []
+        for name, gradient in zip(names, gradients, strict=True):
+            place = self.places.get(name)
+            if place is None:
+                greet(name, names)
+                place = self.places[name] = len(self.places)
+                self.reaches.append(frozenset())
+                self._seen.append(0)
+            mark = [None if g is None else g.dtype for g in gradient]
+            if self._marks.get(place) != (chosen, mark):
+                self._marks[place] = chosen, mark
+                self.reaches[place] = frozenset(k for k, dtype in zip(chosen, mark, strict=True) if dtype)
+                self._changes += 1
+            self._seen[place] = self.calls
+            places.append(place)
+        return places
+
+    def observe(self, places: list[int], norm_K: Tensor, value_K: Tensor) -> Tensor:
+        """The state after this call, and from it the limit of every term of the call."""
+        count = len(self.places)
+        state = self._as_tensor().to(norm_K)
+        if state.shape[1] < count:
+            state = torch.cat([state, state.new_zeros(3, count - state.shape[1])], 1)
+        index = torch.tensor(places, device=norm_K.device)
+        old = state[:, index]
+        new = torch.stack([_followed(old[0], norm_K, self.decay, self.growth), *_watched(old[1:], value_K, self.decay)])
+        self._state = state = state.index_copy(1, index, new)
+        near = torch.zeros(len(places), count, dtype=torch.bool)
+        for row, others in enumerate(self.neighbours(places)):
+            near[row, others] = True
+        near = near.to(norm_K.device)
+        smallest_K = torch.where(near & (state[0] > 0), state[0], math.inf).amin(1)
+        if self.relief == 1:
+            return smallest_K
+        left = _progress(state)
+        least_K = torch.where(near & (left > 0), left, math.inf).amin(1)
+        return smallest_K * (left[index] / least_K).sqrt().clamp(1.0, self.relief)
+
+    def observe_numbers(self, places: list[int], norms: list[float], values: list[float]) -> list[float]:
+        """The same in Python's numbers: on the CPU a call of torch costs more than the whole rule."""
+        state: list[list[float]] = self._state.tolist() if isinstance(self._state, Tensor) else self._state
+        self._state = maxima, levels, worsts = state
+        for part in state:
+            part.extend(0.0 for _ in range(len(self.places) - len(part)))
+        inf = math.inf
+        for k, norm, value in zip(places, norms, values, strict=True):
+            if 0 < norm < inf:
+                maxima[k] = _followed_number(maxima[k], norm, self.decay, self.growth)
+            if -inf < value < inf:
+                worst = worsts[k]
+                levels[k] = 0.9 * levels[k] + 0.1 * value if worst > 0 else value
+                worsts[k] = max(value, self.decay * worst)
+        lefts = [_progress_number(level, worst) for level, worst in zip(levels, worsts, strict=True)]
+        limits = []
+        for k, others in zip(places, self.neighbours(places), strict=True):
+            limit = min((maxima[j] for j in others if maxima[j] > 0), default=inf)
+            left = lefts[k]
+            if self.relief > 1 and left < inf:
+                limit *= min(max(math.sqrt(left / min(lefts[j] for j in others)), 1.0), self.relief)
+            limits.append(limit)
+        return limits
+
+    def groups(self, places: list[int]) -> list[tuple[list[int], list[bool]]]:
+        """Parameters of one dtype that the same terms reach: where they are, and which terms of the call reach them."""
+        key = places, self._changes
+        if self._grouped is None or self._grouped[0] != key:
+            found: dict[tuple[Any, ...], list[int]] = {}
+            for k, dtypes in enumerate(zip(*(self._marks[place][1] for place in places), strict=True)):
+                if any(dtypes):
+                    found.setdefault(dtypes, []).append(k)
+            self._grouped = key, [(members, [d is not None for d in dtypes]) for dtypes, members in found.items()]
+        return self._grouped[1]
+
+    def neighbours(self, places: list[int]) -> list[list[int]]:
+        """Which terms bound each term of the call: those that share a parameter with it and are alive, and itself."""
+        alive = [self.calls - seen < self.memory for seen in self._seen]
+        key = places, alive, self._changes
+        if self._near is None or self._near[0] != key:
+            reaches = self.reaches
+            near = [
+                [j for j, lives in enumerate(alive) if lives and (j == k or not reaches[j].isdisjoint(reaches[k]))]
+                for k in places
+            ]
+            self._near = key, near
+        return self._near[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next call depends on."""
+        state = self._as_tensor()
+        rows = {
+            name: {
+                **dict(zip(_PARTS, state[:, k].clone(), strict=True)),
+                "reaches": sorted(self.reaches[k]),
+                "seen": self._seen[k],
+            }
+            for name, k in self.places.items()
+        }
+        return {"calls": self.calls, "terms": rows}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over a saved state."""
+        rows = list(state["terms"].values())
+        columns = [torch.stack([torch.as_tensor(row.get(part, 0.0), device=device) for part in _PARTS]) for row in rows]
+        self._state = wide(torch.stack(columns, 1)) if columns else [[], [], []]
+        self.places = {name: k for k, name in enumerate(state["terms"])}
+        self.reaches = [frozenset(row["reaches"]) for row in rows]
+        self._seen = [int(row["seen"]) for row in rows]
+        self.calls = int(state["calls"])
+        self._marks, self._near, self._grouped = {}, None, None
+
+    def _as_tensor(self) -> Tensor:
+        return self._state if isinstance(self._state, Tensor) else torch.tensor(self._state, dtype=torch.float64)
+
+
+def _followed(old_K: Tensor, norm_K: Tensor, decay: float, growth: float) -> Tensor:
+    """The running maxima after these norms; zero means that there was none so far."""
+    moved_K = torch.minimum(torch.maximum(norm_K, decay * old_K), growth * old_K)
+    return torch.where(norm_K.isfinite() & (norm_K > 0), torch.where(old_K > 0, moved_K, norm_K), old_K)
+
+
+def _followed_number(old: float, norm: float, decay: float, growth: float) -> float:
+    """The same for one norm that is finite and above zero."""
+    return min(max(norm, decay * old), growth * old) if old > 0 else norm
+
+
+def _watched(old: Tensor, value_K: Tensor, decay: float) -> Tensor:
+    """The levels and the largest values after these values, which count where they are finite."""
+    level_K, worst_K = old
+    # A term that has not been above zero so far begins here.
+    level_K = torch.where(worst_K > 0, 0.9 * level_K + 0.1 * value_K, value_K)
+    return torch.where(value_K.isfinite(), torch.stack([level_K, torch.maximum(value_K, decay * worst_K)]), old)
+
+
+def _progress(state: Tensor) -> Tensor:
+    """What is left of every term: its level over its largest value; 0 where it is not above zero."""
+    _, level, worst = state
+    return torch.where((level > 0) & (worst > 0), level / worst, 0.0)
+
+
+def _progress_number(level: float, worst: float) -> float:
+    """The same for one term; inf where it is not above zero, since it gives no relief then."""
+    return level / worst if level > 0 and worst > 0 else math.inf

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from ..hooks import not_traced
 from ..split import check_state
 from .ends import WHOLE, WholeKind
-from .layers import KINDS, Kind, Layer, length, looks, row_shape, spread, wide
-from .limits import Rule, RunningLimit, rule_of
+from .layers import KINDS, Kind, Layer, length, looks, row_shape, spread
+from .limits import Rule, RunningLimit, rule_of, wide
 
 __all__ = ["SampleSplitter", "StoodOut"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..split import check_state
-from .layers import looks, wide
+from .layers import looks
+from .limits import TermLimits, wide
 
 __all__ = ["LeftOut", "TermRow", "TermSplitter"]
 
@@ -144,18 +145,9 @@ class TermSplitter:
                 "made by hooks that one backward pass per term goes past. Use DistributedDataParallel."
             )
         self.weights = dict(weights or {})
-        self.decay, self.growth, self.relief, self.memory, self.scaler = decay, growth, relief, memory, scaler
-        # Per term, in the order of their first calls: scale, level and worst are m, v and V of the formula.
-        self._places: dict[str, int] = {}
-        self._state: Tensor | list[list[float]] = [[], [], []]
-        self._reaches: list[frozenset[int]] = []
-        self._seen: list[int] = []
-        self._marks: dict[int, tuple[list[int], list[Any]]] = {}  # per place, what its reach was made from
-        self._changes = 0
-        self._near: tuple[Any, list[list[int]]] | None = None
-        self._grouped: tuple[Any, list[tuple[list[int], list[bool]]]] | None = None
+        self.scaler = scaler
+        self.limits = TermLimits(decay, growth, relief, memory)
         self._one: Tensor | None = None  # the signal at a term
-        self._calls = 0
         self._left_out: deque[tuple[int, str, Tensor | bool]] = deque(maxlen=10_000)
         self._last: tuple[tuple[str, ...], Any] | None = None
         self._said: set[str] = set()
@@ -186,10 +178,17 @@ class TermSplitter:
             gradient, value = self._gradient(name, term, parameters, keep=place < len(terms))
             gradients.append(gradient)
             values.append(value)
-        places = self._enter(tuple(terms), chosen, gradients)
+        names = tuple(terms)
+        places = self.limits.enter(names, chosen, gradients, self._compare)
+        for name, place in zip(names, places, strict=True):
+            if not self.limits.reaches[place]:
+                self._say(
+                    f"TermSplitter: the term {name!r} reaches none of the parameters, so that it adds nothing. Give "
+                    "the splitter the parameters that the term depends on, or leave the term out."
+                )
         follow = self._follow_numbers if all(p.is_cpu for p in parameters) else self._follow
-        follow(tuple(terms), places, parameters, gradients, values)
-        self._calls += 1
+        follow(names, places, parameters, gradients, values)
+        self.limits.calls += 1
 
     def named(self) -> list[LeftOut]:
         """The terms that were not finite and were left out, oldest first; waits for the device."""
@@ -205,16 +204,7 @@ class TermSplitter:
 
     def state_dict(self) -> dict[str, Any]:
         """The running maxima, and when each term was last seen."""
-        state = self._as_tensor()
-        rows = {
-            name: {
-                **dict(zip(_PARTS, state[:, k].clone(), strict=True)),
-                "reaches": sorted(self._reaches[k]),
-                "seen": self._seen[k],
-            }
-            for name, k in self._places.items()
-        }
-        return {"calls": self._calls, "terms": rows}
+        return self.limits.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state.
@@ -230,18 +220,7 @@ class TermSplitter:
                     f"TermSplitter.load_state_dict(…): expected terms of these {len(self.parameters)} parameters, got "
                     f"{name!r}, which reaches parameter {last}. Load it into a splitter of the same model."
                 )
-        rows = list(state["terms"].values())
-        device = self.parameters[0].device
-        columns = [torch.stack([torch.as_tensor(row.get(part, 0.0), device=device) for part in _PARTS]) for row in rows]
-        self._state = wide(torch.stack(columns, 1)) if columns else [[], [], []]
-        self._places = {name: k for k, name in enumerate(state["terms"])}
-        self._reaches = [frozenset(row["reaches"]) for row in rows]
-        self._seen = [int(row["seen"]) for row in rows]
-        self._calls = int(state["calls"])
-        self._marks, self._near, self._grouped = {}, None, None
-
-    def _as_tensor(self) -> Tensor:
-        return self._state if isinstance(self._state, Tensor) else torch.tensor(self._state, dtype=torch.float64)
+        self.limits.load_state_dict(state, self.parameters[0].device)
 
     def _check(self, terms: Mapping[str, Tensor]) -> None:
         if not terms:
@@ -296,37 +275,11 @@ class TermSplitter:
         ]
         return gradients, mean
 
-    def _enter(
-        self, names: tuple[str, ...], chosen: list[int], gradients: Sequence[Sequence[Tensor | None]]
-    ) -> list[int]:
-        """The places of the terms of this call, what they reach, and that they were seen."""
-        places = []
-        for name, gradient in zip(names, gradients, strict=True):
-            place = self._places.get(name)
-            if place is None:
-                self._compare(name, names)
-                place = self._places[name] = len(self._places)
-                self._reaches.append(frozenset())
-                self._seen.append(0)
-            mark = [None if g is None else g.dtype for g in gradient]
-            if self._marks.get(place) != (chosen, mark):
-                self._marks[place] = chosen, mark
-                self._reaches[place] = frozenset(k for k, dtype in zip(chosen, mark, strict=True) if dtype)
-                self._changes += 1
-            if not self._reaches[place]:
-                self._say(
-                    f"TermSplitter: the term {name!r} reaches none of the parameters, so that it adds nothing. Give "
-                    "the splitter the parameters that the term depends on, or leave the term out."
-                )
-            self._seen[place] = self._calls
-            places.append(place)
-        return places
-
     def _compare(self, name: str, names: tuple[str, ...]) -> None:
         """Warn of a new term without a weight, where a weight that no term has had is called nearly the same."""
         if name in self.weights:
             return
-        unused = [key for key in self.weights if key not in self._places and key not in names]
+        unused = [key for key in self.weights if key not in self.limits.places and key not in names]
         # Names that differ in their digits alone are two terms.
         unused = [key for key in unused if re.sub(r"\d", "", key) != re.sub(r"\d", "", name)]
         for key in difflib.get_close_matches(name, unused, n=1, cutoff=0.8):
@@ -352,12 +305,12 @@ class TermSplitter:
             norm_K = norm_K / self.scaler.scale(norm_K.new_ones((), dtype=torch.float32)).to(norm_K.device)
             # What overflows although the term is finite must reach the scaler.
             left_K = ~norm_K.isfinite() & ~value_K.isfinite()
-        limit_K = self._observe(places, norm_K, value_K)
+        limit_K = self.limits.observe(places, norm_K, value_K)
         scale_K = torch.where(norm_K > limit_K, limit_K / norm_K, 1.0)
         scale_K = torch.where(norm_K.isfinite(), scale_K, torch.where(left_K, 0.0, 1.0))
         self._last = names, torch.stack([norm_K, limit_K, scale_K])
         for name, found, scale, left in zip(names, gradients, scale_K.unbind(), left_K.unbind(), strict=True):
-            self._left_out.append((self._calls, name, left))
+            self._left_out.append((self.limits.calls, name, left))
             factor = scale * self.weights.get(name, 1.0)
             pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
             parts = [torch.where(left, 0.0, g * factor.to(g.dtype)) for _, g in pairs]
@@ -368,27 +321,6 @@ class TermSplitter:
                 if parameter.grad is None:
                     parameter.grad = part
 
-    def _observe(self, places: list[int], norm_K: Tensor, value_K: Tensor) -> Tensor:
-        """The state after this call, and from it the limit of every term of the call."""
-        count = len(self._places)
-        state = self._as_tensor().to(norm_K)
-        if state.shape[1] < count:
-            state = torch.cat([state, state.new_zeros(3, count - state.shape[1])], 1)
-        index = torch.tensor(places, device=norm_K.device)
-        old = state[:, index]
-        new = torch.stack([_followed(old[0], norm_K, self.decay, self.growth), *_watched(old[1:], value_K, self.decay)])
-        self._state = state = state.index_copy(1, index, new)
-        near = torch.zeros(len(places), count, dtype=torch.bool)
-        for row, others in enumerate(self._neighbours(places)):
-            near[row, others] = True
-        near = near.to(norm_K.device)
-        smallest_K = torch.where(near & (state[0] > 0), state[0], math.inf).amin(1)
-        if self.relief == 1:
-            return smallest_K
-        left = _progress(state)
-        least_K = torch.where(near & (left > 0), left, math.inf).amin(1)
-        return smallest_K * (left[index] / least_K).sqrt().clamp(1.0, self.relief)
-
     def _follow_numbers(
         self,
         names: tuple[str, ...],
@@ -398,7 +330,7 @@ class TermSplitter:
         values: Sequence[Tensor],
     ) -> None:
         """The same in Python's numbers: on the CPU a call of torch costs more than the whole rule."""
-        groups = self._groups(places)
+        groups = self.limits.groups(places)
         vectors: list[list[tuple[int, Tensor]]] = [[] for _ in groups]
         norms = []
         for k, found in enumerate(gradients):
@@ -416,7 +348,7 @@ class TermSplitter:
             scale = float(self.scaler.scale(torch.ones(())))
             norms = [norm / scale for norm in norms]
             lefts = [left and not math.isfinite(level) for left, level in zip(lefts, levels, strict=True)]
-        limits = self._observe_numbers(places, norms, levels)
+        limits = self.limits.observe_numbers(places, norms, levels)
         scales = [
             min(1.0, limit / norm) if 0 < norm < math.inf else 0.0 if left else 1.0
             for norm, limit, left in zip(norms, limits, lefts, strict=True)
@@ -426,60 +358,14 @@ class TermSplitter:
         for (members, _), vector in zip(groups, vectors, strict=True):
             _add([parameters[j] for j in members], [(one, factors[k]) for k, one in vector if not lefts[k]])
         if True in lefts:
-            self._left_out.extend((self._calls, name, True) for name, left in zip(names, lefts, strict=True) if left)
+            self._left_out.extend(
+                (self.limits.calls, name, True) for name, left in zip(names, lefts, strict=True) if left
+            )
             if all(lefts):
                 self._say(
                     "TermSplitter: no term of the step has a finite gradient, so that nothing was added. Look at the "
                     "input or at the weights if this lasts."
                 )
-
-    def _observe_numbers(self, places: list[int], norms: list[float], values: list[float]) -> list[float]:
-        """The same as `_observe`."""
-        state: list[list[float]] = self._state.tolist() if isinstance(self._state, Tensor) else self._state
-        self._state = maxima, levels, worsts = state
-        for part in state:
-            part.extend(0.0 for _ in range(len(self._places) - len(part)))
-        inf = math.inf
-        for k, norm, value in zip(places, norms, values, strict=True):
-            if 0 < norm < inf:
-                maxima[k] = _followed_number(maxima[k], norm, self.decay, self.growth)
-            if -inf < value < inf:
-                worst = worsts[k]
-                levels[k] = 0.9 * levels[k] + 0.1 * value if worst > 0 else value
-                worsts[k] = max(value, self.decay * worst)
-        lefts = [_progress_number(level, worst) for level, worst in zip(levels, worsts, strict=True)]
-        limits = []
-        for k, others in zip(places, self._neighbours(places), strict=True):
-            limit = min((maxima[j] for j in others if maxima[j] > 0), default=inf)
-            left = lefts[k]
-            if self.relief > 1 and left < inf:
-                limit *= min(max(math.sqrt(left / min(lefts[j] for j in others)), 1.0), self.relief)
-            limits.append(limit)
-        return limits
-
-    def _groups(self, places: list[int]) -> list[tuple[list[int], list[bool]]]:
-        """Parameters of one dtype that the same terms reach: where they are, and which terms of the call reach them."""
-        key = places, self._changes
-        if self._grouped is None or self._grouped[0] != key:
-            found: dict[tuple[Any, ...], list[int]] = {}
-            for k, dtypes in enumerate(zip(*(self._marks[place][1] for place in places), strict=True)):
-                if any(dtypes):
-                    found.setdefault(dtypes, []).append(k)
-            self._grouped = key, [(members, [d is not None for d in dtypes]) for dtypes, members in found.items()]
-        return self._grouped[1]
-
-    def _neighbours(self, places: list[int]) -> list[list[int]]:
-        """Which terms bound each term of the call: those that share a parameter with it and are alive, and itself."""
-        alive = [self._calls - seen < self.memory for seen in self._seen]
-        key = places, alive, self._changes
-        if self._near is None or self._near[0] != key:
-            reaches = self._reaches
-            near = [
-                [j for j, lives in enumerate(alive) if lives and (j == k or not reaches[j].isdisjoint(reaches[k]))]
-                for k in places
-            ]
-            self._near = key, near
-        return self._near[1]
 
     def _say(self, text: str, stacklevel: int = 4) -> None:
         if text not in self._said:
@@ -487,7 +373,6 @@ class TermSplitter:
             warnings.warn(text, UserWarning, stacklevel=stacklevel)
 
 
-_PARTS = ("scale", "level", "worst")
 _PART = 1 << 20
 
 
@@ -524,36 +409,6 @@ def _add(parameters: Sequence[Tensor], vectors: Sequence[tuple[Tensor, float]]) 
             parameter.grad = part
         else:
             parameter.grad.add_(part)
-
-
-def _followed(old_K: Tensor, norm_K: Tensor, decay: float, growth: float) -> Tensor:
-    """The running maxima after these norms; zero means that there was none so far."""
-    moved_K = torch.minimum(torch.maximum(norm_K, decay * old_K), growth * old_K)
-    return torch.where(norm_K.isfinite() & (norm_K > 0), torch.where(old_K > 0, moved_K, norm_K), old_K)
-
-
-def _followed_number(old: float, norm: float, decay: float, growth: float) -> float:
-    """The same for one norm that is finite and above zero."""
-    return min(max(norm, decay * old), growth * old) if old > 0 else norm
-
-
-def _watched(old: Tensor, value_K: Tensor, decay: float) -> Tensor:
-    """The levels and the largest values after these values, which count where they are finite."""
-    level_K, worst_K = old
-    # A term that has not been above zero so far begins here.
-    level_K = torch.where(worst_K > 0, 0.9 * level_K + 0.1 * value_K, value_K)
-    return torch.where(value_K.isfinite(), torch.stack([level_K, torch.maximum(value_K, decay * worst_K)]), old)
-
-
-def _progress(state: Tensor) -> Tensor:
-    """What is left of every term: its level over its largest value; 0 where it is not above zero."""
-    _, level, worst = state
-    return torch.where((level > 0) & (worst > 0), level / worst, 0.0)
-
-
-def _progress_number(level: float, worst: float) -> float:
-    """The same for one term; inf where it is not above zero, since it gives no relief then."""
-    return level / worst if level > 0 and worst > 0 else math.inf
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from gradsplit.sources import RULES, ends, layers, samples, terms
+from gradsplit.sources import RULES, ends, layers, limits, samples, terms
 from gradsplit.sources.limits import RunningLimit
 from tests.sources import test_bounding, test_masking, test_quarantine, test_terms
 
@@ -99,21 +99,21 @@ def test_a_maximum_that_a_zero_lowers_is_noticed(monkeypatch):
         moved = torch.minimum(torch.maximum(norm, decay * old), growth * old)
         return torch.where(old > 0, moved, norm)
 
-    monkeypatch.setattr(terms, "_followed", lowered)
+    monkeypatch.setattr(limits, "_followed", lowered)
     with pytest.raises(AssertionError):
         test_terms.test_a_device_where_nobody_looks_gives_the_same_numbers()
 
 
 def test_a_maximum_that_does_not_decay_is_noticed(monkeypatch):
-    right = terms._followed_number
-    monkeypatch.setattr(terms, "_followed_number", lambda old, norm, decay, growth: right(old, norm, 1.0, growth))
+    right = limits._followed_number
+    monkeypatch.setattr(limits, "_followed_number", lambda old, norm, decay, growth: right(old, norm, 1.0, growth))
     with pytest.raises(AssertionError):
         test_terms.test_a_device_where_nobody_looks_gives_the_same_numbers()
 
 
 def test_a_limit_over_terms_that_share_nothing_is_noticed(monkeypatch):
     monkeypatch.setattr(
-        terms.TermSplitter, "_neighbours", lambda self, places: [list(range(len(self._places))) for _ in places]
+        limits.TermLimits, "neighbours", lambda self, places: [list(range(len(self.places))) for _ in places]
     )
     with pytest.raises(AssertionError):
         test_terms.test_terms_that_share_no_parameter_do_not_bound_each_other()
@@ -123,7 +123,7 @@ def test_a_limit_over_terms_that_share_nothing_is_noticed(monkeypatch):
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_a_wrong_relief_is_noticed(monkeypatch, mistake, where):
     name = "_progress_number" if where == "host" else "_progress"
-    right = getattr(terms, name)
+    right = getattr(limits, name)
     monkeypatch.setattr(
         terms, name, lambda *a: 1 / (right(*a) + 1e-300) + 1e-300 if mistake == "inverted" else right(*a) ** 2
     )
