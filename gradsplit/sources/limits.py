@@ -144,7 +144,7 @@ class TermLimits:
         self._marks: dict[int, tuple[list[int], list[Any]]] = {}  # per place, what its reach was made from
         self._changes = 0
         self._near: tuple[Any, list[list[int]]] | None = None
-        self._grouped: tuple[Any, list[tuple[list[int], list[bool]]]] | None = None
+        self._bundled: tuple[Any, list[tuple[list[int], list[bool]]]] | None = None
 
     def enter(
         self,
@@ -223,16 +223,16 @@ class TermLimits:
             limits.append(limit)
         return limits
 
-    def groups(self, places: list[int]) -> list[tuple[list[int], list[bool]]]:
+    def bundles(self, places: list[int]) -> list[tuple[list[int], list[bool]]]:
         """Parameters of one dtype that the same terms reach: where they are, and which terms of the call reach them."""
         key = places, self._changes
-        if self._grouped is None or self._grouped[0] != key:
+        if self._bundled is None or self._bundled[0] != key:
             found: dict[tuple[Any, ...], list[int]] = {}
             for k, dtypes in enumerate(zip(*(self._marks[place][1] for place in places), strict=True)):
                 if any(dtypes):
                     found.setdefault(dtypes, []).append(k)
-            self._grouped = key, [(members, [d is not None for d in dtypes]) for dtypes, members in found.items()]
-        return self._grouped[1]
+            self._bundled = key, [(members, [d is not None for d in dtypes]) for dtypes, members in found.items()]
+        return self._bundled[1]
 
     def neighbours(self, places: list[int]) -> list[list[int]]:
         """Which terms bound each term of the call: those that share a parameter with it and are alive, and itself."""
@@ -269,7 +269,7 @@ class TermLimits:
         self.reaches = [frozenset(row["reaches"]) for row in rows]
         self._seen = [int(row["seen"]) for row in rows]
         self.calls = int(state["calls"])
-        self._marks, self._near, self._grouped = {}, None, None
+        self._marks, self._near, self._bundled = {}, None, None
 
     def _as_tensor(self) -> Tensor:
         return self._state if isinstance(self._state, Tensor) else torch.tensor(self._state, dtype=torch.float64)

@@ -330,12 +330,12 @@ class TermSplitter:
         values: Sequence[Tensor],
     ) -> None:
         """The same in Python's numbers: on the CPU a call of torch costs more than the whole rule."""
-        groups = self.limits.groups(places)
-        vectors: list[list[tuple[int, Tensor]]] = [[] for _ in groups]
+        bundles = self.limits.bundles(places)
+        vectors: list[list[tuple[int, Tensor]]] = [[] for _ in bundles]
         norms = []
         for k, found in enumerate(gradients):
             lengths = []
-            for (members, reached), made in zip(groups, vectors, strict=True):
+            for (members, reached), made in zip(bundles, vectors, strict=True):
                 if reached[k]:
                     vector = _flatten_dense_tensors([found[j] for j in members])
                     made.append((k, vector))
@@ -355,7 +355,7 @@ class TermSplitter:
         ]
         self._last = names, (norms, limits, scales)
         factors = [scale * self.weights.get(name, 1.0) for name, scale in zip(names, scales, strict=True)]
-        for (members, _), vector in zip(groups, vectors, strict=True):
+        for (members, _), vector in zip(bundles, vectors, strict=True):
             _add([parameters[j] for j in members], [(one, factors[k]) for k, one in vector if not lefts[k]])
         if True in lefts:
             self._left_out.extend(

@@ -125,7 +125,7 @@ def test_a_wrong_relief_is_noticed(monkeypatch, mistake, where):
     name = "_progress_number" if where == "host" else "_progress"
     right = getattr(limits, name)
     monkeypatch.setattr(
-        terms, name, lambda *a: 1 / (right(*a) + 1e-300) + 1e-300 if mistake == "inverted" else right(*a) ** 2
+        limits, name, lambda *a: 1 / (right(*a) + 1e-300) + 1e-300 if mistake == "inverted" else right(*a) ** 2
     )
     with pytest.raises(AssertionError):
         if where == "host":
