@@ -117,7 +117,7 @@ def behind_words(rows: Sequence[Row]) -> str:
         seeds = f", on {row['shared'] - row['ahead_on']} of {_number(row['shared'], 'seed')}" if row["shared"] else ""
         title = row["workload"][0].upper() + row["workload"][1:]
         items.append(
-            f"- {title}: GSO is {place}. {best} is ahead by {_share(row['margin'])}{seeds}. "
+            f"- {title}: GSO ranks {place}. {best} is ahead by {_share(row['margin'])}{seeds}. "
             f"{REASONS.get(row['workload'], UNKNOWN)}\n"
         )
     return "".join(items) or "In no row.\n"

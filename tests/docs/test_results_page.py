@@ -124,7 +124,7 @@ def _short(made):
     [
         (_opening, "opening", "in 77 of"),
         (_opening, "count", "first in 77 of"),
-        (_behind, "behind", "GSO is last. Lion is ahead by 50.0 %, on 2 of 3 seeds. We do not know why."),
+        (_behind, "behind", "GSO ranks last. Lion is ahead by 50.0 %, on 2 of 3 seeds. We do not know why."),
         (_nowhere_behind, "behind", "In no row."),
         (_cosine, "cosine-words", "Lion loses most"),
         (_time, "time-words", "to 77.00 times"),
