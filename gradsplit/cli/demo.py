@@ -102,7 +102,11 @@ def scene_table(scene: dict[str, Any]) -> Group:
             number(row["state_per_weight"], 1),
             style="bold" if row["ours"] else None,
         )
-    return Group(Text(title, "bold"), Text(scene["expect"]), table)
+    legend = (
+        "To target: steps until the training loss is where the global clip ends. State: bytes of the "
+        "optimizer per byte of weights."
+    )
+    return Group(Text(title, "bold"), Text(scene["expect"]), table, Text(legend, "dim"))
 
 
 def _without_pictures(row: dict[str, Any]) -> dict[str, Any]:

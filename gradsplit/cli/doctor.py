@@ -55,7 +55,7 @@ def run() -> None:
     from ..lab.evidence import hardware, installed_versions
 
     console = Console(highlight=False)
-    console.print(f"[bold]hardware[/]  {hardware()}; torch computes with {torch.get_num_threads()} threads")
+    console.print(f"[bold]hardware[/]  {hardware()}; torch threads: {torch.get_num_threads()}")
     console.print(
         "[bold]versions[/]  " + ", ".join(f"{name} {number}" for name, number in installed_versions().items())
     )
@@ -78,6 +78,7 @@ def run() -> None:
             found = importlib.util.find_spec(need.module) is not None
             table.add_row(need.module, "found" if found else f"missing: {need.install}", need.what)
         console.print(table)
+    console.print("A training of your own needs none of the data and parts. They serve demo, compare and report.")
 
 
 def _table(*headings: str) -> Table:

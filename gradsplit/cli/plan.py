@@ -40,23 +40,20 @@ def run(
     )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=True)
-    for heading in ("bins", "nodes", "a limit each", "Adam's v", "v, one a bin"):
+    for heading in ("bins", "nodes", "limits"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what it does")
     plans: dict[str, Any] = {}
     for row in STRATEGIES.values():
         if row.needs_energy:
-            table.add_row(row.name, "up to 256", "", _bytes(8 * 256), "", "", f"{row.summary}; needs a calibration")
+            table.add_row(row.name, "up to 256", "", _bytes(8 * 256), f"{row.summary}; needs a calibration")
             continue
         plan = plans[row.name] = row.make(layout)
-        table.add_row(
-            row.name, f"{plan.num_bins:,}", f"{plan.num_nodes:,}", _bytes(8 * plan.num_bins),
-            _bytes(4 * layout.num_elements), _bytes(4 * plan.num_bins), row.summary,
-        )  # fmt: skip
+        table.add_row(row.name, f"{plan.num_bins:,}", f"{plan.num_nodes:,}", _bytes(8 * plan.num_bins), row.summary)
     console.print(table)
     console.print(
-        "a limit each: one float64 a bin; Adam's v: second moments an element in float32, and one a bin with "
-        'GSO(second_moment="bin")\n'
+        "Limits: the memory for one float64 per bin. For comparison, Adam's second moments take "
+        f"{_bytes(4 * layout.num_elements)} in float32.\n"
     )
     if lines > 0:
         shown = plans.get(strategy)

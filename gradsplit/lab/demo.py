@@ -69,7 +69,7 @@ _TRIED = "benchmarks/results/gso"
 _USUAL = "the rate that its authors give"
 _OF_SCENES = "the cell of the composed scenes, not tuned here"
 
-_GSO = Row("GSO, nothing chosen", "gso", 0.03, None, "the share that it takes by default")
+_GSO = Row("GSO, defaults", "gso", 0.03, None, "the share that it takes by default")
 
 PHOTOGRAPHS = Scene(
     "aerial",

@@ -31,7 +31,7 @@ def hardware() -> str:
         model = names[0].partition(":")[2].strip() if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {cores} cores{gpu}"
+    return f"{model}, {cores} core{'s' if cores != 1 else ''}{gpu}"
 
 
 def installed_versions() -> dict[str, str]:

@@ -18,7 +18,8 @@ from tests.architecture.sources import unit_of
 # The rooms' bounds. The lab is left out of all of them: the command line alone uses it.
 MOST_FILES = (
     # 200, the self-check of programs on a GPU, what decides by them, the records of a step, where a run began, and
-    213  # which samples did it: seen, read, told; how many layers stand in series; how large each batch was
+    # which samples did it: seen, read, told; how many layers stand in series; how large each batch was;
+    214  # pictures apart from the shell of a page
 )
 MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and

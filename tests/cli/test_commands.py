@@ -168,7 +168,7 @@ def test_doctor_names_versions_backends_and_data(capsys):
 
     _run("doctor")
     out = capsys.readouterr().out
-    assert f"gradsplit {gs.__version__}" in out and "cores" in out
+    assert f"gradsplit {gs.__version__}" in out and "core" in out
     for name in (*BACKENDS, "sklearn", "deepforest", "schedulefree"):
         assert f" {name} " in out
 

@@ -306,5 +306,5 @@ def test_conditions_name_no_machine_and_no_person():
 
     text = json.dumps({k: v for k, v in conditions().items() if k != "command"})
     assert socket.gethostname() not in text or len(socket.gethostname()) < 3
-    assert "cores" in text and "torch" in text
+    assert "core" in text and "torch" in text
     assert getpass.getuser() + "@" not in text

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ...watch.report.html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
-from .rate_curve import line_style
+from ...watch.report.html import Section, html_table, page, text
+from ...watch.report.pictures import PICTURE_CSS, Line, courses, heat
+from .rate_curve import OTHERS, line_style
 from .tables import number, verdict
 
 __all__ = ["boxes_html", "demo_page"]
@@ -30,10 +31,10 @@ def demo_page(scenes: Sequence[Mapping[str, Any]], evidence: Mapping[str, Any]) 
     """
     sections = [section for at, scene in enumerate(scenes) for section in _sections(scene, at)]
     lead = (
-        "Every row has the same model, data, seed and number of steps. Rows of other methods stand at the rate that "
-        "the named trials chose; GSO has nothing chosen. Methods that do not help are shown as they are."
+        "Every row has the same model, data, seed and number of steps. The other methods use the learning rate that "
+        "was best in the trials named below each table; GSO uses its defaults. Methods that do not help are shown too."
     )
-    return page("gradsplit demo", lead, sections, evidence).replace("</style>", f"{HEAT_CSS}{_CSS}</style>", 1)
+    return page("gradsplit demo", lead, sections, evidence).replace("</style>", f"{PICTURE_CSS}{_CSS}</style>", 1)
 
 
 def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
@@ -41,16 +42,17 @@ def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
     yield Section(
         f"{name}: the table",
         f"{scene['title'][:1].upper()}{scene['title'][1:]}. {scene['expect']} {scene['steps']} steps; "
-        f"{scene['metric']}: {way}. To target: steps until the training loss is down to where the global clip ends. "
-        "Scaled: share of bins and steps. ms/step: processor time. Memory: bytes of the optimizer per byte of weights.",
-        [_table(scene), text("What chose learning rate and strength: " + _choices(scene["rows"]))],
+        f"{scene['metric']}: {way}. To target: steps until the training loss is where the global clip ends. Scaled: "
+        "share of all bins over all steps. ms/step: processor time. Memory: optimizer bytes per weight byte.",
+        [_table(scene), text("Where learning rates and limits come from: " + _choices(scene["rows"]))],
     )
     pictured = [row for row in scene["rows"] if row.get("example")]
     if pictured:
         yield Section(
             f"{name}: what each method found",
-            "A piece of the photograph that no step has seen. White: the trees drawn by hand; orange: as many of the "
-            "boxes found, the surest. A tree is hit where such a box overlaps it by more than half.",
+            "A piece of the photograph that was not used for training. White: the trees drawn by hand. Orange: the "
+            "same number of found boxes, the most confident ones. A tree counts as hit if such a box overlaps it by "
+            "more than half.",
             [boxes_html([(row["label"], row["example"]) for row in pictured], identity=f"photo{at}")],
         )
     yield Section(
@@ -63,8 +65,8 @@ def _sections(scene: Mapping[str, Any], at: int) -> Iterable[Section]:
     if watched:
         yield Section(
             f"{name}: norms before and after, {watched['label']}",
-            "Each line of the maps is a node of the module tree: the whole gradient, modules, tensors. Colour: its "
-            "norm over its own median before. First as measured after backward, then what reached the optimizer.",
+            "Each line of a map is the whole gradient, a module or a tensor. The colour is its norm divided by its own "
+            "median. The first map shows the norms after backward(), the second those that reached the optimizer.",
             [_norms(watched["norms"], part, f"norms{at}{part}") for part in ("before", "after")],
         )
 
@@ -111,7 +113,9 @@ def _losses(scene: Mapping[str, Any]) -> str:
     for row in scene["rows"]:
         stride = row["steps_run"] / max(len(row["losses"]), 1)
         y = np.array([np.nan if loss is None or loss > most else loss for loss in row["losses"]])
-        lines.append(Line(row["label"], style[row["label"]][0], np.arange(1, len(y) + 1) * stride, y))
+        colour = style[row["label"]][0]
+        readable = "currentColor" if colour == OTHERS[0] else colour  # nearly black is lost on a dark screen
+        lines.append(Line(row["label"], readable, np.arange(1, len(y) + 1) * stride, y))
     return courses("training loss", lines)
 
 

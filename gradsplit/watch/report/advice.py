@@ -42,7 +42,7 @@ def advice_of(account: Account) -> list[Advice]:
         if controlled and first.kind == "history" and held is not None and math.isfinite(first.norm):
             reason = f"{first.tensor} left its history at step {first.step} and was bounded"
             if math.isfinite(held.largest_after):
-                reason += f": at most {number(held.largest_after)} of it was let through"
+                reason += f": a norm of at most {number(held.largest_after)} was let through"
             found.append(Advice(f"{reason}.", ""))
         elif controlled and first.kind in ("history", "backward") and held is not None:
             found.append(Advice(f"{first.tensor} was not finite at step {first.step}; its bins were zeroed there.", ""))
@@ -53,7 +53,7 @@ def advice_of(account: Account) -> list[Advice]:
             found.insert(0, Advice(look, ""))
     elif "exception" in account.meta:
         found.append(
-            Advice("The script ended with an exception, and the recording shows no explosion before it: see there.", "")
+            Advice("The script ended with an exception. The recording shows no explosion before it: look there.", "")
         )
     for stream in account.streams:
         if stream.outgrown[0] and first is None:
@@ -84,7 +84,7 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
     if first.kind in ("forward", "input", "loss", "backward", "loss_lost", "crash"):
         look = {
             "forward": "Look at the operation that is named: a logarithm or root of what can be 0, or a division.",
-            "input": "Look for that batch in the data, or leave rows that are not finite out.",
+            "input": "Look for that batch in the data, or leave out its samples that are not finite.",
             "crash": f"Lower the learning rate{named}: the weights were lost before the forward pass failed.",
         }.get(
             first.kind, "Look at the last operations before the loss: a root or a norm at 0, a logarithm, a division."
@@ -95,17 +95,17 @@ def _after(account: Account, first: Departure, stream: StreamAccount) -> list[Ad
         ]
     if first.kind == "batch":
         told = "Look at that batch in the data: a scale, a unit or a file that is unlike the rest."
-        bound = Advice(f"{told} A budget per row keeps what such a batch does small.", _command(account, "--control"))
+        bound = Advice(f"{told} A budget per row limits what such a batch can do.", _command(account, "--control"))
         return [bound, guard]
     lower = (
-        f"Lower the learning rate{named}, to a tenth at first, or raise it over the first hundred steps. Or use "
-        "gradsplit.GSO, which needs no rate: each row moves by a share of its own length. gradsplit diagnose says what "
-        "is wrong with the model itself."
+        f"Lower the learning rate{named}: try a tenth of it, or a warm-up over the first hundred steps. Or use "
+        "gradsplit.GSO, which moves each row by a share of its own length and needs no rate. gradsplit diagnose says "
+        "what is wrong with the model itself."
     )
     word = "left its history" if first.kind == "history" else "rose most"
     control = Advice(
-        f"{'Everything' if first.tensor == 'all' else first.tensor} {word} at step {first.step} and nothing kept it "
-        "there. Bound every row by a budget of its own, and the other rows go on as they were.",
+        f"{'Everything' if first.tensor == 'all' else first.tensor} {word} at step {first.step}, and nothing bounded "
+        "it. With a budget for every row, the rows that explode are scaled down, and all others train on as before.",
         _command(account, "--control"),
     )
     if any(len(stream.turns) for stream in account.streams if stream.stream.index == first.stream):
@@ -163,7 +163,7 @@ def _budget(account: Account, stream: StreamAccount) -> list[Advice]:
         return [
             Advice(
                 f"{len(tight)} nodes were scaled on most steps, {tight[0].name} on {tight[0].scaled:.0%}; the others "
-                "hardly. This is what a bound per row is for. Widen it only if these parts learn too slowly.",
+                "hardly ever. This is what a bound per row is for. Widen it only if these parts learn too slowly.",
                 _command(account, "--control", *_words(stream, 2.0)),
             )
         ]

@@ -16,7 +16,8 @@ import numpy as np
 
 from .account import Account, StreamAccount
 from .advice import ACTION_HEADINGS, action_rows, advice_of, number
-from .html import HEAT_CSS, Line, Section, courses, heat, html_table, page, text
+from .html import Section, html_table, page, text
+from .pictures import PICTURE_CSS, Line, courses, heat
 from .rules import ALONE, FACTOR, GROWN, HISTORY, LOSS_TIMES, NORM_ALONE, NORM_TIMES, RATE_TIMES, SCORE, WEIGHT_TIMES
 from .samples import SAMPLE_HEADINGS, sample_rows
 from .text import GLOSSARY, TURN_HEADINGS, USE_HEADINGS, findings, headline, turn_rows, use_rows
@@ -72,19 +73,25 @@ def _lead(account: Account) -> str:
 
 def _stream_sections(stream: StreamAccount, *, several: bool) -> list[Section]:
     name = f": {stream.stream.optimizer} {stream.stream.index}" if several else ""
-    axis = "Norms as measured, before the script's own clip and our bounds. The dashed line is the first departure."
+    axis = (
+        "Norms as measured, before the script's own clip and before any bound of gradsplit. The dashed line stands "
+        "where a norm first left its history."
+    )
     heat = (
-        f"Each line is a recorded part of the model, and each of the at most {COLUMNS} columns a step or a few. The "
-        "colour shows the largest norm; black is not finite. Move over the picture to read a name and a step."
+        f"Each line of the map is a recorded part of the model. Each of its at most {COLUMNS} columns is a step, or "
+        "the largest norm of a few steps. Move over the map to read a name and a step."
     )
     parts: list[Any] = [heat_map(stream)]
     if stream.first is not None and len(stream.series.start_W) > COLUMNS:
-        parts += [text("The steps around the first departure, one per column:"), heat_map(stream, close=True)]
+        parts += [
+            text("The steps around the first norm that left its history, one per column:"),
+            heat_map(stream, close=True),
+        ]
     gso = []
     if len(stream.turns):
         lead = (
-            "The angle between the step and minus the gradient, in degrees, as a mean over the rows of a tensor. "
-            "Beside it, how many rows stand at their limit of growth. Steps were read now and then."
+            "The angle between GSO's step and the downhill direction (minus the gradient), in degrees: a mean over the "
+            "rows of a tensor. Below it, how many rows stand at their growth limit. Only some steps were read."
         )
         rows = html_table(TURN_HEADINGS, turn_rows(stream, 15))
         gso = [Section(f"What GSO did{name}", lead, [turn_curves(stream), rows])]
@@ -124,7 +131,7 @@ def _advice(account: Account) -> str:
 
 def _glossary() -> str:
     rows = (f"<li><span>{html.escape(said)}</span>: {html.escape(meaning)}</li>" for said, meaning in GLOSSARY.items())
-    return f"<style>{HEAT_CSS}</style><ul id=glossary class=words>{''.join(rows)}</ul>"
+    return f"<style>{PICTURE_CSS}.words span{{font-weight:600}}</style><ul id=glossary class=words>{''.join(rows)}</ul>"
 
 
 def _tree(stream: StreamAccount) -> str:
@@ -198,8 +205,10 @@ def _evidence(account: Account) -> dict[str, Any]:
 _CSS = """
 .tree{font-size:.92rem}.tree details,.tree .leaf{margin-left:18px}.tree>details{margin-left:0}
 .tree summary{cursor:pointer}.tree .node{font-family:ui-monospace,monospace;overflow-wrap:anywhere}
-.tree .numbers{color:#555;margin-left:12px}
-pre.command{background:#f2f4f7;border-radius:6px;padding:8px 12px;white-space:pre-wrap;margin:.2em 0 1em}
+.tree .numbers{color:var(--soft);margin-left:12px}
+pre.command{background:var(--page);border:1px solid var(--rule);border-radius:6px;padding:8px 12px;
+white-space:pre-wrap;margin:.2em 0 1em}
+@media(max-width:640px){.tree details,.tree .leaf{margin-left:8px}}
 """
 
 
@@ -218,7 +227,7 @@ def pooled(values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
 def curves(account: StreamAccount) -> str:
     """Norms of the whole gradient and of the top modules on a logarithmic axis, and the loss on an axis of its own."""
     series, outline = account.series, account.stream.outline
-    lines = [Line("whole gradient", "#1c1c1c", series.step_R, series.total_R.astype(np.float64))]
+    lines = [Line("whole gradient", "currentColor", series.step_R, series.total_R.astype(np.float64))]
     nodes = outline.children(0)
     while len(nodes) == 1 and outline.children(nodes[0]):
         nodes = outline.children(nodes[0])
@@ -247,7 +256,7 @@ def turn_curves(account: StreamAccount) -> str:
         if not known.any() or not table_KT[known].any():
             continue
         mean_K = np.where(known, table_KT, 0.0).sum(axis=1) / np.maximum(count_K, 1)
-        lines = [Line("mean over tensors", "#1c1c1c", turns.step_K[count_K > 0], mean_K[count_K > 0])]
+        lines = [Line("mean over tensors", "currentColor", turns.step_K[count_K > 0], mean_K[count_K > 0])]
         for t, colour in zip(shown, COLOURS, strict=False):
             if known[:, t].any():
                 lines.append(Line(names[t], colour, turns.step_K[known[:, t]], table_KT[known[:, t], t]))

@@ -11,7 +11,7 @@ import pytest
 
 from gradsplit.watch.record import RunFile, RunFileError, RunWriter, Stream, Turns
 from gradsplit.watch.report.account import account_of
-from gradsplit.watch.report.html import Line, courses
+from gradsplit.watch.report.pictures import Line, courses
 from gradsplit.watch.report.run_page import pooled, write_run_page
 from gradsplit.watch.report.text import report_text
 from tests.watch.record.recorded import noise, outline, rows_of
