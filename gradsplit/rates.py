@@ -191,8 +191,7 @@ class Rates:
         if lost:
             raise ValueError(
                 f"{call}(optimizer=…): expected an optimizer of this model's parameters, got one without {lost[0]!r} "
-                "and "
-                f"{len(lost) - 1} more. Pass the optimizer that updates them, or split only what it updates."
+                f"and {len(lost) - 1} more. Pass the optimizer that updates them, or split only what it updates."
             )
         group_T = np.array([group_of[id(p)] for p in parameters], dtype=np.int64)
         group_B = np.zeros(plan.num_bins, dtype=np.int64)
@@ -240,7 +239,7 @@ class Rates:
         """Return an option of the groups for each bin, (B,), for example "lr" or "weight_decay"."""
         return self._per_bin([group[key] for group in self.optimizer.param_groups], num_bins)
 
-    def gain_B(self, num_bins: int) -> Tensor:
+    def reach_B(self, num_bins: int) -> Tensor:
         """Return the longest update per length of gradient, lr / (1 - momentum), (B,)."""
         groups = self.optimizer.param_groups
         return self._per_bin([_positive(g.get("lr")) / (1.0 - g.get("momentum", 0.0)) for g in groups], num_bins)

@@ -89,11 +89,7 @@ class StepRecord:
         order = order[torch.argsort(scale[order] - (outcome[order] == Outcome.ZEROED).to(scale.dtype), stable=True)]
         return [
             BinReport(
-                self.plan.bins[b].name,
-                float(norm[b]),
-                float(after[b]),
-                float(limit[b]),
-                Outcome(int(outcome[b])),
+                self.plan.bins[b].name, float(norm[b]), float(after[b]), float(limit[b]), Outcome(int(outcome[b]))
             )
             for b in order[:k].tolist()
         ]
@@ -170,7 +166,7 @@ class ShareRecord(StepRecord):
 
 
 class DeferredDecision(Decision):
-    """A `Decision` made on first use; for budgets without history, so that it does not matter when.
+    """A `Decision` that is computed on first use; for budgets without history, where the time does not matter.
 
     Args:
         plan: the plan it is for.

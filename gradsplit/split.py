@@ -1,8 +1,10 @@
-"""Split: tensors under one plan; what every front holds.
+"""Split: tensors under one plan. GradientSplitter, GSO and the limits of modules are all made of it.
 
-gradients -> squares_B -> limits_N -> Decision(scale_B, outcome_B) -> scaled gradients. Where no budget looks above the
-bins or at the past, a bin's scale is known as soon as the bin has been read. It is then scaled while it is in cache,
-and the decision as a whole is worked out only if somebody looks at it.
+gradients -> squares_B -> limits_N -> Decision(scale_B, outcome_B) -> scaled gradients
+
+There are three ways from the first to the last, with the same result. The plain way takes these steps one by one. On a
+GPU, programs take them in a few launches. On a CPU, where every limit needs its own bin alone, a bin is scaled while it
+is still in cache. The two fast ways work out the decision as a whole only when somebody looks at it.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ class Split:
         caps_updates: budgets that bound the update act on the update itself, through the ledger ``update``; else they
             become limits on the gradient, as is right in front of SGD.
         collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`.
-        owners: the tensors as the optimizer holds them, for their learning rates; None: the tensors.
+        owners: the tensors as the optimizer holds them, from which learning rates are read; None: the same tensors.
         call: the caller's name, for errors.
 
     Attributes:
@@ -322,48 +324,66 @@ class Split:
         scaling: Scaling | None,
         held: Decision | None,
     ) -> tuple[Tensor, Decision]:
-        """See `bound_`."""
+        """See `bound_`; the two fast ways decide the same as the plain one at the end."""
         if held is not None:
-            squares_B = self.kernel.squares(gradients)
-            finite_B = squares_B.isfinite()
-            scale_B = torch.where(finite_B, held.scale_B, 0.0)
-            norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
-            self.kernel.scale_(gradients, scale_B, ~finite_B)
-            return squares_B, Decision(self.plan, norm_B, finite_B, scale_B, held.limits)
-        rates = self.rates if self.needs_rates and self.update is None else None
-        pace_B = None if rates is None else rates.pace_B(self.plan.num_bins)
-        gain_B = None if rates is None else rates.gain_B(self.plan.num_bins)
-        plain = scaling is None and not torch.compiler.is_compiling()
-        if plain and self.programs is not None:
-            return self._by_programs(gradients, check, pace_B, gain_B)
-        plain = plain and check is None and self.recent is None
-        if plain and self._lines is not None and self.kernel.bounds_while_reading:
-            done = self._bin_by_bin(gradients, pace_B, gain_B)
-            if done is not None:
-                return done
-        squares_B, weight_squares_B = self.measure(gradients)
+            return self._bound_again_(gradients, held)
+        pace_B, reach_B = self._rates_now()
         if scaling is not None:
-            squares_B = scaling.unscaled_squares(squares_B)
-            overflow = scaling.overflow(squares_B)
-            # A bin that is not finite teaches nothing, so on an overflow all are shown to the ledger as such.
-            shown_B = torch.where(overflow, torch.inf, squares_B)
-            decision = _spared(self._decide(shown_B, weight_squares_B, pace_B, gain_B), squares_B, overflow)
-            self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B & ~overflow)
-            return squares_B, decision
+            return self._bound_scaled_(gradients, scaling, pace_B, reach_B)
+        if not torch.compiler.is_compiling():
+            if self.programs is not None:
+                return self._by_programs(gradients, check, pace_B, reach_B)
+            if check is None and self.recent is None and self._lines is not None and self.kernel.bounds_while_reading:
+                done = self._bin_by_bin(gradients, pace_B, reach_B)
+                if done is not None:
+                    return done
+        squares_B, weight_squares_B = self.measure(gradients)
         if check is not None:
             check(squares_B)
-        decision = self._decide(squares_B, weight_squares_B, pace_B, gain_B)
+        decision = self._decide(squares_B, weight_squares_B, pace_B, reach_B)
         self.kernel.scale_(gradients, decision.scale_B, ~decision.finite_B)
         return squares_B, decision
 
+    def _rates_now(self) -> tuple[Tensor | None, Tensor | None]:
+        """What budgets of gradients read of the learning rates: pace and reach, (B,); None where none reads them."""
+        if self.rates is None or not self.needs_rates or self.update is not None:
+            return None, None
+        return self.rates.pace_B(self.plan.num_bins), self.rates.reach_B(self.plan.num_bins)
+
+    def _bound_again_(self, gradients: list[Tensor | None], held: Decision) -> tuple[Tensor, Decision]:
+        """Apply the scales of an earlier call of the closure; only what is not finite now is decided anew."""
+        squares_B = self.kernel.squares(gradients)
+        finite_B = squares_B.isfinite()
+        scale_B = torch.where(finite_B, held.scale_B, 0.0)
+        norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
+        self.kernel.scale_(gradients, scale_B, ~finite_B)
+        return squares_B, Decision(self.plan, norm_B, finite_B, scale_B, held.limits)
+
+    def _bound_scaled_(
+        self, gradients: list[Tensor | None], scaling: Scaling, pace_B: Tensor | None, reach_B: Tensor | None
+    ) -> tuple[Tensor, Decision]:
+        """Bound gradients that may still carry a GradScaler's scale; on an overflow leave them as they are.
+
+        A bin that is not finite teaches a history nothing. So on an overflow the ledger is shown that all bins are not
+        finite, and no history changes.
+        """
+        scaled_squares_B, weight_squares_B = self.measure(gradients)
+        squares_B = scaling.unscaled_squares(scaled_squares_B)
+        overflow, finite_B = scaling.overflow(squares_B), squares_B.isfinite()
+        made = self._decide(torch.where(overflow, torch.inf, squares_B), weight_squares_B, pace_B, reach_B)
+        norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
+        scale_B = torch.where(overflow, 1.0, made.scale_B)
+        self.kernel.scale_(gradients, scale_B, ~(finite_B | overflow))
+        return squares_B, Decision(self.plan, norm_B, finite_B, scale_B, made.limits)
+
     def _decide(
-        self, squares_B: Tensor, weight_squares_B: Tensor | None, pace_B: Tensor | None, gain_B: Tensor | None
+        self, squares_B: Tensor, weight_squares_B: Tensor | None, pace_B: Tensor | None, reach_B: Tensor | None
     ) -> Decision:
-        """The budgets' decision; where the batch is scaled as a whole, on the gradient after that has been undone."""
+        """Return the budgets' decision, after the collective rule has divided a batch that is scaled as a whole."""
         if self.recent is None:
-            return self.gradient.decide(squares_B, weight_squares_B, pace_B, gain_B)
+            return self.gradient.decide(squares_B, weight_squares_B, pace_B, reach_B)
         factor = self.recent.factor(squares_B)
-        made = self.gradient.decide(squares_B * factor.square(), weight_squares_B, pace_B, gain_B)
+        made = self.gradient.decide(squares_B * factor.square(), weight_squares_B, pace_B, reach_B)
         return Decision(made.plan, made.norm_B / factor, made.finite_B, made.scale_B * factor, made.limits)
 
     def _by_programs(
@@ -371,26 +391,26 @@ class Split:
         gradients: list[Tensor | None],
         check: Callable[[Tensor], None] | None,
         pace_B: Tensor | None,
-        gain_B: Tensor | None,
+        reach_B: Tensor | None,
     ) -> tuple[Tensor, Decision]:
-        """Do the same in a few launches; the decision as a whole is worked out when it is looked at."""
+        """Bound in a few launches of programs; the decision as a whole is worked out when it is looked at."""
         assert self.programs is not None
         squares_B, weight_squares_B = self.measure(gradients)
         if check is not None:
             check(squares_B)
-        step = self.programs.decide(squares_B, weight_squares_B, pace_B, gain_B)
+        step = self.programs.decide(squares_B, weight_squares_B, pace_B, reach_B)
         self.kernel.scale_(gradients, step.scale_B, step.zero_B)
         step.remember()
         return squares_B, DeferredDecision(self.plan, step.worked_out)
 
     def _bin_by_bin(
-        self, gradients: list[Tensor | None], pace_B: Tensor | None, gain_B: Tensor | None
+        self, gradients: list[Tensor | None], pace_B: Tensor | None, reach_B: Tensor | None
     ) -> tuple[Tensor, Decision] | None:
-        """Do the same in one pass over memory; None, with nothing done, where the kernel cannot."""
+        """Bound each bin while it is in cache; return None, with nothing done, where the kernel cannot do so."""
         assert self._lines is not None
         times_T = None
-        if pace_B is not None and gain_B is not None:
-            times_T = pace_B.numpy()[self._bin_of_tensor] / gain_B.numpy()[self._bin_of_tensor]
+        if pace_B is not None and reach_B is not None:
+            times_T = pace_B.numpy()[self._bin_of_tensor] / reach_B.numpy()[self._bin_of_tensor]
         table = line_table(self._lines, self.plan.width_T, times_T)
         measured = self.kernel.bound_(gradients, self.parameters if self.gradient.reads_weights else None, table)
         if measured is None:
@@ -399,7 +419,7 @@ class Split:
 
         def decide() -> Decision:
             with torch.no_grad():
-                return self.gradient.decide(squares_B, weight_squares_B, pace_B, gain_B)
+                return self.gradient.decide(squares_B, weight_squares_B, pace_B, reach_B)
 
         return squares_B, DeferredDecision(self.plan, decide)
 
@@ -478,13 +498,6 @@ class Split:
         if self.update is not None:
             self.update.load_state_dict(state["update"], call=call)
         self.load_tops(tops)
-
-
-def _spared(decision: Decision, squares_B: Tensor, overflow: Tensor) -> Decision:
-    """The decision as it is; on an overflow one that names the bins that overflowed and scales none."""
-    finite_B = squares_B.isfinite()
-    norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()
-    return Decision(decision.plan, norm_B, finite_B, torch.where(overflow, 1.0, decision.scale_B), decision.limits)
 
 
 def described(split: Split, optimizer: torch.optim.Optimizer | None, *, caps: bool) -> str:

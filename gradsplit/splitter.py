@@ -62,37 +62,39 @@ def check_options(model: Any, on_nonfinite: str, step: str, cap_updates: bool, c
 class GradientSplitter:
     """Bound each bin of a model's gradient by a budget of its own, in place, between ``backward()`` and ``step()``.
 
-    gradients -> squares_B -> limits_N -> Decision(scale_B, outcome_B) -> scaled gradients -> StepRecord. A bin within
-    its limit keeps its gradient bit for bit; a non-finite bin is set to zero and named; no bin's decision depends on
-    another's values unless a budget bounds their ancestor. Nothing waits for the device.
+    gradients -> squares_B -> limits_N -> Decision(scale_B, outcome_B) -> scaled gradients -> StepRecord
+
+    A bin within its limit keeps its gradient bit for bit. A bin that is not finite is set to zero and named. A bin's
+    decision does not depend on other bins, unless a budget bounds a node above them. Nothing waits for the device.
 
     Args:
-        model: a module, or pairs (name, parameter); trainable parameters are taken, in order.
+        model: a module, or pairs (name, parameter). Its trainable parameters are bounded.
         plan: a Plan, a strategy's name ("xsp", "lbf", "tree_sp", "per_tensor", "whole") or a function layout -> plan.
         budget: a budget, its name, a tuple of them, or a mapping from levels ("root", "module", "tensor", "bin") to
-            these. The default fits the optimizer, and `describe` says which it is: in front of SGD
-            ``RelativeStep(0.03, length=1.0)``; in front of others ``Relative(1.0)`` with the collective rule; in front
-            of LBFGS nothing but zeros for what is not finite; behind any, with ``cap_updates``, ``RelativeStep(0.03)``.
-        optimizer: in front of which, or behind which, this stands; `attach` sets it too. A wrapper of an optimizer (of
-            accelerate, Lightning, schedule-free) stands for what is inside.
+            these. None takes what fits the optimizer, and `describe` says what that is. In front of SGD it is
+            ``RelativeStep(0.03, length=1.0)``, in front of others ``Relative(1.0)`` with the collective rule. In front
+            of LBFGS it only zeroes bins that are not finite. With ``cap_updates`` it is ``RelativeStep(0.03)``.
+        optimizer: the optimizer whose step follows; `attach` sets it too. For a wrapper of an optimizer (of accelerate,
+            Lightning, schedule-free), the optimizer inside is taken.
         backend: "auto", or a row of `gradsplit.kernels.BACKENDS`.
         rule: "bottom_up" or "nearest", see `project`.
         on_nonfinite: "zero" sets a non-finite bin to zero; "raise" raises instead, which waits for the device.
-        cap_updates: let `RelativeStep` cap the update itself behind any optimizer, at the price of one copy of the
-            weights; where ``optimizer`` is given, it attaches itself.
+        cap_updates: bound the update that the optimizer has made, by `RelativeStep`. This works behind any optimizer
+            and costs one copy of the weights. If ``optimizer`` is given, the splitter attaches itself.
         step: with ``cap_updates``: "cap" lets a bin move by at most its limit, "share" by exactly its limit.
-        collective: divide the whole gradient where all bins are scaled together, see `gradsplit.collective`; None:
-            where the default budget in front of an optimizer other than SGD is used.
-        process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel); None:
-            all. One all-reduce a step, none where nothing is sharded.
-        stages: a group with one rank of every pipeline stage, this one among them; a limit at "root" then bounds the
-            sum over the stages, by one more all-reduce of six numbers. None: it bounds what these ranks hold.
+        collective: divide the whole gradient where a batch scales all bins together, see `gradsplit.collective`. None:
+            only with the default budget in front of an optimizer other than SGD.
+        process_group: the ranks that hold the parameters, where these are sharded (FSDP2, tensor parallel). None: all
+            ranks. A step takes one all-reduce, and none where nothing is sharded.
+        stages: a group with one rank of every pipeline stage, this one among them. A limit at "root" then bounds the
+            gradient of all stages together, by one more all-reduce of six numbers. None: it bounds what these ranks
+            hold.
         sinks: functions called with every StepRecord.
 
     Raises:
         ValueError: no trainable parameters, several devices, an unknown name, a plan of another model, RelativeStep in
-            front of an optimizer whose step it cannot bound, a cap behind one that does not bear it.
-        TypeError: something that is no optimizer.
+            front of an optimizer whose step it cannot bound, a cap behind an optimizer that must not be capped.
+        TypeError: something else in the place of the optimizer.
 
     Warns:
         UserWarning: the optimizer updates parameters that the model does not hold.
@@ -131,11 +133,8 @@ class GradientSplitter:
         self.device = one_device(pairs, call="GradientSplitter")
         self.layout, self._thawed = layout_of(pairs), Thawed(model)
         self.backend, self.rule, self.on_nonfinite = backend, rule, on_nonfinite
-        self.process_group, self.stages, self.sinks = (
-            process_group,
-            stages,
-            checked_sinks(sinks, call="GradientSplitter"),
-        )
+        self.process_group, self.stages = process_group, stages
+        self.sinks = checked_sinks(sinks, call="GradientSplitter")
         self.step_count = 0
         self._strategy, self._after_updates, self._step = plan, cap_updates, step
         self._chooses, self._collective = budget is None, collective
@@ -156,7 +155,7 @@ class GradientSplitter:
                 self._unseen = Unseen(inner, self, call="GradientSplitter", remedy=CALL_ME)
 
     def _adopt(self, plan: Plan) -> None:
-        """Start on a plan, with budgets without history; the largest learning rates stay.
+        """Start with a plan, and with budgets without history; the largest learning rates so far are kept.
 
         Raises:
             ValueError: a cap on the update without a budget that bounds it.
@@ -203,7 +202,7 @@ class GradientSplitter:
         return self._split.gradient
 
     def _stand_by(self, optimizer: Any) -> torch.optim.Optimizer:
-        """Take an optimizer, or the one inside a wrapper, as the one whose step follows; return it."""
+        """Note the optimizer whose step follows, choose the defaults for it, and return it without its wrapper."""
         optimizer = optimizer_of(optimizer, call="GradientSplitter")
         at = self.optimizer
         if at is not None and at is not optimizer and self._handle is not None and self._handle.is_attached:
@@ -278,9 +277,8 @@ class GradientSplitter:
         """Bound the gradients in place and return the record.
 
         Args:
-            scaler: a GradScaler, before or after its ``unscale_``. Limits then hold in unscaled units, and on an
-                overflow gradients and history are left as they are: the scaler leaves the step out. Not needed when
-                attached.
+            scaler: a GradScaler, before or after its ``unscale_``. Limits then hold in unscaled units. On an overflow
+                gradients and history stay as they are, since the scaler skips that step. Not needed when attached.
 
         Raises:
             ValueError: RelativeStep without an optimizer to read the learning rate from; a scaler without one.

@@ -3,8 +3,8 @@
 Every budget is a frozen record of its constants with three pure functions through `xp` (one text for all frameworks):
 `init` makes the history, `limits` reads it, and `learn` returns the next one. Each array has one entry per node.
 
-A budget may also say more of itself, so that nobody has to know its class: `line` (its limit needs the bin alone),
-`constant` (its limit needs nothing at all), `check` (how many nodes it fits).
+A budget may also describe itself, so that no caller has to know its class. `line` says that its limit needs the bin
+alone, `constant` that its limit never changes, and `check` which number of nodes it fits.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Line(NamedTuple):
 
 
 _DESCRIPTIONS = ("line", "constant")
-"""The methods that describe `Budget.limits`. They are true for the methods that stand beside or below them in the
-class hierarchy, and may be wrong as soon as a subclass changes one of those."""
+"""The methods that describe `Budget.limits` to compiled loops. They are true for the class that defines them, and may
+be wrong in a subclass that changes how limits are made."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Budget:
 
     Attributes:
         name: what users write as ``budget="name"``.
-        reads_norms: whether limits or history depend on the norms. False spares the sums of norms over the nodes above
-            the bins; the budget is then shown ones.
+        reads_norms: whether limits or history depend on the norms. If False, norms of nodes above the bins are not
+            computed, and the budget is shown ones in their place.
         reads_weights: whether limits depend on the norms of the weights.
         bounds_update: whether limits are lengths of the *update*, in units of the weights, and not of the gradient.
     """

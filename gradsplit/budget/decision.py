@@ -149,7 +149,7 @@ def decide(
         plan: B bins.
         terms: from `terms_of`.
         history: from `begin` or from the step before.
-        amount_B: (B,) amounts (see length_sums) of the gradient; not finite where an entry was not.
+        amount_B: (B,) amounts of the gradient, see `gradsplit.budget.sums`; not finite where an entry was not.
         weight_amount_B: (B,) amounts of the weights, if a budget reads them.
         pace_B: (B,) or 0-d, learning rate / largest so far; None: 1.
         reach_B: (B,) or 0-d, length of the update per length of gradient, for budgets that bound the update; None: 1.
@@ -195,7 +195,10 @@ def _readings(
     pace_B: Array | None,
     reach_B: Array | None,
 ) -> list[tuple[Reading, Array | None]]:
-    """What each term's nodes show, and their reach; amounts and sizes add, pace and reach are means by size."""
+    """Return what each term's budget is shown, and its nodes' reach.
+
+    Over the bins of a node, amounts and sizes add up. Pace and reach are means, weighted by the bins' sizes.
+    """
     xp, sums = namespace(norm_B), sums_for(norm_B)
     norm_N = weight_norm_N = pace_N = reach_N = None
     above = [term.budget for term in terms if term.ids is not None]

@@ -19,13 +19,14 @@ class Ema(Budget):
 
         limit_b = ratio * e_b                                   e_b <- beta e_b + (1 - beta) kept_b
 
-    During the first ``warmup`` observations the limit is 5 e_b, and inf for the first three. e_b is then their mean,
-    made so that a spike cannot move it: it begins as the median of three, and a later observation enters as at most
-    twice e_b. A warm-up of up to three observations bounds nothing, and one of up to two takes their plain mean.
-    From AdaGC (arXiv 2502.11034) and OLMo's per-parameter rule. Deviations:
-    the warm-up takes that mean, not the minimum; and there is a **recovery rule**. Per step e grows by at most
-    (ratio - 1)(1 - beta), so a limit that has collapsed would take hundreds of steps to double. Once a node has been
-    bounded more than ``patience`` times in a row, its e grows by the factor ``growth`` per step until the norm fits.
+    For the first three observations nothing is bounded. Until the ``warmup`` is over, the limit is 5 e_b, and e_b is a
+    mean that a spike cannot move: it begins as the median of three, and a later observation enters as at most twice
+    e_b. A warm-up of up to three observations bounds nothing, and one of up to two takes their plain mean.
+
+    The rule comes from AdaGC (arXiv 2502.11034) and OLMo's per-parameter rule. Deviations: the warm-up takes that mean,
+    not the minimum; and there is a **recovery rule**. Without it e would grow by at most (ratio - 1)(1 - beta) per
+    step, so that a limit that has collapsed would take hundreds of steps to double. So once a node has been bounded
+    more than ``patience`` times in a row, its e grows by the factor ``growth`` per step until the norm fits.
 
     In trials it helped against the *transient* spike. It learns a persistent explosion as normal (use `Relative`,
     `RelativeStep` or `Fixed`). On text with AdamW rows ended at 2.308, no control at 2.347.

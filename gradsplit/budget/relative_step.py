@@ -18,22 +18,23 @@ class RelativeStep(Budget):
 
         limit_b = tau * (lr / lr_max) * max(||W_b||, length * sqrt(rows_b), floor * sqrt(n_b))     weight units
 
-    with n_b elements in rows_b rows of a matrix (a vector has none). The usual initialisations give a row a length near
-    one, whatever its width (He 1.41, torch's 0.58). ``length=1.0`` is the splitter's default in front of SGD: a row
-    that starts far below a length of one, as a detector's heads do, may take the steps of a row that does not, since it
-    has to travel there. Adam-like updates fill every limit, and there ``length`` is harmful: `GSO` counts a row as long
-    as it is.
+    with n_b elements in rows_b rows of a matrix (a vector has none). tau follows the schedule of the learning rate:
+    lr_max is the largest rate so far.
 
-    tau follows the learning rate's schedule; lr_max is the largest rate so far. In front of SGD with momentum beta the
-    splitter turns the limit into one on the gradient, limit (1 - beta) / lr. Even a limit that is met at every step
-    then keeps the momentum's sum within it. `GSO` caps the update itself. In front of another optimizer a bound on the
-    gradient says nothing about the step: use `GSO`, or ``cap_updates=True``.
+    The usual initialisations give a row a length near one, whatever its width (He 1.41, torch's 0.58). A row that
+    starts much shorter, as in a detector's heads, has to grow to about that length. So ``length=1.0``, the splitter's
+    default in front of SGD, lets it take the steps of a row of length one. Under Adam-like updates, which use every
+    limit up, this is harmful: there a row counts as long as it is.
 
-    It is a one-sided LARS, and AGC with its factor tied to the learning rate. docs/results/splitter.md has what was
-    measured: it is as good as the best *tuned* split on the hot residual net, and .78 of it on the exploding detector,
-    where 3 % per step is slow. Under SGD with momentum the learning rate nearly stops mattering. In trials without
-    ``length`` it lost on a plain He-initialised stack of 36 layers (.272 against .482 for a tuned global clip: use
-    ``{"root": Fixed(1.0)}`` there). A tau of .01 is flatter and slower, and .05 is too loose for the hot residual net.
+    In front of SGD with momentum beta, the splitter turns the limit into one on the gradient, limit (1 - beta) / lr.
+    Even if it is met at every step, the sum of the momentum stays within the limit. `GSO` caps the update itself. In
+    front of another optimizer, a bound on the gradient says nothing about the step: use `GSO`, or ``cap_updates=True``.
+
+    The rule is a one-sided LARS, and AGC with its factor tied to the learning rate. docs/results/splitter.md has what
+    was measured: it is as good as the best *tuned* split on the hot residual net. On the exploding detector it reaches
+    .78 of that, since 3 % per step is slow there. Under SGD with momentum the learning rate hardly matters any more. In
+    trials without ``length`` it lost on a plain He-initialised stack of 36 layers (.272 against .482 for a tuned global
+    clip: use ``{"root": Fixed(1.0)}`` there). A tau of .01 was slower, and .05 too loose for the hot residual net.
 
     Args:
         tau: largest share of its own length that a node moves by in one step, > 0.

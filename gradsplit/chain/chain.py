@@ -204,34 +204,44 @@ def chain_figure(chain: Chain) -> Any:
         chain: from `gradient_chain`.
 
     Returns:
-        A `plotly.graph_objects.Figure` with one stroke per link. It goes from log10 of the cumulative gain of the link
-        above to the link's own.
+        A `plotly.graph_objects.Figure`. One stroke per link goes from the link above to the link itself, in the colour
+        of the factor that the signal passes in between. One marker per link has the colour of the link's own factor.
     """
     import plotly.graph_objects as go
 
     links = [link for link in chain.links if math.isfinite(link.cumulative)]
-    by_name = {link.name: place for place, link in enumerate(links)}
+    by_name, width = {link.name: place for place, link in enumerate(links)}, widths([link.signal for link in links])
     figure = go.Figure()
-    for place, (link, width) in enumerate(zip(links, widths([link.signal for link in links]), strict=True)):
+    for place, link in enumerate(links):
         before = by_name.get(link.above, place)
-        # The stroke that ends at a link has the colour of the factor that the signal has just passed.
-        tone = colour(links[before].gain) if before != place else colour(1.0)
-        figure.add_trace(
-            go.Scatter(
+        if before != place:
+            figure.add_scatter(
                 x=[before, place],
                 y=[links[before].cumulative, link.cumulative],
-                mode="lines+markers",
-                line={"width": width, "color": tone},
-                marker={"size": max(5.0, width), "color": colour(link.gain)},
-                hovertext=f"{html.escape(link.name)} ({html.escape(link.kind)})<br>"
-                f"signal {link.signal:.3g}<br>gain {link.gain:.3g}"
-                f"<br>activation {link.activation:.3g}",
-                hoverinfo="text",
+                mode="lines",
+                line={"width": width[place], "color": colour(links[before].gain)},
+                hoverinfo="skip",
                 showlegend=False,
             )
-        )
+    figure.add_scatter(  # after all strokes, so that none covers a marker
+        x=list(range(len(links))),
+        y=[link.cumulative for link in links],
+        mode="markers",
+        marker={
+            "size": [max(8.0, size) for size in width],
+            "color": [colour(link.gain) for link in links],
+            "line": {"width": 1, "color": "white"},
+        },
+        hovertext=[
+            f"{html.escape(link.name)} ({html.escape(link.kind)})<br>signal {link.signal:.3g}<br>gain {link.gain:.3g}"
+            f"<br>activation {link.activation:.3g}"
+            for link in links
+        ],
+        hoverinfo="text",
+        showlegend=False,
+    )
     figure.update_layout(
-        title="The backward chain: width = signal, colour = gain (red above one, blue below)",
+        title="width: signal; colour: gain (red > 1, blue < 1)",
         xaxis={
             "tickvals": list(range(len(links))),
             "ticktext": [html.escape(link.name) for link in links],

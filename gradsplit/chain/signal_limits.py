@@ -62,7 +62,7 @@ def apply_scale(signal: Tensor, scale: Tensor, finite: Tensor) -> Tensor | None:
     if scale.device.type == "cpu" and bool((scale == 1).all()):
         return None  # reading a CPU tensor waits for nothing, and most signals are within their limit
     if scale.numel() == 1:
-        scale, finite = scale.reshape(()), finite.reshape(())  # a scalar signal must stay one
+        scale, finite = scale.reshape(()), finite.reshape(())  # a scalar signal must stay a scalar
     else:
         shape = (-1,) + (1,) * (signal.dim() - 1)
         scale, finite = scale.reshape(shape), finite.reshape(shape)

@@ -101,9 +101,9 @@ class ShardedKernel(Kernel):
         """See `Kernel.squares_many`; one all-reduce of (2 x lists, B).
 
         Args:
-            lists: see there.
-            of_first: other sums over the first list's bins on this rank, (B,) each, for bins inside one tensor; what
-                they are over all ranks follows the squares.
+            lists: see `Kernel.squares_many`.
+            of_first: other sums over the bins of the first list on this rank, (B,) each, for bins inside one tensor.
+                They are added over the ranks too, and returned after the squares.
         """
         counts = [self._held(tensors) for tensors in lists]
         total = self.add_(torch.stack([*self._sums(lists), *of_first, *counts]))

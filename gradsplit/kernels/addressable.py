@@ -55,7 +55,7 @@ def obstacle(tensor: Tensor, device: str = "cpu") -> str:
     """
     there = tensor.is_cpu if device == "cpu" else tensor.device.type == device
     plain = type(tensor) in PLAIN and there and tensor.layout is torch.strided
-    if plain and not (tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())):  # nearly always: be quick
+    if plain and not (tensor.is_neg() or (tensor.is_complex() and tensor.is_conj())):  # the usual case, kept fast
         return "" if tensor.data_ptr() else "it has no memory"
     if type(tensor) not in PLAIN:
         return f"it is a {type(tensor).__name__}, whose memory may not be its own"

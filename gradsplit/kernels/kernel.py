@@ -323,11 +323,11 @@ def choose_backend(name: str, device: torch.device, *, call: str) -> Backend:
     return BACKENDS[name]
 
 
-_PASSED_OVER: set[str] = set()  # of these the user has been told
+_PASSED_OVER: set[str] = set()  # backends that the user has been warned of
 
 
 def _passed_over(row: Backend) -> bool:
-    """Whether a backend needs a package that is installed and does not load; the first time that is said."""
+    """Whether a backend needs a package that is installed and does not load; warns of it once."""
     broken = row.broken() if row.needs else ""
     if broken and row.name not in _PASSED_OVER:
         _PASSED_OVER.add(row.name)

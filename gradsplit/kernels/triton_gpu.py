@@ -324,7 +324,7 @@ def _give_slots(pieces: list[np.ndarray], num_bins: int) -> tuple[np.ndarray, in
     order = np.argsort(bins, kind="stable")
     place = np.empty(len(bins), dtype=np.int64)
     starts = np.cumsum(count) - count
-    place[order] = np.arange(len(bins)) - starts[bins[order]]  # the how-manieth piece of its bin
+    place[order] = np.arange(len(bins)) - starts[bins[order]]  # the number of the piece within its bin
     slots = np.where(count[bins] > 1, first[bins] + place, bins)
     for table, stop in zip(pieces, np.cumsum([len(table) for table in pieces]), strict=True):
         table[:, _SLOT.value] = slots[stop - len(table) : stop]

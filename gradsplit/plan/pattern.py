@@ -1,7 +1,7 @@
 """The pattern of a tensor: which bin each of its rows, columns or cells is in, whatever the framework.
 
-Whatever reads and scales bins without a loop over them starts from here: it reduces over the axes along which the bin
-does not change, and multiplies by a factor that broadcasts along them.
+Kernels that have no loop over bins start from the pattern. They add squares over the axes along which the bin does not
+change, and multiply by a factor that broadcasts along these axes.
 """
 
 from __future__ import annotations

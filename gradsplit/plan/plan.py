@@ -84,12 +84,12 @@ class Plan:
         layout: names and shapes of the tensors.
         boxes: the boxes of all bins; bins are numbered from 0 without gaps.
         modules: put the module tree (dotted names) between the root and the tensors.
-        width_T: (T,) elements of a row of each matrix, where the layout holds a shard of it; None: the layout's own.
+        width_T: (T,) elements of a whole row of each matrix, where the layout holds a shard. None: as in the layout.
 
     Attributes:
         num_bins: number of bins.
         tree: the nodes, see `Tree`.
-        width_T: (T,) elements of a whole row of each matrix; inf for a vector, whose one row says nothing of inputs.
+        width_T: (T,) elements of a whole row of each matrix; inf for a vector, which thereby counts no matrix rows.
 
     Raises:
         ValueError: the boxes do not tile the layout, or bins are not numbered 0 … B-1.

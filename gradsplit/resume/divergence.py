@@ -169,8 +169,8 @@ class PendingLosses:
 
 
 LEAST = 16  # losses before which nothing is judged
-FLOOR = 0.05  # of the median: a few per cent more do not put a loss out that hardly varied before
-SMALL = 0.02  # of the loss at the start: so little is no step back, however close to 0 the losses are by now
+FLOOR = 0.05  # of the median: the least spread, since a loss that hardly varied may still rise by a few per cent
+SMALL = 0.02  # of the loss at the start: the least spread where the losses are close to 0 by now
 
 
 class LossHistory:

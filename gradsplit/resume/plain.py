@@ -54,7 +54,7 @@ def plain(tree: Any, place: str) -> Any:
         return tree.detach()
     if tree is None or isinstance(tree, bool):
         return tree
-    # A member of an enumeration, or numpy's number, as what it is underneath.
+    # A member of an enumeration and a number of numpy become the plain number that they are underneath.
     if isinstance(tree, int):
         return int(tree)
     if isinstance(tree, float):

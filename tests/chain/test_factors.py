@@ -103,5 +103,24 @@ def test_the_figure_draws_every_link() -> None:
     model, loss_fn, batch = build("residual")
     chain = gradient_chain(model, loss_fn, batch)
     figure = chain.figure()
-    assert len(figure.data) == sum(math.isfinite(link.cumulative) for link in chain.links)
+    shown = [link for link in chain.links if math.isfinite(link.cumulative)]
+    *strokes, markers = figure.data
+    assert list(markers.x) == list(range(len(shown)))
+    assert [text.partition(" ")[0] for text in markers.hovertext] == [link.name for link in shown]
     assert "log10" in figure.layout.yaxis.title.text
+    ends = {(stroke.x[0], stroke.x[1]) for stroke in strokes}
+    place = {link.name: i for i, link in enumerate(shown)}
+    assert ends == {(place[link.above], i) for i, link in enumerate(shown) if place.get(link.above, i) != i}
+
+
+def test_the_figure_shows_a_hot_layer_at_its_own_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    with torch.no_grad():
+        model[2].weight.mul_(100)
+    chain = gradient_chain(model, lambda m, x: m(x).square().mean(), torch.randn(4, 16))
+    *strokes, markers = chain.figure().data
+    red = [link.name for link, tone in zip(chain.links, markers.marker.color, strict=True) if tone == "rgb(200,40,40)"]
+    assert red == ["2"]
+    (below,) = [stroke for stroke in strokes if stroke.line.color == "rgb(200,40,40)"]
+    assert [chain.links[place].name for place in below.x] == ["2", "1"]

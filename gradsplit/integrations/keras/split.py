@@ -198,7 +198,7 @@ class Splits:
         if self.built:  # type: ignore[attr-defined]
             return
         super().build(variables)  # type: ignore[misc]
-        # What Keras overwrites with its "gradient" (scales of float8) has none to bound.
+        # Keras overwrites some variables (scales of float8) by their "gradient", so there is nothing to bound in them.
         trained = [v for v in variables if not self._overwrite_variable_with_gradient(v)]  # type: ignore[attr-defined]
         self._bounding = Bounding(
             self, trained, self._options, cap_updates=self._cap_updates, collective=self._together

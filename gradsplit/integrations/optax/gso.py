@@ -169,7 +169,7 @@ def _arrays_of(tree: Any) -> tuple[Any, ...]:
 
 def _by_share(planner: Planner, learning_rate: Rate) -> SplitTransformation:
     def squares_tree(leaves: Leaves, made: ShareRule, squares: tuple[Any, ...]) -> Any:
-        """One mean square per array that has one; a hole that optax knows stands for the others."""
+        """Return one mean square per array that has one, and optax's mask node for all others."""
         left = iter(squares)
         holes = [next(left) if kind.direction == "adam" else optax.MaskedNode() for kind in made.kinds]
         return leaves.back(holes)

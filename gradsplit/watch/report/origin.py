@@ -116,12 +116,12 @@ def first_departure(
             return None
         w, seen = len(series.start_W) - 1, [Seen(series.num_rows - 1, "crash", "its weights were lost")]
     elif slow and sudden and w < min(sudden) <= max(window_of(one.until) for one in seen):
-        w = min(sudden)  # what grew from here on had a sudden cause
+        w = min(sudden)  # a sudden event lies within the slow growth, and is taken as its cause
         seen = [one for one in seen if one.until <= one.row]
     near = {one.kind: one for one in seen if window_of(one.row) <= w + 2}
     jump, rate = near.get("weights"), near.get("rate")
     if jump is not None and len(left) and left[0] <= window_of(jump.row):
-        w = max(w, int(left[0]))  # the reading of the weights is thin; the gradient says when
+        w = max(w, int(left[0]))  # weights are read at few steps only, so the gradient tells the step
     if jump is not None and window_of(jump.since) >= w:
         jump = None  # the update of this step made the weights jump, and not the other way round
     place_T = _places(series.stream, tensors)

@@ -104,7 +104,7 @@ def _picture(
         made.append(f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         made.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     for value in ticks_of(first, last, logarithmic=False) if last > first else [first]:
-        if value == int(value) and float(across(value)) < width - right - 40:  # behind it stands the word
+        if value == int(value) and float(across(value)) < width - right - 40:  # leaves room for the word "step"
             made.append(
                 f'<text x="{float(across(value)):.1f}" y="{height - 6}" text-anchor="middle">{value:.6g}</text>'
             )

@@ -68,15 +68,14 @@ _SEARCHED_EACH = 64  # only each of so many
 class Given:
     """The root mean square of what the first layers were given, as a multiple of the first time.
 
-    Layers that are given data are those that read a parameter and keep floating-point numbers that need no gradient.
-    Where they lie in the graph is found once. From then on a backward pass costs one norm for each of them. Of several
-    layers, and of several backward passes before a step, the largest multiple counts. Where numbers lie elsewhere than
-    on a CPU, nothing waits for them.
+    A layer is given data if it reads a parameter and keeps floating-point numbers that need no gradient. Such layers
+    are found in the graph once. From then on a backward pass costs one norm for each of them. Of several layers, and of
+    several backward passes before a step, the largest multiple counts. Nothing waits for another device than the CPU.
     """
 
     def __init__(self) -> None:
         self._ways: list[tuple[_Place, ...]] = []
-        # id(parameter), what is kept and at which time in a graph -> size when it was first seen
+        # (id of the parameter, name of what is kept, use of the layer in the graph) -> its size at the first pass
         self._firsts: dict[tuple[int, str, int], float] = {}
         self._passes, self._missed = 0, 0
         self._largest: Tensor | float | None = None
@@ -89,7 +88,7 @@ class Given:
         # A single graph unlike the others is searched, too: an odd batch may take another way through a layer.
         regular = self._missed < _SEARCHED or self._passes % _SEARCHED_EACH == 0
         if self._missed >= _SEARCHED_EACH and not regular:
-            return  # graphs of ever other kinds
+            return  # the script makes a new kind of graph again and again
         for way in self._ways:
             if self._read(loss, way):
                 if way is not self._ways[0]:

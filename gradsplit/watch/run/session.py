@@ -42,8 +42,8 @@ from .track import Track, signature
 __all__ = ["Guards", "Session"]
 
 _LOOKS = 8  # backward passes from which the order of the forward pass is read
-_REMARKS = 20  # forward passes that were lost, and looked at
-_UNSEEN = 8  # backward passes without a step after them, and four times those of a step, before it is said
+_REMARKS = 20  # most forward passes with a lost value that are looked into
+_UNSEEN = 8  # backward passes without a step, and four times those of a usual step, before the user is told
 _TRIES = 20  # names for the run file, where processes of one script begin at once
 
 
@@ -172,7 +172,7 @@ class Session:
     def missing(self) -> str:
         """Say what the run file lacks; empty where it has every step."""
         if self._writer is not None and self._writer.failed:
-            return f"{self._writer.num_rows} of {self.num_rows} steps were written"  # why, was said then
+            return f"{self._writer.num_rows} of {self.num_rows} steps were written"  # it has said why
         if self.failed and self.num_rows:
             return f"the recording ends with step {self._last_step()}"
         behind = self._num_passes - self._passes_then
