@@ -111,7 +111,7 @@ LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
 }
 BATCH, CONTEXT = 16, 64  # windows a step and characters a window: the GPT's own
 CHARACTERS = 10_760_274  # of sotu.txt
-MORE_RATES = {"10 M": {"adamw+clip1+warmup": (1e-3,)}}  # beside the best one at 1 M
+MORE_RATES = {"10 M": {"adamw+clip1+warmup": (1e-3, 3e-4)}}  # beside the best one at 1 M
 SIZES = {"22 k": {"layers": 1, "width": 32}, "160 k": {"layers": 3, "width": 64}}
 SENSITIVE = ("gso", "adamw+clip1+warmup", "muon")
 AROUND = tuple(10**power for power in (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25))  # a factor of 316
