@@ -1,4 +1,4 @@
-"""What a GradScaler has done to the gradients: the scale they still carry, and whether they overflowed.
+"""Mixed precision: what a GradScaler has done to the gradients, and how a step leaves a region of autocast.
 
 The one module that knows torch's `GradScaler`. Nothing here waits for the device. Since scales are powers of two,
 limits in unscaled units come out the same bit for bit, whatever the scale.
@@ -6,13 +6,14 @@ limits in unscaled units come out the same bit for bit, whatever the scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scaling"]
+__all__ = ["Scaling", "undisturbed"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,18 @@ class Scaling:
         assert self.scale is not None
         # The reciprocal first: the usual scale, 65536, is itself above float16.
         return self.scale.to(like.device).reshape(()).float().reciprocal().to(like.dtype)
+
+
+def undisturbed(device: str, act: Callable[..., None], *arguments: Any) -> None:
+    """Call something outside of regions of autocast and of inference mode, in which the caller may stand.
+
+    So products are computed in the dtypes that were chosen for them, and memories can be written in any later step.
+    """
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            undisturbed(device, act, *arguments)
+    elif not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a traced step knows no such mode
+        with torch.inference_mode(False), torch.no_grad():  # gradients were off, and leaving turns them on
+            undisturbed(device, act, *arguments)
+    else:
+        act(*arguments)

@@ -13,10 +13,13 @@ from torch import Tensor
 from .hooks import users_level
 from .plan import Plan
 
-__all__ = ["Clock", "Members", "Rates", "Thawed", "held_by"]
+__all__ = ["LOWERED", "Clock", "Members", "Rates", "SecondSchedule", "Thawed", "held_by"]
 
 TOP = "gradsplit_top_lr"
 """The key of a parameter group under which its largest learning rate stands: it is saved and restored with the rate."""
+
+LOWERED = "_gradsplit_lowered"
+"""The attribute of an optimizer that says whether a guard lowers its rates in this very step."""
 
 
 def held_by(optimizer: Any) -> list[int]:
@@ -50,6 +53,45 @@ class Clock:
     def pace(self) -> float | Tensor:
         """Return the share of this step as a fraction of what ``lr`` says."""
         return 1.0 if self.steps is None else (1 - self.made / self.steps).clamp(min=0)
+
+
+class SecondSchedule:
+    """Say once where somebody changes learning rates beside an optimizer's own schedule.
+
+    `ReduceLROnPlateau` leaves no other mark. A rate that is a tensor is not looked at, since it may be on a device.
+
+    Args:
+        steps: the length of the optimizer's own schedule; None: it has none, and nothing is said.
+    """
+
+    def __init__(self, steps: int | None) -> None:
+        self.steps, self._told = steps, False
+        self._rates: list[float] = []  # as the last step found them
+
+    def forget(self) -> None:
+        """Take the rates of the next step as they are."""
+        self._rates = []
+
+    def look(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compare the rates with those of the step before.
+
+        Warns:
+            UserWarning: they differ, for the first time.
+        """
+        if self._told or torch.compiler.is_compiling() or getattr(optimizer, LOWERED, False):
+            return
+        rates = [group["lr"] for group in optimizer.param_groups if not isinstance(group["lr"], Tensor)]
+        before, self._rates = self._rates, rates
+        if before == rates or len(before) != len(rates):
+            return
+        self._told = True
+        was, now = next(pair for pair in zip(before, rates, strict=True) if pair[0] != pair[1])
+        warnings.warn(
+            f"GSO(steps={self.steps}): expected lr to stay as it was, {was:g}, got {now:g}. steps= already lets the "
+            "share fall to zero, and both decays are multiplied. Leave out steps=, or what changes lr.",
+            UserWarning,
+            stacklevel=users_level(),
+        )
 
 
 class Members:

@@ -25,7 +25,8 @@ from .amp import Scaling
 from .budget import Budget, Decision, Ledger, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
 from .collective import COLLECTIVE, ENOUGH, Recent
-from .distributed import adder, in_form, local_of, make_kernel
+from .distributed import adder, check_group, in_form, local_of, make_kernel
+from .kernels.addressable import refuse_expanded
 from .optimizers import calls_closure_often, follows_gradient
 from .plan import Plan
 from .programs import Programs
@@ -144,7 +145,7 @@ class Split:
         bins_of_tensor: each tensor's bins, in order.
 
     Raises:
-        ValueError: an unknown budget, level, rule or backend; shards that do not make up whole copies.
+        ValueError: an unknown budget, level, rule or backend; no group of ranks; shards of no whole copies.
     """
 
     def __init__(
@@ -168,6 +169,8 @@ class Split:
         self._options: dict[str, Any] = {"rule": rule, "backend": backend, "caps_updates": caps_updates, "call": call}
         self._budget = budget
         self._ranks: dict[str, Any] = {"process_group": process_group, "stages": stages}
+        for option, group in self._ranks.items():
+            check_group(group, option=option, call=call)
         pairs = budgets_by_level(budget, plan, call=call)
         of_update = [pair for pair in pairs if pair[1].bounds_update and caps_updates]
         self.gradient_budgets, self.update_budgets = [pair for pair in pairs if pair not in of_update], of_update
@@ -300,6 +303,7 @@ class Split:
 
         Raises:
             torch.cuda.OutOfMemoryError: the device has no memory left; weights and histories are as before.
+            RuntimeError: an expanded gradient, whose entries cannot be scaled one by one; names the tensor.
         """
         if torch.compiler.is_compiling() or not isinstance(self.gradient, Ledger):
             return self._bound_(gradients, check, scaling, held)
@@ -316,6 +320,9 @@ class Split:
                 "Weights and histories are as before the step, and gradients may be bounded in part. Free memory, then "
                 "run backward() and step() again."
             ) from error
+        except RuntimeError as error:
+            refuse_expanded(error, self.plan.layout.names, gradients, call=f"{self.call}.step()")
+            raise
 
     def _bound_(
         self,
@@ -525,6 +532,8 @@ def described(split: Split, optimizer: torch.optim.Optimizer | None, *, caps: bo
             said.append("Weight decay is added to it.")
     elif optimizer is not None and calls_closure_often(optimizer):
         said.append(f"{name} compares the gradients of a step, so the first call of the closure decides for all.")
+    elif optimizer is not None and getattr(optimizer, "bounds_gradients", False):
+        said.append(f"{name} bounds gradients itself, so they are bounded twice: without this, its budget= alone acts.")
     elif optimizer is not None:
         said.append(f"{name} rescales gradients, so this keeps faults out of its memory and does not bound the step.")
     return " ".join([*said, "A bin that is not finite becomes zero."])

@@ -1,6 +1,6 @@
 """Sharded tensors: what a rank holds of a plan, and the kernel that adds over the ranks."""
 
-from .kernel import ShardedKernel, add_over, adder, make_kernel
+from .kernel import ShardedKernel, add_over, adder, check_group, make_kernel
 from .shards import Shard, gathering, in_form, is_sharded, local_of, local_plan_of, place_of, shard_of, whole_of
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "ShardedKernel",
     "add_over",
     "adder",
+    "check_group",
     "gathering",
     "in_form",
     "is_sharded",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from ..kernels import Backend, Kernel, choose_backend
 from ..plan import Plan
 from .shards import is_sharded, local_of, local_plan_of, pieces_of, shard_of
 
-__all__ = ["add_over", "adder", "ShardedKernel", "make_kernel"]
+__all__ = ["add_over", "adder", "check_group", "ShardedKernel", "make_kernel"]
 
 
 def add_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
@@ -40,6 +41,19 @@ def add_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
 def adder(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor] | None:
     """Return what adds over a group; None without one, where there is nothing to add."""
     return None if group is None else partial(add_over, group)
+
+
+def check_group(group: Any, *, option: str, call: str) -> None:
+    """Refuse what is no group of ranks.
+
+    Raises:
+        ValueError: neither a group nor None; names the option.
+    """
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(
+            f"{call}({option}={group!r:.60}): expected a process group of torch.distributed with this rank in it, or "
+            f"None, got {type(group).__name__}. Make one with new_group(…), or leave it out."
+        )
 
 
 class ShardedKernel(Kernel):

@@ -30,6 +30,7 @@ __all__ = [
     "obstacle",
     "only",
     "overlap",
+    "refuse_expanded",
     "remedy_of",
     "warn_of_fallback",
 ]
@@ -104,6 +105,21 @@ def overlap(tensors: Sequence[Tensor]) -> bool:
     order = np.argsort(starts)
     starts, stops = starts[order], (starts + sizes)[order]
     return bool((starts[1:] < stops[:-1]).any())
+
+
+def refuse_expanded(error: RuntimeError, names: Sequence[str], tensors: Sequence[Tensor | None], *, call: str) -> None:
+    """Name the tensor where torch has refused to write to one whose entries share memory.
+
+    Raises:
+        RuntimeError: the error was that one.
+    """
+    pairs = zip(names, tensors, strict=True)
+    name = next((name for name, tensor in pairs if tensor is not None and 0 in tensor.stride()), None)
+    if name is not None and "single memory location" in str(error):
+        raise RuntimeError(
+            f"{call}: expected gradients whose entries lie apart in memory, got an expanded one at {name!r}. Set "
+            "parameter.grad = parameter.grad.clone() first."
+        ) from error
 
 
 def bump_versions(tensors: list[Tensor]) -> None:

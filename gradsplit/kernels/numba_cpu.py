@@ -162,6 +162,8 @@ class NumbaKernel(AddressKernel[Tables]):
             for (dtype, table), out in zip(tables.lowered, slots, strict=True):
                 calls += square_calls(KINDS[dtype], table, bases, out)
             rest = self.eager.squares(only(tensors, tables.eager_T)) if tables.eager_T else None
+            if rest is not None and type(rest) is not Tensor:  # sums of wrappers that stay wrapped
+                return [self.eager.squares(tensors) for tensors in lists]
             results.append((slots, [table for _, table in tables.lowered], rest))
             num_elements += tables.num_elements
         run(calls, threads_for(num_elements))
@@ -179,7 +181,7 @@ class NumbaKernel(AddressKernel[Tables]):
 
     def scale_(self, tensors: Sequence[Tensor | None], scale_B: Tensor, zero_B: Tensor) -> None:
         """See `Kernel.scale_`. Bins with a scale of 1 are neither read nor written."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(scale_B) is not Tensor:
             return self.eager.scale_(tensors, scale_B, zero_B)
         tables = self._just_measured(tensors) or self._tables_of(tensors)
         if tables.eager_T:
@@ -227,9 +229,11 @@ class NumbaKernel(AddressKernel[Tables]):
 
     def _bound_apart(
         self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] | None, lines: np.ndarray
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | None:
         """Do the same in two passes: the first one measures all bins, the second one scales."""
         squares_B, *weights_B = self.squares_many([gradients] if weights is None else [gradients, weights])
+        if any(type(sums) is not Tensor for sums in (squares_B, *weights_B)):
+            return None
         scale, zero = np.empty(self.plan.num_bins), np.empty(self.plan.num_bins, dtype=np.bool_)
         of_weights = weights_B[0].numpy() if weights_B else np.zeros(0)
         table = (lines, self._tensor_B, self.plan.numel_B)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..amp import Scaling
+from ..amp import Scaling, undisturbed
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import constant_while_traced, not_traced, users_level, without_compiler_guard
 from ..plan import refuse_lazy
-from ..rates import Clock
+from ..rates import Clock, SecondSchedule
 from ..series import Series
 from ..split import StepRecord, checked_sinks
 from .in_backward import InBackward, check_model
@@ -45,7 +45,7 @@ __all__ = ["GSO"]
 
 _KEPT = (
     *("_options", "_overrides", "_shared_groups", "_one_tensor_a_part", "_kinds"),
-    *("_steps", "_told", "_direction", "_blocks"),
+    *("_steps", "_told", "_schedules", "_direction", "_blocks"),
 )
 """What a copy takes over; parts and hooks are made anew, for its own parameters."""
 
@@ -107,9 +107,8 @@ class GSO(Optimizer):
         backend, process_group, stages: see `GradientSplitter`.
         in_backward: update each parameter as soon as backward has completed its gradient, and free the gradient; needs
             limits that look at one tensor each. ``step()`` then only ends the step; see `accumulating`.
-        sinks: functions called with the record of every part after every step, a `ShareRecord`: what was bounded,
-            which rows stand at their growth limit, and by how much each step was turned away from its gradient. A
-            step under ``torch.compile`` leaves its graph for them.
+        sinks: functions called with the record of every part after every step, a `ShareRecord`: what was bounded, which
+            rows are at their growth limit, by how much each step was turned. A traced step leaves its graph for them.
 
     Raises:
         ValueError: a constant out of its range, no parameters, an unknown name; a direction without a rule for a
@@ -126,6 +125,7 @@ class GSO(Optimizer):
 
     # GradScaler then hands scale and overflow to `step`, which heeds both without waiting for the device.
     _step_supports_amp_scaling = True
+    bounds_gradients = True  # a splitter in front says that bounds hold twice
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class GSO(Optimizer):
         self._kinds: list[list[Kind]] = []  # of each group, one per parameter
         self._shared_groups = 0
         self._parts: list[Part] = []
-        self._steps, self._told = None if steps is None else int(steps), False
+        self._steps, self._told, self._schedules = None if steps is None else int(steps), False, SecondSchedule(steps)
         self._owners: dict[int, tuple[nn.Module, str]] = {}
         if isinstance(params, nn.Module):
             model: nn.Module = getattr(params, "_orig_mod", params)  # torch.compile puts it behind a prefix
@@ -290,15 +290,15 @@ class GSO(Optimizer):
     def _build(self, made: int) -> None:
         capturable = any(group["capturable"] for group in self.param_groups)
         first = next((p for group in self.param_groups for p in group["params"]), None)
+        self._device = "cpu" if first is None else first.device.type
         self._clock = Clock(self._steps, first.device if capturable and first is not None else None)
         self._clock.set(made)
         self._collective = Collective(one_by_one=self._one_tensor_a_part)
         self._series = Series(None if first is None else first.device)
         shared = [i for i in range(self._shared_groups) if not self._overrides[i]]
         self._parts = self._made_part(shared, self._options) if shared else []
-        for i in range(len(self.param_groups)):
-            if i not in shared:
-                self._parts += self._made_part([i], {**self._options, **self._overrides[i]})
+        for i in (i for i in range(len(self.param_groups)) if i not in shared):
+            self._parts += self._made_part([i], {**self._options, **self._overrides[i]})
 
     def _made_part(self, groups: list[int], options: Mapping[str, Any]) -> list[Part]:
         return make_parts(
@@ -327,7 +327,7 @@ class GSO(Optimizer):
             ValueError: ``steps=`` and a scheduler together.
 
         Warns:
-            UserWarning: more steps than ``steps=`` said; the share stays at zero.
+            UserWarning: more steps than ``steps=`` said; the share stays at zero. ``lr`` was changed beside ``steps=``.
         """
         loss = None
         if closure is not None:
@@ -338,6 +338,12 @@ class GSO(Optimizer):
         if self._in_backward is not None:
             self._in_backward.finish()
             self._collective.settle()
+        undisturbed(self._device, self._update, scaling)
+        if self._has_sinks():
+            self._show()
+        return loss
+
+    def _update(self, scaling: Scaling | None) -> None:
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._init_group()
             if self.by_share and self._in_backward is None:
@@ -347,9 +353,6 @@ class GSO(Optimizer):
             if self.by_share:
                 self._series.settle()
         self._clock.advance()
-        if self._has_sinks():
-            self._show()
-        return loss
 
     # torch's compiler would look into the sinks, and trace anew whenever one of them has changed.
     @constant_while_traced
@@ -393,6 +396,7 @@ class GSO(Optimizer):
                 f"GSO(steps={self._steps}): expected no scheduler beside steps=, which already lets the share fall to "
                 "zero. Leave one of the two out."
             )
+        self._schedules.look(self)
         self._tell_of_the_end(begun=1, reads_device=False)
 
     def _tell_of_the_end(self, *, begun: int = 0, reads_device: bool = True) -> None:
@@ -486,6 +490,7 @@ class GSO(Optimizer):
             load_history(self._parts, before)
             raise
         self._clock.set(int(state_dict.get(COUNT, 0)))
+        self._schedules.forget()
         mend_memories(self, state_dict, by_share=self.by_share)
 
     def _translated(self, saved: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..amp import undisturbed
+
 if TYPE_CHECKING:
     from .gso import GSO
 
@@ -55,7 +57,7 @@ class InBackward:
         _check_processes(owner, name)
         self._done.add(id(owner))
         with torch.no_grad():
-            optimizer._step_of(owner)
+            undisturbed(owner.device.type, optimizer._step_of, owner)
         owner.grad = None
 
     @contextmanager

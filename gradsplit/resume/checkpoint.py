@@ -27,7 +27,11 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: the folder is missing, read-only or full.
     """
     place = Path(path)
-    descriptor, beside = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent)
+    try:
+        descriptor, beside = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent)
+    except OSError as error:
+        error.filename = str(place)  # what the user named, not the file beside it
+        raise
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file

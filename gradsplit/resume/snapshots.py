@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rates import LOWERED
 from .checkpoint import load_tree, read_tree, save_tree, tree_of
 from .generators import generators_state
 from .plain import CheckpointError, copied
@@ -308,6 +309,7 @@ class LoweredRate:
         self._set_back()  # a step that raised has not come to its end
         if self._before_step is not None:
             self._before_step()
+        setattr(optimizer, LOWERED, self.factor != 1.0)
         if self.factor == 1.0:
             return
         for entry in optimizer.param_groups:

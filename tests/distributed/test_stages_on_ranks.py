@@ -153,4 +153,6 @@ def test_equals_one_process(name: str, poison: bool) -> None:
 
 def test_the_nearest_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="rule='bottom_up'"):
-        gs.GradientSplitter(make_stages()[0], budget={"root": gs.Fixed(1.0)}, rule="nearest", stages=object())
+        gs.GradientSplitter(
+            make_stages()[0], budget={"root": gs.Fixed(1.0)}, rule="nearest", stages=dist.ProcessGroup(0, 1)
+        )

@@ -138,3 +138,38 @@ def test_training_under_bfloat16_autocast_comes_close_to_float32(second_moment):
         losses.append(float(loss.detach()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[0] < 7
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fused": False}, {"in_backward": True}], ids=["compiled", "eager", "backward"]
+)
+def test_a_step_inside_a_region_of_autocast_is_the_step_outside_of_it(options):
+    """Newton-Schulz computes in a dtype of its own."""
+    runs = []
+    for enabled in (False, True):
+        model = model_of()
+        optimizer = gs.GSO(model, **options)
+        for step in range(3):
+            source = torch.Generator().manual_seed(step)
+            loss = sum((p * torch.randn(p.shape, generator=source)).sum() for p in model.parameters())
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        runs.append(snapshot(model, optimizer))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"direction": "adam"}], ids=["compiled", "eager", "adam"])
+def test_a_run_that_begins_in_inference_mode_goes_on_outside_of_it(options):
+    runs = []
+    for enabled in (False, True):
+        model = model_of()
+        optimizer = gs.GSO(model, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            with torch.inference_mode(enabled and step == 0):
+                optimizer.step()
+        runs.append(snapshot(model, optimizer))
+    assert_same(*runs)

@@ -348,3 +348,10 @@ def test_a_part_that_cannot_be_loaded_into_and_one_that_does_not_fit_are_named_i
     with pytest.raises(gs.CheckpointError, match="found one that does not fit") as caught:
         gs.load_checkpoint(tmp_path / "a.pt", model=nn.Sequential(nn.Linear(2, 1)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_told_with_the_file_that_was_asked_for(tmp_path):
+    place = tmp_path / "none" / "run.ckpt"
+    with pytest.raises(FileNotFoundError) as told:
+        gs.save_checkpoint(place, step=1)
+    assert told.value.filename == str(place) and "part" not in str(told.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -230,3 +231,22 @@ def test_a_cap_on_updates_that_nobody_attached_is_refused():
 def test_a_limit_that_can_never_bind_is_warned_of_at_the_users_line():
     with pytest.warns(UserWarning, match="the limit 9 of 'all' can never bind"):
         gs.GradientSplitter(model_of(), "xsp", {"root": gs.Fixed(9.0), "bin": gs.Fixed(1.0)})
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_an_expanded_gradient_is_named(backend):
+    model = model_of()
+    splitter = gs.GradientSplitter(model, budget=gs.Fixed(1e-3), backend=backend)
+    model[1].weight.grad = torch.ones(1, 4).expand(2, 4)
+    with (
+        pytest.warns() if backend == "auto" else contextlib.nullcontext(),
+        pytest.raises(RuntimeError, match=r"an expanded one at '1\.weight'\. Set parameter\.grad = .*clone\(\) first"),
+    ):
+        splitter.step()
+
+
+def test_in_front_of_gso_the_description_says_that_bounds_hold_twice():
+    model = model_of()
+    said = gs.GradientSplitter(model, optimizer=gs.GSO(model)).describe()
+    assert "GSO bounds gradients itself, so they are bounded twice" in said
+    assert "bounded twice" not in gs.GradientSplitter(model, optimizer=torch.optim.AdamW(model.parameters())).describe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -236,3 +237,20 @@ def test_under_a_scaler_an_attached_splitter_sees_no_step_that_is_left_out():
         scaler.update()
     assert splitter.step_count == 2
     assert scaler.get_scale() == 32768.0
+
+
+def test_wrappers_whose_sums_stay_wrapped_are_served_by_eager_torch():
+    """torch's own test wrapper: two tensors in one, and every operation is done to both."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    made = []
+    for wrap in (lambda x: x, lambda x: TwoTensor(x, x.clone())):
+        w = nn.Parameter(wrap(torch.ones(4, 3)))
+        splitter = gs.GradientSplitter([("w", w)], budget=gs.Relative(0.1), backend="numba")
+        w.grad = wrap(torch.arange(12.0).view(4, 3))
+        with contextlib.nullcontext() if not made else pytest.warns(UserWarning, match="it is a TwoTensor"):
+            splitter.step()
+        made.append(w.grad)
+    assert float(made[0].norm(dim=1).max()) < 0.2
+    torch.testing.assert_close(made[1].a, made[0])
+    torch.testing.assert_close(made[1].b, made[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -480,3 +482,46 @@ def test_a_parameter_of_another_shape_is_refused_before_any_memory_is_read(optio
             sum(w.square().sum() for w in weights).backward()
             optimizer.step()
             optimizer.zero_grad()
+
+
+def test_a_scheduler_that_leaves_no_mark_beside_steps_is_named_once():
+    model = net_of()
+    optimizer = gs.GSO(model, steps=20)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    train(model, optimizer, range(2))
+    for loss in (1.0, 1.0):
+        scheduler.step(loss)
+    with pytest.warns(UserWarning, match=r"GSO\(steps=20\): expected lr to stay as it was, 0.03, got 0.015") as told:
+        train(model, optimizer, range(1))
+    assert len(told) == 1
+    scheduler.step(1.0)
+    train(model, optimizer, range(1))
+
+
+@pytest.mark.parametrize("change", ["a guard", "a loaded state", "no steps", "a group"])
+def test_a_share_that_others_may_change_beside_steps_says_nothing(change):
+    model = net_of()
+    optimizer = gs.GSO(model, steps=None if change == "no steps" else 20)
+    guard = gs.Guard(model, optimizer) if change == "a guard" else None
+    train(model, optimizer, range(1))
+    if guard is not None:
+        guard._rate.factor = 0.5
+    elif change == "a loaded state":
+        other = gs.GSO(net_of(), lr=0.01, steps=20)
+        optimizer.load_state_dict(other.state_dict())
+    elif change == "a group":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.01})
+    else:
+        optimizer.param_groups[0]["lr"] = 0.01
+    with warnings.catch_warnings(record=True) as told:
+        train(model, optimizer, range(2))
+    assert not told
+
+
+@pytest.mark.parametrize("option", ["process_group", "stages"])
+def test_what_is_no_process_group_is_refused_at_once(option):
+    said = rf"{option}=3\): expected a process group of torch.distributed with this rank in it, or None, got int"
+    with pytest.raises(ValueError, match=r"GSO\(" + said):
+        gs.GSO(net_of(), **{option: 3})
+    with pytest.raises(ValueError, match=r"GradientSplitter\(" + said):
+        gs.GradientSplitter(net_of(), **{option: 3})
