@@ -16,7 +16,8 @@ The directions:
     adam:        v <- v + (1 - b2) (g'^2 - v);   D = a / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps); floor = sqrt n
 
 How s_b moves is told in `gradsplit.collective`. A bin whose gradient is not finite, and one whose direction is zero,
-stays as it is, and so does its memory.
+stays as it is, and so does its memory. A bin of an orthogonal direction stays where its gradient is exactly zero, and
+its memory fades; Adam's direction fades by itself.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ def share_rule(
     patterns = Patterns(plan, oriented, call=call)
     made = array_kinds(oriented, call=call) if kinds is None else tuple(kinds)
     share_B, least_B, longest_B, floor_B = _per_bin(plan, made)
+    fades_B = (floor_B > _TINY).astype(np.float64)
     by_adam = [t for t, kind in enumerate(made) if kind.direction == "adam"]
     limited = [math.isfinite(kind.longest) for kind in made]
     beta1, beta2 = betas
@@ -198,7 +200,7 @@ def share_rule(
         momenta, squares, directions = aimed(bounded, state, ages_T, there, learns_B)
         sums = sums_for(length_B)
         ahead_B = sums.norm(patterns.amounts_B(directions, may_explode=False))
-        moves_B = decision.finite_B & (ahead_B > 0)
+        moves_B = decision.finite_B & (ahead_B > 0) & (xp.asarray(fades_B, length_B) + decision.norm_B > 0)
         longest = xp.maximum(length_B, xp.asarray(longest_B, length_B))
         most_B = xp.cast(state.most_B, length_B)  # a framework may keep its states in single precision
         most_B = xp.where(moves_B & (most_B == 0), longest, most_B)

@@ -12,7 +12,8 @@ Per bin b (a row by default), with gradient g, weights w of n entries, tau the s
 s_b begins as the bin's first norm. Where c > 5 it becomes 1.05 s_b, so that a jump that stays is let through within a
 hundred steps. Else it becomes min(max(||g_b||, f s_b), 2 s_b) with f = min(0.98, t / (t + 2)) at step t, so that a
 spike in the first steps is soon forgotten. A bin whose gradient is not finite, and one whose direction is zero, stays
-as it is, and so does its memory.
+as it is, and so does its memory. A bin whose gradient is exactly zero stays too where the direction's length does not
+count (floor = 0), and its memory fades; Adam's direction fades by itself.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class ShareUpdate:
             keeps_B[ids] = float(DIRECTIONS[kind.direction].keeps_length)
         root_B = numel_B.sqrt()
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
-        self._floor_B = torch.where(keeps_B > 0, root_B, 1e-30)
+        self._fades_B = keeps_B > 0
+        self._floor_B = torch.where(self._fades_B, root_B, 1e-30)
         # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
         self.recent_B, self.most_B = torch.zeros_like(like), torch.zeros_like(like)
         self.seen_steps = like.new_zeros(())
@@ -216,7 +218,7 @@ class ShareUpdate:
             if self._outside:
                 self._pass_over(stacks, directions, memories, states, lost_B)
                 ahead_B = torch.where(lost_B, 0.0, ahead_B)
-            moves_B = decision.finite_B & (ahead_B > 0)
+            moves_B = decision.finite_B & (ahead_B > 0) & (self._fades_B | (decision.norm_B > 0))
             first_B = moves_B & (self.most_B == 0)
             most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
             assert split.rates is not None

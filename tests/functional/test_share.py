@@ -100,12 +100,19 @@ def test_a_fault_of_a_constant_is_caught(fault):
     assert farthest(run(rule_of(**FAULTS[fault]), np.asarray)) > 1e-5
 
 
+def _rows_walk(plan, *arguments, honest=share.decide_collectively, **named):
+    decision, *more = honest(plan, *arguments, **named)
+    norm_B = np.maximum(decision.norm_B, 1e-300)
+    return gs.Decision(plan, norm_B, decision.finite_B, decision.scale_B, decision.limits), *more
+
+
 def _four_steps(matrices):
     return newton_schulz(matrices, 4)
 
 
 splitting = importlib.import_module("gradsplit.functional.splitting")  # the package has a function of this name
 PLANTED = {
+    "a row without a gradient walks on": (share, "decide_collectively", _rows_walk),
     "Newton-Schulz ends early": (share, "newton_schulz", _four_steps),
     "the collective rule never fires": (splitting, "COLLECTIVE", np.inf),
     "recent norms fall too fast": (splitting, "FALLS", 0.2),

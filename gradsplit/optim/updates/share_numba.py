@@ -184,7 +184,7 @@ def _scale_row(p, start, length, factor):
 
 
 @_reduced
-def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, most, grown):
+def _apply(c, worker, kind, entries, chunks, bases, numbers, norms, lengths, finite, most, grown):
     for e in range(chunks[c], chunks[c + 1]):
         first, count, t, offset, step, rows, row_step, length = _entry(entries, e)
         if bases[GRADIENT, t] == 0:
@@ -194,8 +194,10 @@ def _apply(c, worker, kind, entries, chunks, bases, numbers, lengths, finite, mo
         shrink = narrow(p, 1.0 - numbers[t, DECAY])
         for i in range(count):
             b, at = first + i, offset + i * step
+            if finite[b] == 0.0 or (norms[b] == 0.0 and numbers[t, IS_ADAM] == 0.0):
+                continue
             ahead2 = _bin_square(d, at, rows, row_step, length)
-            if finite[b] == 0.0 or not ahead2 > 0.0:
+            if not ahead2 > 0.0:
                 continue
             if most[b] == 0.0:
                 most[b] = max(lengths[b], numbers[t, LONGEST])
@@ -311,7 +313,7 @@ class CompiledShare(ShareUpdate):
         self.cosine_B = torch.from_numpy(cosines) if self.measures else None
         most = self.most_B.numpy()
         calls = [
-            (apply, (KINDS[d], t.entries, t.chunks, bases, numbers, out[3], out[4], most, grown))
+            (apply, (KINDS[d], t.entries, t.chunks, bases, numbers, out[0], out[3], out[4], most, grown))
             for d, t in self._tables
         ]
         run(calls, threads)

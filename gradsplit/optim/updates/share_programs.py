@@ -319,6 +319,8 @@ def commit(
                 dot += tl.load(g + of_weight, mask=there, other=0.0).to(tl.float64) * ahead.to(tl.float64)
         ahead2 = tl.sum(total, axis=0)
         moves = ahead2 > 0
+        if not ADAM:  # Adam's direction fades by itself
+            moves = moves & (tl.load(vectors + NORM * num_bins + b) > 0)
         if MEASURES:
             both = tl.load(vectors + NORM * num_bins + b) * tl.sqrt(ahead2)
             towards = tl.sum(dot, axis=0) * tl.load(number + _SIGN) * tl.load(unscale)

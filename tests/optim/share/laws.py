@@ -219,22 +219,29 @@ def check_without_gradient_a_row_stays(make: Make) -> None:
         assert not torch.equal(after[name], before[name])
 
 
-def check_momentum_without_history_shortens_nothing(make: Make) -> None:
-    """A row with a momentum, no history and a gradient of zero moves by its share: its limit is not zero."""
-    model = zoo()
-    optimizer = make(model, weight_decay=0.0)
+def check_a_row_that_loses_its_gradient_rests(make: Make) -> None:
+    """A row of a matrix stays while its gradient is zero, and its momentum fades; a token goes on, and fades too."""
+    model, rows = zoo(), {"linear.weight": [2], "conv2.weight": [2], "experts.weight": [2, 3], "words.weight": [2]}
+    optimizer = make(model, weight_decay=0.5)
     give(model, 0)
     optimizer.step()
-    state = optimizer.state_dict()
-    del state["gradsplit"]
-    other = make(model, weight_decay=0.0)
-    other.load_state_dict(state)
-    before = model.linear.weight.detach().clone()
-    give(model, 1)
-    model.linear.weight.grad[1] = 0
-    other.step()
-    moved = (model.linear.weight.detach() - before).norm(dim=1) / before.norm(dim=1)
-    torch.testing.assert_close(moved, torch.full_like(moved, 0.03))
+    strides = []
+    for step in range(1, 5):
+        before, memory = weights_of(model), {name: memory_of(optimizer, model, name) for name in rows}
+        give(model, step)
+        for name, at in rows.items():
+            gradient = dict(model.named_parameters())[name].grad
+            gradient.view(SHEETS[name].rows, -1)[at] = 0
+        optimizer.step()
+        for name, at in rows.items():
+            moved = (weights_of(model)[name] - before[name]).norm(dim=1)
+            assert bool((moved[0:2] > 0).all()), f"{name}: a row with a gradient stayed"
+            if name != "words.weight":
+                assert bool((moved[at] == 0).all()), f"{name}: a row without gradient moved"
+                fresh = memory_of(optimizer, model, name)["momentum"][at]
+                torch.testing.assert_close(fresh, 0.9 * memory[name]["momentum"][at])
+        strides.append(float((weights_of(model)["words.weight"][2] - before["words.weight"][2]).norm()))
+    assert strides == sorted(strides, reverse=True) and strides[-1] > 0, "the steps of a token do not fade"
 
 
 def check_saving_changes_nothing(make: Make) -> None:

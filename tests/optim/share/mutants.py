@@ -117,14 +117,20 @@ def _forgets_recent(self, state, *, call):
     self.most_B = state["most"].clone()
 
 
-def _first_length_when_seen(self, *measured):
-    """The longest length is set where a gradient is seen; a row that moves by its momentum alone has none."""
-    made = _BOUND(self, *measured)
-    seen_B = made[0].norm_B > 0
-    length_B = made[1]
-    missing_B = ~seen_B & (self.most_B == 0)
-    self.most_B = torch.where(missing_B, 1e-9 * length_B, self.most_B)
-    return made
+def _rows_walk(self, *measured):
+    """A row without a gradient goes on along its momentum."""
+    decision, *more = _BOUND(self, *measured)
+    norm_B = decision.norm_B.clamp(min=1e-300)
+    return share.Decision(decision.plan, norm_B, decision.finite_B, decision.scale_B, decision.limits), *more
+
+
+def _tokens_stay(self, *arguments):
+    """Rows of embeddings stay where they have no gradient, as those of matrices do."""
+    _MAKE(self, *arguments)
+    self._fades_B = torch.zeros_like(self._fades_B)
+
+
+_MAKE = share.ShareUpdate.__init__
 
 
 def _whole(stack, **_):
@@ -183,7 +189,7 @@ def _few(make=true):
 _huge = laws.check_one_huge_row_moves_no_other_tensor
 _scale = laws.check_the_scale_of_the_loss_does_not_matter
 _share = laws.check_rows_move_by_their_share
-_history = laws.check_momentum_without_history_shortens_nothing
+_rests = laws.check_a_row_that_loses_its_gradient_rests
 
 LAWS = (
     _formulas,
@@ -197,7 +203,7 @@ LAWS = (
     laws.check_rows_do_not_outgrow_their_limit,
     _share,
     laws.check_without_gradient_a_row_stays,
-    _history,
+    _rests,
     laws.check_saving_changes_nothing,
     laws.check_gradients_are_only_read,
     laws.check_blocks_do_not_see_each_other,
@@ -238,10 +244,8 @@ MUTANTS = {
         _share,
     ),
     "rows without gradient decay": ([(UPDATE, "step", _decays_what_stays)], laws.check_without_gradient_a_row_stays),
-    "no longest length without a gradient": (
-        [(UPDATE, "_bound", _first_length_when_seen)],
-        _history,
-    ),
+    "rows without gradient walk on": ([(UPDATE, "_bound", _rows_walk)], _rests),
+    "tokens that do not come stay": ([(UPDATE, "__init__", _tokens_stay)], _rests),
     "history is not loaded": ([(UPDATE, "load", _forgets_recent)], laws.check_saving_changes_nothing),
     "memory in half precision": ([(gso, "mend_memories", _rounds_memory)], laws.check_saving_changes_nothing),
     "gradients are halved": ([(UPDATE, "step", _writes_gradients)], laws.check_gradients_are_only_read),

@@ -97,6 +97,7 @@ FAULTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "a row that is not finite is entered": ("tl.where(learns, ahead, m0)", "tl.where(learns, ahead, ahead)", {}),
     "weights do not decay": ("(1.0 - tl.load(number + _DECAY) * tau)", "(1.0 - 0.0 * tau)", {"weight_decay": 0.5}),
+    "rows without a gradient walk on": ("moves & (tl.load(vectors + NORM * num_bins + b) > 0)", "moves", {}),
     "rows without a direction decay": ("tl.where(moves, fresh, weight)", "fresh", {"weight_decay": 0.5}),
     "no limit on growth": ("shrink = tl.where(beyond, held", "shrink = tl.where(beyond, reached", {"lr": 0.5}),
     "the first length is forgotten": ("tl.maximum(length, longest), held)", "longest, held)", {"lr": 0.5}),
@@ -144,6 +145,8 @@ def _give(model: nn.Module, step: int, *, turn: bool = False, odd: bool = False)
             gradient[2] = 0.0 if step else gradient[2]
         if step == 1 and name in ("a.weight", "words.weight"):
             gradient[0, 1] = float("nan") if name == "a.weight" else float("inf")
+        if name == "a.weight" and step > 1:
+            gradient[2] = 0.0  # a unit that dies
         if name == "tall.weight":
             gradient = -p.detach().float()  # so that its rows grow
         if step == 3:
