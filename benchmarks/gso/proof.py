@@ -401,7 +401,8 @@ def _deepest() -> list[Job]:
     """146 layers: AdamW's best, and Muon and SOAP at the rates that are best with 36 layers."""
     jobs = cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
     jobs += _muon("deep-stack", 300, 0.01, (0, *FRESH[:2])) + _muon("deep-stack", 300, 0.03, (0,))
-    return jobs + cells("deep-stack", 300, "soap", 3e-3, (0, *FRESH[:2]))
+    jobs += cells("deep-stack", 300, "soap", 3e-3, (0, *FRESH[:3]))
+    return jobs + cells("deep-stack", 300, "gso", SHARE, FRESH[2:3])
 
 
 def _depth_fresh_24() -> list[Job]:
@@ -409,6 +410,19 @@ def _depth_fresh_24() -> list[Job]:
     options = {"layers": 24, "width": 48}
     jobs = cells("gpt", 300, "adamw", 3e-3, FRESH[:2], options=options)
     return jobs + [job for lr in (SHARE, 0.045) for job in cells("gpt", 300, "gso", lr, FRESH[:2], options=options)]
+
+
+def _depth_6() -> list[Job]:
+    """Rates of Muon and SOAP on a GPT of 6 layers, whose best a deeper one takes."""
+    six = {"layers": 6, "width": 48}
+    jobs = [job for lr in (0.03, 0.01) for job in _muon("gpt", 300, lr, (0,), **six)]
+    return jobs + [job for lr in (1e-2, 3e-3) for job in cells("gpt", 300, "soap", lr, (0,), options=six)]
+
+
+def _gains_again() -> list[Job]:
+    """GSO at two gains with the rule of layers in series; with `--again`. At gain .5 there are not enough layers."""
+    jobs = cells(*HOT[:2], "gso", SHARE, FRESH[1:3], options={"gain": 1.0})
+    return jobs + cells(*HOT[:2], "gso", SHARE, FRESH[:2], options={"gain": 2.0})
 
 
 def _gain_edges() -> list[Job]:
@@ -421,8 +435,9 @@ def _gain_edges() -> list[Job]:
 
 def _text_schedulefree() -> list[Job]:
     text = {"text": "second"}
-    jobs = [job for lr in (1e-2, 3e-3, 2e-2) for job in cells(*MAIN, "schedulefree", lr, (0,), options=text)]
-    return jobs + cells(*MAIN, "schedulefree", 1e-2, FRESH[:3], options=text)
+    jobs = [job for lr in (1e-2, 3e-3) for job in cells(*MAIN, "schedulefree", lr, (0,), options=text)]
+    jobs += cells(*MAIN, "schedulefree", 1e-2, FRESH[:2], options=text)
+    return jobs + cells(*MAIN, "schedulefree", 2e-2, (0,), options=text)
 
 
 PROOF: dict[str, list[Job]] = {
@@ -466,7 +481,8 @@ PROOF: dict[str, list[Job]] = {
     "proof-mixer": _both(*MIXER),
     "proof-lora": _both("lora", 400),
     "proof-zero-rivals": _both(*GPT[:2], zero=True),
-    "proof-depth-6": _both("gpt", 300, layers=6, width=48),
+    "proof-depth-6": _depth_6(),
+    "proof-gains-again": _gains_again(),
     "proof-gain-edges": _gain_edges(),
     "proof-text-schedulefree": _text_schedulefree(),
 }
