@@ -114,7 +114,7 @@ def beside(
             theirs = statistics.median(fresh or seed0)
             gain = statistics.median(ours) / theirs - 1
             size = runs.keep(f"{title}: GSO beside {method}", abs(gain))
-            by = f"{100 * size:.1f} % {'higher' if gain > 0 else 'lower'}"
+            by = f"{100 * size:.1f} % {'higher' if gain > 0 else 'lower'}" if size >= 0.0005 else "level"
         count = str(len(fresh)) if fresh else "seed 0"
         rows.append([NAMES[method], setting(method, cell), str(tried), shown(fresh or seed0), count, by])
     return table(["method", "setting", "cells tried", title, "fresh seeds", "GSO is"], rows), all_scores
