@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.proof import plan, store
 from gradsplit.lab import workload
-from gradsplit.lab.methods import METHODS
 
 GSO_RUNS = store.RESULTS.parent / "gso" / "runs.jsonl"
 COLUMNS = {
@@ -201,10 +200,10 @@ def _pair(ours: Row, theirs: Row, higher: bool) -> Row | None:
 def sensitivity() -> list[Row]:
     """Wortsman et al. 2023: the mean over rates of min(loss, first loss) - best loss, at `AROUND` x the usual rate."""
     finished, rows = store.done(), []
-    for size, options in plan.SIZES.items():
+    for size, (steps, _) in plan.SIZES.items():
         for method in plan.SENSITIVE:
             usual = plan.RATES[method][0]
-            keys = [_sensitive_key(method, usual * factor, options) for factor in plan.AROUND]
+            keys = [plan.sensitive(size, method, factor).key for factor in plan.AROUND]
             runs = [finished[key] for key in keys if key in finished]
             if len(runs) < len(plan.AROUND):
                 continue
@@ -212,6 +211,7 @@ def sensitivity() -> list[Row]:
             losses = [first if run["score"] is None or run["diverged"] else min(run["score"], first) for run in runs]
             rows.append({
                 "size": size,
+                "steps": steps,
                 "method": method,
                 "usual": usual,
                 "losses": losses,
@@ -221,10 +221,6 @@ def sensitivity() -> list[Row]:
                 "log_partition": [run.get("mean_log_partition") for run in runs],
             })  # fmt: skip
     return rows
-
-
-def _sensitive_key(method: str, lr: float, options: Mapping[str, Any]) -> str:
-    return plan.Job("gpt", 200, method, min(lr, METHODS[method].largest_lr), plan.CHOOSING, options).key
 
 
 def outputs() -> list[Row]:

@@ -112,7 +112,11 @@ LARGE_RATES = {  # tried at 1 M; the best one goes on to the larger ones
 BATCH, CONTEXT = 16, 64  # windows a step and characters a window: the GPT's own
 CHARACTERS = 10_760_274  # of sotu.txt
 MORE_RATES = {"10 M": {"adamw+clip1+warmup": (1e-3, 3e-4)}}  # beside the best one at 1 M
-SIZES = {"22 k": {"layers": 1, "width": 32}, "160 k": {"layers": 3, "width": 64}}
+SIZES: dict[str, tuple[int, dict[str, Any]]] = {  # of the sensitivity
+    "22 k": (200, {"layers": 1, "width": 32}),
+    "160 k": (200, {"layers": 3, "width": 64}),
+    "1 M": (100, {"layers": 4, "width": 144}),
+}
 SENSITIVE = ("gso", "adamw+clip1+warmup", "muon")
 AROUND = tuple(10**power for power in (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25))  # a factor of 316
 
@@ -187,13 +191,13 @@ def _worth(name: str, row: Mapping[str, Any]) -> float:
 
 
 def _sensitivity() -> list[Job]:
-    jobs = []
-    for options in SIZES.values():
-        for method in SENSITIVE:
-            usual = RATES[method][0]
-            rates = [min(usual * factor, METHODS[method].largest_lr) for factor in AROUND]
-            jobs += [Job("gpt", 200, method, lr, CHOOSING, options) for lr in rates]
-    return jobs
+    return [sensitive(size, method, factor) for size in SIZES for method in SENSITIVE for factor in AROUND]
+
+
+def sensitive(size: str, method: str, factor: float) -> Job:
+    """A GPT of that size at a factor of the method's usual rate, or at its largest rate."""
+    steps, options = SIZES[size]
+    return Job("gpt", steps, method, min(RATES[method][0] * factor, METHODS[method].largest_lr), CHOOSING, options)
 
 
 OUTPUTS: tuple[tuple[str, float], ...] = (
@@ -205,7 +209,7 @@ OUTPUTS: tuple[tuple[str, float], ...] = (
 
 def _outputs() -> list[Job]:
     """Whether output logits drift: no decay, no schedule, 3,000 steps, the log of their partition function watched."""
-    options = SIZES["22 k"] | {"decay": 0.0, "watch": 300}
+    options = SIZES["22 k"][1] | {"decay": 0.0, "watch": 300}
     return [Job("gpt", 3000, method, lr, CHOOSING, options, "constant") for method, lr in OUTPUTS]
 
 

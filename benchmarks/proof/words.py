@@ -187,8 +187,8 @@ def sensitivity_words(rows: Sequence[Row]) -> str:
         best = min(here, key=lambda row: row["best"])
         others = _listed(f"{COLUMNS[row['method']]}'s {row['best']:.2f}" for row in here if row is not best)
         said.append(
-            f"- {size} parameters: a rate matters least to {names[0]} and most to {names[-1]}. The lowest loss of all "
-            f"is {COLUMNS[best['method']]}'s {best['best']:.2f}, beside {others}.\n"
+            f"- {size} parameters, {here[0]['steps']} steps: a rate matters least to {names[0]} and most to {names[-1]}"
+            f". The lowest loss of all is {COLUMNS[best['method']]}'s {best['best']:.2f}, beside {others}.\n"
         )
     lost = sum(value is None for row in rows for value in row["attention"])
     runs = sum(len(row["losses"]) for row in rows)

@@ -130,7 +130,7 @@ def _short(made):
         (_time, "time-words", "to 77.00 times"),
         (_time, "opening", "at most 77.00 times"),
         (_photographs, "photographs-words", "At an overlap of 0.5 GSO, "),
-        (_sensitivity, "sensitivity-words", "160 k parameters: a rate matters least to GSO (0.01)"),
+        (_sensitivity, "sensitivity-words", "160 k parameters, 200 steps: a rate matters least to GSO (0.01)"),
         (_lost, "sensitivity-words", "1 of "),
         (_attention, "attention-words", "77 to 77 with GSO"),
         (_partition, "partition-words", "between -77.0 and"),
