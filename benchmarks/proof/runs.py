@@ -183,6 +183,7 @@ def execute(groups: list[str]) -> None:
                 continue
             append(store.RUNS, {"key": job.key, "cell": job.cell, **asdict(job), **result, **conditions})
             print(f"{group} {at}/{len(jobs)} {result['score']:.4f} {result['cpu_ms_a_step']} ms {job.key}", flush=True)
+    store.close()
 
 
 def show(groups: list[str]) -> Iterator[str]:

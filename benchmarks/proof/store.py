@@ -46,6 +46,21 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         print(f"not written yet: {len(_unwritten)} lines: {error}. Make room; the next run tries again.", flush=True)
 
 
+def close() -> None:
+    """Try once more to write what the disk has refused; print what it still refuses, so that the log keeps it.
+
+    Raises:
+        SystemExit: lines were printed instead of written.
+    """
+    while _unwritten:
+        try:
+            append_line(*_unwritten[0])
+        except OSError as error:
+            print("\n".join(line.strip() for _, line in _unwritten), flush=True)
+            raise SystemExit(f"proof.py: {len(_unwritten)} lines are above, not in the file: {error}.") from error
+        _unwritten.pop(0)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line, whole or not at all."""
     with path.open("ab", buffering=0) as file:

@@ -95,6 +95,21 @@ def test_a_disk_that_is_full_keeps_the_run_for_the_next_line(folder, monkeypatch
     assert "No space left on device" in capsys.readouterr().out
 
 
+def test_a_disk_that_stays_full_leaves_the_runs_in_the_log(folder, monkeypatch, capsys):
+    def refusing(path, line):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "run", _result)
+    monkeypatch.setattr(store, "append_line", refusing)
+    monkeypatch.setattr(store, "_unwritten", [])
+    monkeypatch.setitem(plan.GROUPS, "here", lambda: _jobs("adamw"))
+    with pytest.raises(SystemExit, match=r"proof\.py: 2 lines are above, not in the file: .*No space left"):
+        runs.execute(["here"])
+    kept = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert {row["seed"] for row in kept} == {0, 1}
+    assert not (folder / "runs.jsonl").exists()
+
+
 def _entry(fresh, choosing=None):
     """A method's scores: one number, or one per seed."""
     if fresh is None:
