@@ -70,17 +70,16 @@ def opening_words(made: Row) -> str:
     count, costs = made["count"], made["costs"]
     over = [found["gso"]["over_adamw"] for found in costs.values()]
     time = (
-        f" A step takes it {statistics.median(over):.2f} times as long as AdamW's (median of {len(over)} tasks; at "
-        f"most {max(over):.2f} times)."
-        if over
-        else ""
+        f"A step takes it {statistics.median(over):.2f} times as long as AdamW's (median of {len(over)} tasks; at most "
     )
+    time = f"{time}{max(over):.2f} times)." if over else ""
     titles = [f'"{title}"' for title in count["not_near"]]
-    behind = f" It is further behind in {_listed(titles)}." if titles else ""
+    behind = f"It is further behind in {_listed(titles)}. " if titles else ""
     return (
-        f"`gs.GSO`, with nothing chosen, is the best of up to {len(COLUMNS)} optimizers in {count['first']} of "
-        f"{count['rows']} small tasks. It is the best, or within {100 * NEAR:.0f} % of the best, in "
-        f"{count['first_or_near']} of them ({100 * count['share']:.0f} %).{behind}{time}\n"
+        f"`gs.GSO`, with nothing chosen, ran beside up to {len(COLUMNS) - 1} other optimizers on {count['rows']} small "
+        "tasks. Each of the others had the best of several learning rates. "
+        f"GSO is the best in {count['first']} tasks, and the best or within {100 * NEAR:.0f} % of it in "
+        f"{count['first_or_near']} ({100 * count['share']:.0f} %). {behind}{time}\n"
     )
 
 

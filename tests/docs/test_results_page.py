@@ -122,7 +122,7 @@ def _short(made):
 @pytest.mark.parametrize(
     ("change", "part", "said"),
     [
-        (_opening, "opening", "in 77 of"),
+        (_opening, "opening", "the best in 77 tasks"),
         (_opening, "count", "first in 77 of"),
         (_behind, "behind", "GSO ranks last. Lion is ahead by 50.0 %, on 2 of 3 seeds. We do not know why."),
         (_nowhere_behind, "behind", "In no row."),
