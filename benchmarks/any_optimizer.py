@@ -207,7 +207,9 @@ CONTROLS: dict[str, Callable[[Task, Made], Bound]] = {
 """What stands between the backward pass and the step; False: the step is left out."""
 
 
-def run(task_name: str, optimizer: str, control: str, fault: str, rate: float, seed: int, lr: float) -> dict[str, Any]:
+def run(
+    task_name: str, optimizer: str, control: str, fault: str, rate: float, seed: int, lr: float, steps: int = STEPS
+) -> dict[str, Any]:
     """Train once under a fault in a share of the steps; return one row of the file."""
     began = time.process_time()
     build, held_out = TASKS[task_name]
@@ -215,10 +217,10 @@ def run(task_name: str, optimizer: str, control: str, fault: str, rate: float, s
     optimizers = OPTIMIZERS[optimizer](task.model, lr)
     bound = CONTROLS[control](task, optimizers)
     flat = optimizer == "schedule-free"  # its promise is to need no schedule
-    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 1.0 if flat else 0.0, total_iters=STEPS) for o in optimizers]
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 1.0 if flat else 0.0, total_iters=steps) for o in optimizers]
     draw, spoil = torch.Generator().manual_seed(1_000 + seed), FAULTS[fault]
     _turn(optimizers, "train")
-    for step in range(STEPS):
+    for step in range(steps):
         task.model.zero_grad()
         torch.autograd.backward(task.loss(task.model, task.batch(step)))
         if spoil is not None and float(torch.rand((), generator=draw)) < rate:
@@ -247,7 +249,7 @@ Job = tuple[str, str, str, str, float, int, float]
 
 def _faults(options: argparse.Namespace) -> Iterator[Job]:
     for rate, seed, task, optimizer, fault, control in product(
-        options.shares, options.seeds, options.tasks, options.optimizers, FAULTS, options.controls
+        options.shares, options.seeds, options.tasks, options.optimizers, options.faults, options.controls
     ):
         yield task, optimizer, control, fault, 0.0 if fault == "clean" else rate, seed, RATES[task][optimizer]
 
@@ -269,6 +271,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--controls", nargs="+", default=["none", "default"], choices=list(CONTROLS))
+    parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05], help="of the steps, with a fault")
     options = parser.parse_args()

@@ -10,10 +10,13 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 
-__all__ = ["PAGES", "filled", "tables"]
+from benchmarks import tables
+
+__all__ = ["PAGES", "make"]
 
 FOLDER = Path(__file__).parent / "results" / "any-optimizer"
 BOUNDS = Path(__file__).parent / "results" / "sgd-bounds.jsonl"
@@ -62,155 +65,172 @@ def shown(values: list[float]) -> str:
     return f"{middle:+.1f}" if middle < 1000 else "> 1000"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], evidence: str = "summary.json") -> str:
-    """A table in Markdown, with its evidence; without rows the words for that."""
-    head, rows = list(head), list(rows)
-    if not rows:
-        return "Not run."
-    lines = [f"<!-- evidence: benchmarks/results/any-optimizer/{evidence} -->"]
-    lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
+EVIDENCE = "benchmarks/results/any-optimizer/summary.json"
 
 
-def seeds_of(counts: list[int]) -> str:
-    """How many seeds the cells have, as a sentence."""
-    least, most = min(counts, default=0), max(counts, default=0)
-    return f"\n\nSeeds per cell: {least if least == most else f'{least} to {most}'}."
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table with its evidence; without rows nothing."""
+    return tables.table(head, rows, EVIDENCE) if rows else ""
 
 
-def tables() -> tuple[dict[str, str], dict[str, object]]:
-    """Return the tables by name, and the numbers that stand in them."""
-    runs, chosen = read()
-    numbers: dict[str, object] = {}
-    made: dict[str, str] = {}
-    counts: list[int] = []
+class Cells:
+    """The cells of the tables, from the runs.
 
-    def cell(name: str, values: list[float]) -> str:
+    Attributes:
+        numbers: what stands in the cells, as evidence.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self.numbers: dict[str, object] = {}
+        self._counts: list[int] = []
+
+    def losses(self, task: str, optimizer: str) -> list[float]:
+        """Of the clean runs without a control."""
+        return list(self.runs.get((task, optimizer, "none", "clean", "0.0"), {}).values())
+
+    def excess(self, task: str, optimizer: str, control: str, fault: str, rate: str = "0.05") -> list[float]:
+        """See `excess`."""
+        return excess(self.runs, task, optimizer, control, fault, rate)
+
+    def cell(self, task: str, optimizer: str, control: str, fault: str, rate: str = "0.05") -> str:
+        """One control."""
+        values = self.excess(task, optimizer, control, fault, rate)
         if values:
-            counts.append(len(values))
-        finite = [round(value, 4) for value in values if math.isfinite(value)]
-        if finite:
-            numbers[name] = finite
+            self._counts.append(len(values))
+        self.keep(" / ".join((task, optimizer, control, fault, rate)), values)
         return shown(values)
 
-    def of(task: str, optimizer: str, control: str, fault: str, rate: str) -> str:
-        values = excess(runs, task, optimizer, control, fault, rate)
-        return cell(f"{task} / {optimizer} / {control} / {fault} / {rate}", values)
+    def pair(self, task: str, optimizer: str, fault: str, rate: str = "0.05") -> str:
+        """None and the default."""
+        return " → ".join(self.cell(task, optimizer, control, fault, rate) for control in ("none", "default"))
 
-    rows = []
-    for optimizer in OPTIMIZERS:
-        row = [optimizer]
-        for task in TASKS:
-            losses = list(runs.get((task, optimizer, "none", "clean", "0.0"), {}).values())
-            row += [f"`{chosen.get((task, optimizer), '-')}`", cell(f"{task} / {optimizer} / loss", losses).lstrip("+")]
-            if losses:
-                row[-1] = f"{statistics.median(losses):.2f}"
-        rows.append(row)
-    made["rates"] = table(["optimizer", "rate, text", "loss, text", "rate, detection", "loss, detection"], rows)
+    def keep(self, name: str, values: Iterable[float]) -> None:
+        """Keep numbers as evidence."""
+        finite = [round(value, 4) for value in values if math.isfinite(value)]
+        if finite:
+            self.numbers[name] = finite
 
+    def seeds(self) -> str:
+        """How many seeds the cells have since this was asked before, as a sentence."""
+        least, most = min(self._counts, default=0), max(self._counts, default=0)
+        self._counts.clear()
+        return f"\nSeeds per cell: {least if least == most else f'{least} to {most}'}.\n"
+
+
+def make() -> tuple[dict[str, str], dict[str, object]]:
+    """Return the tables by name, and the numbers that stand in them."""
+    runs, chosen = read()
+    cells = Cells(runs)
+    made = {"rates": _rates(cells, chosen)}
     for task in TASKS:
-        counts.clear()
-        rows = [
-            [
-                optimizer,
-                of(task, optimizer, "default", "clean", "0.05"),
-                *(
-                    f"{of(task, optimizer, 'none', fault, '0.05')} → {of(task, optimizer, 'default', fault, '0.05')}"
-                    for fault in FAULTS
-                ),
-            ]
-            for optimizer in OPTIMIZERS
-        ]
-        made[f"5, {task}"] = table(["optimizer", "no fault", *FAULTS], rows) + seeds_of(counts)
-
-    for task in TASKS:
-        rows = []
-        counts.clear()
-        for optimizer in OPTIMIZERS:
-            for control in ("clip 1", "ZClip", "skip"):
-                cells = [of(task, optimizer, control, fault, "0.05") for fault in ("clean", *FAULTS)]
-                if set(cells) != {"-"}:
-                    rows.append([optimizer, control, *cells])
-        made[f"others, {task}"] = table(["optimizer", "control", "no fault", *FAULTS], rows) + seeds_of(counts)
-
+        made[f"5, {task}"] = _default(cells, task)
+        made[f"others, {task}"] = _others(cells, task)
     for rate in ("0.05", "0.2", "0.01"):
         rows = [[control, *_totals(runs, control, rate)] for control in CONTROLS]
         made[f"totals {rate}"] = table(["control", "runs", *TOTALS], rows)
-        numbers[f"totals / {rate}"] = {row[0]: row[1:] for row in rows}
-
+        cells.numbers[f"totals / {rate}"] = {row[0]: row[1:] for row in rows}
     for rate in ("0.2", "0.01"):
-        rows = []
-        counts.clear()
-        for optimizer in OPTIMIZERS:
-            for task in TASKS:
-                cells = [
-                    f"{of(task, optimizer, 'none', fault, rate)} → {of(task, optimizer, 'default', fault, rate)}"
-                    for fault in FAULTS
-                ]
-                if set(cells) != {"- → -"}:
-                    rows.append([optimizer, task, *cells])
-        made[f"rate {rate}"] = table(["optimizer", "task", *FAULTS], rows) + seeds_of(counts)
+        made[f"rate {rate}"] = _at_rate(cells, rate)
+    made["clean"] = _clean(cells)
+    made["factor"] = _factor(cells)
+    made["guide"] = _guide(cells)
+    made["SGD"] = _sgd(cells)
+    made["rules"], made["lengths"], cells.numbers["rules"] = _rules(runs)
+    return made, cells.numbers
 
+
+def _rates(cells: Cells, chosen: Mapping[tuple[str, str], str]) -> str:
     rows = []
     for optimizer in OPTIMIZERS:
         row = [optimizer]
         for task in TASKS:
-            losses = list(runs.get((task, optimizer, "none", "clean", "0.0"), {}).values())
-            ours = excess(runs, task, optimizer, "default", "clean", "0.0")
+            losses = cells.losses(task, optimizer)
+            cells.keep(f"{task} / {optimizer} / loss", losses)
+            row += [f"`{chosen.get((task, optimizer), '-')}`", f"{statistics.median(losses):.2f}" if losses else "-"]
+        rows.append(row)
+    return table(["optimizer", "rate, text", "loss, text", "rate, detection", "loss, detection"], rows)
+
+
+def _default(cells: Cells, task: str) -> str:
+    rows = [
+        [optimizer, cells.cell(task, optimizer, "default", "clean"), *(cells.pair(task, optimizer, f) for f in FAULTS)]
+        for optimizer in OPTIMIZERS
+    ]
+    return table(["optimizer", "no fault", *FAULTS], rows) + cells.seeds()
+
+
+def _others(cells: Cells, task: str) -> str:
+    rows = []
+    for optimizer, control in product(OPTIMIZERS, ("clip 1", "ZClip", "skip")):
+        found = [cells.cell(task, optimizer, control, fault) for fault in ("clean", *FAULTS)]
+        if set(found) != {"-"}:
+            rows.append([optimizer, control, *found])
+    return table(["optimizer", "control", "no fault", *FAULTS], rows) + cells.seeds()
+
+
+def _at_rate(cells: Cells, rate: str) -> str:
+    rows = []
+    for optimizer, task in product(OPTIMIZERS, TASKS):
+        found = [cells.pair(task, optimizer, fault, rate) for fault in FAULTS]
+        if set(found) != {"- → -"}:
+            rows.append([optimizer, task, *found])
+    return table(["optimizer", "task", *FAULTS], rows) + cells.seeds()
+
+
+def _clean(cells: Cells) -> str:
+    rows = []
+    for optimizer in OPTIMIZERS:
+        row = [optimizer]
+        for task in TASKS:
+            losses, ours = cells.losses(task, optimizer), cells.excess(task, optimizer, "default", "clean")
             if len(losses) < 2 or not ours:
                 row += ["-", "-"]
                 continue
             spread = 100 * statistics.stdev(losses) / statistics.mean(losses)
-            numbers[f"{task} / {optimizer} / spread"] = round(spread, 4)
-            numbers[f"{task} / {optimizer} / worst"] = [round(min(ours), 4), round(max(ours), 4)]
+            cells.numbers[f"{task} / {optimizer} / spread"] = round(spread, 4)
+            cells.numbers[f"{task} / {optimizer} / worst"] = [round(min(ours), 4), round(max(ours), 4)]
             mean, seeds = statistics.mean(ours), f"{len(ours)} seed" + "s" * (len(ours) > 1)
-            row += [f"{mean:+.1f} ({min(ours):+.1f} to {max(ours):+.1f}), {seeds}"]
-            row += [f"{spread:.1f}"]
+            row += [f"{mean:+.1f} ({min(ours):+.1f} to {max(ours):+.1f}), {seeds}", f"{spread:.1f}"]
         rows.append(row)
     head = ["optimizer", "text: default, % of none", "seeds of none vary by", "detection", "seeds vary by"]
-    made["clean"] = table(head, rows)
+    return table(head, rows)
 
+
+def _factor(cells: Cells) -> str:
     rows = []
     for optimizer in OPTIMIZERS:
         row = [optimizer]
-        for task in TASKS:
-            for control in ("relative .2", "default"):
-                clean = excess(runs, task, optimizer, control, "clean", "0.0")
-                faulty = [excess(runs, task, optimizer, control, fault, "0.05") for fault in FAULTS]
-                if not clean or not all(faulty):
-                    row.append("-")
-                    continue
-                both = [statistics.mean(clean), max(statistics.median(values) for values in faulty)]
-                numbers[f"{task} / {optimizer} / {control} / clean and worst"] = [round(value, 4) for value in both]
-                row.append(", ".join(f"{value:+.1f}" for value in both))
-        if "-" not in row:
+        for task, control in product(TASKS, ("relative .2", "default")):
+            clean = cells.excess(task, optimizer, control, "clean")
+            faulty = [cells.excess(task, optimizer, control, fault) for fault in FAULTS]
+            if not clean or not all(faulty):
+                break
+            both = [statistics.mean(clean), max(statistics.median(values) for values in faulty)]
+            cells.keep(f"{task} / {optimizer} / {control} / clean and worst", both)
+            row.append(", ".join(f"{value:+.1f}" for value in both))
+        else:
             rows.append(row)
-    made["factor"] = table(["optimizer", "text, 0.2", "text, 1", "detection, 0.2", "detection, 1"], rows)
+    return table(["optimizer", "text, 0.2", "text, 1", "detection, 0.2", "detection, 1"], rows)
 
-    made["guide"] = table(
-        ["optimizer", "what to write", "a NaN, text", "worst other fault, text", "worst other fault, detection"],
-        [
-            [
-                optimizer,
-                WRITE.get(optimizer, "as above"),
-                *(
-                    f"{of(task, optimizer, 'none', fault, '0.05')} → {of(task, optimizer, 'default', fault, '0.05')}"
-                    for task, fault in (("text", "one NaN"), *((task, _worst(runs, task, optimizer)) for task in TASKS))
-                ),
-            ]
-            for optimizer in OPTIMIZERS
-        ],
-    )
 
+def _guide(cells: Cells) -> str:
     rows = []
-    counts.clear()
-    for task in TASKS:
-        for control in ("none", "default", "tau .06", "tau .1", "tau .3", "isolation"):
-            cells = [of(task, "SGD", control, fault, "0.05") for fault in ("clean", *FAULTS)]
-            rows.append([task, f"`{NAMES[control]}`", *cells])
-    made["SGD"] = table(["task", "in front of SGD", "no fault", *FAULTS], rows) + seeds_of(counts)
-    made["rules"], numbers["rules"] = _rules(runs)
-    return made, numbers
+    for optimizer in OPTIMIZERS:
+        worst = [cells.pair(task, optimizer, _worst(cells.runs, task, optimizer)) for task in TASKS]
+        rows.append([optimizer, WRITE.get(optimizer, "as above"), cells.pair("text", optimizer, "one NaN"), *worst])
+    head = ["optimizer", "what to write", "a NaN, text", "worst other fault, text", "worst other fault, detection"]
+    made = table(head, rows)
+    cells.seeds()
+    return made
+
+
+def _sgd(cells: Cells) -> str:
+    rows = [
+        [task, f"`{words}`", *(cells.cell(task, "SGD", control, fault) for fault in ("clean", *FAULTS))]
+        for task, (control, words) in product(TASKS, NAMES.items())
+    ]
+    return table(["task", "in front of SGD", "no fault", *FAULTS], rows) + cells.seeds()
 
 
 TOTALS = ("within 3 % of clean", "hurt by more than 10 %", "dead", "median, %")
@@ -236,38 +256,51 @@ TASKS_OF_RULES = {
     "hot stack": (0.1, 1.0),
     "GPT": (0.1, 0.3, 1.0),
 }
+LONGER = {
+    "text, 800 steps, clean": (0.3,),
+    "detection, 800 steps, clean": (0.03,),
+    "detection, 2000 steps, clean": (0.03,),
+}
 
 
-def _rules(runs: Runs) -> tuple[str, dict[str, list[float | None]]]:
-    """Other bounds in front of SGD: medians over the seeds, clean runs in per cent above none."""
+def _rules(runs: Runs) -> tuple[str, str, dict[str, list[float | None]]]:
+    """Other bounds in front of SGD, at 200 steps and on longer runs: clean runs in per cent above none, means."""
+    rows = [json.loads(line) for line in BOUNDS.read_text(encoding="utf8").splitlines()]
+    none = {(row["task"], row["seed"]): row["score"] for row in rows if row["rule"] == "none"}
+    for (task, optimizer, control, fault, _), losses in runs.items():
+        if (optimizer, control, fault) == ("SGD", "none", "clean"):
+            none |= {(f"{task}, clean", int(seed)): loss for seed, loss in losses.items()}
     found: dict[tuple[str, str, float], list[float | None]] = defaultdict(list)
-    for line in BOUNDS.read_text(encoding="utf8").splitlines():
-        row = json.loads(line)
+    for row in rows:
         score = row["score"]
-        if row["task"].endswith("clean"):
-            none = runs[row["task"].partition(",")[0], "SGD", "none", "clean", "0.0"][str(row["seed"])]
-            score = round(100 * (score / none - 1), 4)
-        found[row["rule"], row["task"], row["lr"]].append(score)
-    rows = []
-    for rule in dict.fromkeys(rule for rule, *_ in found):
-        row = [rule]
-        for task, lrs in TASKS_OF_RULES.items():
-            cells = []
-            for lr in lrs:
-                scores = found.get((rule, task, lr), [])
-                known = [score for score in scores if score is not None]
-                if not scores:
-                    cells.append("-")
-                elif len(known) < len(scores):
-                    cells.append("dead")
-                elif task.endswith("clean"):
-                    cells.append(f"{statistics.mean(known):+.1f}")
-                else:
-                    cells.append(f"{statistics.median(known):.3f}")
-            row.append(", ".join(cells))
-        rows.append(row)
-    made = table(["rule", *TASKS_OF_RULES], rows)
-    return made, {" / ".join(map(str, key)): values for key, values in found.items()}
+        if row["task"].endswith("clean") and score is not None:
+            score = round(100 * (score / none[row["task"], row["seed"]] - 1), 4)
+        if row["rule"] != "none":
+            found[row["rule"], row["task"], row["lr"]].append(score)
+    names = dict.fromkeys(rule for rule, *_ in found)
+    made = [
+        table(["rule", *tasks], [[rule, *(_of_rule(found, rule, *one) for one in tasks.items())] for rule in rules])
+        for tasks, rules in ((TASKS_OF_RULES, names), (LONGER, ("3 %", "30 %")))
+    ]
+    return made[0], made[1], {" / ".join(map(str, key)): values for key, values in found.items()}
+
+
+def _of_rule(
+    found: Mapping[tuple[str, str, float], list[float | None]], rule: str, task: str, lrs: tuple[float, ...]
+) -> str:
+    cells = []
+    for lr in lrs:
+        scores = found.get((rule, task, lr), [])
+        known = [score for score in scores if score is not None]
+        if not scores:
+            cells.append("-")
+        elif len(known) < len(scores):
+            cells.append("dead")
+        elif task.endswith("clean"):
+            cells.append(f"{statistics.mean(known):+.1f}")
+        else:
+            cells.append(f"{statistics.median(known):.3f}")
+    return ", ".join(cells)
 
 
 def _worst(runs: Runs, task: str, optimizer: str) -> str:
@@ -294,23 +327,10 @@ NAMES = {
 
 def main() -> None:
     """Write the numbers and the tables."""
-    made, numbers = tables()
+    made, numbers = make()
     (FOLDER / "summary.json").write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n", encoding="utf8")
     for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf8"), made), encoding="utf8")
-
-
-def filled(text: str, made: dict[str, str]) -> str:
-    """A page with the tables in their places."""
-    for name, content in made.items():
-        start, stop = f"<!-- table: {name} -->\n", f"\n<!-- end: {name} -->"
-        before, found, rest = text.partition(start)
-        if found:
-            _, ended, rest = rest.partition(stop)
-            if not ended:
-                raise ValueError(f"expected a line and {stop.strip()!r} after {start.strip()!r}")
-            text = before + start + content + stop + rest
-    return text
+        page.write_text(tables.filled(page.read_text(encoding="utf8"), made), encoding="utf8")
 
 
 if __name__ == "__main__":

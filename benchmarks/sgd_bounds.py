@@ -12,6 +12,10 @@ Appends to benchmarks/results/sgd-bounds.jsonl: one row a run. Each rule lets ev
                           that median now and its recent maximum, which falls by 2 % a step and rises by 30 % at most
     gate, short memory    the same with the geometric mean of about twenty steps in the place of the recent maximum
     credit                3 % on average: what a row leaves unused it may use later, one length in all, 30 % a step
+    vectors 30 %          30 % for biases and gains, which start at 0 or move apart, and 3 % for rows of matrices
+    agreement             3 % where a row's gradient has nothing to do with its momentum, and up to 30 % where the
+                          cosine of the two, over about ten steps, is .25 or more; with the collective rule
+    none                  no bound, beside the others on longer runs
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Bound:
         numel, num_rows = (torch.tensor(np.asarray(x)).double() for x in (plan.numel_B, plan.num_rows_B))
         self.least = torch.maximum(num_rows.sqrt(), 0.01 * numel.sqrt())
         self.recent = Recent(torch.zeros_like(numel)) if self.collective else None
-        self.top = 0.0
+        self.num_rows, self.top = num_rows, 0.0
         self.start()
 
     def start(self) -> None:
@@ -129,7 +133,57 @@ class Credit(Bound):
         return allowed
 
 
-RULES = {"3 %": Bound, "30 %": Loose, "gate, long memory": Gate, "gate, short memory": ShortGate, "credit": Credit}
+class Vectors(Bound):
+    """Loose for biases and gains alone."""
+
+    def start(self) -> None:  # noqa: D102
+        self.is_vector = self.num_rows == 0
+
+    def share(self, wanted: Tensor) -> Any:  # noqa: D102
+        return torch.where(self.is_vector, LOOSE, TIGHT)
+
+
+class Agreement(Bound):
+    """Loose where a row's gradient goes on in the direction of its momentum."""
+
+    collective = True
+
+    def start(self) -> None:  # noqa: D102
+        self.agreement = torch.zeros_like(self.least)
+
+    def bound(self) -> None:  # noqa: D102
+        cosines = []
+        for p in self.parameters:
+            rows = p.shape[0] if p.dim() > 1 else 1
+            momentum = self.optimizer.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p))
+            pair = p.grad.reshape(rows, -1), momentum.reshape(rows, -1)
+            cosines.append(torch.nn.functional.cosine_similarity(*pair, dim=1, eps=1e-30))
+        self.agreement = 0.9 * self.agreement + 0.1 * torch.cat(cosines).double().nan_to_num(0.0)
+        super().bound()
+
+    def share(self, wanted: Tensor) -> Any:  # noqa: D102
+        return TIGHT * (LOOSE / TIGHT) ** torch.clamp(self.agreement / 0.25, 0.0, 1.0)
+
+
+class Free(Bound):
+    """No bound."""
+
+    def bound(self) -> None:  # noqa: D102
+        return None
+
+
+RULES = {
+    "3 %": Bound,
+    "30 %": Loose,
+    "gate, long memory": Gate,
+    "gate, short memory": ShortGate,
+    "credit": Credit,
+    "vectors 30 %": Vectors,
+    "agreement": Agreement,
+    "none": Free,
+}
+LENGTHS = (800, 2000)
+"""Steps of the longer clean runs."""
 TASKS: dict[str, tuple[str, tuple[float, ...], tuple[int, ...], dict[str, Any]]] = {
     "text, clean": ("text", (0.3,), (0, 1, 2, 3, 4), {}),
     "detection, clean": ("detection", (0.03,), (0, 1, 2, 3, 4), {}),
@@ -137,8 +191,11 @@ TASKS: dict[str, tuple[str, tuple[float, ...], tuple[int, ...], dict[str, Any]]]
     "hot stack": ("residual-stack", (0.1, 1.0), (1000,), {}),
     "cool stack": ("residual-stack", (0.1, 0.3), (1000,), {"gain": 0.5}),
     "GPT": ("gpt", (0.1, 0.3, 1.0), (1000,), {}),
+    **{f"text, {steps} steps, clean": ("text", (0.3,), (0, 1, 2), {"steps": steps}) for steps in LENGTHS},
+    **{f"detection, {steps} steps, clean": ("detection", (0.03,), (0, 1, 2), {"steps": steps}) for steps in LENGTHS},
 }
-"""Title -> workload, learning rates, seeds and options. The clean ones are those of `any_optimizer`, 200 steps."""
+"""Title -> workload, learning rates, seeds and options. The clean ones are those of `any_optimizer`, 200 steps or more.
+"""
 
 
 def run(rule: str, title: str, lr: float, seed: int) -> dict[str, Any]:
@@ -152,7 +209,7 @@ def run(rule: str, title: str, lr: float, seed: int) -> dict[str, Any]:
             return lambda: bound.bound() is None
 
         small.CONTROLS[rule] = control
-        score = small.run(name, "SGD", rule, "clean", 0.0, seed, lr)["final_loss"]
+        score = small.run(name, "SGD", rule, "clean", 0.0, seed, lr, **options)["final_loss"]
     else:
         row = workload(name)
         method = Method(rule, rule, lambda task, optimizer, *_: kind(task.model, optimizer))

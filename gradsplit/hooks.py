@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Bypassed",
     "Handle",
     "Place",
     "Turn",
@@ -217,6 +218,59 @@ class Unseen:
             f"{self._remedy}",
             UserWarning,
             stacklevel=3,
+        )
+
+
+class Bypassed:
+    """Warns once where weights change from one backward pass to the next and an optimizer's hooks see no step.
+
+    That is so where ``optimizer.step`` was replaced, or where a copy of the optimizer makes the steps. Writes through
+    ``.data`` are not seen. `remove` ends it, at the first step that is seen.
+
+    Args:
+        optimizer: whose hooks see nothing.
+        parameters: the first and the last of them are looked at.
+        call: the caller's name, for the message.
+
+    >>> weight = torch.zeros(1, requires_grad=True)
+    >>> bypassed = Bypassed(torch.optim.SGD([weight]), [weight], call="attach")
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     for _ in range(9):
+    ...         weight.sum().backward()
+    ...         _ = weight.detach().sub_(weight.grad)
+    >>> [str(one.message).split(",")[0] for one in told]
+    ['attach(SGD): the weights changed 3 times and no step of SGD was seen']
+    """
+
+    TIMES = 3
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], *, call: str) -> None:
+        self._name, self._call, self._told = type(optimizer).__name__, call, False
+        self._seen: dict[int, tuple[int, int]] = {}  # id -> the version at the last pass, how often it had changed
+        ends = {id(p): p for p in (parameters[0], parameters[-1])}.values()
+        look = not_traced(self._look)
+        self._hooks = [p.register_post_accumulate_grad_hook(look) for p in ends if p.is_leaf and p.requires_grad]
+
+    def remove(self) -> None:
+        """Look no more."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _look(self, parameter: Tensor) -> None:
+        version = parameter._version
+        last, times = self._seen.get(id(parameter), (version, 0))
+        times += version != last
+        self._seen[id(parameter)] = version, times
+        if times < self.TIMES or self._told:
+            return
+        self._told = True
+        warnings.warn(
+            f"{self._call}({self._name}): the weights changed {times} times and no step of {self._name} was seen, so "
+            "that nothing was bounded. Its step was replaced, or a copy of it makes the steps. Attach to the optimizer "
+            "that makes them, or call splitter.step() before each.",
+            UserWarning,
+            stacklevel=users_level(),
         )
 
 

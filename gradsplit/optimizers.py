@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .budget import DEFAULT_IN_FRONT, DEFAULT_OF_SPLITTER, Budget, Fixed, RelativeStep
+from .hooks import users_level
 from .rates import held_by
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "refuse_misfit",
     "searches_line",
     "usual_bounds",
+    "warn_of_own_bounds",
     "why_not_capped",
 ]
 
@@ -88,6 +91,8 @@ def optimizer_of(optimizer: Any, *, call: str) -> torch.optim.Optimizer:
         name, hint = type(optimizer).__name__, ""
         if isinstance(optimizer, (list, tuple)):
             hint = " Make one splitter per optimizer."
+        elif isinstance(optimizer, Mapping):
+            hint = " Make one splitter per optimizer, each with pairs (name, parameter)."
         elif isinstance(optimizer, type):
             name, hint = f"{optimizer.__name__}, a class", f" Write {optimizer.__name__}(model.parameters())."
         raise TypeError(
@@ -110,6 +115,18 @@ def usual_bounds(optimizer: torch.optim.Optimizer, *, caps: bool) -> tuple[Budge
     if calls_closure_often(optimizer):
         return Fixed(math.inf), False
     return DEFAULT_IN_FRONT, True
+
+
+def warn_of_own_bounds(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of a splitter in front of an optimizer of this package, which bounds every row by itself."""
+    if any(kind.__module__.partition(".")[0] == __package__ for kind in type(optimizer).__mro__):
+        name = type(optimizer).__name__
+        warnings.warn(
+            f"GradientSplitter(optimizer={name}): {name} bounds the gradient and the step of every row by itself, so "
+            "that limits hold twice. Leave the splitter out; gradsplit run takes --watch instead of --control.",
+            UserWarning,
+            stacklevel=users_level(),
+        )
 
 
 def refuse_misfit(optimizer: torch.optim.Optimizer, in_front: Sequence[Budget], *, caps: bool) -> None:

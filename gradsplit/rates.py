@@ -226,7 +226,7 @@ class Rates:
         call: str,
         in_groups: bool = False,
     ) -> None:
-        self.optimizer, self.in_groups = optimizer, in_groups
+        self.optimizer, self.in_groups, self.call = optimizer, in_groups, call
         self._loaded: list[float] = []  # for groups that were saved without their largest rate
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         lost = [name for name, p in zip(plan.layout.names, parameters, strict=True) if id(p) not in group_of]
@@ -284,6 +284,13 @@ class Rates:
     def reach_B(self, num_bins: int) -> Tensor:
         """Return the longest update per length of gradient, lr / (1 - momentum), (B,)."""
         groups = self.optimizer.param_groups
+        endless = [g["momentum"] for g in groups if g.get("momentum", 0.0) >= 1]
+        if endless:
+            raise ValueError(
+                f"{self.call}(optimizer={type(self.optimizer).__name__}): expected a momentum below 1, got "
+                f"momentum={endless[0]} in a group since the last step: what momentum sums up has no bound then. Set "
+                "it below 1, for example to 0.9."
+            )
         return self._per_bin([_positive(g.get("lr")) / (1.0 - g.get("momentum", 0.0)) for g in groups], num_bins)
 
     def state(self) -> list[float]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .amp import Scaling
 from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, RelativeStep, StagedLedger
 from .distributed import local_of, whole_of
-from .hooks import Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hooks
+from .hooks import Bypassed, Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hooks
 from .kernels import Kernel
-from .optimizers import calls_closure_often, optimizer_of, refuse_misfit, usual_bounds
+from .optimizers import calls_closure_often, optimizer_of, refuse_misfit, usual_bounds, warn_of_own_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Members, Thawed
 from .records import StepRecord
@@ -146,6 +146,7 @@ class GradientSplitter:
         self._turn = Turn()
         self._handle: Handle | None = None
         self._unseen: Unseen | None = None
+        self._bypassed: Bypassed | None = None
         self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
         if optimizer is not None:
             inner = self._stand_by(optimizer)
@@ -221,6 +222,7 @@ class GradientSplitter:
         refuse_misfit(optimizer, in_front, caps=self._cap is not None)
         self._split.read_rates(optimizer, in_groups=self._split.needs_rates)
         if optimizer is not self.optimizer:
+            warn_of_own_bounds(optimizer)
             self._members = Members(
                 optimizer, self.layout.names, self.parameters, others=self._all_named, call="GradientSplitter"
             )
@@ -255,10 +257,14 @@ class GradientSplitter:
             return self._handle
         place = Place(optimizer, self, self.layout.names, self.parameters, call="GradientSplitter.attach")
         hooks = attach_to(optimizer, start=self._start, before=self._before_update, after=self._after_update)
-        self._handle = Handle([hooks, place])
+        self._bypassed = Bypassed(optimizer, self.parameters, call="GradientSplitter.attach")
+        self._handle = Handle([hooks, place, self._bypassed])
         return self._handle
 
     def _start(self) -> None:
+        if self._bypassed is not None:
+            self._bypassed.remove()
+            self._bypassed = None
         self._turn.begin()
         if self._cap is not None:
             self._cap.remember(anew=True)

@@ -24,7 +24,9 @@ def run(
     watch: Annotated[
         bool, typer.Option("--watch", help="Only measure: the training stays the same (default).")
     ] = False,
-    control: Annotated[bool, typer.Option("--control", help="Also bound the gradients.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also bound the gradients, by what fits each optimizer.")
+    ] = False,
     guard: Annotated[
         bool,
         typer.Option(
@@ -48,9 +50,18 @@ def run(
         list[str] | None,
         typer.Option(
             help="With --control: how large a bin may be, for example relative_step:tau=0.03. Written as "
-            "[LEVEL@]NAME[:KEY=NUMBER]…; may be repeated."
+            "[LEVEL@]NAME[:KEY=NUMBER]…; may be repeated. Without it, the default of GradientSplitter for each "
+            "optimizer. Behind Adam and others relative_step caps the step, for one copy of the weights."
         ),
     ] = None,
+    collective: Annotated[
+        bool,
+        typer.Option(
+            "--collective",
+            help="With --budget: also divide the whole gradient where a batch is scaled as a whole. The default in "
+            "front of Adam and others does so already.",
+        ),
+    ] = False,
     record: Annotated[Path, typer.Option(help="The run file. If it exists, run-2.db and so on.")] = Path("run.db"),
     to: Annotated[
         list[str] | None,
@@ -90,6 +101,7 @@ def run(
         samples=samples,
         plan=plan,
         budget=tuple(budget or ()),
+        collective=collective,
         max_nodes=max_nodes,
         max_megabytes=max_megabytes,
         to=tuple(to or ()),
@@ -105,6 +117,11 @@ def _check(asked: Settings) -> None:
     """Refuse values that would fail in the script; imports torch only for values that need it for the check."""
     if (asked.budget or asked.plan != "xsp") and not asked.control:
         raise ValueError("gradsplit run --plan/--budget: expected --control beside it, since --watch bounds nothing.")
+    if asked.collective and not asked.budget:
+        raise ValueError(
+            "gradsplit run --collective: expected --budget beside it. Without one, --control takes the rule where it "
+            "fits the optimizer."
+        )
     if asked.plan != "xsp":
         from ..plan.registry import strategy_named
 

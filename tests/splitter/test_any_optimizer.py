@@ -356,6 +356,85 @@ def test_two_splitters_that_act_on_one_gradient_are_warned_of():
         first.step()
 
 
+def backward(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.ones(3, 4)).square().mean().backward()
+
+
+def by_hand(model):
+    def step(closure=None):
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+
+    return step
+
+
+@pytest.mark.parametrize("caps", [False, True])
+@pytest.mark.parametrize("how", ["before", "after", "class", "copy"])
+def test_a_step_that_runs_no_hooks_is_told_once(how, caps):
+    class Mine(torch.optim.AdamW):
+        """Patched for this test alone."""
+
+    model = model_for("AdamW")
+    optimizer = Mine(model.parameters())
+    if how == "before":
+        optimizer.step = by_hand(model)
+    splitter = gs.GradientSplitter(model, optimizer=optimizer, cap_updates=caps)
+    splitter.attach(optimizer)
+    if how == "after":
+        optimizer.step = by_hand(model)
+    elif how == "class":
+        Mine.step = lambda self, closure=None: by_hand(model)()
+    steps = copy.deepcopy(optimizer) if how == "copy" else optimizer
+    if how == "copy":  # of the optimizer alone: it goes on with the weights of the model
+        for group, own in zip(steps.param_groups, optimizer.param_groups, strict=True):
+            group["params"] = own["params"]
+    with pytest.warns(UserWarning, match=r"attach\(Mine\): the weights changed 3 times and no step of Mine") as told:
+        for _ in range(8):
+            backward(model, steps)
+            steps.step()
+    assert len(told) == 1
+    assert splitter.step_count == 0
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LBFGS"])
+def test_a_step_that_is_seen_takes_the_look_at_the_weights_away(name):
+    model = model_for(name)
+    optimizer = made(name, model)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)  # it patches the step
+    splitter = gs.GradientSplitter(model, optimizer=optimizer)
+    splitter.attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):  # passes whose gradients are only looked at, or accumulated
+            backward(model, optimizer)
+        for _ in range(5):
+            optimizer.step(closure_of(model, optimizer, []))
+            schedule.step()
+    assert splitter.step_count == 5
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_an_optimizer_with_bounds_of_its_own_is_warned_of_once():
+    model = model_for("AdamW")
+    optimizer = gs.GSO(model)
+    with pytest.warns(UserWarning, match=r"optimizer=GSO\): GSO bounds the gradient .* limits hold twice") as told:
+        gs.GradientSplitter(model, optimizer=optimizer).attach(optimizer)
+    assert len(told) == 1
+
+
+def test_a_momentum_that_is_raised_to_one_between_steps_is_refused():
+    model = model_for("SGD")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    splitter = gs.GradientSplitter(model, optimizer=optimizer)
+    backward(model, optimizer)
+    splitter.step()
+    optimizer.param_groups[0]["momentum"] = 1.0
+    with pytest.raises(ValueError, match=r"optimizer=SGD\): expected a momentum below 1, got momentum=1.0"):
+        splitter.step()
+
+
 def test_a_foreign_optimizer_is_refused_and_a_model_that_was_cast_goes_on():
     model = model_for("AdamW")
     for make in (lambda o: gs.GradientSplitter(model, optimizer=o), gs.GradientSplitter(model, budget="fixed").attach):
@@ -380,6 +459,7 @@ def test_a_foreign_optimizer_is_refused_and_a_model_that_was_cast_goes_on():
     [
         (object(), r"GradientSplitter\(optimizer=object\): expected a torch optimizer with param_groups"),
         ([], r"GradientSplitter\(optimizer=list\).*Make one splitter per optimizer"),
+        ({}, r"GradientSplitter\(optimizer=dict\).*Make one splitter per optimizer, each with pairs"),
         (torch.optim.AdamW, r"optimizer=AdamW, a class\): .* Write AdamW\(model.parameters\(\)\)"),
         ("adamw", r"GradientSplitter\(optimizer=str\): expected a torch optimizer"),
     ],

@@ -167,7 +167,8 @@ def _budget(account: Account, stream: StreamAccount) -> list[Advice]:
                 _command(account, "--control", *_words(stream, 2.0)),
             )
         ]
-    if stream.scaled < SELDOM and not any(use.zeroed for use in uses.values()):
+    idle = stream.stream.about.get("words") == ["fixed:limit=inf"]  # in front of LBFGS: there is nothing to tighten
+    if stream.scaled < SELDOM and not idle and not any(use.zeroed for use in uses.values()):
         return [
             Advice(
                 f"The budget of {stream.stream.optimizer} was never used: {stream.scaled:.2%} of all bins were scaled. "
@@ -193,7 +194,8 @@ def _words(stream: StreamAccount, factor: float) -> list[str]:
             now = options.get(key, default if isinstance(default, float) else 1.0)
             options[key] = f"{float(now) * factor:g}"
         made += ["--budget", f"{level}{at}{':'.join([name, *(f'{k}={v}' for k, v in options.items())])}"]
-    return [*(["--plan", str(about["strategy"])] if "strategy" in about else []), *made]
+    rule = ["--collective"] if about.get("collective") is True else []
+    return [*(["--plan", str(about["strategy"])] if "strategy" in about else []), *made, *rule]
 
 
 def _default_words(budget: str) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["VARIABLE", "Settings", "budget_from_words"]
+__all__ = ["VARIABLE", "Settings", "budget_from_words", "words_of_budget"]
 
 VARIABLE = "GRADSPLIT_RUN"
 
@@ -26,6 +26,7 @@ class Settings:
         control: bound gradients; otherwise only measure them.
         plan: a strategy's name, for control.
         budget: words like "relative_step:tau=0.03" or "root@fixed:limit=1"; empty: by the optimizer.
+        collective: with a budget, also the rule for batches that are scaled as a whole.
         guard: go back to a snapshot when an optimizer's run diverges.
         samples: keep which samples of a batch stood out at a departure.
         max_nodes: nodes of the recording.
@@ -43,6 +44,7 @@ class Settings:
     control: bool = False
     plan: str = "xsp"
     budget: tuple[str, ...] = ()
+    collective: bool = False
     guard: bool = False
     samples: bool = False
     max_nodes: int = 1000
@@ -124,3 +126,21 @@ def budget_from_words(words: Sequence[str]) -> dict[str, Any]:
 def _alike(value: Any, default: Any) -> bool:
     """Whether a value is of its default's kind; a whole number may stand for a float."""
     return type(value) is type(default) or (type(value) is int and type(default) is float)
+
+
+def words_of_budget(level: str, budget: Any) -> str:
+    """Return the words from which `budget_from_words` makes a budget: its first number, and others that are set.
+
+    >>> from gradsplit.budget import Fixed, RelativeStep
+    >>> words_of_budget("bin", RelativeStep(0.03, length=1.0)), words_of_budget("root", Fixed(1.0))
+    ('relative_step:tau=0.03:length=1', 'root@fixed:limit=1')
+    """
+    from ...budget.registry import BUDGETS
+
+    name = next(name for name, kind in BUDGETS.items() if kind is type(budget))
+    words = [name]
+    for i, one in enumerate(dataclasses.fields(budget)):
+        value = getattr(budget, one.name)
+        if i == 0 or value != one.default:
+            words.append(f"{one.name}={value:.12g}")
+    return ("" if level == "bin" else f"{level}@") + ":".join(words)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...budget import DEFAULT_OF_SPLITTER, Relative, RelativeStep
 from ...distributed import add_over, is_sharded, local_of, place_of
 from ...optim import GSO
 from ...optimizers import follows_gradient
@@ -20,9 +19,8 @@ from ...plan import Layout, Plan
 from ...split import ShareRecord
 from ...splitter import GradientSplitter
 from ..record import Outline, Recorder, Stream, next_reading, recording_plan, summed_up
-from .ending import say
 from .names import named_parameters_of
-from .settings import Settings, budget_from_words
+from .settings import Settings, budget_from_words, words_of_budget
 
 __all__ = ["BlockReader", "Track", "signature"]
 
@@ -189,7 +187,7 @@ class Track:
         self.last_loss: Tensor | float = float("nan")
         self._pending: _Reading | None = None
         self._missed_scale: Tensor | None = None
-        self._remembered, self._next_lengths, self._at_once = False, 0, 0
+        self._next_lengths, self._at_once = 0, 0
         self._next_turns, self._turns_at = _FIRST_TURNS, -1
         self._last_squares: np.ndarray | None = None
         self._last_lengths: tuple[int, Tensor] | None = None
@@ -202,9 +200,8 @@ class Track:
         layout = Layout(tuple(n for n, _ in pairs), tuple(tuple(int(k) for k in p.shape) for p in self.parameters))
         about: dict[str, Any] = {"num_parameters": layout.num_elements, "device": str(device)}
         if settings.control:
-            self.splitter, budget = self._make_splitter(optimizer, pairs, settings)
-            plan = self.splitter.plan
-            about |= {"strategy": settings.plan, "budget": budget, "words": list(settings.budget)}
+            self.splitter, bounds = self._make_splitter(optimizer, pairs, settings)
+            plan, about = self.splitter.plan, about | bounds
             outline = Outline.of(plan, max_nodes=settings.max_nodes)
             self._leaf_of_bin_B = torch.from_numpy(outline.leaf_of_bin_B).to(device)
         else:
@@ -232,24 +229,29 @@ class Track:
     @staticmethod
     def _make_splitter(
         optimizer: torch.optim.Optimizer, pairs: list[tuple[str, Tensor]], settings: Settings
-    ) -> tuple[GradientSplitter, str]:
-        """Without a budget: RelativeStep, and where it must cap the update itself, Relative before the moments too."""
-        caps = not follows_gradient(optimizer)
-        budget: Any = budget_from_words(settings.budget)
-        searches = isinstance(optimizer, torch.optim.LBFGS)
-        if searches and (budget or any(group.get("line_search_fn") for group in optimizer.param_groups)):
-            say(
-                "--control in front of LBFGS: its line search and its curvature need the true gradient. Take the line "
-                "search out and leave --budget out; then only the update is bounded."
+    ) -> tuple[GradientSplitter, dict[str, Any]]:
+        """A splitter as `GradientSplitter` makes it; a cap stands behind the optimizer where a budget asks for one."""
+        budget: Any = budget_from_words(settings.budget) or None
+        bounds_update = any(one.bounds_update for several in (budget or {}).values() for one in several)
+        caps = bounds_update and not follows_gradient(optimizer)
+        try:
+            splitter = GradientSplitter(
+                pairs, settings.plan, budget, cap_updates=caps, collective=True if settings.collective else None
             )
-        if not budget and searches:
-            budget = {"bin": (RelativeStep(),)}  # the closure's gradients stay as they are, the move is bounded
-        if not budget:
-            budget = {"bin": (Relative(0.2), RelativeStep()) if caps else (DEFAULT_OF_SPLITTER,)}
-        bounds_update = any(one.bounds_update for several in budget.values() for one in several)
-        splitter = GradientSplitter(pairs, settings.plan, budget, cap_updates=caps and bounds_update)
-        splitter._stand_by(optimizer)  # and not attached: steps are read where they are recorded
-        return splitter, "; ".join(f"{level}: {', '.join(map(repr, several))}" for level, several in budget.items())
+            splitter._stand_by(optimizer)  # and not attached: steps are read where they are recorded
+        except ValueError as error:
+            asked = "".join(f" --budget {word}" for word in settings.budget)
+            fits = f" Without --budget, --control takes the default that fits {type(optimizer).__name__}."
+            raise ValueError(f"gradsplit run --control{asked}: {error}{fits if asked else ''}") from error
+        held = splitter._split
+        budgets = [*held.gradient_budgets, *held.update_budgets]
+        about = {
+            "strategy": settings.plan,
+            "budget": "; ".join(f"{level}: {one!r}" for level, one in budgets),
+            "words": [words_of_budget(level, one) for level, one in budgets],
+            "collective": held.recent is not None,
+        }
+        return splitter, about
 
     def covers(self, keys: set[int]) -> bool:
         """Whether a set of parameters (by id) contains all of these."""
@@ -258,7 +260,8 @@ class Track:
     def begin_step(self) -> None:
         """Count one step of the optimizer; a closure may read the gradients several times within it."""
         self.step += 1
-        self._remembered = False
+        if self.splitter is not None:
+            self.splitter._start()  # the first call of a closure decides, and the others follow
 
     def read(self) -> None:
         """Measure the gradients as they are now, and bound them in place under control; `commit` records it."""
@@ -327,9 +330,6 @@ class Track:
             skipped=skipped,
             given=given,
         )
-        if self.splitter is not None and self.splitter._cap is not None and not self._remembered:
-            self._remembered = True  # a closure may be called again after the weights have moved within this step
-            self.splitter._cap.remember()
         self._watch_weights(reading.numbers["squares_L"])
 
     def _looks_again(self, reading: _Reading) -> bool:

@@ -351,13 +351,14 @@ for step in range(4):
 
 
 def test_the_cap_holds_over_all_calls_of_a_closure(tmp_path):
-    told = _run_here(tmp_path, _LBFGS.format(search=""), control=True)
+    told = _run_here(tmp_path, _LBFGS.format(search=""), control=True, budget=("relative_step",))
     assert max(float(line) for line in told.split()) <= 0.03 * 1.001
 
 
-def test_a_bound_in_front_of_a_line_search_is_refused(tmp_path):
+def test_a_cap_behind_a_line_search_is_refused(tmp_path):
+    search = ', line_search_fn="strong_wolfe"'
     with pytest.raises(ValueError, match="line_search_fn=None"):
-        _run_here(tmp_path, _LBFGS.format(search=', line_search_fn="strong_wolfe"'), control=True)
+        _run_here(tmp_path, _LBFGS.format(search=search), control=True, budget=("relative_step",))
 
 
 _PAIR = """
