@@ -214,6 +214,11 @@ def run(
     began = time.process_time()
     build, held_out = TASKS[task_name]
     task = build(seed)
+
+    def row(loss: float) -> dict[str, Any]:
+        values = (task_name, optimizer, control, fault, rate, seed, lr, loss, int(not math.isfinite(loss)))
+        return dict(zip(COLUMNS, (*values, time.process_time() - began), strict=True))
+
     optimizers = OPTIMIZERS[optimizer](task.model, lr)
     bound = CONTROLS[control](task, optimizers)
     flat = optimizer == "schedule-free"  # its promise is to need no schedule
@@ -225,16 +230,16 @@ def run(
         torch.autograd.backward(task.loss(task.model, task.batch(step)))
         if spoil is not None and float(torch.rand((), generator=draw)) < rate:
             spoil([p.grad for p in task.model.parameters() if p.grad is not None], draw)
-        if bound():
-            for each in optimizers:
-                each.step()
+        try:
+            if bound():
+                for each in optimizers:
+                    each.step()
+        except torch.linalg.LinAlgError:  # SOAP, whose bases are not finite
+            return row(math.nan)
         for schedule in schedules:
             schedule.step()
     _turn(optimizers, "eval")
-    loss_at_end = held_out(task)
-    dead = not math.isfinite(loss_at_end)
-    values = (task_name, optimizer, control, fault, rate, seed, lr, loss_at_end, int(dead))
-    return dict(zip(COLUMNS, (*values, time.process_time() - began), strict=True))
+    return row(held_out(task))
 
 
 def _turn(optimizers: Made, mode: str) -> None:
