@@ -24,7 +24,8 @@ MOST_FILES = (
 MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
     # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, and
-    38_720  # how many layers stand in series, changed shapes, how large each batch was, steps in foreign modes
+    # how many layers stand in series, changed shapes, how large each batch was, steps in foreign modes,
+    38_800  # steps that run no hooks
 )
 ROOMS_SINCE = {"sources": 2_480}  # a room that came later; 2,000, samples only seen, refusals, terms in plain numbers
 MOST_SINGLE = 0.13
