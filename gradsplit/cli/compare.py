@@ -25,20 +25,30 @@ _ADAM_METHODS = "none,clip,xsp,lbf,tree_sp,default,gso,adamw+clip+warmup,muon"
 
 def run(
     workload: Annotated[str, typer.Argument(help="What is trained: detection, gpt, lstm, residual-stack, …")],
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; 'all' is every one.")] = "",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods with commas: clip,xsp,gso,adamw,muon,soap, … Left out: the usual ones. 'all': every."
+        ),
+    ] = "",
     strategies: Annotated[str, typer.Option(help="Also every method that splits by these: xsp,per_tensor,lbf,…")] = "",
-    lr: Annotated[str, typer.Option(help="Rates for all methods; 'usual' is each method's own. Left out: three.")] = "",
-    strengths: Annotated[str, typer.Option(help="Strengths, in place of each tuned method's own seven.")] = "",
+    lr: Annotated[
+        str,
+        typer.Option(help="Learning rates for all methods, with commas. 'usual': those that a method brings itself."),
+    ] = "",
+    strengths: Annotated[
+        str, typer.Option(help="Limits to try, in place of the seven that a method brings itself.")
+    ] = "",
     seeds: Annotated[int, typer.Option(help="How many seeds choose the best setting.")] = 3,
     fresh_seeds: Annotated[int, typer.Option(help="On how many other seeds each best setting runs again.")] = 0,
     steps: Annotated[int, typer.Option(help="How many training steps. 0 is the workload's usual number.")] = 0,
     optimizer: Annotated[str, typer.Option(help="sgd, sgdm, adam or adamw. Left out: the workload's own.")] = "",
     schedule: Annotated[str, typer.Option(help="constant, cosine to 1 %, or linear to zero.")] = "constant",
-    warmup: Annotated[int, typer.Option(help="How many steps the methods that warm up do so. -1 is a tenth.")] = -1,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps of the methods that warm up. -1: a tenth of all.")] = -1,
     beta2: Annotated[float, typer.Option(help="The memory of Adam's second moment, for all methods.")] = 0.99,
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the workload. May be repeated.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for raw results and page. An earlier comparison goes on.")
+        Path | None, typer.Option(help="Folder for raw results and page. If it holds a part of them, the rest is run.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="How many processes, of one thread each. 0 runs in this one.")] = 2,
 ) -> None:

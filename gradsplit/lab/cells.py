@@ -76,7 +76,7 @@ class Grid:
         if without:
             raise ValueError(
                 f"Grid(lrs={self.lrs}, usual_lrs={self.usual_lrs}): expected a learning rate for every method, found "
-                f"none for {', '.join(without)}. Name rates."
+                f"none for {', '.join(without)}. Name rates, for example --lr 0.03,0.1."
             )
         if self.seeds < 1 or self.fresh_seeds < 0:
             raise ValueError(f"Grid(seeds={self.seeds}, fresh_seeds={self.fresh_seeds}): expected >= 1 and >= 0.")

@@ -25,23 +25,25 @@ def comparison_page(results: Mapping[str, Any]) -> str:
     about, grid = results["workload"], results["grid"]
     way = "higher is better" if about["higher_is_better"] else "lower is better"
     fresh = grid["fresh_seeds"] > 0
-    seeds = f"fresh seeds: {grid['fresh_seeds']}" if fresh else f"seeds that chose the cell: {grid['seeds']}"
+    num, kind = (grid["fresh_seeds"], "fresh seeds") if fresh else (grid["seeds"], "seeds that chose the setting")
     sections = [
         Section(
-            "Best cell of each method",
-            f"{about['metric']} ({way}): median [range], {seeds}. Bold: gradsplit's. Steps to target count until "
-            f"the training loss is down to where the best {results.get('target_method', 'clip')} ends, seed by seed.",
+            "The best setting of each method",
+            f"{about['metric']} ({way}): the median and, in brackets, the range over {num} {kind}. The methods of "
+            "gradsplit are bold. To target: steps until the training loss is where "
+            f"{results.get('target_method', 'clip')} ends. Scaled: share of all bins over all steps. Memory: optimizer "
+            "bytes per weight byte.",
             [_best_table(results)],
         ),
         Section(
             "Score over the learning rate",
-            "Median over the seeds that chose, best strength at each learning rate; bars show the range. A method that "
-            "is missing at a rate was lost there: its score was not finite.",
+            "The median over the seeds that chose, with the best strength at each learning rate. Bars show the range. "
+            "Where a method has no point, its score was not finite.",
             [rate_figure(results)],
         ),
         Section(
-            "Training loss of the best cells",
-            "Median over seeds; a line that ends early has diverged.",
+            "Training loss of the best settings",
+            "The median over seeds. A line that ends early has diverged.",
             [loss_figure(results)],
         ),
     ]
@@ -59,8 +61,8 @@ def _score(scores: Mapping[str, Any]) -> str:
 
 
 def _best_table(results: Mapping[str, Any]) -> str:
-    headings = ["method", "what it is", "strength", "lr", results["workload"]["metric"], "diverged", "steps to target",
-                "bins scaled", "CPU ms a step", "state bytes / weight bytes", "s a run", "worst bin"]  # fmt: skip
+    headings = ["method", "what it is", "strength", "lr", results["workload"]["metric"], "diverged", "to target",
+                "scaled", "ms/step", "memory", "s/run", "worst bin"]  # fmt: skip
     rows = []
     for entry in results["summary"]:
         scaled, steps = entry["scaled_share"], entry["steps_to_target"]
