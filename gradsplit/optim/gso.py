@@ -22,23 +22,25 @@ from ..split import StepRecord, checked_sinks
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
 from .options import (
-    COUNT,
     FLAGS,
-    HISTORY,
-    check_constants,
     check_flags,
     check_group,
-    check_moments,
     check_numbers,
     check_params,
-    check_saved,
     check_share,
     differentiable_backend,
+)
+from .parts import Part, make_memories, make_parts, step_part
+from .saved import (
+    COUNT,
+    HISTORY,
+    check_constants,
+    check_moments,
+    check_saved,
     load_history,
     mend_memories,
     translated,
 )
-from .parts import Part, make_memories, make_parts, step_part
 from .share import ShareUpdate
 
 __all__ = ["GSO"]

@@ -110,7 +110,7 @@ def figure_html(figure: go.Figure) -> str:
 
 
 _ONE = r"[<–-]*\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ?%| [a-zA-Z]{1,5})?"  # with a unit, if any
-_NUMBER = re.compile(rf"{_ONE}(( to | – | of |, | -> ){_ONE})*")
+_NUMBER = re.compile(rf"{_ONE}(( to | – | of |, |, limit | -> ){_ONE})*")
 
 
 def _is_number(cell: str) -> bool:
