@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +16,7 @@ import typer
 
 import gradsplit
 
-__all__ = ["page_if_possible", "run_app"]
+__all__ = ["page_if_possible", "run_app", "say", "wrapped"]
 
 _HELP = """Split the gradient into bins, and bound each bin by a budget of its own.
 
@@ -52,6 +55,31 @@ def page_if_possible() -> Iterator[None]:
         if (error.name or "").partition(".")[0] != "plotly":
             raise
         typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
+
+
+def say(text: str) -> None:
+    """Print text; in a terminal, break its sentences at the width of the window."""
+    typer.echo(wrapped(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
+
+
+def wrapped(text: str, width: int) -> str:
+    r"""Break long sentences between words; a row of a table and a command to copy stay on one line.
+
+    >>> print(wrapped("one two three\n  a    1    2", 8))
+    one two
+    three
+      a    1    2
+    """
+
+    def filled(line: str) -> str:
+        words = line.lstrip()
+        if len(line) <= width or len(re.findall("  +", words)) > 1 or words.startswith("gradsplit run"):
+            return line
+        indent = line[: len(line) - len(words)]
+        made = textwrap.wrap(words, width - len(indent), break_long_words=False, break_on_hyphens=False)
+        return "\n".join(indent + part for part in made)
+
+    return "\n".join(map(filled, text.split("\n")))
 
 
 def _listed() -> None:

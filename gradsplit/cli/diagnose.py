@@ -11,6 +11,7 @@ import typer
 
 from ..chain.chain import Chain, chain_figure
 from ..watch.report.html import Section, html_table, page, text
+from .app import say
 from .arguments import problem_from
 
 __all__ = ["diagnosis_page", "run"]
@@ -73,7 +74,7 @@ def run(
     model, loss_fn, batch = problem_from(DEMOS[demo] if demo else problem)
     judged = None if lr is None else _optimizer(optimizer, model, lr)
     diagnosis = gs.diagnose(model, loss_fn, batch, judged, ladder=ladder)
-    typer.echo(diagnosis.text(limit))
+    say(diagnosis.text(limit))
     if out is not None:
         out.write_text(json.dumps(diagnosis.to_dict(), indent=1) + "\n", encoding="utf8")
     if page is not None:

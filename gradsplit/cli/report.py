@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import page_if_possible
+from .app import page_if_possible, say
 
 if TYPE_CHECKING:
     from ..watch.record import RunFile
@@ -53,7 +53,7 @@ def run(
                 _write_lines(opened, jsonl)
     except RunFileError as error:
         raise ValueError(str(error)) from error
-    typer.echo(report_text(account))
+    say(report_text(account))
     if page:
         with page_if_possible():
             from ..watch.report.run_page import write_run_page
