@@ -21,15 +21,7 @@ from ..series import Series
 from ..split import StepRecord, checked_sinks
 from .in_backward import InBackward, check_model
 from .kinds import Kind, check_names, kinds_of, owners_of
-from .options import (
-    FLAGS,
-    check_flags,
-    check_group,
-    check_numbers,
-    check_params,
-    check_share,
-    differentiable_backend,
-)
+from .options import FLAGS, check_flags, check_group, check_numbers, check_params, check_share, differentiable_backend
 from .parts import Part, make_memories, make_parts, step_part
 from .saved import (
     COUNT,
