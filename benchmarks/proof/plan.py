@@ -272,6 +272,18 @@ def _of(method: str, group: Callable[[], list[Job]]) -> list[Job]:
     return [job for job in group() if job.method == method]
 
 
+WIDE = {"text": "sotu.txt", "layers": 2, "width": 208}
+
+
+def width() -> list[Job]:
+    """Whether short rows may count as less in wide matrices: with and without it, and half the share without it."""
+    steps = LARGE["3 M"][0]
+    ways = (("gso-columns", 0.03), ("gso", 0.03), ("gso-columns", 0.015))
+    jobs = [Job("gpt", steps, method, lr, seed, WIDE) for seed in (10, 11) for method, lr in ways]
+    ways = (("gso-columns", 0.03), ("gso", 0.03), ("muon", 0.05))
+    return jobs + [Job("gpt", steps, method, lr, 10, LARGE["3 M"][1]) for method, lr in ways]
+
+
 GROUPS: dict[str, Callable[[], list[Job]]] = {
     "first": partial(choosing, CASES, STRONGEST),
     "edges": partial(edges, CASES, RATES),
@@ -283,6 +295,7 @@ GROUPS: dict[str, Callable[[], list[Job]]] = {
     "sensitivity": _sensitivity,
     "outputs": _outputs,
     "large-short": short,
+    "width": width,
     "strategies": _strategies,
     **{f"first-{name}": partial(choosing, [name], STRONGEST) for name in CASES},
     **{f"others-{name}": partial(choosing, [name], OTHERS) for name in CASES},

@@ -21,6 +21,7 @@ from benchmarks.gso.tasks import zero_projections
 from benchmarks.proof import store
 from benchmarks.proof.plan import GROUPS, Job
 from benchmarks.proof.store import append, done
+from gradsplit.functional import kinds
 from gradsplit.lab import MissingDataError, evidence, workload
 from gradsplit.lab.cells import thinned
 from gradsplit.lab.controls import CALIBRATION_STEPS, NoControl
@@ -68,10 +69,23 @@ def _planned(task: Task, name: str, steps: int) -> dict[str, Any]:
     return {"plan": tree, "budget": {"bin": gs.Relative(0.2), "module": gs.Relative(0.2)}}
 
 
+def _by_columns(model: nn.Module, lr: float, settings: Settings) -> gs.GSO:
+    """GSO whose short rows count as 0.1 sqrt n in matrices of every width."""
+    known = kinds.WIDE
+    try:
+        kinds.WIDE = 2**62
+        return gs.GSO(model, lr, **settings.adam)
+    finally:
+        kinds.WIDE = known
+
+
 def method_of(job: Job, task: Task) -> Method:
     """The row of the lab, or GSO with another plan."""
     if job.method in METHODS:
         return METHODS[job.method]
+    if job.method == "gso-columns":
+        OPTIMIZERS[job.method] = _by_columns
+        return Method(job.method, "GSO before decision 0047", lambda *_: NoControl(), optimizer=job.method)
     given = _planned(task, job.method, job.steps)
     OPTIMIZERS[job.method] = lambda model, lr, settings: gs.GSO(model, lr, **settings.adam, **given)
     return Method(job.method, "GSO with another plan", lambda *_: NoControl(), optimizer=job.method)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from .arrays import Oriented
 
-__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds", "by_shape", "check_patterns", "chosen"]
+__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds", "by_shape", "check_patterns", "chosen", "of_width"]
+
+Kindred = TypeVar("Kindred", bound="ArrayKind")
 
 Choice = str | Mapping[str, Any] | Callable[[str, tuple[int, ...]], Any] | None
 """One answer for all arrays, answers by patterns of paths, or a function (path, shape) -> answer or None."""
@@ -24,7 +26,7 @@ class ArrayKind:
         name: "matrix", "embedding" or "vector".
         direction: "orthogonal" or "adam".
         share: times the share of the step.
-        least: the smallest root mean square that a row counts as, weight units.
+        least: the smallest root mean square that a row counts as, weight units; less in wide matrices, see `of_width`.
         longest: no row grows beyond this length, or its first one; inf: no limit.
         blocks: equal blocks of rows, each made orthogonal by itself.
     """
@@ -43,6 +45,9 @@ KINDS: dict[str, ArrayKind] = {
     "vector": ArrayKind("vector", "adam", share=1 / 3, least=1.0),
 }
 """The kinds by name, with the constants of GSO: for torch and for every other framework."""
+
+WIDE = 64
+"""The smaller side of a matrix beyond which its short rows count as less."""
 
 _DIRECTIONS = ("orthogonal", "adam")
 
@@ -104,8 +109,31 @@ def array_kinds(
                 f"{call}(blocks={{…: {num!r}}}): expected a number that divides the {rows} rows of {name!r}. Cut it "
                 "into another number of equal blocks."
             )
-        made.append(replace(kind, blocks=num))
+        made.append(of_width(replace(kind, blocks=num), rows, math.prod(turned[1:])))
     return tuple(made)
+
+
+def of_width(kind: Kindred, rows: int, cols: int) -> Kindred:
+    """Return the kind of a matrix of this size: where both sides are wide, a short row counts as less.
+
+        least = 0.1 min(1, sqrt(64 / min(rows, cols)))
+
+    An orthogonal direction moves min(rows, cols) directions at once, each by as much. A least length of 0.1 sqrt n in
+    every matrix would move an output by sqrt(n / 64) times as much as at a width of 64.
+
+    Args:
+        kind: what the array is; only matrices change.
+        rows: of the whole array, with all of its blocks.
+        cols: of the array.
+
+    >>> sizes = ((64, 64), (256, 256), (16, 256))
+    >>> [round(of_width(KINDS["matrix"], *size).least * size[1] ** 0.5, 3) for size in sizes]
+    [0.8, 0.8, 1.6]
+    """
+    side = min(rows // kind.blocks, cols)
+    if kind.name != "matrix" or side <= WIDE:
+        return kind
+    return replace(kind, least=KINDS[kind.name].least * math.sqrt(WIDE / side))
 
 
 def by_shape(turned: tuple[int, ...]) -> str:

@@ -54,10 +54,10 @@ class GSO(Optimizer):
         w_b <- (1 - decay tau) w_b - tau max(||w_b||, 0.1 sqrt n) d_b / ||d_b||
         w_b <- w_b min(1, max(||w_b at the start||, 3) / ||w_b||)                                    matrices
 
-    Vectors move by tau / 3 and count as at least sqrt n long. A gradient that is scaled as a whole is told from single
-    rows by the median over rows of ||g_b|| / its recent norm; above 5 the whole gradient is divided by it. Where H > 14
-    layers stand in series, tau is multiplied by (14 / H)^2, see `gradsplit.series`. All formulas stand in
-    `gradsplit.optim.share`, the directions in `gradsplit.optim.directions`.
+    Where both sides of a matrix exceed 64, 0.1 becomes 0.8 / sqrt(smaller side). Vectors move by tau / 3 and count as
+    at least sqrt n long. A gradient that is scaled as a whole is told from single rows by the median over rows of
+    ||g_b|| / its recent norm; above 5 all is divided by it. Where H > 14 layers stand in series, tau is multiplied by
+    (14 / H)^2 (`gradsplit.series`). All formulas: `gradsplit.optim.share`; directions: `gradsplit.optim.directions`.
 
     Nothing has to be tuned: no rate in units of weights, no clip, no warm-up. The schedule matters: linear to zero is
     best (``steps=``). From Muon (Jordan et al. 2024), LARS and LAMB (You et al. 2017, 2020), Nero (Liu et al. 2021) and

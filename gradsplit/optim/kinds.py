@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional.kinds import KINDS, ArrayKind, by_shape, check_patterns, chosen
+from ..functional.kinds import KINDS, ArrayKind, by_shape, check_patterns, chosen, of_width
 from ..plan import Plan
 from .directions import DIRECTIONS
 
@@ -121,7 +121,8 @@ def kinds_of(
                 "Use direction='auto', or name another direction for this tensor."
             )
         kinds[i] = replace(kinds[i], direction=said)
-    return [_cut(kind, name, blocks) for kind, (name, _) in zip(kinds, pairs, strict=True)]
+    cut = [_cut(kind, name, blocks) for kind, (name, _) in zip(kinds, pairs, strict=True)]
+    return [of_width(kind, kind.rows, kind.cols) for kind in cut]
 
 
 def check_names(direction: Any, blocks: Any, names: list[str]) -> None:

@@ -25,7 +25,7 @@ MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
     # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, and
     # how many layers stand in series, changed shapes, how large each batch was, steps in foreign modes,
-    38_850  # steps that run no hooks, sentences that break at the width of a terminal
+    38_890  # steps that run no hooks, sentences that break at the width of a terminal, wide matrices
 )
 ROOMS_SINCE = {"sources": 2_480}  # a room that came later; 2,000, samples only seen, refusals, terms in plain numbers
 MOST_SINGLE = 0.13

@@ -163,6 +163,15 @@ def test_every_row_of_a_matrix_moves_by_the_share_of_its_length():
     np.testing.assert_allclose(np.linalg.norm(changes[6], axis=1), SHARE * 0.1 * 2.0, rtol=1e-12)  # begins at zero
 
 
+def test_short_rows_count_as_less_where_both_sides_are_wide():
+    layout = gs.Layout.from_shapes({"square": (128, 128), "down": (96, 384), "flat": (16, 256)})
+    made, held = share_rule(gs.xsp(layout)), [np.zeros(shape) for shape in layout.shapes]
+    given = [np.random.default_rng(i).normal(size=shape) for i, shape in enumerate(layout.shapes)]
+    changes, _, _ = made.update(given, made.init(held), held, SHARE)
+    for change, counts_as in zip(changes, (0.8, 1.6, 1.6), strict=True):
+        np.testing.assert_allclose(np.linalg.norm(change, axis=1), SHARE * counts_as, rtol=1e-9)
+
+
 def test_half_precision_keeps_its_memory_in_float32():
     made = share_rule(gs.xsp(gs.Layout.from_shapes({"w": (2, 3)})))
     held = [jnp.ones((2, 3), jnp.bfloat16)]

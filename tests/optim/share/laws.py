@@ -198,6 +198,46 @@ def check_rows_move_by_their_share(make: Make, dtype: torch.dtype = torch.float6
                 assert ((moved >= share - slack) | limited).all(), f"step {step}: {name} moved by less than its share"
 
 
+def wide_zoo() -> tuple[nn.Module, dict[str, float]]:
+    """Matrices at zero, and the length that each of their rows counts as, by hand: 0.1 sqrt(n min(1, 64 / side))."""
+    model = nn.Module()
+    model.square = nn.Linear(256, 256, bias=False)  # side 256
+    model.up, model.down = nn.Linear(96, 384, bias=False), nn.Linear(384, 96, bias=False)  # side 96, both
+    model.narrow, model.flat = nn.Linear(64, 256, bias=False), nn.Linear(256, 16, bias=False)  # sides 64 and 16
+    model.attention = nn.MultiheadAttention(128, 2, bias=False)  # three matrices of 128 x 128, and one
+    model.grouped = nn.Conv2d(64, 128, 2, groups=2, bias=False)  # two matrices of 64 x 128
+    model.words = nn.Embedding(100, 100)
+    lengths = {
+        "square": 0.8,
+        "up": 0.8,
+        "down": 1.6,
+        "narrow": 0.8,
+        "flat": 1.6,
+        "grouped": 0.1 * 128**0.5,
+        "attention": 0.8,
+    }
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    return model, lengths
+
+
+def check_short_rows_count_as_less_in_wide_matrices(make: Make) -> None:
+    """A row at zero moves by tau times the length that it counts as."""
+    model, lengths = wide_zoo()
+    optimizer = make(model, lr=0.05)
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = p.detach().flatten(1).norm(dim=1)
+        if name.startswith("words"):
+            assert float(moved.max()) <= 0.05 * 1.0 * (1 + 1e-5), "embeddings count as 0.1 sqrt n at every width"
+            assert float(moved.max()) > 0.05 * 0.81, "embeddings count as 0.1 sqrt n at every width"
+            continue
+        expected = torch.full_like(moved, 0.05 * lengths[name.split(".")[0]])
+        torch.testing.assert_close(moved, expected, rtol=1e-5, atol=0.0, msg=name)
+
+
 def check_without_gradient_a_row_stays(make: Make) -> None:
     """Rows whose gradients have been zero since the start do not move, and do not decay."""
     model = zoo()

@@ -8,6 +8,7 @@ import torch
 
 import gradsplit as gs
 from gradsplit import collective, rates
+from gradsplit.functional import kinds as array_kinds
 from gradsplit.optim import gso, kinds, share
 from gradsplit.optim.directions import adam, orthogonal
 from tests.optim.share import laws
@@ -27,6 +28,14 @@ def without_the_rule(make):
         return optimizer
 
     return made
+
+
+def _by_columns(kind, rows, cols):
+    return array_kinds.of_width(kind, kind.blocks * cols, cols)
+
+
+def _without_blocks(kind, rows, cols):
+    return kinds.replace(kind, least=array_kinds.of_width(kinds.replace(kind, blocks=1), rows, cols).least)
 
 
 @contextmanager
@@ -190,6 +199,7 @@ _huge = laws.check_one_huge_row_moves_no_other_tensor
 _scale = laws.check_the_scale_of_the_loss_does_not_matter
 _share = laws.check_rows_move_by_their_share
 _rests = laws.check_a_row_that_loses_its_gradient_rests
+_width = laws.check_short_rows_count_as_less_in_wide_matrices
 
 LAWS = (
     _formulas,
@@ -202,6 +212,7 @@ LAWS = (
     _scale,
     laws.check_rows_do_not_outgrow_their_limit,
     _share,
+    _width,
     laws.check_without_gradient_a_row_stays,
     _rests,
     laws.check_saving_changes_nothing,
@@ -220,6 +231,9 @@ MUTANTS = {
     ),
     "vectors take whole shares": ([_with_kinds(_changed(of="vector", share=1.0))], _formulas),
     "vectors count as rows": ([_with_kinds(_changed(of="vector", least=0.1))], _formulas),
+    "a wide matrix counts as a narrow one": ([(array_kinds, "WIDE", float("inf"))], _width),
+    "the columns alone are looked at": ([(kinds, "of_width", _by_columns)], _width),
+    "blocks are one matrix": ([(kinds, "of_width", _without_blocks)], _width),
     "embeddings are matrices": ([_with_kinds(_changed(of="embedding", direction="orthogonal"))], _formulas),
     "a bad row condemns its tensor": ([(UPDATE, "_bound", _bounded_by_tensor)], _bad_embedding),
     "a bad row moves": ([(UPDATE, "_bound", _bad_rows_move)], _bad),
