@@ -61,6 +61,8 @@ class WholeKind:
 
     def __call__(self, listener: Listener, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         """Run the module between its two ends."""
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return forward(*args, **kwargs)
         kind: Any = type(module)
         bound = _signature(kind).bind(*args, **kwargs)
         if any(isinstance(value, PackedSequence) for value in bound.arguments.values()):

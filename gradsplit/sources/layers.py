@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,8 +49,13 @@ class Where(Protocol):
 class Listener(Where, Protocol):
     """What a layer asks: where its samples lie, and what is to be done with them."""
 
-    def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
-        """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
+    def decide(
+        self, activation_S: Tensor, signal_S: Tensor, again: Callable[[], tuple[Tensor, Tensor]] | None = None
+    ) -> Decided | None:
+        """From the norms of activations and signals; None where every sample is kept as it is (CPU alone).
+
+        ``again`` gives the norms once more with a wider range, and is called where one of them is not finite.
+        """
 
 
 def row_shape(shape: Sequence[int], num_features: int, batch_dim: int, token: bool = False) -> list[int]:
@@ -64,8 +68,11 @@ def row_shape(shape: Sequence[int], num_features: int, batch_dim: int, token: bo
     ([8, 1, 1], [1, 5, 1], [8, 5, 1])
     """
     lead = len(shape) - num_features
-    batch = min(batch_dim, lead - 1)
-    return [size if dim < lead and (token or dim == batch) else 1 for dim, size in enumerate(shape)]
+    rows = [1] * len(shape)
+    for dim in range(lead) if token else range(min(batch_dim, lead - 1), min(batch_dim, lead - 1) + 1):
+        if dim >= 0:
+            rows[dim] = shape[dim]
+    return rows
 
 
 def looks(tensor: Tensor) -> bool:
@@ -85,16 +92,19 @@ def length(tensor: Tensor, rows: Sequence[int], *, again: bool = True) -> Tensor
     wait, its norm is inf and the row counts as not finite; so on the CPU without ``again``.
     """
     tensor = tensor.detach()
-    dims = [dim for dim, size in enumerate(rows) if size != tensor.shape[dim]]
-    if tensor.numel() == 0:
+    size = tensor.numel()
+    if size == 0:
         return tensor.new_zeros(math.prod(rows), dtype=torch.float32)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    if dims and dims == list(range(1, tensor.dim())):
-        tensor, dims = tensor.flatten(1), [1]
-    norm = torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype) if dims else tensor.to(dtype).abs()
+    dims: list[int] | int
+    if rows[:1] == [size] or rows[:1] != list(tensor.shape[:1]) or math.prod(rows) != rows[0]:
+        dims = [dim for dim, count in enumerate(rows) if count != tensor.shape[dim]]
+    else:  # the samples lie in dimension 0: the rest of each is one run of numbers
+        tensor, dims = tensor.flatten(1), 1
+    norm = tensor.to(dtype).abs() if dims == [] else torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype)
     norm_S = norm.reshape(-1)
-    if again and looks(norm_S) and not all_finite(norm_S):
-        norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1) if dims else norm_S
+    if again and dims != [] and looks(norm_S) and not all_finite(norm_S):
+        norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1)
     return norm_S
 
 
@@ -207,12 +217,14 @@ class _Split(torch.autograd.Function):
         weight = weight.to(d.dtype)
         a = a.to(d.dtype) if a.is_floating_point() else a
         rows = row_shape(d.shape, ctx.features[1], listener.batch_dim, listener.token)
-        signal_S = length(d, rows)
         rows_a = row_shape(a.shape, ctx.features[0], listener.batch_dim, listener.token)
-        activation_S = length(a, rows_a) if a.is_floating_point() else torch.ones_like(signal_S)
-        if not kind.measures_activation:
-            activation_S = activation_S * 0 + 1
-        decided = listener.decide(activation_S, signal_S)
+
+        def norms(*, again: bool = True) -> tuple[Tensor, Tensor]:
+            signal_S = length(d, rows, again=again)
+            activation_S = length(a, rows_a, again=again) if a.is_floating_point() else torch.ones_like(signal_S)
+            return activation_S if kind.measures_activation else activation_S * 0 + 1, signal_S
+
+        decided = listener.decide(*norms(again=False), norms)
         down, own = bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1])
         need_bias = ctx.has_bias and bool(ctx.needs_input_grad[2])
         if decided is None:
@@ -429,18 +441,27 @@ class Layer:
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer, split by sample where it is trained."""
-        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in module.parameters()):
+        if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return self.kind(self, module, forward, args, kwargs)
 
-    def decide(self, activation_S: Tensor, signal_S: Tensor) -> Decided | None:
+    def decide(
+        self, activation_S: Tensor, signal_S: Tensor, again: Callable[[], tuple[Tensor, Tensor]] | None = None
+    ) -> Decided | None:
         """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
         splitter = self.splitter
         splitter.see_pass()
         may_look = looks(signal_S)
-        if may_look and self._ordinary(activation_S, signal_S):
-            return None
         norm_S = wide(activation_S) * wide(signal_S)
+        if may_look:
+            before = float(self.scale or 0.0)
+            ordinary, largest = self._ordinary(before, norm_S)
+            if again is not None and not math.isfinite(largest):  # or beyond the range of float32
+                activation_S, signal_S = again()
+                norm_S = wide(activation_S) * wide(signal_S)
+                ordinary, largest = self._ordinary(before, norm_S)
+            if ordinary:
+                return None
         if splitter.scaler is not None:
             norm_S = norm_S / splitter.scaler.scale(norm_S.new_ones(()))
         finite_S = norm_S.isfinite()
@@ -459,15 +480,10 @@ class Layer:
         factor_S = torch.where(finite_S, (1 / ratio_S).clamp(min=SMALLEST, max=1.0), 1.0)
         return Decided(factor_S, None if may_look and bool(sound_S.all()) else sound_S)
 
-    def _ordinary(self, activation_S: Tensor, signal_S: Tensor) -> bool:
-        """Move the scale by numbers, where the rule can; whether no sample is beyond the limit."""
+    def _ordinary(self, before: float, norm_S: Tensor) -> tuple[bool, float]:
+        """Move the scale by numbers, where the rule can; whether no sample is beyond the limit, and the largest."""
         rule = self.splitter.rule
         if self.splitter.scaler is not None or not isinstance(rule, RunningLimit):
-            return False
-        with np.errstate(invalid="ignore", over="ignore"):
-            norms = activation_S.numpy().astype(np.float64) * signal_S.numpy()
-        largest = float(norms.max(initial=0.0))  # nan where one is nan
-        sound = math.isfinite(largest) and norms.min(initial=math.inf) > 0
-        used = norms if sound else norms[np.isfinite(norms) & (norms > 0)]
-        self.scale, self._limit = rule.follow_numbers(float(self.scale or 0.0), used)
-        return largest <= self._limit and math.isfinite(largest)
+            return False, float(norm_S.sum())  # not finite where one is not
+        self.scale, self._limit, largest = rule.follow_numbers(before, norm_S.numpy())
+        return largest <= self._limit and math.isfinite(largest), largest

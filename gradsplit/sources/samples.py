@@ -407,15 +407,21 @@ class Quarantine:
         if x.dim() < 2 or x.numel() == 0:
             return x
         rows = row_shape(x.shape, x.dim() - self.batch_dim - 1, self.batch_dim)
-        norm_S = wide(length(x, rows))
-        finite_S = norm_S.isfinite()
+        norm_S = length(x, rows, again=False)
         limit: Tensor | float
         if looks(x):  # in numbers: on the CPU a call of NumPy costs a third of one of torch
-            norms, finite = norm_S.numpy(), finite_S.numpy()
-            self.scale, limit = self.rule.follow_numbers(float(self.scale or 0.0), norms[finite & (norms > 0)])
-            if finite.all() and norms.max() <= limit:
+            before = float(self.scale or 0.0)
+            self.scale, limit, largest = self.rule.follow_numbers(before, norm_S.numpy())
+            if not math.isfinite(largest):  # or beyond the range of float32
+                norm_S = length(x, rows)
+                self.scale, limit, largest = self.rule.follow_numbers(before, norm_S.numpy())
+            if math.isfinite(largest) and largest <= limit:
                 return x
+            norm_S = wide(norm_S)
+            finite_S = norm_S.isfinite()
         else:
+            norm_S = wide(norm_S)
+            finite_S = norm_S.isfinite()
             scale = torch.as_tensor(0.0 if self.scale is None else self.scale).to(norm_S)
             self.scale, limit = self.rule.follow(scale, norm_S, finite_S & (norm_S > 0))
         bad_S = ~finite_S | (norm_S > limit)

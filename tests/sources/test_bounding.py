@@ -83,7 +83,7 @@ def test_limits_follow_the_formula_over_many_batches(kind, way):
     for norm_S in batches:
         counts_S = norm_S.isfinite() & (norm_S > 0)
         if way == "numbers":
-            scale, limit = rule.follow_numbers(float(scale), norm_S[counts_S].numpy())
+            scale, limit, largest = rule.follow_numbers(float(scale), norm_S.numpy())
         else:
             scale, limit = rule.follow(scale, norm_S, counts_S)
         found.append(float(limit))
