@@ -401,8 +401,26 @@ TASKS: dict[str, Task] = {
 
 
 # -------------------- cost of a step
-def cost() -> dict[str, Any]:
-    """Processor time of a step with the splitter over one without, alternating in one process."""
+def _pairs(plain: Callable[[], float], split: Callable[[], float], rounds: int) -> list[float]:
+    """Processor time of a step with the splitter over one without; they alternate, and so does which comes first."""
+    found = []
+    for turn in range(rounds + 20):
+        if turn % 2:
+            numerator, denominator = split(), plain()
+        else:
+            denominator, numerator = plain(), split()
+        found.append(numerator / denominator)
+    return found[20:]
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def cost(rounds: int = 100) -> dict[str, list[float]]:
+    """Processor time of a step with the splitter over one without, per step."""
     torch.manual_seed(0)
     made: dict[str, list[float]] = {}
     images, target = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
@@ -412,38 +430,41 @@ def cost() -> dict[str, Any]:
         ("samples, digits, four times the width", False, 4),
         ("samples, digits with BatchNorm, four times the width", True, 4),
     ):
-        net = Cnn(norm=norm, wide=wide)
-        splitter = gs.SampleSplitter(net)
+        net, twin = Cnn(norm=norm, wide=wide), Cnn(norm=norm, wide=wide)
 
         def once(net: nn.Module = net) -> float:
             net.zero_grad()
-            began = time.process_time()
-            F.cross_entropy(net(images), target).backward()
-            return time.process_time() - began
+            return _seconds(lambda: F.cross_entropy(net(images), target).backward())
 
-        made[name] = []
-        for _ in range(120):
-            plain = once()
-            with splitter:
-                made[name].append(once() / plain)
+        with gs.SampleSplitter(net):
+            made[name] = _pairs(lambda twin=twin, once=once: once(twin), once, rounds)
     for name, width, points in (
         ("terms, Helmholtz on a line, width 32, 128 points", 32, 128),
         ("terms, Helmholtz on a line, width 256, 1,024 points", 256, 1024),
     ):
         net = _tanh_net(1, width)
         parts, generator = gs.TermSplitter(net), torch.Generator().manual_seed(0)
-        made[name] = []
-        for _ in range(120):
-            net.zero_grad()
-            began = time.process_time()
+
+        def passes(net: nn.Module = net, generator: torch.Generator = generator, points: int = points) -> None:
             for term in helmholtz_line(net, generator, points).values():
                 term.backward(retain_graph=True)
-            plain = time.process_time() - began
-            net.zero_grad()
-            began = time.process_time()
+
+        def bounded(
+            net: nn.Module = net,
+            parts: gs.TermSplitter = parts,
+            generator: torch.Generator = generator,
+            points: int = points,
+        ) -> None:
             parts.backward(**helmholtz_line(net, generator, points))
-            made[name].append((time.process_time() - began) / plain)
-    return {name: [round(ratio, 4) for ratio in found[20:]] for name, found in made.items()}
+
+        def timed(step: Callable[[], None], net: nn.Module = net) -> float:
+            net.zero_grad()
+            return _seconds(step)
+
+        made[name] = _pairs(
+            lambda timed=timed, step=passes: timed(step), lambda timed=timed, step=bounded: timed(step), rounds
+        )
+    return {name: [round(ratio, 4) for ratio in found] for name, found in made.items()}
 
 
 def _best(task: Task, runs: dict[str, dict[str, Any]], strengths: tuple[float | None, ...]) -> float | None:
@@ -517,9 +538,16 @@ def main() -> None:
         if name != "cost":
             run_task(name, file)
         elif not file.exists():
-            about = {"date": datetime.date.today().isoformat(), "machine": f"{platform.machine()}, 2 shared cores"}
+            about = {
+                "command": "python benchmarks/sources.py --task cost",
+                "date": datetime.date.today().isoformat(),
+                "machine": f"{platform.machine()}, 2 shared cores, torch {torch.__version__}",
+                "runs": "four runs of 100 pairs, one after the other",
+            }
+            runs = [cost() for _ in range(4)]
+            ratio = {step: [one for run in runs for one in run[step]] for step in runs[0]}
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"about": about, "ratio": cost()}, indent=1) + "\n", encoding="utf8")
+            file.write_text(json.dumps({"about": about, "ratio": ratio}, indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":
