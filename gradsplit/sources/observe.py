@@ -6,6 +6,9 @@ The norms stay on their device, those of the last passes alone. They are read wh
 stands out of its batch, and the batch before it is the measure:
 
     r_i = n_i / upper quarter of the batch's n;   x_i = min(r_i / its usual largest r, n_i / its usual largest n) > 4
+
+Where nobody does, the input of the first layer is looked at: a_i a hundred times the upper quarter of its batch, and
+ten times what is usual. In front of BatchNorm such a sample spoils the statistic, and no gradient shows it.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ __all__ = ["Reading", "SampleWatch", "Standing", "standing_out"]
 
 BEYOND = 4.0  # of what is usual for the largest sample of a batch
 FIRST = 20.0  # of the batch's upper quarter, where there is no batch before
+FAR, FARTHER = 100.0, 10.0  # of an input: of the batch's upper quarter, and of what is usual
 ENOUGH, RECENT = 4, 32  # passes before that are a measure, and the most that are
 COLLECTIVE = 5.0  # of the median sample's input over that of the batches before: the batch is unlike as a whole
 MOST_PASSES, MOST_BYTES, MOST_LAYERS = 512, 64 << 20, 256
@@ -69,6 +73,7 @@ class Reading:
             kept).
         times: for "whole", the median sample's input over that of the batches before.
         unruled: parameters of layers that have no rule, or did not run.
+        by: what the samples stood out by: "gradient", or "input" where the gradient of nobody did.
     """
 
     rows: tuple[Standing, ...]
@@ -77,6 +82,7 @@ class Reading:
     why: str = ""
     times: float = 1.0
     unruled: tuple[str, ...] = ()
+    by: str = "gradient"
 
 
 @dataclass
@@ -332,6 +338,27 @@ class SampleWatch:
             self._marks.append((stream, row, self._since.get(stream, 0), self._count))
             self._since[stream] = self._count
 
+    def far(self, stream: int, rows: range) -> set[int]:
+        """The rows in which the input of a sample may be far beyond those of its batch; waits for the device."""
+        with self._lock:
+            marks = [mark for mark in self._marks if mark[0] == stream and mark[1] in rows]
+            passes = {one.number: one for one in self._passes}
+        held: dict[Any, tuple[list[int], list[Tensor]]] = {}
+        for _, row, first, end in marks:
+            for one in (passes[number] for number in range(first, end) if number in passes):
+                given = [entry for entry in list(one.entries) if entry.activation_S is not None]
+                a_S = min(given, key=lambda entry: entry.met.place).activation_S if given else None
+                if a_S is not None and len(a_S) > 1:
+                    numbers, tensors = held.setdefault((len(a_S), a_S.device, a_S.dtype), ([], []))
+                    numbers.append(row)
+                    tensors.append(a_S)
+        found: set[int] = set()
+        for (size, *_), (numbers, tensors) in held.items():
+            ordered = torch.stack(tensors).sort(1).values
+            far = ordered[:, -1] > FAR * ordered[:, _upper(size)]
+            found |= {row for row, is_far in zip(numbers, far.tolist(), strict=True) if is_far}
+        return found
+
     def read(self, stream: int, row: int) -> Reading:
         """Which samples of the step in this row stood out; waits for the device."""
         with self._lock:
@@ -390,6 +417,7 @@ def standing_out(before: Sequence[Sequence[Seen]], now: Sequence[Sequence[Seen]]
     """Which samples of the passes of one step stood out, against their batches and the passes before."""
     before = [_of_batch(one) for one in before]
     rows: list[Standing] = []
+    inputs: list[Standing] = []
     why, times, batch = "unseen", 1.0, 0
     for number, one in enumerate(now):
         seen = _of_batch(one)
@@ -402,12 +430,17 @@ def standing_out(before: Sequence[Sequence[Seen]], now: Sequence[Sequence[Seen]]
             found, reason, scaled = _larger(seen, before)
         if size == 1 and reason in ("", "none", "all"):
             found, reason = [], "one"
+        if reason == "none":
+            inputs += [Standing(number, *each) for each in _far(seen, before)]
         rows += [Standing(number, *each) for each in found]
         if _RANK.index(reason) < _RANK.index(why):
             why, times = reason, scaled
     lost = any(math.isnan(row.ratio) for row in rows)
     rows = sorted((row for row in rows if math.isnan(row.ratio) == lost), key=lambda row: -row.ratio)
-    return Reading(tuple(rows), len(now), batch, "" if rows else why, times, unruled)
+    by = "gradient"
+    if not rows and inputs:
+        rows, by = sorted(inputs, key=lambda row: -row.ratio), "input"
+    return Reading(tuple(rows), len(now), batch, "" if rows else why, times, unruled, by)
 
 
 _RANK = ("", "all", "whole", "none", "one", "unseen")
@@ -482,6 +515,29 @@ def _larger(seen: Sequence[Seen], before: Sequence[Sequence[Seen]]) -> _Found:
     return (named, "", 1.0) if named else ([], "none", 1.0)
 
 
+def _far(seen: Sequence[Seen], before: Sequence[Sequence[Seen]]) -> list[tuple[int, str, float, int]]:
+    """Samples whose input to the first layer is far beyond the rest of their batch, and beyond what is usual."""
+    first = next((one for one in seen if one.activation_S is not None), None)
+    if first is None or first.activation_S is None:
+        return []
+    level = float(np.sort(first.activation_S)[_upper(len(first.activation_S))])
+    if not 0 < level < math.inf:
+        return []
+    bar = FAR * level
+    earlier = [
+        past.activation_S
+        for each in before
+        for past in each
+        if past.layer == first.layer and past.activation_S is not None and len(past.activation_S) > 1
+    ]
+    earlier = [past for past in earlier if np.isfinite(past).all()][-RECENT:]
+    if len(earlier) >= ENOUGH:
+        usual = float(np.quantile([_against_batch(past).max() for past in earlier], 0.8))
+        bar = max(bar, FARTHER * usual * level, FARTHER * float(np.median([past.max() for past in earlier])))
+    found = np.flatnonzero(first.activation_S > bar)
+    return [(int(i), first.layer, float(first.activation_S[i] / level), 1) for i in found]
+
+
 def _collective(seen: Sequence[Seen], before: Sequence[Sequence[Seen]]) -> float:
     """The median sample's input of the first layer that has one, over that of the passes before."""
     first = next((one for one in seen if one.activation_S is not None), None)
@@ -499,11 +555,15 @@ def _collective(seen: Sequence[Seen], before: Sequence[Sequence[Seen]]) -> float
 
 def _against_batch(norm_S: np.ndarray) -> np.ndarray:
     """Each over the upper quarter of its batch (small ones: the lower median), or over the mean of the others."""
-    share = 0.75 if len(norm_S) >= 8 else 0.5
-    place = math.ceil(share * len(norm_S)) - 1
+    place = _upper(len(norm_S))
     level = float(np.partition(norm_S, place)[place])
     if level > 0:
         return norm_S / level
     others = (norm_S.sum() - norm_S) / max(len(norm_S) - 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(norm_S > 0, norm_S / others, 0.0)
+
+
+def _upper(size: int) -> int:
+    """Where the upper quarter of so many numbers in order begins; of a few the lower median."""
+    return math.ceil((0.75 if size >= 8 else 0.5) * size) - 1

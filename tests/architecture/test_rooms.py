@@ -27,7 +27,7 @@ MOST_LINES = (
     # how many layers stand in series, changed shapes, how large each batch was, steps in foreign modes,
     38_890  # steps that run no hooks, sentences that break at the width of a terminal, wide matrices
 )
-ROOMS_SINCE = {"sources": 2_480}  # a room that came later; 2,000, samples only seen, refusals, terms in plain numbers
+ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
 MOST_SINGLE = 0.13
 FEWEST_LINES = 60  # of a module with a single importer; a shorter one belongs in its importer
 
@@ -97,11 +97,11 @@ def test_no_circle_of_imports_between_rooms():
 
 def test_the_library_is_no_larger_than_it_may_be():
     library = _library()
-    lines = dict.fromkeys(("the house", *ROOMS_SINCE), 0)
+    lines = dict.fromkeys(("the house", *ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
     for name, source in library.items():
-        lines[unit_of(name) if unit_of(name) in ROOMS_SINCE else "the house"] += _lines(source)
+        lines[unit_of(name) if unit_of(name) in ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
     assert len(library) <= MOST_FILES
-    assert {room: n for room, n in lines.items() if n > ({"the house": MOST_LINES} | ROOMS_SINCE)[room]} == {}
+    assert {room: n for room, n in lines.items() if n > ({"the house": MOST_LINES} | ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
 
 
 def test_few_modules_have_a_single_importer():

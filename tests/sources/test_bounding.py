@@ -84,6 +84,7 @@ def test_limits_follow_the_formula_over_many_batches(kind, way):
         counts_S = norm_S.isfinite() & (norm_S > 0)
         if way == "numbers":
             scale, limit, largest = rule.follow_numbers(float(scale), norm_S.numpy())
+            assert largest == pytest.approx(float(norm_S.max()), nan_ok=True)
         else:
             scale, limit = rule.follow(scale, norm_S, counts_S)
         found.append(float(limit))

@@ -127,6 +127,58 @@ def test_the_measure_is_the_batch_and_those_before():
     assert not standing_out([[_seen(100 * large)] for _ in range(6)], [[_seen(large)]], ()).rows
 
 
+def _given(inputs, norms=None):
+    inputs = np.asarray(inputs, dtype=float)
+    return [Seen("a", 0, inputs, (np.ones(len(inputs)) if norms is None else norms) / inputs)]
+
+
+def test_an_input_far_beyond_its_batch_stands_out_where_no_gradient_does():
+    usual = [_given(np.linspace(1, 2, 8)) for _ in range(6)]
+    large = np.linspace(1, 2, 8)
+    large[2] = 1e4
+    reading = standing_out(usual, [_given(large)], ())
+    (row,) = reading.rows
+    assert reading.by == "input" and (row.sample, row.layer) == (2, "a")
+    assert row.ratio == pytest.approx(1e4 / (1 + 6 / 7))
+    assert standing_out([], [_given(large)], ()).by == "input", "the first batch"
+    large[2] = 90 * (1 + 6 / 7)
+    assert standing_out(usual, [_given(large)], ()).why == "none", "below a hundred times"
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [1.0] * 5 + [1e4] * 3,  # more than a quarter of the batch
+        [0.0] * 7 + [1.0],  # nothing to compare with
+        [1e-30] + [1.0] * 7,
+    ],
+)
+def test_inputs_of_a_usual_kind_do_not_stand_out(inputs):
+    inputs = np.asarray(inputs)
+    assert not observe._far([Seen("a", 0, inputs, np.ones(8))], [])
+
+
+def test_data_with_heavy_tails_accuse_nobody():
+    """Where every second batch has such a sample it is usual."""
+    batches = [np.r_[np.linspace(1, 2, 7), 1e4 if t % 2 else 3.0] for t in range(20)]
+    assert not standing_out([_given(batch) for batch in batches], [_given(batches[1])], ()).rows
+
+
+def test_the_rows_with_an_input_far_beyond_its_batch_are_found_in_one_go():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with SampleWatch(model) as watch:
+        watch.name(0, {id(parameter): name for name, parameter in model.named_parameters()})
+        for row in range(12):
+            x = torch.randn(9 if row < 6 else 16, 4)
+            x[3] *= 1e4 if row in (4, 8) else 1.0
+            x[0, 0] = math.nan if row == 10 else 0.0
+            model(x).sum().backward()
+            watch.seal(0, row)
+    assert watch.far(0, range(12)) == {4, 8}
+    assert watch.far(0, range(5, 8)) == set() == watch.far(1, range(12))
+
+
 def test_the_first_lost_layer_of_the_forward_pass_counts():
     bad = np.array([1.0, math.nan, 1.0])
     layers = [

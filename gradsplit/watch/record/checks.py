@@ -54,7 +54,11 @@ def _check_samples(remark: Mapping[str, Any]) -> None:
     names = remark.get("unruled", [])
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not (
-        sound and numbers and texts and isinstance(remark.get("why", ""), str) and _is(remark.get("times", 1.0), float)
+        sound
+        and numbers
+        and texts
+        and all(isinstance(remark.get(key, ""), str) for key in ("why", "by"))
+        and _is(remark.get("times", 1.0), float)
     ):
         raise ValueError(f"expected samples of a batch in a remark of meta 'remarks', got {remark!r:.80}")
 

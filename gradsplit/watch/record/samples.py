@@ -1,7 +1,8 @@
 """Which samples stood out at a departure: rows on the host say when, the samples' norms are read for those steps alone.
 
 A step is read if a norm or the loss is not finite, a part is 12 times its median of the last 64 rows, or the whole
-gradient or the loss is 5 times its own. That is wider than what the report calls a departure.
+gradient or the loss is 5 times its own. That is wider than what the report calls a departure. So is a step in which the
+input of one sample is far beyond those of its batch: in front of BatchNorm no norm shows it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PART, WHOLE = 12.0, 5.0
 HISTORY = 64  # rows
 IN_A_ROW = 3  # departures one after the other that are read
 MOST_READINGS = 100  # of a run
+MOST_INPUTS = 20  # of them for an input alone
 MOST_ROWS = 20  # samples named per reading
 MOST_NAMES = 20  # parameters without a rule that are named
 
@@ -33,7 +35,7 @@ class SampleReader:
 
     def __init__(self, watch: SampleWatch) -> None:
         self.watch = watch.open()
-        self.num_readings = 0
+        self.num_readings = self.num_inputs = 0
         self._history: dict[int, np.ndarray] = {}
         self._num_rows: dict[int, int] = {}
         self._in_a_row: dict[int, int] = {}
@@ -47,6 +49,7 @@ class SampleReader:
                 [rows.norm_SL, rows.total_S[:, None], np.abs(rows.loss_S)[:, None]], axis=1, dtype=np.float64
             )
             out, new = self._out(index, values)
+        far = self.watch.far(index, range(first, first + len(rows))) if self.num_inputs < MOST_INPUTS else set()
         made = []
         for k, left in enumerate(out.tolist()):
             streak = self._in_a_row[index] = self._in_a_row.get(index, 0) + 1 if left else 0
@@ -55,6 +58,12 @@ class SampleReader:
                 reading = self.watch.read(index, first + k)
                 about = {"kind": "samples", "stream": index, "step": int(rows.step_S[k]), "row": first + k}
                 made.append({**about, **_plain(reading, self.watch.failed)})
+            elif not left and first + k in far and self.num_inputs < MOST_INPUTS:
+                reading = self.watch.read(index, first + k)
+                if reading.rows and reading.by == "input":
+                    self.num_inputs += 1
+                    about = {"kind": "samples", "stream": index, "step": int(rows.step_S[k]), "row": first + k}
+                    made.append({**about, **_plain(reading, "")})
         return made
 
     def _out(self, index: int, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,4 +112,5 @@ def _plain(reading: Reading, failed: str) -> dict[str, Any]:
         "times": reading.times if math.isfinite(reading.times) else 1.0,
         "unruled": list(reading.unruled[:MOST_NAMES]),
         "num_unruled": len(reading.unruled),
+        **({} if reading.by == "gradient" else {"by": reading.by}),
     }

@@ -18,6 +18,7 @@ __all__ = [
     "SAMPLE_HEADINGS",
     "SampleRow",
     "SampleReading",
+    "inputs_sentences",
     "look_at",
     "readings_of",
     "sample_rows",
@@ -58,6 +59,7 @@ class SampleReading:
         times: of a batch that was unlike as a whole.
         unruled: parameters whose layers have no rule.
         num_unruled: how many.
+        by: "gradient", or "input" where the samples stood out by what the first layer was given.
     """
 
     rank: int
@@ -71,6 +73,7 @@ class SampleReading:
     times: float
     unruled: tuple[str, ...]
     num_unruled: int
+    by: str = "gradient"
 
 
 def readings_of(remarks: Sequence[Mapping[str, Any]], rank: int) -> tuple[SampleReading, ...]:
@@ -91,6 +94,7 @@ def readings_of(remarks: Sequence[Mapping[str, Any]], rank: int) -> tuple[Sample
             float(one.get("times", 1.0)),
             tuple(one.get("unruled", [])),
             int(one.get("num_unruled", 0)),
+            str(one.get("by", "gradient")),
         )
         for one in remarks
         if one.get("kind") == "samples"
@@ -150,9 +154,9 @@ def samples_sentences(found: Sequence[SampleReading]) -> list[str]:
             top = one.rows[0]
             layer = top.layer if " " in top.layer else f"layer {top.layer}"
             lost = math.isnan(top.ratio)
-            how = (
-                f"not finite, first in {layer}" if lost else f"most in {layer}, {top.ratio:.3g} times the usual sample"
-            )
+            how = f"most in {layer}, {top.ratio:.3g} times the usual sample"
+            if lost or one.by == "input":
+                how = f"not finite, first in {layer}" if lost else _input(one)
             more = f" and {one.num - NAMED} more" if one.num > NAMED else ""
             them = "it" if one.num == 1 else "them"
             said.append(
@@ -169,6 +173,30 @@ def samples_sentences(found: Sequence[SampleReading]) -> list[str]:
             f"can be seen: {names}."
         )
     return said
+
+
+def _input(one: SampleReading) -> str:
+    top = one.rows[0]
+    layer = top.layer if " " in top.layer else f"layer {top.layer}"
+    return f"the input of {layer}, {top.ratio:.3g} times the usual one"
+
+
+def inputs_sentences(readings: Sequence[SampleReading], told: Sequence[SampleReading]) -> list[str]:
+    """Say which samples had an input far beyond their batch in steps that were no departure.
+
+    Args:
+        readings: all of a stream.
+        told: those of the first departure, which are said elsewhere.
+    """
+    found = [one for one in readings if one.rows and one.by == "input" and one not in told]
+    if not found:
+        return []
+    more = f", and samples of {len(found) - 3} more steps" if len(found) > 3 else ""
+    named = _listed([f"{_which(one, large=k == 0)} ({_input(one)})" for k, one in enumerate(found[:3])])
+    return [
+        f"{named}{more} stood out, though no norm shows it: look at the data. BatchNorm mixes such samples into the "
+        "others; gs.SampleSplitter puts them in quarantine."
+    ]
 
 
 def _none(one: SampleReading) -> str:
@@ -223,6 +251,11 @@ SAMPLE_GLOSSARY: dict[str, str] = {
     "… stood out (not finite, first in layer …)": (
         "The input or the signal of this layer was inf, nan or beyond 1e19 for these samples and finite for the rest. "
         "No layer before it had such a value."
+    ),
+    "… stood out (the input of layer …, … times the usual one)": (
+        "The first layer was given at least a hundred times the upper quarter of the batch for this sample, and ten "
+        "times what is usual. Inputs are looked at where nobody stands out by the gradient: in front of BatchNorm such "
+        "a sample spoils the statistic, and no gradient is large."
     ),
     "No sample of the batch of step … stood out: they were alike": (
         "All samples of the batch had the usual share of the gradient, so no single one made the departure."

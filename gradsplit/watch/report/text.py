@@ -10,7 +10,7 @@ import numpy as np
 from .account import Account, NodeUse, StreamAccount
 from .advice import action_sentence, advice_of, number
 from .origin import Departure
-from .samples import SAMPLE_GLOSSARY, samples_sentences
+from .samples import SAMPLE_GLOSSARY, inputs_sentences, samples_sentences
 
 __all__ = [
     "GLOSSARY",
@@ -200,6 +200,8 @@ def findings(account: Account) -> list[str]:
     if first is not None:
         said += samples_sentences(account.samples_at_first)
         said += _aftermath(first)
+    for stream in account.streams:
+        said += inputs_sentences(stream.samples, account.samples_at_first)
     if account.actions:
         said.append(action_sentence(account.actions))
     for stream in account.streams:

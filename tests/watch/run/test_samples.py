@@ -23,6 +23,7 @@ from gradsplit.cli import report
 from gradsplit.watch.record import Recorder, RunFile, RunWriter
 from gradsplit.watch.report.account import account_of
 from gradsplit.watch.report.run_page import run_page
+from gradsplit.watch.report.samples import sample_rows
 from gradsplit.watch.report.text import findings, report_text
 from tests.distributed.ranks import on_ranks
 from tests.watch.run.processes import run_gradsplit
@@ -174,6 +175,17 @@ def test_a_graph_compiled_by_torch_compile_is_one_layer(tmp_path):
     assert _named(account) == {7} and "most in the compiled model" in _said(account)[0]
     same = _train(tmp_path / "without.db", make, _images, "large", {7}, seed=1, samples=False)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_sample_in_front_of_batch_norm_is_named_without_a_departure(tmp_path, seed):
+    _train(tmp_path / "run.db", _pictures, _images, "large", {7}, seed=seed)
+    account = account_at(tmp_path / "run.db")
+    (said,) = _said(account)
+    assert said.startswith(f"Sample 7 of the batch of step {AT} (the input of layer 0, ")
+    assert "times the usual one) stood out, though no norm shows it: look at the data." in said
+    (row,) = sample_rows(account.streams[0].samples)
+    assert row[:4] == [str(AT), "0", "7", "0"] and 1e3 < float(row[4]) < 5e4
 
 
 def test_a_model_compiled_in_place_is_said_to_be_unseen(tmp_path):
