@@ -97,11 +97,11 @@ def test_no_circle_of_imports_between_rooms():
 
 def test_the_library_is_no_larger_than_it_may_be():
     library = _library()
-    lines = dict.fromkeys(("the house", *ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
+    lines = dict.fromkeys(("the house", *ROOMS_SINCE), 0)
     for name, source in library.items():
-        lines[unit_of(name) if unit_of(name) in ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
+        lines[unit_of(name) if unit_of(name) in ROOMS_SINCE else "the house"] += _lines(source)
     assert len(library) <= MOST_FILES
-    assert {room: n for room, n in lines.items() if n > ({"the house": MOST_LINES} | ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
+    assert {room: n for room, n in lines.items() if n > ({"the house": MOST_LINES} | ROOMS_SINCE)[room]} == {}
 
 
 def test_few_modules_have_a_single_importer():
