@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -427,73 +426,6 @@ def why(file: Path) -> None:
                 print(row, flush=True)
 
 
-# -------------------- cost of a step
-def _pairs(plain: Callable[[], float], split: Callable[[], float], rounds: int) -> list[float]:
-    """Processor time of a step with the splitter over one without; they alternate, and so does which comes first."""
-    found = []
-    for turn in range(rounds + 20):
-        if turn % 2:
-            numerator, denominator = split(), plain()
-        else:
-            denominator, numerator = plain(), split()
-        found.append(numerator / denominator)
-    return found[20:]
-
-
-def _seconds(step: Callable[[], None]) -> float:
-    began = time.process_time()
-    step()
-    return time.process_time() - began
-
-
-def cost(rounds: int = 100) -> dict[str, list[float]]:
-    """Processor time of a step with the splitter over one without, per step."""
-    torch.manual_seed(0)
-    made: dict[str, list[float]] = {}
-    images, target = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    for name, norm, wide in (
-        ("samples, digits", False, 1),
-        ("samples, digits with BatchNorm", True, 1),
-        ("samples, digits, four times the width", False, 4),
-        ("samples, digits with BatchNorm, four times the width", True, 4),
-    ):
-        net, twin = Cnn(norm=norm, wide=wide), Cnn(norm=norm, wide=wide)
-
-        def once(net: nn.Module = net) -> float:
-            net.zero_grad()
-            return _seconds(lambda: F.cross_entropy(net(images), target).backward())
-
-        with gs.SampleSplitter(net):
-            made[name] = _pairs(lambda twin=twin, once=once: once(twin), once, rounds)
-    for name, width, points in (
-        ("terms, Helmholtz on a line, width 32, 128 points", 32, 128),
-        ("terms, Helmholtz on a line, width 256, 1,024 points", 256, 1024),
-    ):
-        net = _tanh_net(1, width)
-        parts, generator = gs.TermSplitter(net), torch.Generator().manual_seed(0)
-
-        def passes(net: nn.Module = net, generator: torch.Generator = generator, points: int = points) -> None:
-            for term in helmholtz_line(net, generator, points).values():
-                term.backward(retain_graph=True)
-
-        def bounded(
-            net: nn.Module = net,
-            parts: gs.TermSplitter = parts,
-            generator: torch.Generator = generator,
-            points: int = points,
-        ) -> None:
-            parts.backward(**helmholtz_line(net, generator, points))
-
-        def timed(step: Callable[[], None], net: nn.Module = net) -> float:
-            net.zero_grad()
-            return _seconds(step)
-
-        made[name] = _pairs(
-            lambda timed=timed, step=passes: timed(step), lambda timed=timed, step=bounded: timed(step), rounds
-        )
-    return {name: [round(ratio, 4) for ratio in found] for name, found in made.items()}
-
-
 def _best(task: Task, runs: dict[str, dict[str, Any]], strengths: tuple[float | None, ...]) -> float | None:
     """The strength with the best median over the tuning seeds; a diverged run is the worst."""
 
@@ -556,7 +488,7 @@ def _write(task: Task, kept: dict[str, Any], file: Path) -> None:
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="*", choices=[*TASKS, "why", "cost"], default=[*TASKS, "cost"])
+    parser.add_argument("--task", nargs="*", choices=[*TASKS, "why"], default=[*TASKS, "why"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -564,19 +496,8 @@ def main() -> None:
         file = asked.out / f"{name}.json"
         if name == "why":
             why(asked.out / "helmholtz-2d-why.jsonl")
-        elif name != "cost":
+        else:
             run_task(name, file)
-        elif not file.exists():
-            about = {
-                "command": "python benchmarks/sources.py --task cost",
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, 2 shared cores, torch {torch.__version__}",
-                "runs": "four runs of 100 pairs, one after the other",
-            }
-            runs = [cost() for _ in range(4)]
-            ratio = {step: [one for run in runs for one in run[step]] for step in runs[0]}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"about": about, "ratio": ratio}, indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

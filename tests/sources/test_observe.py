@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gradsplit.sources import SampleWatch, observe
-from gradsplit.sources.observe import Seen, standing_out
+from gradsplit.sources import SampleWatch, observe, standing
+from gradsplit.sources.standing import Seen, standing_out
 
 STEPS, SIZE = 16, 16
 
@@ -155,7 +155,7 @@ def test_an_input_far_beyond_its_batch_stands_out_where_no_gradient_does():
 )
 def test_inputs_of_a_usual_kind_do_not_stand_out(inputs):
     inputs = np.asarray(inputs)
-    assert not observe._far([Seen("a", 0, inputs, np.ones(8))], [])
+    assert not standing._far([Seen("a", 0, inputs, np.ones(8))], [])
 
 
 def test_data_with_heavy_tails_accuse_nobody():

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...sources.observe import Reading, SampleWatch
+from ...sources.observe import SampleWatch
+from ...sources.standing import Reading
 from .rows import Rows
 
 __all__ = ["SampleReader"]

@@ -45,7 +45,7 @@ class SampleRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleReading:
-    """The samples of one step, see `gradsplit.sources.observe.Reading`.
+    """The samples of one step, see `gradsplit.sources.standing.Reading`.
 
     Attributes:
         rank: of the process whose batch it was.
