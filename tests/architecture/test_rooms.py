@@ -19,7 +19,8 @@ from tests.architecture.sources import unit_of
 MOST_FILES = (
     # 200, the self-check of programs on a GPU, what decides by them, the records of a step, where a run began, and
     # which samples did it: seen, read, told; how many layers stand in series; how large each batch was;
-    215  # pictures apart from the shell of a page; saved states apart from the options of GSO
+    # pictures apart from the shell of a page; saved states apart from the options of GSO;
+    216  # who stood out apart from what is kept
 )
 MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
