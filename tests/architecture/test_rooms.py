@@ -26,7 +26,8 @@ MOST_LINES = (
     # 27,000, the share step of GSO, what it shows and refuses, any optimizer, judging a run and its terms, GPUs, and
     # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, and
     # how many layers stand in series, changed shapes, how large each batch was, steps in foreign modes,
-    38_890  # steps that run no hooks, sentences that break at the width of a terminal, wide matrices
+    # steps that run no hooks, sentences that break at the width of a terminal, wide matrices,
+    38_950  # inputs that are told
 )
 ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
 MOST_SINGLE = 0.13
