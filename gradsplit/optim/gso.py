@@ -147,7 +147,6 @@ class GSO(Optimizer):
         in_backward: bool = False,
         sinks: Iterable[Callable[[StepRecord], None]] = (),
     ) -> None:
-        check_params(params)
         by_share = direction != "adam"
         if second_moment not in ("element", "bin"):
             raise ValueError(f"GSO(second_moment={second_moment!r}): expected 'element' or 'bin'.")
@@ -200,6 +199,7 @@ class GSO(Optimizer):
         }
         check_numbers(defaults, by_share=by_share)
         check_flags(defaults, defaults)
+        check_params(params)  # behind the constants, as torch does it
         super().__init__(params, defaults)
         if by_share:
             check_names(direction, blocks, [name for group in self.param_groups for name in _names_of(group)])

@@ -247,6 +247,16 @@ def test_an_expanded_gradient_is_named(backend):
 
 def test_in_front_of_gso_the_description_says_that_bounds_hold_twice():
     model = model_of()
-    said = gs.GradientSplitter(model, optimizer=gs.GSO(model)).describe()
+    with pytest.warns(UserWarning, match="limits hold twice"):
+        said = gs.GradientSplitter(model, optimizer=gs.GSO(model)).describe()
     assert "GSO bounds gradients itself, so they are bounded twice" in said
     assert "bounded twice" not in gs.GradientSplitter(model, optimizer=torch.optim.AdamW(model.parameters())).describe()
+
+
+@pytest.mark.parametrize("option", ["process_group", "stages"])
+def test_what_is_no_process_group_is_refused_at_once(option):
+    said = rf"{option}=3\): expected a process group of torch.distributed with this rank in it, or None, got int"
+    with pytest.raises(ValueError, match=r"GSO\(" + said):
+        gs.GSO(model_of(), **{option: 3})
+    with pytest.raises(ValueError, match=r"GradientSplitter\(" + said):
+        gs.GradientSplitter(model_of(), **{option: 3})

@@ -298,10 +298,10 @@ class CompiledShare(ShareUpdate):
         out = self._decide(squares_B.numpy(), weight_squares_B.numpy())
         bases = self._bases(present, plain, states)
         euler = np.zeros(len(squares_B))
-        run([(products, (KINDS[d], t.entries, t.chunks, bases, euler)) for d, t in self._tables], 1)
+        threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
+        run([(products, (KINDS[d], t.entries, t.chunks, bases, euler)) for d, t in self._tables], threads)
         shortened = float(self._shortened(torch.from_numpy(np.where(out[4] > 0, euler, 0.0))))
         numbers = self._numbers(states, groups, shortened)
-        threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         calls: list[Call] = [
             (enter, (KINDS[d], t.entries, t.chunks, bases, numbers, out[2], out[4])) for d, t in self._tables
         ]

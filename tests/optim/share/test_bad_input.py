@@ -518,10 +518,18 @@ def test_a_share_that_others_may_change_beside_steps_says_nothing(change):
     assert not told
 
 
-@pytest.mark.parametrize("option", ["process_group", "stages"])
-def test_what_is_no_process_group_is_refused_at_once(option):
-    said = rf"{option}=3\): expected a process group of torch.distributed with this rank in it, or None, got int"
-    with pytest.raises(ValueError, match=r"GSO\(" + said):
-        gs.GSO(net_of(), **{option: 3})
-    with pytest.raises(ValueError, match=r"GradientSplitter\(" + said):
-        gs.GradientSplitter(net_of(), **{option: 3})
+def test_constants_are_refused_before_parameters_as_by_torch():
+    """PyTorch's own tests of errors pass None for the parameters."""
+    with pytest.raises(ValueError, match=r"Invalid beta parameter at index 0: 1\.0"):
+        gs.GSO(None, betas=(1.0, 0.9))
+    with pytest.raises(TypeError, match=r"GSO\(NoneType\): expected a module"):
+        gs.GSO(None)
+
+
+def test_fused_on_the_meta_device_is_refused_by_the_step():
+    model = nn.Linear(3, 2, device="meta")
+    optimizer = gs.GSO(model, fused=True)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params"):
+        optimizer.step()
