@@ -6,6 +6,7 @@
     python benchmarks/gso.py seconds                     # CPU time per step, 4 minutes
     python benchmarks/gso.py medians                     # what the collective rule sees, 5 minutes
     python benchmarks/gso.py hot-stack                   # why the GSO of before failed on the hot stack, 5 minutes
+    python benchmarks/gso.py decay --decay convolutions=0.3 --tasks healthy     # which tensors profit from decay
     python benchmarks/gso.py page                        # writes docs/results/gso.md
     python benchmarks/gso.py picture                     # draws the README's picture
 
@@ -28,6 +29,7 @@ TASKS = {
     "seconds": "benchmarks.gso.seconds",
     "medians": "benchmarks.gso.medians",
     "hot-stack": "benchmarks.gso.hot_stack",
+    "decay": "benchmarks.gso.decay",
     "page": "benchmarks.gso.page",
     "picture": "benchmarks.gso.picture",
 }
