@@ -419,6 +419,22 @@ def _depth_6() -> list[Job]:
     return jobs + [job for lr in (1e-2, 3e-3) for job in cells("gpt", 300, "soap", lr, (0,), options=six)]
 
 
+def _mixer_fresh() -> list[Job]:
+    return _muon(*MIXER, 0.01, FRESH[:3]) + cells(*MIXER, "soap", 1e-2, FRESH[:3])
+
+
+def _zero_fresh() -> list[Job]:
+    zero = {"zero": True}
+    return _muon(*GPT[:2], 0.03, FRESH[:2], **zero) + cells(*GPT[:2], "soap", 3e-2, FRESH[:2], options=zero)
+
+
+def _depth_12() -> list[Job]:
+    """12 layers: Muon and SOAP at the rates that are best on the GPT of 1,000 steps."""
+    twelve = {"layers": 12, "width": 48}
+    jobs = [job for seed in (0, 10) for job in _muon("gpt", 300, 0.03, (seed,), **twelve)]
+    return jobs + [job for seed in (0, 10) for job in cells("gpt", 300, "soap", 1e-2, (seed,), options=twelve)]
+
+
 def _gains_again() -> list[Job]:
     """GSO at two gains with the rule of layers in series; with `--again`. At gain .5 there are not enough layers."""
     jobs = cells(*HOT[:2], "gso", SHARE, FRESH[1:3], options={"gain": 1.0})
@@ -479,6 +495,9 @@ PROOF: dict[str, list[Job]] = {
     "proof-deep-muon": _deep_muon(),
     "proof-deepest": _deepest(),
     "proof-mixer": _both(*MIXER),
+    "proof-zero-fresh": _zero_fresh(),
+    "proof-mixer-fresh": _mixer_fresh(),
+    "proof-depth-12": _depth_12(),
     "proof-lora": _both("lora", 400),
     "proof-zero-rivals": _both(*GPT[:2], zero=True),
     "proof-depth-6": _depth_6(),
