@@ -125,11 +125,13 @@ SOAP at 0.03 then come within 2 or 3 % of GSO, Muon less near. A third of that r
 it. GSO measures every row in float64, and needs neither the clip nor the rate. At gains of 1 and .5
 the stack is healthy, and all methods train it about equally well.
 """,
-    "mixer": """One test digit is .28 points. So the two are not told apart, and the smaller share does not help.
+    "mixer": """One test digit is .28 points. So the four are not told apart, and the smaller share does not help.
+Muon's best rate is the smallest of its three.
 """,
     "zero": """LoRA of rank 4 stands on the matrices of a GPT that was trained on the second text. The zero-
 initialised GPT starts with residual projections and the head at zero; a row counts as at least a
-tenth of the root of its columns, so it can leave zero.
+tenth of the root of its columns, so it can leave zero. SOAP's best rate there is the largest of its
+three.
 """,
     "depth": """Width 48, four heads, the defaults for everything else. Seed 0 chose the share and AdamW's rate. The
 bars are for 300 steps.
