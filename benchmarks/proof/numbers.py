@@ -266,16 +266,19 @@ def sizes() -> list[Row]:
     finished, rows = store.done(), []
     for size, (steps, _) in plan.LARGE.items():
         best: dict[str, Row] = {}
+        rates: dict[str, list[float]] = {}
         for job in plan.large(size):
             run = finished.get(job.key)
             if run is None or run["score"] is None or run["diverged"]:
                 continue
+            rates.setdefault(job.method, []).append(job.lr)
             if job.method not in best or run["score"] < best[job.method]["score"]:
                 names = ("lr", "score", "cpu_ms_a_step", "state_per_weight", "parameters")
                 best[job.method] = {name: run[name] for name in names}
         if best:
             parameters = next(iter(best.values()))["parameters"]
-            rows.append({"size": size, "steps": steps, "parameters": parameters, "methods": best})
+            made = {"size": size, "steps": steps, "parameters": parameters}
+            rows.append(made | {"methods": best, "rates": rates})
     return rows
 
 

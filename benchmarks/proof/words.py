@@ -254,7 +254,7 @@ def sizes_words(rows: Sequence[Row]) -> str:
         stands = "ahead of" if margin > 0 else "behind"
         said.append(
             f"- {size}, {row['steps']} steps: GSO at its default is {_share(margin)} {stands} {COLUMNS[others[0]]}, "
-            "the best of the others.\n"
+            f"the best of the others.{_at_an_end(row)}\n"
         )
     seen = plan.BATCH * plan.CONTEXT
     parts = _listed(f"{100 * steps * seen / plan.CHARACTERS:.1f} %" for steps in sorted({row["steps"] for row in rows}))
@@ -263,6 +263,16 @@ def sizes_words(rows: Sequence[Row]) -> str:
         "".join(said) + f"\nA step sees {seen:,} characters, so runs of {steps} steps see {parts} of the text. What "
         "holds after ten times as many steps is open.\n"
     )
+
+
+def _at_an_end(row: Row) -> str:
+    """Which methods are best at an end of the rates that were tried."""
+    ends = [
+        COLUMNS[method]
+        for method, rates in row["rates"].items()
+        if len(rates) > 1 and row["methods"][method]["lr"] in (min(rates), max(rates))
+    ]
+    return f" {_listed(ends)}: best at an end of the rates that were tried." if ends else ""
 
 
 def short_words(rows: Sequence[Row]) -> str:

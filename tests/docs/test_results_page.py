@@ -113,6 +113,11 @@ def _sizes(made):
     methods["muon"]["score"] = 0.5 * methods["gso"]["score"]
 
 
+def _at_an_end(made):
+    row = made["sizes"][0]
+    row["rates"] = {"soap": [0.003, 0.001, row["methods"]["soap"]["lr"]]}
+
+
 def _short(made):
     muon = next(row for row in made["short"] if row["method"] == "muon" and row["parameters"] < 2e6)
     ours = _of(made["short"], method="gso", lr=0.03, parameters=muon["parameters"])
@@ -137,6 +142,7 @@ def _short(made):
         (_outputs, "outputs-words", "We provoked it: log Z stays between -77.0"),
         (_strategies, "strategies-words", "changes the median by +50.0 %"),
         (_sizes, "sizes-words", "400 steps: GSO at its default is 100.0 % behind Muon"),
+        (_at_an_end, "sizes-words", "SOAP: best at an end of the rates that were tried"),
         (_short, "short-words", "+50.0 % at its default"),
     ],
 )
