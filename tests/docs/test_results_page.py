@@ -142,7 +142,7 @@ def _short(made):
         (_outputs, "outputs-words", "We provoked it: log Z stays between -77.0"),
         (_strategies, "strategies-words", "changes the median by +50.0 %"),
         (_sizes, "sizes-words", "400 steps: GSO at its default is 100.0 % behind Muon"),
-        (_at_an_end, "sizes-words", "SOAP: best at an end of the rates that were tried"),
+        (_at_an_end, "sizes-words", "of the others. SOAP: best at an end of the rates"),
         (_short, "short-words", "+50.0 % at its default"),
     ],
 )
