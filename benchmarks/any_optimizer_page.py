@@ -141,6 +141,7 @@ def make() -> tuple[dict[str, str], dict[str, object]]:
         cells.numbers[f"totals / {rate}"] = {row[0]: row[1:] for row in rows}
     for rate in ("0.2", "0.01"):
         made[f"rate {rate}"] = _at_rate(cells, rate)
+        made[f"others {rate}"] = _others_at_rate(cells, rate)
     made["clean"] = _clean(cells)
     made["factor"] = _factor(cells)
     made["guide"] = _guide(cells)
@@ -185,6 +186,16 @@ def _at_rate(cells: Cells, rate: str) -> str:
         if set(found) != {"- → -"}:
             rows.append([optimizer, task, *found])
     return table(["optimizer", "task", *FAULTS], rows) + cells.seeds()
+
+
+def _others_at_rate(cells: Cells, rate: str) -> str:
+    """In each cell the four faults, in their order."""
+    rows = []
+    for optimizer, task in product(OPTIMIZERS, TASKS):
+        found = [[cells.cell(task, optimizer, control, fault, rate) for fault in FAULTS] for control in CONTROLS[2:]]
+        if any(set(faults) != {"-"} for faults in found):
+            rows.append([optimizer, task, *(", ".join(faults) for faults in found)])
+    return table(["optimizer", "task", *CONTROLS[2:]], rows) + cells.seeds()
 
 
 def _clean(cells: Cells) -> str:
