@@ -128,12 +128,19 @@ def run(net: str, fault: str, num: int, seed: int, path: Path) -> dict[str, Any]
     first = account.first
     named = sorted({row.sample for one in account.samples_at_first for row in one.rows})
     step = None if first is None else first.step
-    return {"net": net, "fault": fault, "seed": seed, "step": step, "planted": sorted(chosen), "named": named}
+    found = {"net": net, "fault": fault, "seed": seed, "step": step, "planted": sorted(chosen), "named": named}
+    inputs = [one for stream in account.streams for one in stream.samples if one.by == "input" and one.rows]
+    return {**found, "inputs": sorted([one.step, row.sample] for one in inputs for row in one.rows)}
 
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Departures, precision and recall of some runs."""
-    runs, found = len(found), [one for one in found if one["step"] == AT]
+    runs, inputs = len(found), None
+    if all("inputs" in one for one in found):  # samples that stood out by their input, in any step of any run
+        told = [(one, step, sample) for one in found for step, sample in one["inputs"]]
+        right = sum(step == AT and sample in one["planted"] for one, step, sample in told)
+        inputs = {"inputs": len(told), "inputs right": right}
+    found = [one for one in found if one["step"] == AT]
     right = sum(len(set(one["planted"]) & set(one["named"])) for one in found)
     named, planted = (sum(len(one[key]) for one in found) for key in ("named", "planted"))
     return {
@@ -143,6 +150,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         "planted": planted,
         "precision": right / named if named else None,
         "recall": right / planted if planted else None,
+        **({} if inputs is None else inputs),
     }
 
 

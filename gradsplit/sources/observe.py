@@ -290,14 +290,14 @@ class SampleWatch:
             found |= {row for row, is_far in zip(numbers, far.tolist(), strict=True) if is_far}
         return found
 
-    def read(self, stream: int, row: int) -> Reading:
-        """Which samples of the step in this row stood out; waits for the device."""
+    def read(self, stream: int, row: int, *, inputs_first: bool = False) -> Reading:
+        """Which samples of the step in this row stood out, see `standing_out`; waits for the device."""
         with self._lock:
             mark = next((mark for mark in reversed(self._marks) if mark[:2] == (stream, row)), None)
             passes = list(self._passes)
         if mark is None:
             return Reading((), why="gone")
-        return self._read(stream, passes, mark[2], mark[3])
+        return self._read(stream, passes, mark[2], mark[3], inputs_first)
 
     def read_last(self) -> Reading:
         """Which samples of the last backward pass stood out; waits for the device."""
@@ -305,7 +305,7 @@ class SampleWatch:
             passes = list(self._passes)
         return self._read(-1, passes, self._count - 1, self._count)
 
-    def _read(self, stream: int, passes: list[_Pass], first: int, end: int) -> Reading:
+    def _read(self, stream: int, passes: list[_Pass], first: int, end: int, inputs_first: bool = False) -> Reading:
         names = self._names.get(stream)
         if names is None:
             model = self.model
@@ -326,7 +326,7 @@ class SampleWatch:
         kept = [one for one in passes if one.number < end]
         host = [_on_host(one, layers) for one in kept[-(RECENT + end - first) :]]
         now = [one for one in host[-(end - first) :] if one]  # passes of another network are none of this stream's
-        return standing_out(host[: -(end - first)], now, unruled)
+        return standing_out(host[: -(end - first)], now, unruled, inputs_first=inputs_first)
 
 
 def _on_host(one: _Pass, layers: Mapping[int, str]) -> list[Seen]:

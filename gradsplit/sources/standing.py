@@ -83,8 +83,17 @@ class Seen(NamedTuple):
             return self.signal_S if self.activation_S is None else self.signal_S * self.activation_S
 
 
-def standing_out(before: Sequence[Sequence[Seen]], now: Sequence[Sequence[Seen]], unruled: tuple[str, ...]) -> Reading:
-    """Which samples of the passes of one step stood out, against their batches and the passes before."""
+def standing_out(
+    before: Sequence[Sequence[Seen]],
+    now: Sequence[Sequence[Seen]],
+    unruled: tuple[str, ...],
+    *,
+    inputs_first: bool = False,
+) -> Reading:
+    """Which samples of the passes of one step stood out, against their batches and the passes before.
+
+    With ``inputs_first`` the input counts before the gradient: where nothing departed, it is why the step is read.
+    """
     before = [_of_batch(one) for one in before]
     rows: list[Standing] = []
     inputs: list[Standing] = []
@@ -100,7 +109,7 @@ def standing_out(before: Sequence[Sequence[Seen]], now: Sequence[Sequence[Seen]]
             found, reason, scaled = _larger(seen, before)
         if size == 1 and reason in ("", "none", "all"):
             found, reason = [], "one"
-        if reason == "none":
+        if reason == "none" or (inputs_first and not any(math.isnan(ratio) for _, _, ratio, _ in found)):
             inputs += [Standing(number, *each) for each in _far(seen, before)]
         rows += [Standing(number, *each) for each in found]
         if _RANK.index(reason) < _RANK.index(why):
@@ -108,7 +117,7 @@ def standing_out(before: Sequence[Sequence[Seen]], now: Sequence[Sequence[Seen]]
     lost = any(math.isnan(row.ratio) for row in rows)
     rows = sorted((row for row in rows if math.isnan(row.ratio) == lost), key=lambda row: -row.ratio)
     by = "gradient"
-    if not rows and inputs:
+    if inputs and (inputs_first or not rows):
         rows, by = sorted(inputs, key=lambda row: -row.ratio), "input"
     return Reading(tuple(rows), len(now), batch, "" if rows else why, times, unruled, by)
 

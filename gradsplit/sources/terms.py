@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ..hooks import not_traced, users_level
 from ..split import check_state
 from .layers import looks
 from .limits import TermLimits, wide
@@ -152,6 +153,7 @@ class TermSplitter:
         self._last: tuple[tuple[str, ...], Any] | None = None
         self._said: set[str] = set()
 
+    @not_traced
     def backward(self, *unnamed: Any, **terms: Tensor) -> None:
         """Add the bounded gradient of the sum of the terms to ``.grad``.
 
@@ -235,6 +237,10 @@ class TermSplitter:
             if not isinstance(term, Tensor) or term.numel() != 1:
                 got = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
                 raise ValueError(f"{call}: expected a tensor with a single number, got {got}. Take its sum or mean.")
+            if term.is_complex():
+                raise ValueError(
+                    f"{call}: expected a real number, got {term.dtype}. Take its real part or its modulus."
+                )
             if not term.requires_grad:
                 raise ValueError(
                     f"{call}: expected a term with a graph, got one without a gradient. Leave the keyword out in steps "
@@ -286,7 +292,6 @@ class TermSplitter:
             self._say(
                 f"TermSplitter.backward({name}=…): expected a weight for {name!r}, got one for {key!r} alone, so that "
                 f"this term counts as 1. Write weights={{{name!r}: {self.weights[key]!r}}} if that was meant.",
-                5,
             )
 
     def _follow(
@@ -367,10 +372,10 @@ class TermSplitter:
                     "input or at the weights if this lasts."
                 )
 
-    def _say(self, text: str, stacklevel: int = 4) -> None:
+    def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            warnings.warn(text, UserWarning, stacklevel=stacklevel)
+            warnings.warn(text, UserWarning, stacklevel=users_level())
 
 
 _PART = 1 << 20

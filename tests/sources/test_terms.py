@@ -382,6 +382,10 @@ def test_a_large_vector_is_measured_in_parts(monkeypatch):
         ({"a": 1.0}, r"backward\(a=…\).*got float"),
         ({"a": torch.ones(3, requires_grad=True)}, r"shape \(3,\)"),
         ({"a": torch.ones(())}, "without a gradient"),
+        (
+            {"a": torch.ones((), dtype=torch.complex64, requires_grad=True)},
+            r"expected a real number, got torch\.complex64",
+        ),
         ({"a": torch.empty(0, requires_grad=True)}, r"shape \(0,\)"),
         ({"weights": {"a": 0.1}}, r"Weights belong into TermSplitter\(parameters, weights="),
     ],

@@ -59,8 +59,9 @@ class SampleReader:
                 reading = self.watch.read(index, first + k)
                 about = {"kind": "samples", "stream": index, "step": int(rows.step_S[k]), "row": first + k}
                 made.append({**about, **_plain(reading, self.watch.failed)})
-            elif not left and first + k in far and self.num_inputs < MOST_INPUTS:
-                reading = self.watch.read(index, first + k)
+            told = bool(made) and made[-1]["row"] == first + k and made[-1].get("by") == "input"
+            if first + k in far and not told and self.num_inputs < MOST_INPUTS:
+                reading = self.watch.read(index, first + k, inputs_first=True)
                 if reading.rows and reading.by == "input":
                     self.num_inputs += 1
                     about = {"kind": "samples", "stream": index, "step": int(rows.step_S[k]), "row": first + k}

@@ -182,20 +182,21 @@ def _input(one: SampleReading) -> str:
 
 
 def inputs_sentences(readings: Sequence[SampleReading], told: Sequence[SampleReading]) -> list[str]:
-    """Say which samples had an input far beyond their batch in steps that were no departure.
+    """Say which samples had an input far beyond their batch, apart from those of the first departure.
 
     Args:
         readings: all of a stream.
         told: those of the first departure, which are said elsewhere.
     """
-    found = [one for one in readings if one.rows and one.by == "input" and one not in told]
+    steps = {one.step for one in told if one.rows}
+    found = [one for one in readings if one.rows and one.by == "input" and one.step not in steps]
     if not found:
         return []
     more = f", and samples of {len(found) - 3} more steps" if len(found) > 3 else ""
     named = _listed([f"{_which(one, large=k == 0)} ({_input(one)})" for k, one in enumerate(found[:3])])
     return [
-        f"{named}{more} stood out, though no norm shows it: look at the data. BatchNorm mixes such samples into the "
-        "others; gs.SampleSplitter puts them in quarantine."
+        f"{named}{more} stood out by the input alone: look at the data. In front of BatchNorm no norm shows such a "
+        "sample; gs.SampleSplitter puts it in quarantine."
     ]
 
 

@@ -183,8 +183,8 @@ def test_a_large_sample_in_front_of_batch_norm_is_named_without_a_departure(tmp_
     account = account_at(tmp_path / "run.db")
     (said,) = _said(account)
     assert said.startswith(f"Sample 7 of the batch of step {AT} (the input of layer 0, ")
-    assert "times the usual one) stood out, though no norm shows it: look at the data." in said
-    (row,) = sample_rows(account.streams[0].samples)
+    assert "times the usual one) stood out by the input alone: look at the data." in said
+    row = sample_rows([one for one in account.streams[0].samples if one.by == "input"])[0]
     assert row[:4] == [str(AT), "0", "7", "0"] and 1e3 < float(row[4]) < 5e4
 
 
