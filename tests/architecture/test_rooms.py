@@ -29,7 +29,7 @@ MOST_LINES = (
     # steps that run no hooks, sentences that break at the width of a terminal, wide matrices,
     38_950  # inputs that are told
 )
-ROOMS_SINCE = {"sources": 2_560}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
+ROOMS_SINCE = {"sources": 2_580}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
 MOST_SINGLE = 0.13
 FEWEST_LINES = 60  # of a module with a single importer; a shorter one belongs in its importer
 
