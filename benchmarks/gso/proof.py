@@ -368,7 +368,7 @@ def _adamw_fresh() -> list[Job]:
 
 
 def _series() -> list[Job]:
-    """Layers in series: deep stacks, where the share is shortened, and what must stay as it was; with `--again`."""
+    """Layers in series: deep stacks, where the share is shortened, and what must stay as it was."""
     deep = {"depth": 36}
     jobs = cells("plain-stack", 350, "gso", SHARE, (*FRESH, *range(16, 22)), options=deep)
     jobs += cells("deep-stack", 300, "gso", SHARE, FRESH[:2])
@@ -436,7 +436,7 @@ def _depth_12() -> list[Job]:
 
 
 def _gains_again() -> list[Job]:
-    """GSO at two gains with the rule of layers in series; with `--again`. At gain .5 there are not enough layers."""
+    """GSO at two gains with the rule of layers in series. At gain .5 there are not enough layers."""
     jobs = cells(*HOT[:2], "gso", SHARE, FRESH[1:3], options={"gain": 1.0})
     return jobs + cells(*HOT[:2], "gso", SHARE, FRESH[:2], options={"gain": 2.0})
 

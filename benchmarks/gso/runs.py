@@ -292,9 +292,9 @@ def append(job: Job, result: dict[str, Any], conditions: dict[str, Any]) -> None
         file.write(json.dumps(row) + "\n")
 
 
-def execute(jobs: list[Job], workers: int, *, again: bool = False) -> None:
-    """Run what is missing, in order; with `again` also GSO's runs of before the rule of layers in series."""
-    finished = {key: row for key, row in done().items() if not again or row.get("series") is not None}
+def execute(jobs: list[Job], workers: int, *, since: str = "") -> None:
+    """Run what is missing, in order, and anew GSO's runs of before `since`; the later line of a run counts."""
+    finished = {key: row for key, row in done().items() if row["method"] != "gso" or row["date"] >= since}
     missing = list({job.key: job for job in jobs if job.key not in finished}.values())
     where = evidence.conditions()
     conditions = {
@@ -345,7 +345,7 @@ def main(asked_for: Sequence[str]) -> None:
     parser.add_argument("--groups", default="", help="names, comma-separated, in the order in which they run")
     parser.add_argument("--show", default="", help="names of groups whose medians are printed")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
-    parser.add_argument("--again", action="store_true", help="also GSO's runs of before the rule of layers in series")
+    parser.add_argument("--since", default="", help="also GSO's runs of before this date, 'YYYY-MM-DD HH:MM'")
     parser.add_argument("--list", action="store_true")
     asked = parser.parse_args(asked_for)
     if asked.list:
@@ -356,4 +356,4 @@ def main(asked_for: Sequence[str]) -> None:
         print(f"== {name}")
         print("\n".join(summaries(GROUPS[name])))
     if asked.groups:
-        execute([job for name in asked.groups.split(",") for job in GROUPS[name]], asked.jobs, again=asked.again)
+        execute([job for name in asked.groups.split(",") for job in GROUPS[name]], asked.jobs, since=asked.since)

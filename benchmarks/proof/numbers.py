@@ -110,7 +110,8 @@ HIGHER = {"gpt": False, "lstm": False, "lora": False}
 
 def their_rows(but: Iterable[str] = ()) -> list[Row]:
     """One row per task of gso.py that the optimizer as shipped has run, faults, other settings and `but` left out."""
-    held = [json.loads(line) for line in GSO_RUNS.read_text(encoding="utf8").splitlines()]
+    lines = [json.loads(line) for line in GSO_RUNS.read_text(encoding="utf8").splitlines()]
+    held = {run["key"]: run for run in lines}.values()  # of a run that was made again the later line counts
     held = [run for run in held if run["schedule"] == "linear" and not run["fault"]]
     rows, left_out = [], set(but)
     for title, task, steps, options in THEIRS:

@@ -103,7 +103,7 @@ class SampleWatch:
         ValueError: something else than a module, or a dimension below 0.
 
     >>> model, x = nn.Linear(2, 1), torch.ones(8, 2)
-    >>> x[5] = math.nan
+    >>> x[5] = float("nan")
     >>> with SampleWatch(model) as watch:
     ...     model(x).sum().backward()
     >>> [(row.sample, row.layer) for row in watch.read_last().rows]
