@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import sys
 import warnings
@@ -143,13 +144,36 @@ class Place:
                     f"{both[0]!r} and {len(both) - 1} more. Call remove() on the first one's handle, or give several "
                     "budgets to one splitter."
                 )
-        self.owner, self.keys, self._places = weakref.ref(owner), set(mine), places
+        self.owner, self.keys, self._places, self.told = weakref.ref(owner), set(mine), places, False
         places.append(self)
+        # What copy and pickle ask first; an answer that somebody else has given stays.
+        copyreg.dispatch_table.setdefault(type(optimizer), _reduced)
 
     def remove(self) -> None:
         """Leave the place."""
         if self in self._places:
             self._places.remove(self)
+
+
+def _reduced(optimizer: torch.optim.Optimizer) -> Any:
+    """What a copy or a pickle of an optimizer is made of: as without us, and a word where something is left behind.
+
+    Warns:
+        UserWarning: something stands at the optimizer, since torch's optimizers leave their hooks behind.
+    """
+    for place in _TAKEN.get(optimizer, ()):
+        owner, name = type(place.owner()).__name__, type(optimizer).__name__
+        if place.owner() is None or place.told:
+            continue
+        place.told = True
+        warnings.warn(
+            f"copy or pickle of {name}: the {owner} that is attached to it stays behind, and nothing bounds the steps "
+            f"of the copy. If the copy trains, make a {owner} for its model, attach it to the copy, and call "
+            "load_state_dict(splitter.state_dict()). To save a run, save state_dict() of each.",
+            UserWarning,
+            stacklevel=users_level(),
+        )
+    return optimizer.__reduce_ex__(2)
 
 
 _STEP = torch.optim.Optimizer.profile_hook_step(len).__code__
@@ -225,7 +249,8 @@ class Bypassed:
     """Warns once where weights change from one backward pass to the next and an optimizer's hooks see no step.
 
     That is so where ``optimizer.step`` was replaced, or where a copy of the optimizer makes the steps. Writes through
-    ``.data`` are not seen. `remove` ends it, at the first step that is seen.
+    ``.data`` leave no mark, so on a CPU three numbers of a tensor are compared too. On a device that would wait, and
+    such writes are not seen. `remove` ends it, at the first step that is seen.
 
     Args:
         optimizer: whose hooks see nothing.
@@ -247,7 +272,7 @@ class Bypassed:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], *, call: str) -> None:
         self._name, self._call, self._told = type(optimizer).__name__, call, False
-        self._seen: dict[int, tuple[int, int]] = {}  # id -> the version at the last pass, how often it had changed
+        self._seen: dict[int, tuple[str, int]] = {}  # id -> the mark at the last pass, how often it had changed
         ends = {id(p): p for p in (parameters[0], parameters[-1])}.values()
         look = not_traced(self._look)
         self._hooks = [p.register_post_accumulate_grad_hook(look) for p in ends if p.is_leaf and p.requires_grad]
@@ -258,10 +283,10 @@ class Bypassed:
             self._hooks.pop().remove()
 
     def _look(self, parameter: Tensor) -> None:
-        version = parameter._version
-        last, times = self._seen.get(id(parameter), (version, 0))
-        times += version != last
-        self._seen[id(parameter)] = version, times
+        mark = _mark(parameter)
+        last, times = self._seen.get(id(parameter), (mark, 0))
+        times += mark != last
+        self._seen[id(parameter)] = mark, times
         if times < self.TIMES or self._told:
             return
         self._told = True
@@ -272,6 +297,15 @@ class Bypassed:
             UserWarning,
             stacklevel=users_level(),
         )
+
+
+def _mark(tensor: Tensor) -> str:
+    """What changes when somebody writes to a tensor: its version, and on a CPU its first, middle and last number."""
+    said = str(tensor._version)
+    if tensor.device.type == "cpu" and tensor.numel() and type(tensor) in (Tensor, torch.nn.Parameter):
+        values = tensor.detach()
+        said += "".join(f" {values[tuple(int(at * (n - 1)) for n in values.shape)].item()}" for at in (0, 0.5, 1))
+    return said
 
 
 def after_backward(act: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -383,9 +417,12 @@ def users_level() -> int:
     1
     """
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradsplit", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
     return level
+
+
+_NOT_THE_USERS = ("gradsplit", "torch", "copy", "pickle", "multiprocessing", "cloudpickle")
 
 
 def constant_while_traced(function: Function) -> Function:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from .hooks import users_level
 from .plan import Plan
 
-__all__ = ["LOWERED", "Clock", "Members", "Rates", "SecondSchedule", "Thawed", "held_by"]
+__all__ = ["LOWERED", "Clock", "Members", "Rates", "SecondSchedule", "Thawed", "held_by", "refuse_endless"]
 
 TOP = "gradsplit_top_lr"
 """The key of a parameter group under which its largest learning rate stands: it is saved and restored with the rate."""
@@ -26,6 +28,34 @@ def held_by(optimizer: Any) -> list[int]:
     """The identities of an optimizer's parameters, in order."""
     groups = getattr(optimizer, "param_groups", None)
     return [id(p) for group in groups for p in group["params"]] if isinstance(groups, list) else []
+
+
+def refuse_endless(optimizer: torch.optim.Optimizer, *, call: str) -> None:
+    """Refuse a learning rate, a decay or a momentum that is not finite, before a step makes the weights so.
+
+    A tensor on a device is not looked at, since that would wait for the device.
+
+    Raises:
+        ValueError: names the option and the group.
+
+    >>> refuse_endless(torch.optim.SGD([torch.zeros(1)], lr=float("nan")), call="f")
+    Traceback (most recent call last):
+    ValueError: f: expected finite options in SGD, got lr=nan in group 0, which would make its weights inf or nan. \
+Look at the scheduler, or at what else sets lr.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        for name in ("lr", "weight_decay", "momentum"):
+            value = group.get(name)
+            if value.__class__ is float and math.isfinite(value):
+                continue
+            if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+                value = value.item()
+            if isinstance(value, Real) and not math.isfinite(value):
+                raise ValueError(
+                    f"{call}: expected finite options in {type(optimizer).__name__}, got {name}={float(value)} in "
+                    f"group {i}, which would make its weights inf or nan. Look at the scheduler, or at what else sets "
+                    f"{name}."
+                )
 
 
 class Clock:
@@ -307,10 +337,12 @@ class Rates:
 
 
 def _positive(lr: Any) -> Any:
-    """A rate of 0 stands for one too small to matter, so that ratios of rates stay defined; None, for 1."""
+    """The size of a rate. 0 stands for one too small to matter, so that ratios of rates stay defined; None, for 1."""
     if lr is None:  # the optimizer finds its rate by itself, as Adafactor of transformers may
         return 1.0
-    return torch.clamp(lr.detach().to(torch.float64), min=1e-30) if isinstance(lr, Tensor) else max(float(lr), 1e-30)
+    if isinstance(lr, Tensor):
+        return torch.clamp(lr.detach().to(torch.float64).abs(), min=1e-30)
+    return max(abs(float(lr)), 1e-30)
 
 
 def _largest(rates: list[Any]) -> Any:

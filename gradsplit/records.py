@@ -15,7 +15,7 @@ from .budget import Decision, Outcome
 from .plan import Plan
 from .xp import Array
 
-__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "StepRecord", "checked_sinks"]
+__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "StepRecord", "checked_sinks", "plain_of"]
 
 
 class BinReport(NamedTuple):
@@ -46,6 +46,21 @@ def checked_sinks(sinks: Any, *, call: str) -> list[Callable[[Any], Any]]:
     if not all(callable(sink) for sink in made):
         raise ValueError(f"{call}(sinks={sinks!r:.80}): expected functions of a record in a list. Write sinks=[print].")
     return made
+
+
+def plain_of(values: Tensor) -> Tensor:
+    """Return numbers about bins as a plain tensor, where they come in a wrapper that holds them in tensors of its own.
+
+    What a wrapper's memory measures is wrapped too, and torch neither lists nor saves such numbers as it does others.
+    The first tensor inside with the wrapper's shape and dtype stands for it.
+
+    >>> plain_of(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if type(values) is Tensor or not hasattr(values, "__tensor_flatten__"):
+        return values
+    inside = (getattr(values, name) for name in values.__tensor_flatten__()[0])
+    return next((one for one in inside if one.shape == values.shape and one.dtype == values.dtype), values)
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class StepRecord:
             BinReport(
                 self.plan.bins[b].name, float(norm[b]), float(after[b]), float(limit[b]), Outcome(int(outcome[b]))
             )
-            for b in order[:k].tolist()
+            for b in map(int, order[:k])
         ]
 
     def __str__(self) -> str:

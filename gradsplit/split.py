@@ -31,7 +31,7 @@ from .optimizers import calls_closure_often, follows_gradient
 from .plan import Plan
 from .programs import Programs
 from .rates import Rates
-from .records import BinReport, DeferredDecision, ShareRecord, StepRecord, checked_sinks
+from .records import BinReport, DeferredDecision, ShareRecord, StepRecord, checked_sinks, plain_of
 
 __all__ = [
     "BinReport",
@@ -282,7 +282,7 @@ class Split:
         reads: list[list[Tensor | None]] = [gradients]
         if self.gradient.reads_weights:
             reads.append([*self.parameters])
-        squares_B, *weights_B = self.kernel.squares_many(reads)
+        squares_B, *weights_B = map(plain_of, self.kernel.squares_many(reads))
         return squares_B, weights_B[0] if weights_B else None
 
     def bound_(
@@ -359,7 +359,7 @@ class Split:
 
     def _bound_again_(self, gradients: list[Tensor | None], held: Decision) -> tuple[Tensor, Decision]:
         """Apply the scales of an earlier call of the closure; only what is not finite now is decided anew."""
-        squares_B = self.kernel.squares(gradients)
+        squares_B = plain_of(self.kernel.squares(gradients))
         finite_B = squares_B.isfinite()
         scale_B = torch.where(finite_B, held.scale_B, 0.0)
         norm_B = torch.where(finite_B, squares_B, 0.0).sqrt()

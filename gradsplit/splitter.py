@@ -16,8 +16,8 @@ from .hooks import Bypassed, Handle, Place, Turn, Unseen, attach_to, not_traced,
 from .kernels import Kernel
 from .optimizers import calls_closure_often, optimizer_of, refuse_misfit, usual_bounds, warn_of_own_bounds
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
-from .rates import Members, Thawed
-from .records import StepRecord
+from .rates import Members, Thawed, refuse_endless
+from .records import StepRecord, plain_of
 from .split import Split, check_state, checked_sinks, described, gradients_of
 from .update_cap import STEPS, UpdateCap
 
@@ -219,6 +219,7 @@ class GradientSplitter:
                 self._budget, self._is_collective = budget, collective
                 self._adopt(self.plan)
         in_front = [budget for _, budget in self._split.gradient_budgets]
+        refuse_endless(optimizer, call="GradientSplitter(optimizer=…)")
         refuse_misfit(optimizer, in_front, caps=self._cap is not None)
         self._split.read_rates(optimizer, in_groups=self._split.needs_rates)
         if optimizer is not self.optimizer:
@@ -287,7 +288,8 @@ class GradientSplitter:
                 gradients and history stay as they are, since the scaler skips that step. Not needed when attached.
 
         Raises:
-            ValueError: RelativeStep without an optimizer to read the learning rate from; a scaler without one.
+            ValueError: RelativeStep without an optimizer to read the learning rate from; a scaler without one; a
+                learning rate, a decay or a momentum of the optimizer that is not finite.
             FloatingPointError: a non-finite bin, if ``on_nonfinite="raise"``; the gradients are left as they were.
 
         Warns:
@@ -312,12 +314,15 @@ class GradientSplitter:
         """Refuse a step that lacks what its bounds need.
 
         Raises:
-            ValueError: no learning rate for RelativeStep; a cap on the update that stands at no optimizer.
+            ValueError: no learning rate for RelativeStep, or one that is not finite; a cap on the update that stands at
+                no optimizer.
 
         Warns:
             UserWarning: another splitter at the same optimizer has bounded these gradients, or the optimizer has made a
                 step with them before.
         """
+        if self.optimizer is not None and not torch.compiler.is_compiling():
+            refuse_endless(self.optimizer, call="GradientSplitter.step()")
         unseen = None if torch.compiler.is_compiling() else self._unseen
         if unseen is not None and unseen.came_too_late(self.parameters):
             warnings.warn(
@@ -404,7 +409,7 @@ class GradientSplitter:
             parameter.grad = None
         if cuts_anew:
             energies = {
-                name: whole_of(value) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
+                name: plain_of(whole_of(value)) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
                 for name, value, count in zip(self.layout.names, whole_means, seen, strict=True)
             }
             self._adopt(make_plan(strategy, self.layout, energies, call="GradientSplitter.calibrate"))

@@ -16,7 +16,7 @@ from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import constant_while_traced, not_traced, users_level, without_compiler_guard
 from ..plan import refuse_lazy
-from ..rates import Clock, SecondSchedule
+from ..rates import Clock, SecondSchedule, refuse_endless
 from ..series import Series
 from ..split import StepRecord, checked_sinks
 from .in_backward import InBackward, check_model
@@ -318,7 +318,7 @@ class GSO(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            ValueError: ``steps=`` and a scheduler together.
+            ValueError: ``steps=`` and a scheduler together; a learning rate or a decay that is not finite.
 
         Warns:
             UserWarning: more steps than ``steps=`` said; the share stays at zero. ``lr`` was changed beside ``steps=``.
@@ -380,6 +380,8 @@ class GSO(Optimizer):
         return [(owners, record) for owners, record in made if record is not None]
 
     def _check_schedule(self) -> None:
+        if not torch.compiler.is_compiling():
+            refuse_endless(self, call="GSO.step()")
         for group in self.param_groups if self.by_share else ():
             if not isinstance(group["lr"], Tensor) or not torch.compiler.is_compiling():
                 check_numbers(group, by_share=True)

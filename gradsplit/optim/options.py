@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -84,6 +85,9 @@ def check_numbers(options: Mapping[str, Any], *, by_share: bool) -> None:
         raise ValueError(f"Invalid epsilon value: {eps}")
     if not decay >= 0:
         raise ValueError(f"Invalid weight_decay value: {decay}")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", decay)):
+        if not isinstance(value, Tensor) and value == math.inf:
+            raise ValueError(f"GSO({name}=inf): expected a finite number. Leave {name}= out for its default.")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
     if isinstance(betas[0], Tensor):

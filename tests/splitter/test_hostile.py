@@ -128,7 +128,8 @@ def test_a_copied_optimizer_stands_alone_and_takes_a_splitter_of_its_own():
     optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
     first = gs.GradientSplitter(model, optimizer=optimizer)
     first.attach(optimizer)
-    again, optimizer_again = copy.deepcopy((model, optimizer))
+    with pytest.warns(UserWarning, match="copy or pickle of SGD"):
+        again, optimizer_again = copy.deepcopy((model, optimizer))
     second = gs.GradientSplitter(again, optimizer=optimizer_again)
     second.attach(optimizer_again)
     second.load_state_dict(first.state_dict())
