@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.gso.plan import CHOOSING, DETECTOR, FRESH, GPT, HOT, MAIN, MIXER, SHARE, Job, cells
+from benchmarks.gso.rivals import RIVALS, with_muon
 
 __all__ = ["PROOF"]
 
@@ -380,27 +381,22 @@ def _series() -> list[Job]:
     return jobs + cells(*MIXER, "gso", SHARE, FRESH[:2]) + cells("gpt", 500, "gso", SHARE, CHOOSING)
 
 
-def _muon(task: str, steps: int, lr: float, seeds: tuple[int, ...], **options: object) -> list[Job]:
-    """Muon with AdamW at 0.01 for the rest."""
-    return cells(task, steps, "muon", lr, seeds, options=options, method_options={"adam": 1e-2})
-
-
 def _both(task: str, steps: int, **options: object) -> list[Job]:
     """Three rates of Muon and of SOAP on seed 0."""
-    jobs = [job for lr in (0.03, 0.01, 0.1) for job in _muon(task, steps, lr, (0,), **options)]
+    jobs = [job for lr in (0.03, 0.01, 0.1) for job in with_muon(task, steps, lr, (0,), **options)]
     return jobs + [job for lr in (1e-2, 3e-3, 3e-2) for job in cells(task, steps, "soap", lr, (0,), options=options)]
 
 
 def _deep_muon() -> list[Job]:
     """Muon on the plain stack of 36 layers: four rates on seed 0, the best on fresh seeds."""
-    jobs = [job for lr in (0.03, 0.01, 0.1, 0.003) for job in _muon("plain-stack", 350, lr, (0,), depth=36)]
-    return jobs + _muon("plain-stack", 350, 0.01, FRESH[:3], depth=36)
+    jobs = [job for lr in (0.03, 0.01, 0.1, 0.003) for job in with_muon("plain-stack", 350, lr, (0,), depth=36)]
+    return jobs + with_muon("plain-stack", 350, 0.01, FRESH[:3], depth=36)
 
 
 def _deepest() -> list[Job]:
     """146 layers: AdamW's best, and Muon and SOAP at the rates that are best with 36 layers."""
     jobs = cells("deep-stack", 300, "adamw", 1e-3, FRESH[:2])
-    jobs += _muon("deep-stack", 300, 0.01, (0, *FRESH[:2])) + _muon("deep-stack", 300, 0.03, (0,))
+    jobs += with_muon("deep-stack", 300, 0.01, (0, *FRESH[:2])) + with_muon("deep-stack", 300, 0.03, (0,))
     jobs += cells("deep-stack", 300, "soap", 3e-3, (0, *FRESH[:3]))
     return jobs + cells("deep-stack", 300, "gso", SHARE, FRESH[2:3])
 
@@ -415,23 +411,23 @@ def _depth_fresh_24() -> list[Job]:
 def _depth_6() -> list[Job]:
     """Rates of Muon and SOAP on a GPT of 6 layers, whose best a deeper one takes."""
     six = {"layers": 6, "width": 48}
-    jobs = [job for lr in (0.03, 0.01) for job in _muon("gpt", 300, lr, (0,), **six)]
+    jobs = [job for lr in (0.03, 0.01) for job in with_muon("gpt", 300, lr, (0,), **six)]
     return jobs + [job for lr in (1e-2, 3e-3) for job in cells("gpt", 300, "soap", lr, (0,), options=six)]
 
 
 def _mixer_fresh() -> list[Job]:
-    return _muon(*MIXER, 0.01, FRESH[:3]) + cells(*MIXER, "soap", 1e-2, FRESH[:3])
+    return with_muon(*MIXER, 0.01, FRESH[:3]) + cells(*MIXER, "soap", 1e-2, FRESH[:3])
 
 
 def _zero_fresh() -> list[Job]:
     zero = {"zero": True}
-    return _muon(*GPT[:2], 0.03, FRESH[:2], **zero) + cells(*GPT[:2], "soap", 3e-2, FRESH[:2], options=zero)
+    return with_muon(*GPT[:2], 0.03, FRESH[:2], **zero) + cells(*GPT[:2], "soap", 3e-2, FRESH[:2], options=zero)
 
 
 def _depth_12() -> list[Job]:
     """12 layers: Muon and SOAP at the rates that are best on the GPT of 1,000 steps."""
     twelve = {"layers": 12, "width": 48}
-    jobs = [job for seed in (0, 10) for job in _muon("gpt", 300, 0.03, (seed,), **twelve)]
+    jobs = [job for seed in (0, 10) for job in with_muon("gpt", 300, 0.03, (seed,), **twelve)]
     return jobs + [job for seed in (0, 10) for job in cells("gpt", 300, "soap", 1e-2, (seed,), options=twelve)]
 
 
@@ -443,7 +439,7 @@ def _gains_again() -> list[Job]:
 
 def _gain_edges() -> list[Job]:
     """Gains .5 and 1: the rates beyond the edge that won."""
-    jobs = _muon(*HOT[:2], 0.1, (0,), gain=0.5) + _muon(*HOT[:2], 0.003, (0,), gain=1.0)
+    jobs = with_muon(*HOT[:2], 0.1, (0,), gain=0.5) + with_muon(*HOT[:2], 0.003, (0,), gain=1.0)
     for gain in (0.5, 1.0):
         jobs += cells(*HOT[:2], "soap", 3e-2, (0,), options={"gain": gain})
     return jobs
@@ -504,4 +500,5 @@ PROOF: dict[str, list[Job]] = {
     "proof-gains-again": _gains_again(),
     "proof-gain-edges": _gain_edges(),
     "proof-text-schedulefree": _text_schedulefree(),
+    **RIVALS,
 }

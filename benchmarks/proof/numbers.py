@@ -143,15 +143,17 @@ def their_rows(but: Iterable[str] = ()) -> list[Row]:
 
 
 def _chosen(cells: Mapping[tuple[float, str], list[Row]], higher: bool) -> tuple[float, str]:
-    """The cell that seed 0 prefers."""
-    best, best_score = next(iter(cells)), None
-    for cell, runs in cells.items():
-        for run in runs:
-            if run["seed"] != 0 or run["score"] is None or run["diverged"]:
-                continue
-            if best_score is None or _better(higher, run["score"], best_score):
-                best, best_score = cell, run["score"]
-    return best
+    """The cell that seed 0 prefers, or the mean of those seeds below 10 that all cells have run."""
+    sound = {
+        cell: {run["seed"]: run["score"] for run in runs if run["seed"] < 10}
+        for cell, runs in cells.items()
+        if any(run["seed"] == 0 and run["score"] is not None and not run["diverged"] for run in runs)
+    }
+    if not sound:
+        return next(iter(cells))
+    seeds = set.intersection(*(set(scores) for scores in sound.values()))
+    means = {cell: statistics.fmean(scores[seed] for seed in seeds) for cell, scores in sound.items()}
+    return (max if higher else min)(means, key=lambda cell: means[cell])
 
 
 # ---- ranks
