@@ -1,6 +1,6 @@
-"""The tables of docs/results/any-optimizer.md from the raw file.
+"""The tables of docs/results/any-optimizer.md from the raw file, and the sentences that count its runs.
 
-python -m benchmarks.any_optimizer_page            # writes summary.json and the tables of the page
+python -m benchmarks.any_optimizer_page            # writes summary.json, and the tables and sentences of the page
 """
 
 from __future__ import annotations
@@ -147,6 +147,9 @@ def make() -> tuple[dict[str, str], dict[str, object]]:
     made["guide"] = _guide(cells)
     made["SGD"] = _sgd(cells)
     made["rules"], made["lengths"], cells.numbers["rules"] = _rules(runs)
+    made["in short"] = _in_short(cells)
+    made["words totals"] = _totals_words(runs)
+    made |= {f"words {rate}": _beyond(runs, rate) for rate in SEEDS}
     return made, cells.numbers
 
 
@@ -258,17 +261,89 @@ SEEDS = {"0.05": ("0", "1", "2"), "0.2": ("0", "1", "2"), "0.01": ("0", "1", "3"
 TOTALS = ("within 3 % of clean", "hurt by more than 10 %", "dead", "median, %")
 
 
-def _totals(runs: Runs, control: str, rate: str) -> list[str]:
-    """Over all faults of both tasks: how many runs end near a clean one, are hurt, or die; and their median."""
+NEAR, HURT = 3.0, 10.0
+"""Per cent above the clean run."""
+
+
+def _every(runs: Runs, control: str, rate: str) -> list[float]:
+    """What the runs of all optimizers, tasks and faults end above the clean one."""
     every = product(TASKS, OPTIMIZERS, FAULTS)
     cells = [excess(runs, task, o, control, fault, rate, SEEDS[rate]) for task, o, fault in every]
-    values = [value for cell in cells for value in cell]
+    return [value for cell in cells for value in cell]
+
+
+def _counted(values: list[float]) -> tuple[int, int, int]:
+    """How many runs end near a clean one, are hurt, or die."""
+    dead = sum(math.isinf(value) for value in values)
+    return sum(value <= NEAR for value in values), sum(value > HURT for value in values) - dead, dead
+
+
+def _percent(count: int, values: list[float]) -> str:
+    return f"{100 * count / len(values):.0f} %"
+
+
+def _in_short(cells: Cells) -> str:
+    """What was asked and what came out, in one paragraph."""
+    values = {control: _every(cells.runs, control, "0.05") for control in CONTROLS}
+    shares = {c: [_percent(count, found) for count in _counted(found)] for c, found in values.items()}
+    often = _every(cells.runs, "default", "0.2")
+    clean = {task: statistics.mean(cells.excess(task, "SGD", "default", "clean")) for task in TASKS}
+    return (
+        f"Does `GradientSplitter` help other optimizers? {len(OPTIMIZERS)} optimizers trained {len(TASKS)} small tasks "
+        f"with {len(FAULTS)} faults, each in 5 % of the steps. Without a control {shares['none'][2]} of "
+        f"{len(values['none'])} runs died, and {shares['none'][1]} ended more than {HURT:.0f} % above the clean loss. "
+        f"With the splitter's default {shares['default'][2]} died, {shares['default'][1]} were hurt so much, and "
+        f"{shares['default'][0]} ended within {NEAR:.0f} % of the clean loss. `clip_grad_norm_` at 1 lost "
+        f"{shares['clip 1'][2]}. Skipped steps lost {shares['skip'][2]}, and {shares['skip'][1]} were hurt. Not met: "
+        f"without any fault the default costs SGD {clean['text']:.1f} % on text and {clean['detection']:.1f} % on "
+        f"detection. With faults in 20 % of the steps {_counted(often)[1]} of {len(often)} runs with the "
+        "default are hurt.\n"
+    )
+
+
+def _totals_words(runs: Runs) -> str:
+    """How many runs with the default die or are hurt, and which."""
+    dead, parts = 0, []
+    for rate in sorted(SEEDS):
+        values = _every(runs, "default", rate)
+        hurt: dict[str, list[float]] = defaultdict(list)
+        for task, optimizer, fault in product(TASKS, OPTIMIZERS, FAULTS):
+            found = excess(runs, task, optimizer, "default", fault, rate, SEEDS[rate])
+            dead += sum(map(math.isinf, found))
+            hurt[f"{optimizer} on {task}"] += [value for value in found if HURT < value < math.inf]
+        who = [f"{name} by {min(v):.0f} to {max(v):.0f} %" for name, v in hurt.items() if v]
+        count = _counted(values)[1]
+        said = f" ({', '.join(who)})" if who else ""
+        parts.append(f"{count} of {len(values)} in {100 * float(rate):.0f} % of the steps{said}")
+    return (
+        f"With the default {dead or 'no'} run{'s' if dead > 1 else ''} died. These ended more than {HURT:.0f} % above "
+        f"a clean one: {'; '.join(parts)}.\n"
+    )
+
+
+def _beyond(runs: Runs, rate: str) -> str:
+    """How many medians with the default are near the clean run, and which are not."""
+    far: dict[tuple[str, str], list[str]] = defaultdict(list)
+    count = 0
+    for optimizer, task, fault in product(OPTIMIZERS, TASKS, FAULTS):
+        values = excess(runs, task, optimizer, "default", fault, rate)
+        count += bool(values)
+        if values and statistics.median(values) > NEAR:
+            far[optimizer, task].append(fault)
+    who = [f"{o} on {task} ({', '.join(f) if len(f) < len(FAULTS) else 'all'})" for (o, task), f in far.items()]
+    return (
+        f"Of {count} medians with the default {count - sum(map(len, far.values()))} are at most {NEAR:.0f} % above the "
+        f"clean run. The others: {'; '.join(who)}.\n"
+    )
+
+
+def _totals(runs: Runs, control: str, rate: str) -> list[str]:
+    """Over all faults of both tasks: how many runs end near a clean one, are hurt, or die; and their median."""
+    values = _every(runs, control, rate)
     if not values:
         return ["-"] * (1 + len(TOTALS))
-    dead = sum(math.isinf(value) for value in values)
-    near = sum(value <= 3 for value in values)
-    hurt = sum(value > 10 for value in values) - dead
-    share = [f"{100 * count / len(values):.0f} %" for count in (near, hurt, dead)]
+    near, hurt, dead = _counted(values)
+    share = [_percent(count, values) for count in (near, hurt, dead)]
     return [str(len(values)), *share, f"{statistics.median(values):+.1f}" if dead * 2 < len(values) else "dead"]
 
 

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 REASONS = {
-    "photographs": "It fits the one photograph that it learns from better than the others do, and overfits it.",
+    "photographs": "GSO overfits the one photograph that it learns from ([losses](#photographs)).",
     "plain stack, 36 layers": "The seeds of all methods differ much there.",
     "plain stack, 146 layers": "GSO shortens its share very much where so many layers stand in series. Longer shares "
     "did not leave chance either.",
@@ -132,8 +132,16 @@ def photographs_words(found: Row) -> str:
     wide = statistics.median(span["max"] - span["min"] for span in spans)
     return (
         f"At an overlap of 0.5 {_order(here)} is the order on the same site, {_order(there)} on the other one. The "
-        f"seeds of one method lie {wide:.2f} apart (median), so most of these differences can be chance.\n"
+        f"seeds of one method lie {wide:.2f} apart (median), so most of these differences can be chance.\n\n"
+        f"Over the last steps the training loss is {_losses(found)} (medians). A lower one does not give a better "
+        "detector here.\n"
     )
+
+
+def _losses(found: Row) -> str:
+    losses = {method: statistics.median(held["last_losses"]) for method, held in found.items()}
+    order = sorted(losses, key=lambda method: losses[method])
+    return _listed(f"{losses[method]:.1f} with {COLUMNS[method]}" for method in order)
 
 
 def _order(scores: dict[str, float], *, higher: bool = True) -> str:
