@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ladder": ("ladder", "Show how far each part may step."),
     "plan": ("plan", "Show how a model is split into bins."),
     "bench": ("bench", "Time a step beside a clip and AdamW."),
-    "doctor": ("doctor", "Show what is installed and what is missing."),
+    "doctor": ("doctor", "Say whether all is well here, or the remedy."),
 }
 """Command -> (module of this package, one line for the list of commands)."""
 

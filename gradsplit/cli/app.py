@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -13,17 +14,92 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import gradsplit
 
-__all__ = ["page_if_possible", "run_app", "say", "wrapped"]
+__all__ = ["flag", "option", "page_if_possible", "run_app", "say", "wrapped"]
 
 _HELP = """Split the gradient into bins, and bound each bin by a budget of its own.
 
-See it work with `gradsplit demo`. On a script of yours, begin with `gradsplit run` and `gradsplit report`.
-
 Example: gradsplit run --watch train.py
+
+See it work with `gradsplit demo`. On a script of yours, begin with `gradsplit run` and `gradsplit report`.
+`gradsplit COMMAND --help` explains a command.
 """
+
+
+def _help_text(command: Any, ctx: Any, formatter: Any) -> None:
+    """Write one sentence, one example, the usage, the rest of the words, and the options by what they are for.
+
+    An option names its group by `rich_help_panel`, and its unit by `metavar`.
+    """
+    words = inspect.cleandoc(command.help or "").split("\n\n")
+    example = [part for part in words if part.startswith("Example: ")]
+    for part in [words[0], *example]:
+        formatter.write_text(" ".join(part.split()))
+        formatter.write_paragraph()
+    command.format_usage(ctx, formatter)
+    for part in words[1:]:
+        if part not in example:
+            formatter.write_paragraph()
+            formatter.write_text(" ".join(part.split()))
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        heading = "Arguments" if param.param_type_name == "argument" else param.rich_help_panel or "Other options"
+        groups.setdefault(heading, []).append(_help_line(param))
+    others = groups.pop("Other options", [])
+    groups["Other options" if set(groups) - {"Arguments"} else "Options"] = others
+    for heading, lines in groups.items():
+        with formatter.section(heading):
+            formatter.write_dl(lines, col_max=26)
+
+
+def _help_line(param: Any) -> tuple[str, str]:
+    """What is written of a parameter: its names and its unit; its words and its default."""
+    if param.param_type_name == "argument":
+        return param.metavar, param.help
+    name = " / ".join([*param.opts, *param.secondary_opts])
+    default = param.show_default if isinstance(param.show_default, str) else param.default
+    if param.is_flag:
+        default = param.opts[0] if param.secondary_opts else None
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    shown = "" if default in (None, "") or callable(default) else f" [default: {default}]"
+    return name if param.is_flag else f"{name} {param.metavar}", f"{param.help}{shown}"
+
+
+class _Command(TyperCommand):
+    """A command whose help begins with a sentence and an example, and that says when it was interrupted."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        _help_text(self, ctx, formatter)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Name arguments as the help does; one that may be left out stands in brackets."""
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        named = (str(one.metavar) for one in arguments)
+        return ["[OPTIONS]", *(n if one.required else f"[{n}]" for n, one in zip(named, arguments, strict=True))]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an interruption by the user ends with code 130 and one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupted:
+            typer.echo(f"\n{ctx.command_path}: interrupted{'; ' * bool(str(interrupted))}{interrupted}.", err=True)
+            raise typer.Exit(130) from None
+
+
+class _Group(TyperGroup):
+    """The list of commands, under a sentence and an example."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help and the list."""
+        _help_text(self, ctx, formatter)
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.short_help or "") for name, command in named if command])
 
 
 def run_app(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> None:
@@ -32,17 +108,19 @@ def run_app(commands: Mapping[str, tuple[str, str]], arguments: list[str]) -> No
     A wrong argument ends the process with code 2 and one message; with GRADSPLIT_DEBUG=1 it shows where it arose.
     """
     app = typer.Typer(
-        help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-    )
+        cls=_Group, help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )  # fmt: skip
     app.callback()(_version)
     asked = next((word for word in arguments if not word.startswith("-")), "")
     for name, (module, summary) in commands.items():
         if name != asked:  # listed only
-            app.command(name, help=summary)(_listed)
+            app.command(name, short_help=summary)(_listed)
             continue
         loaded = importlib.import_module(f"gradsplit.cli.{module}")
         # A command that passes arguments on (a user's script) says so in its own CONTEXT.
-        app.command(name, context_settings=getattr(loaded, "CONTEXT", None))(loaded.run)
+        made = app.command(name, cls=_Command, short_help=summary, context_settings=getattr(loaded, "CONTEXT", None))
+        made(loaded.run)
     _teaching(lambda: app(arguments, prog_name="gradsplit"))
 
 
@@ -55,6 +133,16 @@ def page_if_possible() -> Iterator[None]:
         if (error.name or "").partition(".")[0] != "plotly":
             raise
         typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
+
+
+def option(unit: str, words: str, group: str | None = None, default: str | bool = True) -> Any:
+    """An option with a value: its unit, what it means, its group in the help, and its default in words."""
+    return typer.Option(metavar=unit, help=words, rich_help_panel=group, show_default=default)
+
+
+def flag(name: str, words: str, group: str | None = None) -> Any:
+    """An option without a value."""
+    return typer.Option(name, help=words, rich_help_panel=group)
 
 
 def say(text: str) -> None:
@@ -105,13 +193,13 @@ def _teaching(call: Callable[[], Any]) -> None:
         return
     try:
         call()
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted; what is finished is kept", err=True)
+    except KeyboardInterrupt:  # before a command began
         sys.exit(130)
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         if type(error).__module__ not in ("builtins", "gradsplit.lab.task"):
             raise
-        typer.secho(f"gradsplit: {error}", fg="red", err=True)
+        named = str(error) if str(error).startswith("gradsplit ") else f"gradsplit: {error}"
+        typer.secho(named, fg="red", err=True)
         if not isinstance(error, ValueError):
             typer.echo("GRADSPLIT_DEBUG=1 shows where it arose.", err=True)
         sys.exit(2)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from .app import flag, option
 
 __all__ = ["run"]
 
 
 def run(
-    layouts: Annotated[
-        str, typer.Option(help="Which sets of tensors, separated by commas; all is every one.")
-    ] = "gpt-23m,small-tensors",
-    seconds: Annotated[float, typer.Option(help="How long to measure each figure.")] = 5.0,
-    threads: Annotated[int, typer.Option(help="How many threads torch uses. 0 leaves them as they are.")] = 0,
-    start: Annotated[bool, typer.Option(help="Also measure import, first call and memory.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the raw results to this JSON file.")] = None,
+    layouts: Annotated[str, option("NAME,…", "Which sets of tensors; all is every one.")] = "gpt-23m,small-tensors",
+    seconds: Annotated[float, option("SECONDS", "How long to measure each figure.")] = 5.0,
+    threads: Annotated[int, option("COUNT", "How many threads torch uses.", default="as they are")] = 0,
+    start: Annotated[bool, flag("--start", "Also measure import, first call and memory.")] = False,
+    out: Annotated[Path | None, option("FILE", "Also write the raw results, as JSON.", default="none")] = None,
 ) -> None:
     """Time a step of gradsplit beside a global clip and a fused AdamW, and print each figure beside its aim.
 

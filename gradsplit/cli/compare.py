@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..lab.pages.tables import best_table, curve_table
-from .app import page_if_possible
+from .app import option, page_if_possible
 from .arguments import names, numbers, options
 
 if TYPE_CHECKING:
@@ -23,38 +23,67 @@ _SGD_METHODS = "none,clip,zclip,xsp,xsp-fixed,per_tensor,lbf,tree_sp,default,gso
 _ADAM_METHODS = "none,clip,xsp,lbf,tree_sp,default,gso,adamw+clip+warmup,muon"
 
 
+_TRAINED, _TUNED, _SHOWN = "What is trained", "What is compared", "Results"  # groups of options
+
+
 def run(
-    workload: Annotated[str, typer.Argument(help="What is trained: detection, gpt, lstm, residual-stack, …")],
+    workload: Annotated[
+        str, typer.Argument(metavar="WORKLOAD", help="What is trained: detection, gpt, lstm, residual-stack, …")
+    ],
     methods: Annotated[
         str,
-        typer.Option(
-            help="Methods with commas: clip,xsp,gso,adamw,muon,soap, … Left out: the usual ones. 'all': every."
+        option(
+            "NAME,…", "Methods, for example clip,xsp,gso,adamw,muon,soap; all is every one.", _TUNED, "the usual ones"
         ),
     ] = "",
-    strategies: Annotated[str, typer.Option(help="Also every method that splits by these: xsp,per_tensor,lbf,…")] = "",
+    strategies: Annotated[
+        str, option("NAME,…", "Add every method that splits by these: xsp, per_tensor, lbf, tree_sp.", _TUNED, "none")
+    ] = "",
     lr: Annotated[
         str,
-        typer.Option(help="Learning rates for all methods, with commas. 'usual': those that a method brings itself."),
+        option(
+            "RATE,…",
+            "Learning rates for all methods; usual: the rate that each method brings.",
+            _TUNED,
+            "the workload's own, a third and three times of it",
+        ),
     ] = "",
     strengths: Annotated[
-        str, typer.Option(help="Limits to try, in place of the seven that a method brings itself.")
+        str, option("NUMBER,…", "Limits to try, in the unit of each method.", _TUNED, "seven that each method brings")
     ] = "",
-    seeds: Annotated[int, typer.Option(help="How many seeds choose the best setting.")] = 3,
-    fresh_seeds: Annotated[int, typer.Option(help="On how many other seeds each best setting runs again.")] = 0,
-    steps: Annotated[int, typer.Option(help="How many training steps. 0 is the workload's usual number.")] = 0,
-    optimizer: Annotated[str, typer.Option(help="sgd, sgdm, adam or adamw. Left out: the workload's own.")] = "",
-    schedule: Annotated[str, typer.Option(help="constant, cosine to 1 %, or linear to zero.")] = "constant",
-    warmup: Annotated[int, typer.Option(help="Warm-up steps of the methods that warm up. -1: a tenth of all.")] = -1,
-    beta2: Annotated[float, typer.Option(help="The memory of Adam's second moment, for all methods.")] = 0.99,
-    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the workload. May be repeated.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for raw results and page. If it holds a part of them, the rest is run.")
+    seeds: Annotated[int, option("COUNT", "How many seeds choose the best setting.", _TUNED)] = 3,
+    fresh_seeds: Annotated[int, option("COUNT", "On how many other seeds each best setting runs again.", _TUNED)] = 0,
+    steps: Annotated[int, option("STEPS", "How long a run is.", _TRAINED, "the workload's own")] = 0,
+    optimizer: Annotated[
+        str, option("NAME", "Of the methods that bring none: sgd, sgdm, adam or adamw.", _TRAINED, "the workload's own")
+    ] = "",
+    schedule: Annotated[
+        str, option("NAME", "Of the rate: constant, cosine to 1 %, or linear to zero.", _TRAINED)
+    ] = "constant",
+    warmup: Annotated[
+        int, option("STEPS", "Warm-up of the methods that warm up.", _TRAINED, "a tenth of the run")
+    ] = -1,
+    beta2: Annotated[
+        float, option("NUMBER", "Adam's beta2, from 0 to 1, for all methods that have one.", _TRAINED)
+    ] = 0.99,
+    option: Annotated[
+        list[str] | None,
+        option("KEY=VALUE", "An option of the workload, for example batch=8. May be repeated.", _TRAINED),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="How many processes, of one thread each. 0 runs in this one.")] = 2,
+    out: Annotated[
+        Path | None,
+        option(
+            "FOLDER",
+            "For raw results and the page. Runs that it holds already are not run again.",
+            _SHOWN,
+            "runs/compare/WORKLOAD",
+        ),
+    ] = None,
+    jobs: Annotated[int, option("PROCESSES", "Runs at a time, each in one thread; 0: in this process.", _SHOWN)] = 2,
 ) -> None:
     """Train one workload by several methods, at several learning rates and seeds, and keep the raw results.
 
-    Example: gradsplit compare residual-stack --methods none,clip,xsp,default --lr 0.03,0.1,0.3 --seeds 2
+    Example: gradsplit compare residual-stack --methods none,clip,gso --seeds 2
     """
     from ..lab import workload as workload_named
     from ..lab.cells import Grid, methods_of_strategies

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,18 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..lab.pages.tables import number, verdict
-from .app import page_if_possible
+from .app import flag, option, page_if_possible
 
 __all__ = ["run"]
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for the page and the raw results.")] = Path("runs/demo"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Train tiny models for 20 steps, to see that all works.")
-    ] = False,
-    jobs: Annotated[int, typer.Option(help="How many processes, of one thread each.")] = 2,
-    seed: Annotated[int, typer.Option(help="The seed of weights and batches, the same for every row.")] = 0,
+    out: Annotated[Path, option("FOLDER", "For the page and the raw results.")] = Path("runs/demo"),
+    quick: Annotated[bool, flag("--quick", "Train tiny models for 20 steps, to see that all works.")] = False,
+    jobs: Annotated[int, option("PROCESSES", "Runs at a time, each in one thread.")] = 2,
+    seed: Annotated[int, option("NUMBER", "The seed of weights and batches, the same for every row.")] = 0,
 ) -> None:
     """Train a detector and a language model on real data, with the usual methods and with gradient splitting.
 

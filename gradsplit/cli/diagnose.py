@@ -11,7 +11,7 @@ import typer
 
 from ..chain.chain import Chain, chain_figure
 from ..watch.report.html import Section, html_table, page, text
-from .app import say
+from .app import flag, option, say
 from .arguments import problem_from
 
 __all__ = ["diagnosis_page", "run"]
@@ -41,20 +41,30 @@ def diagnosis_page(found: Mapping[str, Any], chain: Chain, evidence: Mapping[str
     return page("gradsplit: diagnosis", lead, sections, evidence)
 
 
+_MODEL, _STEP, _SHOWN = "The model", "The step of an optimizer", "Results"  # groups of options
 DEMOS = {"deep-stack": "deep-stack", "detection": "detection", "recurrence": "temporal-order"}
 
 
 def run(
-    problem: Annotated[str, typer.Argument(help="MODULE:FUNCTION; the function returns (model, loss_fn, batch).")] = "",
-    demo: Annotated[str, typer.Option(help="An example in its place: deep-stack, detection or recurrence.")] = "",
-    ladder: Annotated[bool, typer.Option("--ladder", help="Also ask how far each part may step. Needs --lr.")] = False,
-    optimizer: Annotated[
-        str, typer.Option(help="The class of torch.optim whose step is judged, at the start of a run.")
-    ] = "SGD",
-    lr: Annotated[float | None, typer.Option(help="Its learning rate, to be judged as well.")] = None,
-    limit: Annotated[int, typer.Option(help="How many findings to show at most.")] = 10,
-    out: Annotated[Path | None, typer.Option(help="Also write the findings to this JSON file.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Also write the findings and the chain to this HTML file.")] = None,
+    problem: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="A function here, without arguments, that returns (model, loss_fn, batch), for example train:problem "
+            "in train.py. loss_fn(model, batch) gives the loss.",
+        ),
+    ] = "",
+    demo: Annotated[
+        str, option("NAME", "An example in place of your model: deep-stack, detection or recurrence.", _MODEL, "none")
+    ] = "",
+    lr: Annotated[float | None, option("RATE", "Judge the first step at this rate.", _STEP, "no judgement")] = None,
+    optimizer: Annotated[str, option("CLASS", "The class of torch.optim that makes the step.", _STEP)] = "SGD",
+    ladder: Annotated[
+        bool, flag("--ladder", "Also ask derivatives of high order how far each part may step. Needs --lr.", _STEP)
+    ] = False,
+    limit: Annotated[int, option("COUNT", "How many findings to show at most.", _SHOWN)] = 10,
+    out: Annotated[Path | None, option("FILE", "Also write the findings, as JSON.", _SHOWN, "none")] = None,
+    page: Annotated[Path | None, option("FILE", "Also write findings and figure, as HTML.", _SHOWN, "none")] = None,
 ) -> None:
     """Say in words what is wrong with a model, from one batch: where the gradient explodes, vanishes or breaks.
 

@@ -1,13 +1,17 @@
-"""`gradsplit doctor`: what is installed, which backends serve which device and why others do not, and which data."""
+"""`gradsplit doctor`: whether gradsplit works here, what is broken or missing, and the remedy."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from .app import flag
 
 __all__ = ["run"]
 
@@ -17,7 +21,7 @@ class Need(NamedTuple):
 
     Attributes:
         module: what is imported.
-        what: what it brings.
+        what: what needs it, or what it brings to whom.
         install: the command that installs it.
     """
 
@@ -44,26 +48,75 @@ PARTS = (
 )
 
 
-def run() -> None:
-    """Show versions, which backends can be used and why others cannot, and which data were found.
+def run(
+    all_: Annotated[
+        bool, flag("--all", "Also show the tables of backends, data and packages, found and missing.")
+    ] = False,
+) -> None:
+    """Say in one line whether gradsplit works here, or what is wrong and the remedy.
 
-    Example: gradsplit doctor
+    Packages that are missing and that only some commands need follow, with the command that installs each. The exit
+    code is 1 if something is broken.
+
+    Example: gradsplit doctor --all
     """
     import torch
 
-    from ..kernels import BACKENDS
     from ..lab.evidence import hardware, installed_versions
 
-    console = Console(highlight=False)
-    console.print(f"[bold]hardware[/]  {hardware()}; torch threads: {torch.get_num_threads()}")
-    console.print(
-        "[bold]versions[/]  " + ", ".join(f"{name} {number}" for name, number in installed_versions().items())
-    )
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
     if torch.backends.mps.is_available():
         devices.append(torch.device("mps"))
+    served, wrong, slow = _checked(devices)
+    versions = installed_versions()
+    works = f"gradsplit {versions['gradsplit']} works here ({', '.join(served)})"
+    remark = "Not well: " if wrong else f"{works}. " if slow else f"All well: {works}."
+    console = Console(highlight=False)
+    console.print(remark + " ".join([*(f"{one}." for one in wrong), *slow]), markup=False)
+    missing = [need for need in (*DATA, *PARTS) if importlib.util.find_spec(need.module) is None]
+    if missing:
+        console.print("Missing, and needed by some commands only:")
+        for need in missing:
+            console.print(f"  {need.module}: {need.install}  ({need.what})", markup=False)
+    console.print(f"Here: {hardware()}; torch threads: {torch.get_num_threads()}", markup=False)
+    console.print(", ".join(f"{name} {number}" for name, number in versions.items()), markup=False)
+    if all_:
+        _show_tables(console, devices)
+    elif not wrong:
+        console.print("gradsplit doctor --all shows every backend and package.")
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _checked(devices: Sequence[Any]) -> tuple[list[str], list[str], list[str]]:
+    """What serves each device; what is broken; what would be faster if it were installed: sentences with the remedy."""
+    from ..kernels import BACKENDS
+
+    served, wrong, slow = [], [], []
+    for device in devices:
+        rows = [row for row in BACKENDS.values() if row.automatic and (not row.devices or device.type in row.devices)]
+        for row in rows:
+            missing = row.missing(device)
+            if missing:
+                slow.append(f"The backend {row.name} is faster on {device.type}, but {missing}.")
+                continue
+            broken = row.broken()
+            if not broken:
+                served.append(f"{device.type}: backend {row.name}")
+                break
+            again = f"run: pip install --force-reinstall {row.needs}" if row.needs else "install torch again"
+            wrong.append(
+                f"the backend {row.name} does not load, so {device.type} is served more slowly; {broken}; {again}"
+            )
+    return served, wrong, slow
+
+
+def _show_tables(console: Console, devices: Sequence[Any]) -> None:
+    """Backends by device, data, and packages of single commands."""
+    from ..kernels import BACKENDS
+
     table = _table("backend", "device", "state", "what it is")
     for device in devices:
         automatic = [row.name for row in BACKENDS.values() if row.automatic and not row.missing(device)]
@@ -72,13 +125,13 @@ def run() -> None:
             state = f"no: {missing}" if missing else "yes, what auto takes" if row.name in automatic[:1] else "yes"
             table.add_row(row.name, device.type, state, row.summary)
     console.print(table)
-    for heading, needs in (("data", DATA), ("parts", PARTS)):
-        table = _table(heading, "state", "what it brings")
+    for heading, needs in (("data", DATA), ("package", PARTS)):
+        table = _table(heading, "state", "what needs it")
         for need in needs:
             found = importlib.util.find_spec(need.module) is not None
             table.add_row(need.module, "found" if found else f"missing: {need.install}", need.what)
         console.print(table)
-    console.print("A training of your own needs none of the data and parts. They serve demo, compare and report.")
+    console.print("A training of your own needs none of the data and packages. They serve demo, compare and report.")
 
 
 def _table(*headings: str) -> Table:

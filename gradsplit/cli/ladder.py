@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .app import option
 from .arguments import problem_from
 
 __all__ = ["run"]
@@ -14,14 +15,19 @@ __all__ = ["run"]
 
 def run(
     problem: Annotated[
-        str, typer.Argument(help="A workload, or MODULE:FUNCTION that returns (model, loss_fn, batch).")
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="A function here, without arguments, that returns (model, loss_fn, batch); or the name of a workload "
+            "of gradsplit compare.",
+        ),
     ],
-    order: Annotated[int, typer.Option(help="The highest order of the derivatives.")] = 10,
+    order: Annotated[int, option("ORDER", "The highest order of the derivatives, from 2.")] = 10,
     strategy: Annotated[
-        str, typer.Option(help="What is one part: per_tensor, xsp (rows), …; whole is all weights.")
+        str, option("NAME", "What is one part: per_tensor, xsp (rows), tree_sp, or whole (all weights).")
     ] = "per_tensor",
-    count: Annotated[int, typer.Option(help="How many parts to show at most, the smallest step first.")] = 20,
-    page: Annotated[Path | None, typer.Option(help="Also write the figure to this HTML file.")] = None,
+    count: Annotated[int, option("COUNT", "How many parts to show at most, the smallest step first.")] = 20,
+    page: Annotated[Path | None, option("FILE", "Also write the figure, as HTML.", default="none")] = None,
 ) -> None:
     """Show how far each part of a model may step along minus its gradient before the loss goes up.
 

@@ -10,17 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .app import option
 from .arguments import layout_from
 
 __all__ = ["run"]
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="MODULE:FUNCTION that returns a model, or the name of a workload.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="A function here, without arguments, that returns a model; or the name of a workload of gradsplit "
+            "compare.",
+        ),
+    ],
     strategy: Annotated[
-        str, typer.Option(help="The strategy whose tensors are listed: xsp (rows), per_tensor, …")
+        str, option("NAME", "The strategy whose tensors are listed: xsp (rows), per_tensor, tree_sp or whole.")
     ] = "xsp",
-    lines: Annotated[int, typer.Option(help="How many tensors to list at most. 0 is none.")] = 20,
+    lines: Annotated[int, option("COUNT", "How many tensors to list at most; 0: none.")] = 20,
 ) -> None:
     """Show how each strategy splits a model into bins, and how much memory that takes.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import page_if_possible, say
+from .app import flag, option, page_if_possible, say
 
 if TYPE_CHECKING:
     from ..watch.record import RunFile
@@ -24,14 +24,19 @@ def newest() -> Path:
 
 def run(
     file: Annotated[
-        Path | None, typer.Argument(help="A run file, also of a run that goes on. Left out: the newest one here.")
+        Path | None,
+        typer.Argument(metavar="FILE", help="A run file, also of a run that goes on. Left out: the newest one here."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Where to write the page. Left out: beside the run file.")] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Whether to write the page.")] = True,
-    jsonl: Annotated[Path | None, typer.Option(help="Also write every step to this file, as a line of JSON.")] = None,
+    html: Annotated[Path | None, option("FILE", "Where to write the page.", default="beside the run file")] = None,
+    page: Annotated[bool, flag("--page/--no-page", "Whether to write the page.")] = True,
+    jsonl: Annotated[Path | None, option("FILE", "Also write every step, as a line of JSON.", default="none")] = None,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(help="explosion, nonfinite or exception. The exit code is 1 if that happened. May be repeated."),
+        option(
+            "EVENT",
+            "explosion, nonfinite or exception: end with code 1 if that happened. May be repeated.",
+            default="none",
+        ),
     ] = None,
 ) -> None:
     """Say what went wrong first in a recorded run, what followed, and what to change; write it as one HTML page.

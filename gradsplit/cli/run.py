@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .app import flag, option
+
 if TYPE_CHECKING:
     from ..watch.run.settings import Settings
 
@@ -15,75 +17,92 @@ __all__ = ["CONTEXT", "run"]
 CONTEXT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 """Everything from the script's name on belongs to the script."""
 
+# Groups of options.
+_DONE, _BOUNDS, _KEPT, _END = "What is done", "Bounds (with --control)", "What is recorded", "At the end"
+
 
 def run(
     program: Annotated[
         list[str],
-        typer.Argument(metavar="SCRIPT [ARGUMENTS]…", help="Your script, -m MODULE, or a launcher such as torchrun."),
+        typer.Argument(
+            metavar="SCRIPT [ARGUMENTS]…",
+            help="Your script, -m MODULE, or a launcher such as torchrun. What stands after it belongs to it.",
+        ),
     ],
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Only measure: the training stays the same (default).")
-    ] = False,
+    watch: Annotated[bool, flag("--watch", "Only measure; training stays the same (default).", _DONE)] = False,
     control: Annotated[
-        bool, typer.Option("--control", help="Also bound the gradients, by what fits each optimizer.")
+        bool, flag("--control", "Also bound the gradients, by what fits each optimizer.", _DONE)
     ] = False,
     guard: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--guard",
-            help="When the run diverges, go back to a snapshot and lower the learning rate, at most 3 times. Goes with "
+            "When the run diverges, go back to a snapshot and lower the learning rate, at most 3 times. Goes with "
             "--watch and with --control. The script's data go on: they cannot be rewound from outside.",
+            _DONE,
         ),
     ] = False,
     samples: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--samples",
-            help="Also record which samples of the batch stood out where a norm or the loss left its history. The "
-            "training stays the same; a step takes longer.",
+            "Also record which samples of a batch stood out when a norm or the loss was unusual. A step takes longer; "
+            "training stays the same.",
+            _DONE,
         ),
     ] = False,
     plan: Annotated[
-        str, typer.Option(help="With --control: what is bounded together, xsp (rows), per_tensor, tree_sp or whole.")
+        str, option("NAME", "What is bounded together: xsp (rows), per_tensor, tree_sp or whole.", _BOUNDS)
     ] = "xsp",
     budget: Annotated[
         list[str] | None,
-        typer.Option(
-            help="With --control: how large a bin may be, for example relative_step:tau=0.03. Written as "
-            "[LEVEL@]NAME[:KEY=NUMBER]…; may be repeated. Without it, the default of GradientSplitter for each "
-            "optimizer. Behind Adam and others relative_step caps the step, for one copy of the weights."
+        option(
+            "RULE",
+            "How large a bin may be, as [LEVEL@]NAME[:KEY=NUMBER]…, for example relative_step:tau=0.03. Behind Adam "
+            "and others relative_step bounds the step, and takes a copy of the weights. May be repeated.",
+            _BOUNDS,
+            "what fits each optimizer",
         ),
     ] = None,
     collective: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--collective",
-            help="With --budget: also divide the whole gradient where a batch is scaled as a whole. The default in "
-            "front of Adam and others does so already.",
+            "With --budget: also divide the whole gradient when all rows of a batch are larger than usual by a like "
+            "factor. The default for Adam and others does so already.",
+            _BOUNDS,
         ),
     ] = False,
-    record: Annotated[Path, typer.Option(help="The run file. If it exists, run-2.db and so on.")] = Path("run.db"),
+    record: Annotated[Path, option("FILE", "The run file; if it exists, run-2.db and so on.", _KEPT)] = Path("run.db"),
     to: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Also send every step to tensorboard:FOLDER, jsonl:FILE, wandb:PROJECT or mlflow:EXPERIMENT."
+        option(
+            "NAME:PLACE",
+            "Also send every step to tensorboard:FOLDER, jsonl:FILE, wandb:PROJECT or mlflow:EXPERIMENT. May be "
+            "repeated.",
+            _KEPT,
+            "none",
         ),
     ] = None,
     depth: Annotated[
-        int, typer.Option(help="With --to: how many levels of modules get a curve each. 0 is every module and tensor.")
+        int,
+        option("LEVELS", "With --to: how many levels of modules get a curve each; 0: every module and tensor.", _KEPT),
     ] = 1,
+    max_nodes: Annotated[int, option("COUNT", "The most modules and tensors that are recorded.", _KEPT)] = 1000,
+    max_megabytes: Annotated[
+        float, option("MEGABYTES", "The largest size of the run file. Beyond it, old steps are thinned.", _KEPT)
+    ] = 400.0,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(
-            help="explosion, nonfinite or exception. The process ends with code 3 if that happens, or if nothing could "
-            "be recorded. May be repeated."
+        option(
+            "EVENT",
+            "explosion, nonfinite or exception: end with code 3 if that happens, or if nothing could be recorded. May "
+            "be repeated.",
+            _END,
+            "none",
         ),
     ] = None,
-    max_nodes: Annotated[int, typer.Option(help="How many modules, tensors and blocks are recorded at most.")] = 1000,
-    max_megabytes: Annotated[
-        float, typer.Option(help="The largest size of the run file. Beyond it, old steps are thinned.")
-    ] = 400.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing at the end.")] = False,
+    quiet: Annotated[bool, flag("--quiet", "Print nothing at the end.", _END)] = False,
 ) -> None:
     """Run your training script unchanged, and record the gradient of every optimizer step in a run file.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .app import flag, option
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -21,11 +23,13 @@ _WIDTH = 40
 
 
 def run(
-    file: Annotated[Path | None, typer.Argument(help="A run file. Left out: the newest one here.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long to wait between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
-    module: Annotated[str, typer.Option(help="Show only what lies below this module, for example h.1.attn.")] = "",
-    depth: Annotated[int, typer.Option(help="How many levels of modules and tensors to show. 0 is all of them.")] = 1,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="A run file. Left out: the newest one here.")
+    ] = None,
+    seconds: Annotated[float, option("SECONDS", "How long to wait between two looks.")] = 1.0,
+    once: Annotated[bool, flag("--once", "Look once, and end.")] = False,
+    module: Annotated[str, option("NAME", "Show only what lies below a module, such as h.1.attn.", default="all")] = "",
+    depth: Annotated[int, option("LEVELS", "How many levels of modules and tensors to show; 0: all.")] = 1,
 ) -> None:
     """Show a run in the terminal while it goes on: the loss, the rate, norms of modules and the last events.
 

@@ -27,7 +27,8 @@ MOST_LINES = (
     # the share step in Triton, where a run began, which samples did it, copies, casts and more refusals, and
     # how many layers stand in series, changed shapes, how large each batch was, steps in foreign modes,
     # steps that run no hooks, sentences that break at the width of a terminal, wide matrices,
-    39_030  # inputs that are told, endless rates, copies without their bounds
+    # inputs that are told, endless rates, copies without their bounds,
+    39_350  # options with a unit, a group and a default in the help, a diagnosis of what is installed
 )
 ROOMS_SINCE = {"sources": 2_580}  # a room that came later: 2,000, samples only seen, refusals, terms in plain numbers
 MOST_SINGLE = 0.13

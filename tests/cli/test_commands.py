@@ -163,16 +163,23 @@ def test_plan_counts_bins_and_bytes(capsys, tmp_path, monkeypatch):
     assert "28.0 GB" in capsys.readouterr().out
 
 
+@pytest.fixture
+def _cpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
 def test_doctor_names_versions_backends_and_data(capsys):
     from gradsplit.kernels import BACKENDS
 
-    _run("doctor")
+    _run("doctor", "--all")
     out = capsys.readouterr().out
     assert f"gradsplit {gs.__version__}" in out and "core" in out
     for name in (*BACKENDS, "sklearn", "deepforest", "schedulefree"):
         assert f" {name} " in out
 
 
+@pytest.mark.usefixtures("_cpu_alone")
 def test_doctor_says_what_to_install(capsys, monkeypatch):
     import importlib.util
 
@@ -181,9 +188,39 @@ def test_doctor_says_what_to_install(capsys, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name in ("sklearn", "numba") else found(name, *rest)
     )
     _run("doctor")
-    out = capsys.readouterr().out
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"gradsplit {gs.__version__} works here (cpu: backend eager). The backend numba is faster on cpu, but it needs "
+        "the package numba: pip install numba."
+    )
+    assert any(line.startswith("  sklearn: pip install scikit-learn  (handwritten digits") for line in rest)
+    _run("doctor", "--all")
+    out = " ".join(capsys.readouterr().out.split())
     assert "missing: pip install scikit-learn" in out
-    assert "no: it needs the package numba: pip install numba" in " ".join(out.split())
+    assert "no: it needs the package numba: pip install numba" in out
+
+
+@pytest.mark.usefixtures("_cpu_alone")
+def test_doctor_says_first_that_all_is_well(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    _run("doctor")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"All well: gradsplit {gs.__version__} works here (cpu: backend numba)."
+    assert len(lines) == 4, "tables are shown on request"
+
+
+@pytest.mark.usefixtures("_cpu_alone")
+def test_doctor_says_first_what_is_broken_and_ends_with_code_one(capsys, monkeypatch):
+    from gradsplit.kernels import Backend
+
+    monkeypatch.setattr(Backend, "broken", lambda row: "importing it raised OSError: no LLVM" if row.needs else "")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "Not well: the backend numba does not load, so cpu is served more slowly; importing it raised OSError: no "
+        "LLVM; run: pip install --force-reinstall numba."
+    )
 
 
 def test_report_without_plotly_prints_the_account_and_says_what_the_page_needs(capsys, tmp_path, monkeypatch):
