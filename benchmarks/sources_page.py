@@ -6,6 +6,7 @@ Run: python benchmarks/sources_page.py
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -21,26 +22,55 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "sources"
 PAGE = ROOT / "docs" / "results" / "sources.md"
 
-HEAD = """# Sources: what was measured
+HEAD = """# Sources, measured
 
-What splitting by sample and by loss term gives, beside the field's remedies. [The guide](../sources.md) says what they
-are. Every method with a strength was tuned on two seeds of its own; the table shows the median of five fresh seeds at
-the best strength, with the smallest and the largest. A run that diverged counts as the worst. The optimizer, the
-learning rate and the number of steps are the task's, the same for all methods. Command: `python benchmarks/sources.py`.
+## In short
+
+{in_short}
+
+[The guide](../sources.md) says what splitting by sample and by loss term is.
+
+## Run it again
+
+```bash
+python benchmarks/sources.py                # every task below; `--task NAME` for one
+python benchmarks/sources_together.py       # alone and together
+python benchmarks/sources_cost.py           # the time of a step
+python benchmarks/sources_page.py           # writes this page from the raw results
+```
+
+Every method with a strength was tuned on two seeds of its own. A table shows the median of five fresh seeds at the
+best strength, with the smallest and the largest. A run that diverged counts as the worst. The optimizer, the learning
+rate and the number of steps are the task's, the same for all methods.
+
+**On this page**: {places}.
 
 """
-NOTES = """## Where it loses, and what was not measured
+WHERE = "Where it loses, and what was not measured"
+NOTES = f"""## {WHERE}
 
 - Outliers in x: a global clip that was tuned is as good as `SampleSplitter`.
-- Burgers: a tuned weight is better than `TermSplitter`, which beats the plain sum.
+- Burgers: a tuned weight is better than `TermSplitter`, which is better than the plain sum.
 - Helmholtz on the square: a tuned weight is better than `TermSplitter` in 1,000 steps; see the table of weights.
 - Annealing and GradNorm are our own short programs after the papers. The peer is `torchjd` 0.18.0 from PyPI.
 - Every task has one learning rate, and the models are small. Nothing here speaks about larger ones.
 """
+TITLES = {
+    "outliers-in-x": "Outliers in x",
+    "outliers-in-y": "Outliers in y",
+    "healthy-regression": "Regression without a fault",
+    "digits-blank": "Blank digits",
+    "digits-blank-batchnorm": "Blank digits, BatchNorm",
+    "digits-healthy": "Digits without a fault",
+    "digits-healthy-batchnorm": "Digits without a fault, BatchNorm",
+    "helmholtz-1d": "Helmholtz on a line",
+    "helmholtz-2d": "Helmholtz on a square",
+    "burgers": "Burgers",
+}
 # What each table is about, in a sentence; a task without a file of results is left out.
 TASKS = {
     "outliers-in-x": "Friedman's function; in 5 % of the training rows x is 30 times too large. RMSE on clean rows.",
-    "outliers-in-y": "The same; in 5 % of the rows y is 15 deviations off. RMSE on clean rows.",
+    "outliers-in-y": "The same; in 5 % of the rows y is off by 15 standard deviations. RMSE on clean rows.",
     "healthy-regression": "The same without a fault: what the splitter costs.",
     "digits-blank": "Digits; 2 % of the images are blank, and standardising in the model makes them 0 / 0. Accuracy.",
     "digits-blank-batchnorm": "The same with BatchNorm. Accuracy.",
@@ -72,11 +102,33 @@ def _cells(scores: list[float | None], *, more_is_better: bool) -> tuple[str, st
     return shown[len(shown) // 2], f"{shown[0]} to {shown[-1]}"
 
 
+def in_short(results: Path = RESULTS) -> str:
+    """What was asked and what came out, in one paragraph."""
+
+    def score(task: str, method: str) -> str:
+        found = json.loads((results / f"{task}.json").read_text(encoding="utf8"))
+        return _cells(found["fresh"][method]["score"], more_is_better="accuracy" in found["about"]["task"])[0]
+
+    costs = json.loads((results / "cost.json").read_text(encoding="utf8"))["ratio"]
+    over = [statistics.median(ratios) for ratios in costs.values()]
+    return (
+        "Does it help to bound samples and loss terms, beside the usual remedies? With blank images in front of "
+        f"BatchNorm, `SampleSplitter` reaches an accuracy of {score('digits-blank-batchnorm', 'samples')}; without it "
+        f"the net ends at {score('digits-blank-batchnorm', 'none')}. With outliers in y its error is "
+        f"{score('outliers-in-y', 'samples')}, that of a tuned Huber loss {score('outliers-in-y', 'huber')}. On the "
+        f"Helmholtz equation `TermSplitter` has an error of {score('helmholtz-1d', 'terms')} on a line, and a tuned "
+        f"weight {score('helmholtz-1d', 'tuned weight')}. A step takes {min(over):.2f} to {max(over):.2f} times as "
+        f"long. Not met: on the square a tuned weight is better ({score('helmholtz-2d', 'tuned weight')} beside "
+        f"{score('helmholtz-2d', 'terms')}), and on Burgers' equation too ({score('burgers', 'tuned weight')} beside "
+        f"{score('burgers', 'terms')})."
+    )
+
+
 def _section(name: str, kept: dict[str, Any]) -> str:
     about = kept["about"]
     more = "accuracy" in about["task"]
     evidence = f"benchmarks/results/sources/{name}.json"
-    text = f"## {name}\n\n{TASKS[name]} Five seeds, {about['machine']}, {about['date']}.\n\n"
+    text = f"## {TITLES[name]}\n\n{TASKS[name]} Five seeds, {about['machine']}, {about['date']}.\n\n"
     rows = []
     for method, found in kept["fresh"].items():
         strength = "" if found["strength"] == "None" else f" (`{found['strength']}`)"
@@ -134,9 +186,13 @@ def _together(runs: list[dict[str, Any]]) -> str:
     return text + table(names, lines, "benchmarks/results/sources/together.jsonl") + "\n"
 
 
+def _titles(text: str) -> list[str]:
+    return re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
 def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
     """The page of all tasks that have results."""
-    text = HEAD
+    text = ""
     for name in TASKS:
         file = results / f"{name}.json"
         kept = json.loads(file.read_text(encoding="utf8")) if file.exists() else {"fresh": {}}
@@ -158,7 +214,10 @@ def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
     if file.exists():
         text += _together([json.loads(line) for line in file.read_text(encoding="utf8").splitlines()])
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text + NOTES, encoding="utf8")
+    text += NOTES
+    places = [f"[{title}](#{re.sub('[^a-z -]', '', title.lower()).replace(' ', '-')})" for title in _titles(text)]
+    head = HEAD.format(in_short=in_short(results), places=", ".join(places))
+    page.write_text(head + text, encoding="utf8")
 
 
 if __name__ == "__main__":

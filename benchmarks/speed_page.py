@@ -20,7 +20,32 @@ def write_page(raw: Path, page: Path) -> None:
     section = re.compile(rf"^{re.escape(HEADING)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     if len(section.findall(text)) != 1:
         raise ValueError(f"write_page(page={page}): expected one section {HEADING!r}.")
+    opening = re.compile(r"(<!-- table: in short -->\n).*?(<!-- end: in short -->)", re.DOTALL)
+    text = opening.sub(lambda found: f"{found[1]}\n{_in_short(results)}\n\n{found[2]}", text)
     page.write_text(section.sub(lambda _: _section(results, raw, page), text).rstrip() + "\n", encoding="utf8")
+
+
+def _in_short(results: dict[str, Any]) -> str:
+    """What was asked and what came out, in one paragraph."""
+    figures = results["figures"]
+
+    def span(start: str) -> str:
+        found = [f["value"] for f in figures if f["name"].startswith(start) and "small" not in f["layout"]]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    held = [figure for figure in figures if figure["bar"] is not None]
+    missed = [figure for figure in held if figure["verdict"] != "met"]
+    worst = max(missed, key=lambda figure: figure["value"] / figure["bar"], default=None)
+    farthest = f" The farthest: {worst['name']}, {worst['value']:.2f}, bar {worst['bar']:g}." if worst else ""
+    return (
+        "What does a step cost on a CPU? On layouts of two GPTs and a ResNet-50, a step of `GradientSplitter` takes "
+        f"{span('GradientSplitter, rows, nothing')} times as long as `clip_grad_norm_`. "
+        '`GSO(direction="adam")` takes '
+        f"{span('GSO, default budget, second moment per element')} times as long as a clip with a fused AdamW. "
+        f"{len(held) - len(missed)} of {len(held)} bars are met, and {len(missed)} are not.{farthest} "
+        "The step of `GSO` by shares has its times in [Results](README.md#time-and-memory). Its programs for graphics "
+        "cards have not been timed here."
+    )
 
 
 def _section(results: dict[str, Any], raw: Path, page: Path) -> str:

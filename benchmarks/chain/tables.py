@@ -9,8 +9,13 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.tables import filled
 
 METHODS = ("SGD", "global clip", "clip + gain penalty", "per-step bounds")
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +46,12 @@ def detector() -> list[str]:
         if data is None:
             lines += [f"Detector, {title}: not run.", ""]
             continue
-        lines += [f"Two-headed detector (workload `detection`), {title}, {data['options']['steps']} steps; score:", ""]
+        lines += [
+            f"### Detector, {title}",
+            "",
+            f"Two-headed detector (workload `detection`), {title}, {data['options']['steps']} steps; score:",
+            "",
+        ]
         lines += [
             "| method | best of the grid (median of tuning seeds) | fresh seeds, median [range] |",
             "|---|---|---|",
@@ -69,7 +79,9 @@ def healthy_heads() -> list[str]:
     rows = data["rows"]
     (steps,), (rate,) = {row["steps"] for row in rows}, {row["rate"] for row in rows}
     lines = [
-        f"Detector with heads as they should be, AdamW at {rate:g}, {steps} steps; change of the score against none, "
+        "### Healthy heads",
+        "",
+        f"Detector whose heads do not explode, AdamW at {rate:g}, {steps} steps; change of the score against none, "
         "seed by seed, mean and standard error:",
         "",
         "| variant | method | n | none, mean | method, mean | change |",
@@ -100,6 +112,8 @@ def fork_signals() -> list[str]:
         return ["Signals at the fork: not run.", ""]
     steps, rate = data["options"]["steps"], data["options"]["rate"]
     lines = [
+        "### Signals at the fork",
+        "",
         f"Norms of the heads' signals at the fork where nothing is bounded, AdamW at {rate:g}, one seed, means of ten "
         f"steps (the first ten; the ten up to step {steps // 3}; the last ten):",
         "",
@@ -122,6 +136,8 @@ def deep_stack() -> list[str]:
     told = data["rows"][0]["diagnosis"][0][2]
     options = data["options"]
     lines = [
+        "### Plain deep stack",
+        "",
         f"Plain stack of {options['depth']} convolutions, initialised at {options['gain']} x He, digits, AdamW at "
         f'{options["rate"]:g} with a global limit of 1, {options["steps"]} steps. `diagnose` says first: "{told}".',
         "",
@@ -142,6 +158,8 @@ def long_tasks() -> list[str]:
             lines += [f"{title}: not run.", ""]
             continue
         lines += [
+            f"### {title}",
+            "",
             f"{title}, runs solved; the updates that it took, or the least share of wrong sequences where it was not "
             "solved within the updates that every method got:",
             "",
@@ -167,6 +185,8 @@ def healthy_runs() -> list[str]:
         return ["Healthy runs: not run.", ""]
     (steps,) = {row["steps"] for row in data["rows"]}
     lines = [
+        "### Healthy runs",
+        "",
         f"Healthy runs, AdamW at 1e-3, {steps} steps, mean loss of the last tenth, default ChainSplitter against none, "
         "the same seeds:",
         "",
@@ -193,6 +213,8 @@ def cost() -> list[str]:
     if data is None:
         return ["Cost of the hooks: not run.", ""]
     lines = [
+        "### Cost of the hooks",
+        "",
         "Cost on a 6-layer GPT (width 128, batch 8 x 64), processor time with hooks over without, in turn:",
         "",
     ]
@@ -220,9 +242,45 @@ def measured() -> str:
     return "\n".join(lines).strip()
 
 
+def in_short() -> str:
+    """What was asked and what came out, in one paragraph; "" where a part has not been run."""
+    sgd, adamw = (load(f"chain_detector_two-tower_{name}") for name in ("sgdm", "adamw"))
+    heads, order, stack = (load(f"chain_{name}") for name in ("healthy_heads", "temporal_order", "deep_stack"))
+    if sgd is None or adamw is None or heads is None or order is None or stack is None:
+        return ""
+
+    def score(data: dict[str, Any], method: str) -> str:
+        return f"{statistics.median(row['score'] for row in data['fresh'] if row['method'] == method):.3f}"
+
+    def solved(method: str) -> str:
+        mine = [row for row in order["rows"] if (row["length"], row["method"]) == (20, method)]
+        return f"{sum(row['solved'] for row in mine)} of {len(mine)}"
+
+    lost = []
+    for variant in dict.fromkeys(row["variant"] for row in heads["rows"]):
+        mine, plain = (
+            {row["seed"]: row["score"] for row in heads["rows"] if (row["variant"], row["method"]) == (variant, method)}
+            for method in ("fork rule + module limits", "none")
+        )
+        lost.append(100 * (1 - statistics.mean(mine[seed] / plain[seed] for seed in mine.keys() & plain.keys())))
+    before, after = stack["rows"][0]["accuracy"], stack["rows"][-1]["accuracy"]
+    return (
+        "Does it help to bound the signal between layers? On a detector with one exploding head, SGD with limits "
+        f"at the fork and per module scores {score(sgd, 'fork rule + module limits')}. A tuned global clip scores "
+        f"{score(sgd, 'global clip')}, and a tuned loss weight with module limits "
+        f"{score(sgd, 'loss weight + module limits')}. `balance_` takes a plain stack of {stack['options']['depth']} "
+        f"layers from {before:.3f} to {after:.3f} accuracy. With `gain_penalty` {solved('clip + gain penalty')} seeds "
+        f"solve temporal order at length 20, with a clip alone {solved('global clip')}. Not met: in front of AdamW the "
+        f"fork rule scores {score(adamw, 'fork rule + module limits')}, a global clip {score(adamw, 'global clip')}. "
+        f"Healthy heads lose {min(lost):.0f} to {max(lost):.0f} % by it, so it is off there. No method solves length "
+        "100.\n"
+    )
+
+
 def main() -> None:
     text = PAGE.read_text()
     before, rest = text.split(START)
+    before = filled(before, {"in short": in_short()})
     PAGE.write_text(f"{before}{START}\n\n{measured()}\n\n{END}{rest.split(END)[1]}")
 
 
