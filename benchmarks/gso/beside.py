@@ -172,6 +172,8 @@ def beside(
             remark = at_edge(one, tried) if one == cell else " (not the chosen one)"
             by = compared(runs, f"{title}: GSO beside {method} {one}", ours, scores)
             ahead = runs.ahead(task, steps, method, one, mine or {}, more, **wanted)
+            for name, value in ({"lr": one["lr"]} | one["method_options"]).items():
+                runs.keep(f"{name} {value}", float(value))
             count = str(len(fresh)) if fresh else "seed 0"
             number = str(len(tried)) if one == cell else ""
             rows.append([NAMES[method], setting(method, one) + remark, number, shown(scores), count, by, ahead])
@@ -189,13 +191,22 @@ def compared(runs: Runs, name: str, ours: list[float], theirs: list[float]) -> s
 
 
 def at_edge(cell: dict[str, Any], tried: list[list[dict[str, Any]]]) -> str:
-    """A remark where a cell has the largest or the smallest rate of those that differ in the rate alone."""
-    usual = {"clip": 1.0}
-    rates = {rows[0]["lr"] for rows in tried if usual | rows[0]["method_options"] == usual | cell["method_options"]}
-    if len(rates) == 1:
-        return " (no other rate)"
-    ends = {max(rates): " (the largest rate)", min(rates): " (the smallest rate)"}
-    return ends.get(cell["lr"], "")
+    """A remark where a cell has the largest or the smallest rate of those that differ in this rate alone."""
+
+    def place(rows: list[dict[str, Any]], without: str) -> dict[str, Any]:
+        return {"clip": 1.0, "lr": rows[0]["lr"]} | rows[0]["method_options"] | {without: None}
+
+    own, words = {"lr": cell["lr"]} | cell["method_options"], []
+    here = next(rows for rows in tried if {"lr": rows[0]["lr"]} | rows[0]["method_options"] == own)
+    for name, title in (("lr", "rate"), ("adam", "rate for AdamW")):
+        if name in own:
+            near = [rows[0] for rows in tried if place(rows, name) == place(here, name)]
+            values = {row["lr"] if name == "lr" else row["method_options"][name] for row in near}
+            if len(values) > 1 and own[name] in (max(values), min(values)):
+                words.append(f"the {'largest' if own[name] == max(values) else 'smallest'} {title}")
+    if len(tried) == 1:
+        words.append("no other cell")
+    return f" ({', '.join(words)})" if words else ""
 
 
 def rates(runs: Runs, task: str, steps: int, methods: list[str], **wanted: Any) -> str:

@@ -250,9 +250,9 @@ def stacks(runs: Runs, page: Page) -> None:
             best = max(found.values(), key=middle)
             text, met = f"{middle(ours):.3f}; best other {middle(best):.3f}", middle(ours) >= 0.98 * middle(best)
             page.bar(f"plain stack of {title}", "the best baseline within 2 %", text, met, ours, best)
-    deepest = by_depth["146 layers"]
-    left = {m: sum(score > CHANCE for score in scores) for m, scores in deepest.items() if m in SHORT}
-    counts = [f"{SHORT[m]} on {left[m]} of {len(scores)}" for m, scores in deepest.items() if m in left and m != "sgdm"]
+    deepest = {m: best_of(by_depth["146 layers"], m) for m in methods if m != "sgdm"}
+    left = {m: sum(score > CHANCE for score in scores) for m, scores in deepest.items()}
+    counts = [f"{SHORT[m]} on {left[m]} of {len(scores)}" for m, scores in deepest.items()]
     page.words["counts"] = listed(counts)
     words = note("stacks", counts=listed(counts), chance=CHANCE)
     page.section("Plain stacks of 12, 36 and 146 convolutions", *parts, words, *why(runs), note("why"))

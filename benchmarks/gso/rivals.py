@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gso.plan import CHOOSING, FRESH, HOT, Job, cells
+from benchmarks.gso.plan import CHOOSING, FRESH, HOT, MAIN, MIXER, Job, cells
 
 __all__ = ["RIVALS", "with_muon"]
 
@@ -39,13 +39,17 @@ def _layers_36() -> list[Job]:
 
 
 def _layers_146() -> list[Job]:
-    """146 layers: four and five rates on seeds 0 to 3. On 0 and 1 every net stays at chance, so they choose nothing."""
-    jobs = []
-    for seeds in (CHOOSING, (2, 3)):
-        jobs += [job for lr in (3e-3, 1e-2, 1e-3, 3e-2) for job in cells("deep-stack", 300, "soap", lr, seeds)]
-        jobs += [job for lr in (1e-3, 3e-3, 3e-4, 1e-2, 3e-2) for job in cells("deep-stack", 300, "adamw", lr, seeds)]
-        jobs += [job for lr in (0.01, 0.003, 0.03, 0.001) for job in with_muon("deep-stack", 300, lr, seeds)]
-    return jobs
+    """146 layers: four and five rates on seeds 0 and 1, SOAP's on 2 and 3 too. All nets stay at chance there."""
+    jobs = [job for lr in (3e-3, 1e-2, 1e-3, 3e-2) for job in cells("deep-stack", 300, "soap", lr, (0, 1, 2, 3))]
+    for lr in (1e-3, 3e-3, 3e-4, 1e-2, 3e-2):
+        jobs += cells("deep-stack", 300, "adamw", lr, CHOOSING)
+    return jobs + [job for lr in (0.01, 0.003, 0.03, 0.001) for job in with_muon("deep-stack", 300, lr, CHOOSING)]
+
+
+def _fresh_146() -> list[Job]:
+    """146 layers on fresh seeds: SOAP and Muon at the rates that are best with 36 layers, and AdamW."""
+    jobs = cells("deep-stack", 300, "soap", 3e-3, FRESH) + cells("deep-stack", 300, "adamw", 1e-3, FRESH)
+    return jobs + with_muon("deep-stack", 300, 0.01, FRESH)
 
 
 def _both_seeds() -> list[Job]:
@@ -101,6 +105,24 @@ def _small() -> list[Job]:
     return jobs + [job for lr in (1e-2, 3e-3, 3e-2, 1e-1) for job in cells("lora", 400, "soap", lr, (0,))]
 
 
+def _small_fresh() -> list[Job]:
+    """Where a rate beyond an edge won: one beyond that, and fresh seeds; LoRA on fresh seeds."""
+    jobs = []
+    for lr, options in ((0.1, {}), (0.03, {"healthy": True})):
+        for adam, seeds in ((1e-3, FRESH), (3e-4, (0,))):
+            jobs += cells("detection", 500, "muon", lr, seeds, options=options, method_options={"adam": adam})
+    jobs += with_muon("lora", 400, 0.3, (0,)) + with_muon("lora", 400, 0.1, FRESH[:3])
+    return jobs + cells("lora", 400, "soap", 3e-2, FRESH[:3])
+
+
+def _won_by_little() -> list[Job]:
+    """Cells that won late: Muon on the exploding detector, SOAP with 146 layers, where all cells are at chance."""
+    jobs = []
+    for adam, seeds in ((3e-4, FRESH), (1e-4, (0,))):
+        jobs += cells("detection", 500, "muon", 0.1, seeds, method_options={"adam": adam})
+    return jobs + cells("deep-stack", 300, "soap", 1e-2, FRESH[:3])
+
+
 def _gain_2() -> list[Job]:
     """The residual stack at gain 2, with the clip whose norm is computed in float64: three rates on seed 0."""
     hot, wide = {"options": {"gain": 2.0}}, {"wide": True}
@@ -111,14 +133,36 @@ def _gain_2() -> list[Job]:
     return jobs
 
 
-def _depth() -> list[Job]:
-    """GPTs of 12 and 24 layers: three rates of Muon and of SOAP on seed 0."""
-    jobs = []
-    for layers in (12, 24):
-        deep = {"layers": layers, "width": 48}
-        jobs += [job for lr in (0.03, 0.01, 0.1) for job in with_muon("gpt", 300, lr, (0,), **deep)]
-        jobs += [job for lr in (1e-2, 3e-2, 3e-3) for job in cells("gpt", 300, "soap", lr, (0,), options=deep)]
-    return jobs
+def _edges() -> list[Job]:
+    """A rate beyond each edge that won elsewhere, on seed 0."""
+    wide = {"wide": True}
+    jobs = with_muon(*MIXER, 0.003, (0,)) + cells("gpt", 500, "soap", 1e-1, (0,), options={"zero": True})
+    jobs += cells("plain-stack", 350, "sgdm", 0.3, (0,), options={"depth": 36})
+    jobs += with_muon(*MAIN, 0.06, (0,), text="second")
+    return jobs + cells(*HOT[:2], "soap", 1e-1, (0,), method_options=wide)
+
+
+def _more_seeds() -> list[Job]:
+    """As many fresh seeds as GSO has: zero-initialised GPT, mixer, second text, the stack at gains of .5, 1 and 3."""
+    zero, wide = {"zero": True}, {"wide": True}
+    jobs = with_muon("gpt", 500, 0.03, FRESH[:3], **zero)
+    jobs += cells("gpt", 500, "soap", 3e-2, FRESH[:3], options=zero)
+    for gain, lr, adamw in ((0.5, 0.03, 1e-3), (1.0, 0.01, 3e-3)):
+        jobs += with_muon(*HOT[:2], lr, FRESH[:3], gain=gain)
+        jobs += cells(*HOT[:2], "soap", 1e-2, FRESH[:3], options={"gain": gain})
+        jobs += cells(*HOT[:2], "adamw", adamw, FRESH[:3], options={"gain": gain})
+    jobs += with_muon(*MIXER, 0.01, FRESH) + cells(*MIXER, "soap", 1e-2, FRESH)
+    jobs += cells(*MAIN, "schedulefree", 1e-2, FRESH[:3], options={"text": "second"})
+    jobs += cells(*HOT[:2], "adamw", 1e-2, FRESH, method_options=wide)
+    jobs += cells(*HOT[:2], "soap", 3e-2, FRESH, method_options=wide)
+    return jobs + cells(*HOT[:2], "muon", 0.03, FRESH, method_options={"adam": 1e-2, **wide})
+
+
+def _depth(layers: int) -> list[Job]:
+    """A deep GPT: three rates of Muon and of SOAP on seed 0."""
+    deep = {"layers": layers, "width": 48}
+    jobs = [job for lr in (0.03, 0.01, 0.1) for job in with_muon("gpt", 300, lr, (0,), **deep)]
+    return jobs + [job for lr in (1e-2, 3e-2, 3e-3) for job in cells("gpt", 300, "soap", lr, (0,), options=deep)]
 
 
 RIVALS: dict[str, list[Job]] = {
@@ -129,6 +173,12 @@ RIVALS: dict[str, list[Job]] = {
     "proof-rivals-aerial-fresh": _aerial_fresh(),
     "proof-rivals-36-fresh": _fresh_36(),
     "proof-rivals-small": _small(),
+    "proof-rivals-small-fresh": _small_fresh(),
+    "proof-rivals-146-fresh": _fresh_146(),
+    "proof-rivals-won-by-little": _won_by_little(),
     "proof-rivals-gain-2": _gain_2(),
-    "proof-rivals-depth": _depth(),
+    "proof-rivals-depth-12": _depth(12),
+    "proof-rivals-depth-24": _depth(24),
+    "proof-rivals-edges": _edges(),
+    "proof-rivals-more-seeds": _more_seeds(),
 }

@@ -22,6 +22,7 @@ COLUMNS = {
     "lamb": "LAMB",
 }
 NEAR = 0.02  # of the first
+ENOUGH = 6  # fresh seeds on which a cell counts though another was chosen
 
 Row = dict[str, Any]
 
@@ -143,7 +144,15 @@ def their_rows(but: Iterable[str] = ()) -> list[Row]:
 
 
 def _chosen(cells: Mapping[tuple[float, str], list[Row]], higher: bool) -> tuple[float, str]:
-    """The cell that seed 0 prefers, or the mean of those seeds below 10 that all cells have run."""
+    """The cell that seed 0 prefers, or the mean of those seeds below 10 that all cells have run.
+
+    If cells have run on six fresh seeds or more, the best of those with most seeds, which favours the others.
+    """
+    fresh = {cell: [run["score"] for run in runs if run["seed"] >= 10] for cell, runs in cells.items()}
+    most = max(map(len, fresh.values()))
+    if most >= ENOUGH:
+        held = {cell: statistics.median(scores) for cell, scores in fresh.items() if len(scores) == most}
+        return (max if higher else min)(held, key=lambda cell: held[cell])
     sound = {
         cell: {run["seed"]: run["score"] for run in runs if run["seed"] < 10}
         for cell, runs in cells.items()
