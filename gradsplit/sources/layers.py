@@ -114,8 +114,9 @@ def spread(number_S: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def times(tensor: Tensor, factor_S: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
-    """Every sample times its factor; zeros, never 0 * inf, where it is not sound."""
-    scaled = tensor * spread(factor_S, rows).to(tensor.dtype)
+    """Every sample times its factor; zeros, never 0 * inf, where it is not sound. Halves are multiplied in float32."""
+    wider = torch.promote_types(tensor.dtype, torch.float32)  # a half holds neither a tiny factor nor one over it
+    scaled = (tensor * spread(factor_S, rows).to(wider)).to(tensor.dtype)
     if sound_S is None:
         return scaled
     return torch.where(spread(sound_S, rows), scaled, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
@@ -158,6 +159,10 @@ class LayerKind:
     def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
         """The input and the constants that `run` and `gradients` get."""
         return a, None
+
+    def without(self, a: Tensor, sound_S: Tensor | None, rows: Sequence[int], config: Any, weight: Tensor) -> Tensor:
+        """The input without the samples that are not sound."""
+        return masked(a, sound_S, rows) if a.is_floating_point() else a
 
     def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
         """The layer's output, and what backward needs beside input and weight: numbers per row of the input."""
@@ -231,9 +236,8 @@ class _Split(torch.autograd.Function):
             found = kind.gradients(d, a, weight, config, (down, own, need_bias), *extra)
             return (*found, None, None, None, None)
         factor_S, sound_S = decided
-        if a.is_floating_point():
-            a = masked(a, sound_S, rows_a)
-            extra = [masked(numbers, sound_S, rows_a) for numbers in extra]
+        a = kind.without(a, sound_S, rows_a, config, weight)
+        extra = [masked(numbers, sound_S, rows_a) for numbers in extra]
         mine = times(d, factor_S, sound_S, rows)
         _, grad_weight, grad_bias = kind.gradients(mine, a, weight, config, (False, own, need_bias), *extra)
         passed = None
@@ -304,6 +308,14 @@ class _Embedding(LayerKind):
     def prepare(self, module: Any, a: Tensor) -> tuple[Tensor, Any]:
         return a, (module.padding_idx, module.scale_grad_by_freq)
 
+    def without(self, a: Tensor, sound_S: Tensor | None, rows: Sequence[int], config: Any, weight: Tensor) -> Tensor:
+        empty, by_frequency = config
+        if sound_S is None or not by_frequency:
+            return a
+        # The tokens of a sample that is left out must not count among those of the others.
+        nowhere = weight.shape[0] if empty is None else empty
+        return torch.where(spread(sound_S, rows), a, nowhere)
+
     def run(self, a: Tensor, weight: Tensor, bias: Tensor | None, config: Any) -> tuple[Tensor, ...]:
         return (F.embedding(a, weight, padding_idx=config[0]),)
 
@@ -313,8 +325,11 @@ class _Embedding(LayerKind):
         empty, by_frequency = config
         if not need[1]:
             return None, None, None
+        count = weight.shape[0]
+        if by_frequency and empty is None:  # see `without`
+            return None, torch.ops.aten.embedding_dense_backward(d, a, count + 1, count, True)[:count], None
         empty = -1 if empty is None else empty
-        return None, torch.ops.aten.embedding_dense_backward(d, a, weight.shape[0], empty, by_frequency), None
+        return None, torch.ops.aten.embedding_dense_backward(d, a, count, empty, by_frequency), None
 
 
 class _Norm(LayerKind):
@@ -370,10 +385,11 @@ class _RMSNorm(_Norm):
     def gradients(
         self, d: Tensor, a: Tensor, weight: Tensor, config: Any, need: tuple[bool, bool, bool], *extra: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        eps = torch.finfo(a.dtype).eps if config[1] is None else config[1]
         d, a, weight = _at_least_float32(d, a, weight)
+        eps = torch.finfo(a.dtype).eps if config[1] is None else config[1]  # torch's, whose halves are float32 inside
         dims = list(range(a.dim() - len(config[0]), a.dim()))
         rate = (a.square().mean(dims, keepdim=True) + eps).rsqrt()
+        rate = rate.where(rate < math.inf, 0.0)  # with eps=0 of a sample that is left out
         row = a * rate
         inner = d * weight
         passed = rate * (inner - row * (inner * row).mean(dims, keepdim=True)) if need[0] else None
@@ -401,6 +417,9 @@ class Notes(Protocol):
     def see_pass(self) -> None:
         """A backward pass is there."""
 
+    def live(self) -> None:
+        """A sound sample of the pass has a gradient."""
+
     def sound(self, activation_S: Tensor, finite_S: Tensor) -> Tensor:
         """Which samples are not masked."""
 
@@ -408,7 +427,7 @@ class Notes(Protocol):
         """Samples stood out; nan: not finite."""
 
     def lose(self) -> None:
-        """No sample of the pass is sound."""
+        """No sample of the pass is sound in a layer."""
 
 
 class Kind(Protocol):
@@ -451,6 +470,8 @@ class Layer:
         """From the norms of activations and signals; None where every sample is kept as it is (CPU alone)."""
         splitter = self.splitter
         splitter.see_pass()
+        if not signal_S.numel():
+            return None
         may_look = looks(signal_S)
         norm_S = wide(activation_S) * wide(signal_S)
         if may_look:
@@ -460,6 +481,8 @@ class Layer:
                 activation_S, signal_S = again()
                 norm_S = wide(activation_S) * wide(signal_S)
                 ordinary, largest = self._ordinary(before, norm_S)
+            if 0 < largest < math.inf:
+                splitter.live()
             if ordinary:
                 return None
         if splitter.scaler is not None:
@@ -475,8 +498,11 @@ class Layer:
         ratio_S = norm_S / limit
         sound_S = splitter.sound(activation_S, finite_S)
         splitter.note(self.name, torch.where(finite_S, ratio_S, math.nan).float())
-        if may_look and not bool(sound_S.any()):
-            splitter.lose()
+        if may_look:
+            if not bool(sound_S.any()):
+                splitter.lose()
+            elif bool((sound_S & (norm_S > 0)).any()):
+                splitter.live()
         factor_S = torch.where(finite_S, (1 / ratio_S).clamp(min=SMALLEST, max=1.0), 1.0)
         return Decided(factor_S, None if may_look and bool(sound_S.all()) else sound_S)
 

@@ -75,6 +75,8 @@ class RunningLimit:
 
     def follow(self, scale: Tensor, norm_S: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor]:
         """The new scale and the limit; nothing waits for the device."""
+        if not norm_S.numel():
+            return scale, torch.where(scale > 0, self.factor * scale, math.inf)
         ordered_S = torch.where(counts_S, norm_S, math.inf).sort().values
         count = counts_S.sum()
         index = ((count * self.quantile).ceil().long() - 1).clamp(min=0)

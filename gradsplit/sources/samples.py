@@ -151,14 +151,15 @@ class SampleSplitter:
         self.layers: dict[str, Layer] = {}
         self.joints: dict[str, Quarantine] = {}
         self._notes: deque[tuple[int, str, Tensor]] = deque(maxlen=keep)
-        self._patched: list[nn.Module] = []
+        self._patched: list[tuple[nn.Module, _Forward]] = []
         self._handle: Any = None
         self._passes, self._task = 0, -1
         self._known: dict[int, Tensor] = {}
         self._away: Tensor | None = None
         self._inside = False
-        self._lost: set[int] = set()
-        self._stepped = 0
+        # Since the last step: a layer had no sound sample; a sound sample had a gradient. This pass, and the next one:
+        # all rows are in quarantine.
+        self._lost = self._lives = self._void = self._void_next = False
         self._said: set[str] = set()
         self._plan()
 
@@ -207,9 +208,15 @@ class SampleSplitter:
 
     def remove(self) -> None:
         """Take everything off; the model is as it was."""
-        for module in self._patched:
-            module.__dict__.pop("forward", None)
-        self._patched.clear()
+        while self._patched:
+            module, forward = self._patched.pop()
+            forward.on = False
+            if module.__dict__.get("forward") is not forward:
+                continue  # another library runs the module by now, and this splitter inside
+            if forward.before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward.before
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -286,7 +293,7 @@ class SampleSplitter:
             kind: Kind | None = next((kind for kind in kinds if kind.fits(module)), None)
             if name in self.also:
                 kind = WholeKind()
-            if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], types.MethodType):
+            if not _is_own(module.__dict__.get("forward"), module):
                 kind = None  # another library runs it
             if isinstance(module, BATCH_NORMS):
                 if self.quarantine == "auto":
@@ -311,9 +318,8 @@ class SampleSplitter:
                 self.unruled.append(key)
 
     def _patch(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        before = module.__dict__.get("forward")
-        module.__dict__["forward"] = _Forward(module, call, before if isinstance(before, _Forward) else None)
-        self._patched.append(module)
+        module.__dict__["forward"] = forward = _Forward(module, call, module.__dict__.get("forward"))
+        self._patched.append((module, forward))
 
     def _run_model(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._away, self._inside = None, True
@@ -339,7 +345,8 @@ class SampleSplitter:
         away = self._away
         self._away = bad_S if away is None or away.shape != bad_S.shape else away | bad_S
         if looks(bad_S) and bool(bad_S.all()):
-            self.lose(ahead=1)
+            self._void_next = True
+            self.lose()
 
     def see_pass(self) -> None:
         """Count backward passes; the engine gives every pass a number of its own."""
@@ -348,6 +355,7 @@ class SampleSplitter:
             self._task = task
             self._passes += 1
             self._known.clear()
+            self._void, self._void_next = self._void_next, False
 
     def sound(self, activation_S: Tensor, finite_S: Tensor) -> Tensor:
         """Which samples are not masked. Under a scaler an overflowing signal of a sound sample is let through."""
@@ -362,22 +370,25 @@ class SampleSplitter:
         """Called by a layer in the backward pass: samples stood out."""
         self._notes.append((self._passes - 1, name, ratio_S))
 
-    def lose(self, ahead: int = 0) -> None:
-        """No sample of the pass is sound; one ahead where the backward pass is still to come."""
-        self._lost.add(self._passes - 1 + ahead)
+    def live(self) -> None:
+        """A sound sample of the pass has a gradient in a layer."""
+        self._lives = self._lives or not self._void
+
+    def lose(self) -> None:
+        """No sample of the pass is sound in a layer, or in front of a statistic."""
+        self._lost = True
         self._say(
             "SampleSplitter: no sample of the batch is finite, so that its gradient is zero. With .attach(optimizer) "
-            "such a step is passed over; look at the input or at the weights if this lasts."
+            "a step without any other gradient is passed over; look at the input or at the weights if this lasts."
         )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Pass over a step all of whose backward passes were without a sound sample: no gradient, no update."""
-        if self._passes > self._stepped and len(self._lost) >= self._passes - self._stepped:
+        """Pass over a step in which samples were lost and no sound one had a gradient: no gradient, no update."""
+        if self._lost and not self._lives:
             for parameters in optimizer.param_groups:
                 for parameter in parameters["params"]:
                     parameter.grad = None
-        self._lost.clear()
-        self._stepped = self._passes
+        self._lost = self._lives = self._void = self._void_next = False
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -460,29 +471,46 @@ class Quarantine:
 
 
 class _Forward:
-    """A module's forward while it is split; a copy of the module, or one read from a file, has its ordinary forward."""
+    """A module's forward while it is split; a copy of the module, or one read from a file, has the forward of before.
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any], before: _Forward | None) -> None:
-        self.module, self.call, self.before = module, call, before
+    Args:
+        module: what runs.
+        call: how it runs while it is split.
+        before: what stood in the place of the class's forward: of another library, or of this splitter; None: nothing.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], before: Callable[..., Any] | None) -> None:
+        self.module, self.call, self.before, self.on = module, call, before, True
 
     @not_traced  # torch.compile then runs the layer as it is, and split
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.before or _ordinary(self.module)
+        if not self.on:
+            return before(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(
                 "SampleSplitter: expected an ordinary forward and backward pass, got a transformation of torch.func. "
                 "Call .remove() before vmap, grad or jacrev, and attach the splitter again behind them."
             )
-        return self.call(self.module, self.before or _ordinary(self.module), args, kwargs)
+        return self.call(self.module, before, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.before is not None:
+            return copy.deepcopy(self.before, memo)
         return _ordinary(memo[id(self.module)] if id(self.module) in memo else copy.deepcopy(self.module, memo))
 
     def __reduce__(self) -> Any:
-        return _ordinary, (self.module,)
+        return _ordinary, (self.module, self.before)
 
 
-def _ordinary(module: nn.Module) -> Any:
-    return types.MethodType(type(module).forward, module)
+def _ordinary(module: nn.Module, before: Any = None) -> Any:
+    """The forward of the module's class, if nothing stood in its place before."""
+    return types.MethodType(type(module).forward, module) if before is None else before
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether what stands in the place of a module's forward runs the forward of its class, and nothing else."""
+    return forward is None or (isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward)
 
 
 class _BeforeNorm:

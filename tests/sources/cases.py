@@ -70,6 +70,8 @@ CASES: dict[str, Case] = {
     "layernorm": Case(lambda: nn.LayerNorm(4), (7, 5, 4)),
     "layernorm, two dimensions": Case(lambda: nn.LayerNorm((5, 4), bias=False), (7, 5, 4)),
     "rmsnorm": Case(lambda: nn.RMSNorm(4), (7, 5, 4)),
+    "rmsnorm, no eps": Case(lambda: nn.RMSNorm(4, eps=0.0), (7, 4)),
+    "layernorm, no eps": Case(lambda: nn.LayerNorm(4, eps=0.0), (7, 4)),
     "rmsnorm, eps": Case(lambda: nn.RMSNorm(4, eps=0.1), (7, 4)),
     "lstm": Case(lambda: Recurrent(nn.LSTM(4, 3, batch_first=True)), (7, 5, 4)),
     "lstm, deep": Case(

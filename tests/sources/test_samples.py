@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import types
 import warnings
 
 import pytest
@@ -18,6 +19,13 @@ from tests.sources.cases import grads, made
 
 RULE = RunningLimit(quantile=0.5, factor=1.5)
 LOOSE = RunningLimit(factor=1e12)
+
+
+class RunningQuantile:
+    """A rule from outside of the package."""
+
+    def follow(self, scale, norm_S, counts_S):
+        return RunningLimit().follow(scale, norm_S, counts_S)
 
 
 def _net() -> nn.Sequential:
@@ -238,6 +246,21 @@ def test_a_step_without_a_sound_sample_is_passed_over_and_said_once():
     splitter.remove()
 
 
+def test_a_step_in_which_one_of_two_heads_has_no_sound_sample_is_made():
+    torch.manual_seed(0)
+    trunk, sound, lost = nn.Linear(3, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+    model = nn.ModuleList([trunk, sound, lost])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    splitter = SampleSplitter(model, LOOSE).attach(optimizer)
+    h, before = trunk(torch.randn(5, 3)), copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="no sample of the batch is finite"):
+        (sound(h).sum() + math.nan * lost(h).sum()).backward()
+    optimizer.step()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    splitter.remove()
+
+
 def test_a_batch_of_one_is_bounded_by_the_ones_before():
     model = nn.Linear(2, 1, bias=False)
     with SampleSplitter(model, "regression") as splitter:
@@ -366,6 +389,57 @@ def test_an_empty_batch_has_no_gradient():
     assert splitter.named() == [] and not any(parameter.grad.any() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("options", [{"scaler": torch.amp.GradScaler("cpu")}, {"kind": RunningQuantile()}])
+def test_an_empty_batch_is_left_alone_by_every_rule(options):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with SampleSplitter(model, **options) as splitter:
+        model(torch.zeros(0, 3)).sum().backward()
+        assert splitter.state_dict()["layers"] == {}
+    assert not model[0].weight.grad.any()
+    rule, norms = RunningLimit(), torch.zeros(0)
+    assert [number.item() for number in rule.follow(torch.tensor(2.0), norms, norms > 0)] == [2.0, 6.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rmsnorm_has_torch_s_gradient(dtype):
+    """Rows so short that the eps of the norm counts, whose default is that of float32."""
+    torch.manual_seed(0)
+    model, x, c = nn.RMSNorm(8).to(dtype), (torch.randn(5, 8) * 1e-3).to(dtype), torch.randn(5, 8).to(dtype)
+    (model(x) * c).sum().backward()
+    expected = grads(model)["weight"]
+    with SampleSplitter(model, LOOSE):
+        (model(x) * c).sum().backward()
+    torch.testing.assert_close(model.weight.grad, expected)
+
+
+def test_a_recurrent_net_in_half_precision_passes_a_finite_signal_on():
+    """The factor is below what float16 holds, and so is one over it."""
+    torch.manual_seed(0)
+    model = nn.LSTM(4, 4, batch_first=True)
+    x, weight = torch.randn(6, 3, 4), torch.full((6, 3, 4), 1e-3)
+    weight[2] = 2e4
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model, inputs = model.to(dtype), x.detach().to(dtype).requires_grad_()
+        with SampleSplitter(model, "regression"):
+            model(inputs)[0].backward(weight.to(dtype))
+        found.append(inputs.grad.float())
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=2e-5)
+
+
+def test_the_tokens_of_a_sample_that_is_left_out_do_not_count():
+    torch.manual_seed(0)
+    tokens, signal = torch.tensor([[0, 1], [0, 0], [2, 1]]), torch.randn(3, 2, 3)
+    for padding in (None, 1):
+        model = nn.Embedding(4, 3, padding_idx=padding, scale_grad_by_freq=True)
+        (model(tokens[[0, 2]]) * signal[[0, 2]]).sum().backward()
+        expected = grads(model)["weight"]
+        bad = torch.tensor([1.0, math.nan, 1.0]).view(3, 1, 1)
+        with SampleSplitter(model, LOOSE):
+            (model(tokens) * signal * bad).sum().backward()
+        torch.testing.assert_close(model.weight.grad, expected)
+
+
 def test_samples_are_seen_beside_a_splitter_of_samples():
     model, x = _net(), torch.randn(6, 3)
     x[4] = math.nan
@@ -432,6 +506,42 @@ def test_another_library_that_runs_a_layer_keeps_it():
     torch.testing.assert_close(model(x), expected)
     splitter.remove()
     assert "forward" in model[0].__dict__
+
+
+def test_a_method_in_the_place_of_forward_is_kept():
+    """As accelerate wraps a model for mixed precision: a bound method that calls the class's forward."""
+    model, seen = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), []
+
+    def forward(self, x):
+        seen.append(len(x))
+        return type(self).forward(self, x)
+
+    model.forward = types.MethodType(forward, model)
+    splitter = SampleSplitter(model).attach()
+    twin = copy.deepcopy(model)
+    for net in (model, twin):
+        net(torch.randn(4, 3))
+    assert seen == [4, 4]
+    splitter.remove()
+    model(torch.randn(5, 3))
+    assert seen == [4, 4, 5]
+    model.__dict__.pop("forward")
+    twin.__dict__.pop("forward")
+    head = nn.Linear(3, 2)
+    head.forward = types.MethodType(forward, head)
+    assert SampleSplitter(head).unruled == ["weight", "bias"]
+
+
+def test_a_library_that_wraps_a_split_layer_keeps_it_when_the_splitter_goes():
+    layer, x = nn.Linear(3, 2), torch.ones(2, 3)
+    splitter = SampleSplitter(layer).attach()
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) * 2
+    expected = layer(x)
+    splitter.remove()
+    torch.testing.assert_close(layer(x), expected)
+    (layer(x) * torch.tensor([[math.nan], [1.0]])).sum().backward()
+    assert layer.weight.grad.isnan().all(), "the splitter is off"
 
 
 def test_samples_terms_and_rows_are_split_together():
