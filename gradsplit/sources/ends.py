@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layers import Decided, Listener, Where, all_finite, length, looks, masked, once, spread, times
-from .limits import wide
+from .layers import Decided, Listener, Where, once
+from .limits import all_finite, length, looks, masked, spread, times, wide
 
 __all__ = ["WHOLE", "WholeKind", "rows_at"]
 

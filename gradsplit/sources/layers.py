@@ -8,7 +8,9 @@ A sample that is finite sends its full signal to the layers below: every layer b
 
 from __future__ import annotations
 
+import copy
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .limits import Rule, RunningLimit, wide
+from ..hooks import not_traced
+from .limits import Rule, RunningLimit, length, looks, masked, row_shape, spread, times, wide
 
 __all__ = [
-    *("KINDS", "Decided", "Kind", "Layer", "LayerKind", "Listener", "Where", "all_finite", "length", "looks"),
-    *("masked", "once", "row_shape", "spread", "times"),
+    *("KINDS", "Decided", "Forward", "Kind", "Layer", "LayerKind", "Listener", "Where", "is_own", "once"),
 ]
 
 
@@ -56,77 +58,6 @@ class Listener(Where, Protocol):
 
         ``again`` gives the norms once more with a wider range, and is called where one of them is not finite.
         """
-
-
-def row_shape(shape: Sequence[int], num_features: int, batch_dim: int, token: bool = False) -> list[int]:
-    """The shape of one number per sample, which broadcasts against a tensor of the given shape.
-
-    The last ``num_features`` dimensions are the sample's content. A tensor without others is one sample. Where a
-    tensor has fewer dimensions than ``batch_dim`` asks for, its last leading one is the batch.
-
-    >>> row_shape((8, 5, 3), 1, 0), row_shape((8, 5, 3), 1, 1), row_shape((8, 5, 3), 1, 0, token=True)
-    ([8, 1, 1], [1, 5, 1], [8, 5, 1])
-    """
-    lead = len(shape) - num_features
-    rows = [1] * len(shape)
-    for dim in range(lead) if token else range(min(batch_dim, lead - 1), min(batch_dim, lead - 1) + 1):
-        if dim >= 0:
-            rows[dim] = shape[dim]
-    return rows
-
-
-def looks(tensor: Tensor) -> bool:
-    """Whether a value may be looked at in the middle of a step, since its device has no queue to wait for."""
-    return tensor.device.type == "cpu"
-
-
-def all_finite(norm_S: Tensor) -> bool:
-    """Whether every norm is finite; waits for the device."""
-    return math.isfinite(norm_S.sum())
-
-
-def length(tensor: Tensor, rows: Sequence[int], *, again: bool = True) -> Tensor:
-    """The L2 norm of every sample, in one dimension; at least float32.
-
-    On the CPU a row whose float32 norm overflows is measured again in float64. On other devices, where a look would
-    wait, its norm is inf and the row counts as not finite; so on the CPU without ``again``.
-    """
-    tensor = tensor.detach()
-    size = tensor.numel()
-    if size == 0:
-        return tensor.new_zeros(math.prod(rows), dtype=torch.float32)
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    dims: list[int] | int
-    if rows[:1] == [size] or rows[:1] != list(tensor.shape[:1]) or math.prod(rows) != rows[0]:
-        dims = [dim for dim, count in enumerate(rows) if count != tensor.shape[dim]]
-    else:  # the samples lie in dimension 0: the rest of each is one run of numbers
-        tensor, dims = tensor.flatten(1), 1
-    norm = tensor.to(dtype).abs() if dims == [] else torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype)
-    norm_S = norm.reshape(-1)
-    if again and dims != [] and looks(norm_S) and not all_finite(norm_S):
-        norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1)
-    return norm_S
-
-
-def spread(number_S: Tensor, rows: Sequence[int]) -> Tensor:
-    """One number per sample, in the shape that broadcasts against the tensor."""
-    return number_S.view(list(rows))
-
-
-def times(tensor: Tensor, factor_S: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
-    """Every sample times its factor; zeros, never 0 * inf, where it is not sound. Halves are multiplied in float32."""
-    wider = torch.promote_types(tensor.dtype, torch.float32)  # a half holds neither a tiny factor nor one over it
-    scaled = (tensor * spread(factor_S, rows).to(wider)).to(tensor.dtype)
-    if sound_S is None:
-        return scaled
-    return torch.where(spread(sound_S, rows), scaled, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
-
-
-def masked(tensor: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
-    """The tensor with zeros where a sample is not sound."""
-    if sound_S is None:
-        return tensor
-    return torch.where(spread(sound_S, rows), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 def once() -> None:
@@ -513,3 +444,46 @@ class Layer:
             return False, float(norm_S.sum())  # not finite where one is not
         self.scale, self._limit, largest = rule.follow_numbers(before, norm_S.numpy())
         return largest <= self._limit and math.isfinite(largest), largest
+
+
+class Forward:
+    """A module's forward while it is split; a copy of the module, or one read from a file, has the forward of before.
+
+    Args:
+        module: what runs.
+        call: how it runs while it is split.
+        before: what stood in the place of the class's forward: of another library, or of this splitter; None: nothing.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], before: Callable[..., Any] | None) -> None:
+        self.module, self.call, self.before, self.on = module, call, before, True
+
+    @not_traced  # torch.compile then runs the layer as it is, and split
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.before or _ordinary(self.module)
+        if not self.on:
+            return before(*args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "SampleSplitter: expected an ordinary forward and backward pass, got a transformation of torch.func. "
+                "Call .remove() before vmap, grad or jacrev, and attach the splitter again behind them."
+            )
+        return self.call(self.module, before, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.before is not None:
+            return copy.deepcopy(self.before, memo)
+        return _ordinary(memo[id(self.module)] if id(self.module) in memo else copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        return _ordinary, (self.module, self.before)
+
+
+def _ordinary(module: nn.Module, before: Any = None) -> Any:
+    """The forward of the module's class, if nothing stood in its place before."""
+    return types.MethodType(type(module).forward, module) if before is None else before
+
+
+def is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether what stands in the place of a module's forward runs the forward of its class, and nothing else."""
+    return forward is None or (isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward)

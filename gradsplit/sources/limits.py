@@ -1,4 +1,4 @@
-"""How large one sample may be beside the others, and one term of the loss: running scales, kept on their device."""
+"""One number per sample or term of the loss: how large it is, and how large it may be, on its device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,86 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RULES", "Rule", "RunningLimit", "TermLimits", "rule_of", "wide"]
+__all__ = [
+    *("RULES", "Rule", "RunningLimit", "TermLimits", "all_finite", "length", "looks", "masked", "row_shape"),
+    *("rule_of", "spread", "times", "wide"),
+]
 
 
 def wide(number_S: Tensor) -> Tensor:
     """The numbers in float64, where the device has it."""
     return number_S.float() if number_S.device.type == "mps" else number_S.double()
+
+
+def row_shape(shape: Sequence[int], num_features: int, batch_dim: int, token: bool = False) -> list[int]:
+    """The shape of one number per sample, which broadcasts against a tensor of the given shape.
+
+    The last ``num_features`` dimensions are the sample's content. A tensor without others is one sample. Where a
+    tensor has fewer dimensions than ``batch_dim`` asks for, its last leading one is the batch.
+
+    >>> row_shape((8, 5, 3), 1, 0), row_shape((8, 5, 3), 1, 1), row_shape((8, 5, 3), 1, 0, token=True)
+    ([8, 1, 1], [1, 5, 1], [8, 5, 1])
+    """
+    lead = len(shape) - num_features
+    rows = [1] * len(shape)
+    for dim in range(lead) if token else range(min(batch_dim, lead - 1), min(batch_dim, lead - 1) + 1):
+        if dim >= 0:
+            rows[dim] = shape[dim]
+    return rows
+
+
+def looks(tensor: Tensor) -> bool:
+    """Whether a value may be looked at in the middle of a step, since its device has no queue to wait for."""
+    return tensor.device.type == "cpu"
+
+
+def all_finite(norm_S: Tensor) -> bool:
+    """Whether every norm is finite; waits for the device."""
+    return math.isfinite(norm_S.sum())
+
+
+def length(tensor: Tensor, rows: Sequence[int], *, again: bool = True) -> Tensor:
+    """The L2 norm of every sample, in one dimension; at least float32.
+
+    On the CPU a row whose float32 norm overflows is measured again in float64. On other devices, where a look would
+    wait, its norm is inf and the row counts as not finite; so on the CPU without ``again``.
+    """
+    tensor = tensor.detach()
+    size = tensor.numel()
+    if size == 0:
+        return tensor.new_zeros(math.prod(rows), dtype=torch.float32)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    dims: list[int] | int
+    if rows[:1] == [size] or rows[:1] != list(tensor.shape[:1]) or math.prod(rows) != rows[0]:
+        dims = [dim for dim, count in enumerate(rows) if count != tensor.shape[dim]]
+    else:  # the samples lie in dimension 0: the rest of each is one run of numbers
+        tensor, dims = tensor.flatten(1), 1
+    norm = tensor.to(dtype).abs() if dims == [] else torch.linalg.vector_norm(tensor, dim=dims, dtype=dtype)
+    norm_S = norm.reshape(-1)
+    if again and dims != [] and looks(norm_S) and not all_finite(norm_S):
+        norm_S = torch.linalg.vector_norm(tensor, dim=dims, dtype=torch.float64).reshape(-1)
+    return norm_S
+
+
+def spread(number_S: Tensor, rows: Sequence[int]) -> Tensor:
+    """One number per sample, in the shape that broadcasts against the tensor."""
+    return number_S.view(list(rows))
+
+
+def times(tensor: Tensor, factor_S: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
+    """Every sample times its factor; zeros, never 0 * inf, where it is not sound. Halves are multiplied in float32."""
+    wider = torch.promote_types(tensor.dtype, torch.float32)  # a half holds neither a tiny factor nor one over it
+    scaled = (tensor * spread(factor_S, rows).to(wider)).to(tensor.dtype)
+    if sound_S is None:
+        return scaled
+    return torch.where(spread(sound_S, rows), scaled, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def masked(tensor: Tensor, sound_S: Tensor | None, rows: Sequence[int]) -> Tensor:
+    """The tensor with zeros where a sample is not sound."""
+    if sound_S is None:
+        return tensor
+    return torch.where(spread(sound_S, rows), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 class Rule(Protocol):

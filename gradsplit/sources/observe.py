@@ -22,7 +22,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
 from .ends import WHOLE, WholeKind, rows_at
-from .layers import KINDS, LayerKind, length, row_shape
+from .layers import KINDS, LayerKind
+from .limits import length, row_shape
 from .standing import FAR, RECENT, Reading, Seen, standing_out, upper
 
 __all__ = ["SampleWatch"]

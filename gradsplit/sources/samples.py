@@ -8,10 +8,8 @@ In front of a statistic of the batch a bad row is put in quarantine:
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..hooks import not_traced
 from ..split import check_state
 from .ends import WHOLE, WholeKind
-from .layers import KINDS, Kind, Layer, length, looks, row_shape, spread
-from .limits import Rule, RunningLimit, rule_of, wide
+from .layers import KINDS, Forward, Kind, Layer, is_own
+from .limits import Rule, RunningLimit, length, looks, row_shape, rule_of, spread, wide
 
 __all__ = ["SampleSplitter", "StoodOut"]
 
@@ -151,7 +148,7 @@ class SampleSplitter:
         self.layers: dict[str, Layer] = {}
         self.joints: dict[str, Quarantine] = {}
         self._notes: deque[tuple[int, str, Tensor]] = deque(maxlen=keep)
-        self._patched: list[tuple[nn.Module, _Forward]] = []
+        self._patched: list[tuple[nn.Module, Forward]] = []
         self._handle: Any = None
         self._passes, self._task = 0, -1
         self._known: dict[int, Tensor] = {}
@@ -173,7 +170,7 @@ class SampleSplitter:
             RuntimeError: a layer is split already.
             ValueError: the optimizer has no parameter of the model.
         """
-        if self._patched or any(isinstance(m.__dict__.get("forward"), _Forward) for m in self.model.modules()):
+        if self._patched or any(isinstance(m.__dict__.get("forward"), Forward) for m in self.model.modules()):
             raise RuntimeError(
                 "SampleSplitter.attach(): expected a model that is not split by sample yet. "
                 "Call .remove() of the first splitter."
@@ -293,7 +290,7 @@ class SampleSplitter:
             kind: Kind | None = next((kind for kind in kinds if kind.fits(module)), None)
             if name in self.also:
                 kind = WholeKind()
-            if not _is_own(module.__dict__.get("forward"), module):
+            if not is_own(module.__dict__.get("forward"), module):
                 kind = None  # another library runs it
             if isinstance(module, BATCH_NORMS):
                 if self.quarantine == "auto":
@@ -318,7 +315,7 @@ class SampleSplitter:
                 self.unruled.append(key)
 
     def _patch(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        module.__dict__["forward"] = forward = _Forward(module, call, module.__dict__.get("forward"))
+        module.__dict__["forward"] = forward = Forward(module, call, module.__dict__.get("forward"))
         self._patched.append((module, forward))
 
     def _run_model(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -468,49 +465,6 @@ class Quarantine:
         ordinary = x.detach().index_select(self.batch_dim, nearest_S)
         ordinary = torch.where(bad_S.all(), torch.zeros((), dtype=x.dtype, device=x.device), ordinary)
         return torch.where(spread(bad_S, rows), ordinary, x)
-
-
-class _Forward:
-    """A module's forward while it is split; a copy of the module, or one read from a file, has the forward of before.
-
-    Args:
-        module: what runs.
-        call: how it runs while it is split.
-        before: what stood in the place of the class's forward: of another library, or of this splitter; None: nothing.
-    """
-
-    def __init__(self, module: nn.Module, call: Callable[..., Any], before: Callable[..., Any] | None) -> None:
-        self.module, self.call, self.before, self.on = module, call, before, True
-
-    @not_traced  # torch.compile then runs the layer as it is, and split
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.before or _ordinary(self.module)
-        if not self.on:
-            return before(*args, **kwargs)
-        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(
-                "SampleSplitter: expected an ordinary forward and backward pass, got a transformation of torch.func. "
-                "Call .remove() before vmap, grad or jacrev, and attach the splitter again behind them."
-            )
-        return self.call(self.module, before, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.before is not None:
-            return copy.deepcopy(self.before, memo)
-        return _ordinary(memo[id(self.module)] if id(self.module) in memo else copy.deepcopy(self.module, memo))
-
-    def __reduce__(self) -> Any:
-        return _ordinary, (self.module, self.before)
-
-
-def _ordinary(module: nn.Module, before: Any = None) -> Any:
-    """The forward of the module's class, if nothing stood in its place before."""
-    return types.MethodType(type(module).forward, module) if before is None else before
-
-
-def _is_own(forward: Any, module: nn.Module) -> bool:
-    """Whether what stands in the place of a module's forward runs the forward of its class, and nothing else."""
-    return forward is None or (isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward)
 
 
 class _BeforeNorm:

@@ -17,8 +17,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..hooks import not_traced, users_level
 from ..split import check_state
-from .layers import looks
-from .limits import TermLimits, wide
+from .limits import TermLimits, looks, wide
 
 __all__ = ["LeftOut", "TermRow", "TermSplitter"]
 
