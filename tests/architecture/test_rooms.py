@@ -30,9 +30,8 @@ MOST_LINES = (
     # inputs that are told, endless rates, copies without their bounds,
     39_350  # options with a unit, a group and a default in the help, a diagnosis of what is installed
 )
-ROOMS_SINCE = {"sources": 2_680}  # a later room: 2,000, samples only seen, refusals, terms as numbers, foreign forwards
-    "sources": 2_680
-}  # a room that came later: 2,000, samples only seen, refusals, terms as numbers, foreign forwards
+# A room that came later: 2,000, samples only seen, refusals, terms as plain numbers, forwards of other libraries.
+ROOMS_SINCE = {"sources": 2_680}
 MOST_SINGLE = 0.13
 FEWEST_LINES = 60  # of a module with a single importer; a shorter one belongs in its importer
 
