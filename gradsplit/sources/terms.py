@@ -317,7 +317,7 @@ class TermSplitter:
             self._left_out.append((self.limits.calls, name, left))
             factor = scale * self.weights.get(name, 1.0)
             pairs = [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
-            parts = [torch.where(left, 0.0, g * factor.to(g.dtype)) for _, g in pairs]
+            parts = [torch.where(left, 0.0, _times(g, factor)) for _, g in pairs]
             held = [(p.grad, part) for (p, _), part in zip(pairs, parts, strict=True) if p.grad is not None]
             if held:
                 torch._foreach_add_([grad for grad, _ in held], [part for _, part in held])
@@ -390,6 +390,12 @@ def _norm(gradients: Sequence[Tensor | None], value: Tensor) -> Tensor:
     return wide(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
 
 
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The product in the gradient's dtype; halves, which hold no tiny factor, are multiplied in float32."""
+    wider = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(wider) * factor.to(wider)).to(gradient.dtype)
+
+
 def _length(vector: Tensor) -> float:
     """The L2 norm in float64, a part at a time, since torch makes a copy in that precision."""
     vector = torch.view_as_real(vector) if vector.is_complex() else vector
@@ -399,15 +405,18 @@ def _length(vector: Tensor) -> float:
 
 
 def _add(parameters: Sequence[Tensor], vectors: Sequence[tuple[Tensor, float]]) -> None:
-    """Add the sum of factor times vector, cut into the parameters' shapes, to ``.grad``."""
+    """Add the sum of factor times vector, cut into the parameters' shapes, to ``.grad``; of halves in float32."""
     if not vectors:
         return
     (first, factor), *others = vectors
     # Several tensors were copied into one vector; a single one may share its memory with another gradient.
-    total = first if factor == 1 and len(parameters) > 1 else first * factor
+    wider = torch.promote_types(first.dtype, torch.float32)
+    total = first.to(wider)
+    if factor != 1 or len(parameters) == 1:
+        total = total * factor
     for vector, factor in others:
-        total.add_(vector, alpha=factor)
-    parts = _unflatten_dense_tensors(total, parameters)
+        total.add_(vector.to(wider), alpha=factor)
+    parts = _unflatten_dense_tensors(total.to(first.dtype), parameters)
     for parameter, part in zip(parameters, parts, strict=True):
         if parameter.grad is None:
             parameter.grad = part

@@ -65,6 +65,19 @@ def test_a_term_of_zero_and_a_norm_that_would_overflow():
     assert float(state.maximum["c"]) == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_halves_are_multiplied_in_float32(dtype):
+    """A factor that float16 does not hold, and a running maximum that bfloat16 would never lower."""
+    small, large = jnp.full(3, 1e-3, dtype), jnp.full(3, 6e4, dtype)
+    total, state = split_terms({"a": small, "b": large}, values={"a": dtype(1.0), "b": dtype(1.0)})
+    np.testing.assert_allclose(np.asarray(total, np.float64), 2e-3, rtol=0.01)
+    for _ in range(100):
+        _, state = split_terms({"a": small, "b": large}, state, values={"a": dtype(0.5), "b": dtype(1.0)})
+    assert float(state.worst["a"]) == pytest.approx(0.999**100, rel=1e-4)
+    mean, _ = split_samples(jnp.stack([small, small, large, small, small]), quantile=0.5, factor=3.0)
+    np.testing.assert_allclose(np.asarray(mean, np.float64), (4 + 3) * 1e-3 / 5, rtol=0.01)
+
+
 def test_samples_follow_the_formula():
     generator = np.random.default_rng(1)
     batches = [generator.normal(size=(9, 3, 2)) * np.exp(generator.normal(size=(9, 1, 1))) for _ in range(6)]
@@ -112,3 +125,5 @@ def test_bad_input_is_refused_by_name():
         split_samples({"w": jnp.ones(())})
     with pytest.raises(ValueError, match=r"\[\(3, 2\), \(4,\)\]"):
         split_samples([jnp.ones((3, 2)), jnp.ones(4)])
+    with pytest.raises(ValueError, match="empty batch"):
+        split_samples({"w": jnp.ones((0, 2))})

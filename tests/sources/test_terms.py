@@ -365,6 +365,15 @@ def test_parameters_of_several_dtypes_and_complex_ones():
     torch.testing.assert_close(b.grad.real, torch.full((2,), 4.0))
 
 
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_multiplied_in_float32(dtype, unseen):
+    w = nn.Parameter(torch.zeros(3, dtype=dtype))
+    splitter = _unseen(TermSplitter([w])) if unseen else TermSplitter([w])
+    splitter.backward(a=1e-3 * w.sum(), b=(w * torch.full((3,), 6e4, dtype=dtype)).sum())
+    torch.testing.assert_close(w.grad.double(), torch.full((3,), 2e-3).double(), rtol=0.01, atol=0)
+
+
 def test_a_large_vector_is_measured_in_parts(monkeypatch):
     from gradsplit.sources import terms
 

@@ -109,7 +109,7 @@ def split_terms(
         factor = scale[name] * (weights or {}).get(name, 1.0)
         sound = jnp.isfinite(norms[name])
         # The loops below run while JAX traces, so each part may hold this turn's numbers.
-        part = jax.tree_util.tree_map(lambda g, f=factor, s=sound: jnp.where(s, g * f.astype(g.dtype), 0), tree)
+        part = jax.tree_util.tree_map(lambda g, f=factor, s=sound: jnp.where(s, _times(g, f), 0), tree)
         total = part if total is None else jax.tree_util.tree_map(jnp.add, total, part)
     return total, TermState(maximum, scale, level, worst)
 
@@ -122,6 +122,7 @@ def _progress(
     worst = {} if state is None else dict(state.worst)
     for name, given in values.items():
         value = jnp.asarray(given)
+        value = value.astype(_wide(value))
         sound = jnp.isfinite(value)
         old, top = level.get(name, jnp.zeros_like(value)), worst.get(name, jnp.zeros_like(value))
         level[name] = jnp.where(sound, jnp.where(top > 0, 0.9 * old + 0.1 * value, value), old)
@@ -159,6 +160,9 @@ def split_samples(
     Returns:
         The gradient for the optimizer, and the new state, whose ``ratio`` names the samples.
 
+    Raises:
+        ValueError: leaves without one entry per sample, or an empty batch.
+
     >>> per_sample = {"w": jnp.array([[1.0], [jnp.nan], [3.0], [1.0]])}
     >>> mean, state = split_samples(per_sample, quantile=0.5, factor=1.0)
     >>> mean["w"].tolist()
@@ -172,6 +176,10 @@ def split_samples(
         raise ValueError(
             f"split_samples(…): expected leaves with one entry per sample in dimension 0, got the shapes {shapes}. Use "
             "jax.vmap(jax.grad(loss), in_axes=(None, 0))."
+        )
+    if not leaves[0].shape[0]:
+        raise ValueError(
+            "split_samples(…): expected at least one sample, got an empty batch, which has no mean. Leave the call out."
         )
     norms = [_norm_per_sample(leaf) for leaf in leaves]
     sound = jnp.stack([jnp.isfinite(norm) for norm in norms]).all(0)
@@ -187,7 +195,7 @@ def split_samples(
         scale = jnp.where(counts.any(), jnp.where(before > 0, before * jnp.exp(move), now), before)
         limit = jnp.where(scale > 0, factor * scale, jnp.inf)
         wide = (-1,) + (1,) * (leaf.ndim - 1)
-        bounded = leaf * jnp.minimum(limit / norm, 1.0).reshape(wide).astype(leaf.dtype)
+        bounded = _times(leaf, jnp.minimum(limit / norm, 1.0).reshape(wide))
         means.append(jnp.where(sound.reshape(wide), jnp.where(norm.reshape(wide) > 0, bounded, leaf), 0).mean(0))
         scales.append(scale)
         ratios.append(jnp.where(sound, norm / limit, jnp.nan))
@@ -205,6 +213,12 @@ def _norm_per_sample(leaf: Any) -> Array:
     largest = flat.max(1, initial=0.0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
     return unit * jnp.sqrt(jnp.square(flat / unit[:, None]).sum(1))
+
+
+def _times(array: Array, factor: Array) -> Array:
+    """The product in the array's dtype; halves, which hold no tiny factor, are multiplied in float32."""
+    wider = _wide(array)
+    return (array.astype(wider) * factor.astype(wider)).astype(array.dtype)
 
 
 def _wide(leaf: Any) -> Any:
