@@ -129,14 +129,17 @@ def _train(grid: Grid, row: Workload, folder: Path, jobs: int, console: Console)
 
     num_runs = len(list(grid.cells())) + len(grid.methods) * grid.fresh_seeds
     minutes = num_runs * row.expected.seconds * grid.settings.steps / row.steps / max(jobs, 1) / 60
-    runs, long = f"{num_runs} run{'' if num_runs == 1 else 's'}", f"about {minutes:.0f}" if minutes >= 2 else "some"
+    runs, long = (
+        f"{num_runs} run{'' if num_runs == 1 else 's'}",
+        f"about {minutes:.0f}" if minutes >= 2 else "at most a few",
+    )
     console.print(
         f"[bold]{grid.workload}[/]: {row.title}\n{runs} of {grid.settings.steps} steps, {max(jobs, 1)} at a time: "
         f"{long} minutes; raw results in {folder}"
     )
     with Progress(
         TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), console=console,
+        TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         shown = bar.add_task("starting", total=num_runs)
 

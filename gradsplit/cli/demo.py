@@ -7,13 +7,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
-from ..lab.pages.tables import number, verdict
+from ..lab.pages.tables import Columns, number, verdict
 from .app import flag, option, page_if_possible
 
 __all__ = ["run"]
@@ -44,7 +42,7 @@ def run(
     console.print(f"{total} runs, {jobs} at a time, each in one thread\n", highlight=False)
     with Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"), console=console,
+        TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         ids = {
             (at, row_at): bar.add_task(
@@ -84,24 +82,21 @@ def scene_table(scene: dict[str, Any]) -> Group:
     """One line per row: score, steps to target, whether it diverged, processor time and memory."""
     way = "higher is better" if scene["higher_is_better"] else "lower is better"
     title = f"{scene['workload']}: {scene['metric']} after {scene['steps']} steps ({way})"
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True, min_width=20)
-    for heading, width in ((scene["metric"], 8), ("to target", 9), ("diverged", 12), ("ms/step", 7), ("state", 5)):
-        table.add_column(heading, justify="right", min_width=width, max_width=12)
-    for row in scene["rows"]:
-        steps = row["steps_to_target"]
-        table.add_row(
-            row["label"],
-            number(row["score"]),
-            "never" if steps is None else str(steps),
-            verdict(row),
-            number(row["cpu_ms_a_step"], 1),
-            number(row["state_per_weight"], 1),
-            style="bold" if row["ours"] else None,
-        )
+    rows = scene["rows"]
+    steps = [row["steps_to_target"] for row in rows]
+    cells = {
+        scene["metric"]: [number(row["score"]) for row in rows],
+        "to target": ["never" if one is None else str(one) for one in steps],
+        "diverged": [verdict(row) for row in rows],
+        "ms/step": [number(row["cpu_ms_a_step"], 1) for row in rows],
+        "memory": [number(row["state_per_weight"], 1) for row in rows],
+    }
+    table = Columns(
+        "method", [row["label"] for row in rows], cells, [row["ours"] for row in rows], folded=("diverged",)
+    )
     legend = (
-        "To target: steps until the training loss is where the global clip ends. State: bytes of the "
-        "optimizer per byte of weights."
+        "To target: steps until the training loss is where the global clip ends. ms/step: processor time. Memory: "
+        "bytes of the optimizer per byte of weights."
     )
     return Group(Text(title, "bold"), Text(scene["expect"]), table, Text(legend, "dim"))
 

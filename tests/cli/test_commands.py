@@ -91,7 +91,7 @@ def test_compare_at_each_methods_own_rate(capsys, tmp_path):
         "--jobs", "0", "--out", str(tmp_path),
     )  # fmt: skip
     out = capsys.readouterr().out
-    assert "0.001" in out and "0.03" in out and "ms/step" in out and "state" in out
+    assert "0.001" in out and "0.03" in out and "ms/step" in out and "memory" in out
     assert "strength" not in out.split("over the learning rate")[0], "nothing is tuned, so the column would be empty"
     assert "worst bin" not in out and "scaled" not in out, "no method here splits"
     assert out.count("\n adamw ") == 2, "no name is cut in a terminal of 80 columns"
@@ -103,7 +103,7 @@ def test_compare_at_each_methods_own_rate(capsys, tmp_path):
 def test_demo_ends_with_a_table_and_a_page(capsys, tmp_path):
     _run("demo", "--quick", "--out", str(tmp_path), "--jobs", "1")
     out = capsys.readouterr().out
-    for heading in ("val_loss", "to target", "diverged", "ms/step", "state"):
+    for heading in ("val_loss", "to target", "diverged", "ms/step", "memory"):
         assert heading in out
     raw = json.loads((tmp_path / "demo.json").read_text(encoding="utf8"))
     assert [scene["workload"] for scene in raw["scenes"]] == [scene.workload for scene in scenes()]

@@ -2,16 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["best_table", "curve_table", "number", "share", "verdict"]
+__all__ = ["Columns", "best_table", "curve_table", "number", "share", "verdict"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A table that loses no column: what does not fit into the window's width stands in a further table below.
+
+    Attributes:
+        heading: of the first column, which every part repeats.
+        names: the cells of the first column.
+        cells: heading -> the column's cells.
+        bold: by row.
+        left: headings whose cells begin at the left; a number ends at the right.
+        folded: headings whose cells may be broken over lines.
+    """
+
+    heading: str
+    names: Sequence[str]
+    cells: Mapping[str, Sequence[str]]
+    bold: Sequence[bool]
+    left: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """Yield one table, or several of the first column and as many others as fit."""
+        part: list[str] = []
+        for heading in self.cells:
+            if part and self._least_width([*part, heading]) > options.max_width:
+                yield self._table(part)
+                part = []
+            part.append(heading)
+        yield self._table(part)
+
+    def _width(self, heading: str) -> int:
+        whole = max(map(len, (heading, *self.cells[heading])))
+        return min(whole, max(12, len(heading))) if heading in self.folded else whole
+
+    def _least_width(self, headings: Sequence[str]) -> int:
+        """The first column and these, with the space before, between and after them."""
+        first = max(map(len, (self.heading, *self.names)))
+        return 1 + first + sum(2 + self._width(heading) for heading in headings) + 1
+
+    def _table(self, headings: Sequence[str]) -> Table:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column(self.heading, no_wrap=True)
+        for heading in headings:
+            folded = heading in self.folded
+            table.add_column(
+                heading,
+                justify="left" if folded or heading in self.left else "right",
+                no_wrap=not folded,
+                overflow="fold" if folded else "ellipsis",
+                min_width=self._width(heading),
+            )
+        for at, (name, bold) in enumerate(zip(self.names, self.bold, strict=True)):
+            cells = (escape(self.cells[heading][at]) for heading in headings)
+            table.add_row(escape(name), *cells, style="bold" if bold else None)
+        return table
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -53,13 +111,13 @@ def _range(scores: Mapping[str, Any], diverged: int) -> str:
 
 
 def best_table(results: Mapping[str, Any]) -> Group:
-    """One line per method: its best cell and what came of it; a column that is empty for all methods is left out."""
+    """One line per method: its best setting and what came of it; a column that is empty for all methods is left out."""
     about, summary = results["workload"], results["summary"]
     way = "higher is better" if about["higher_is_better"] else "lower is better"
     fresh = any(entry["fresh"] for entry in summary)
     seeds = results["grid"]["fresh_seeds"] if fresh else results["grid"]["seeds"]
-    kind = f"{seeds} fresh seed{'s' * (seeds > 1)}" if fresh else f"seeds that chose the cell: {seeds}"
-    title = f"Best cell of each method: median {about['metric']} ({way}), {kind}"
+    kind = f"{seeds} fresh seed{'s' * (seeds > 1)}" if fresh else f"the {seeds} seed{'s' * (seeds > 1)} that chose it"
+    title = f"Best setting of each method: median {about['metric']} ({way}) over {kind}"
     columns = {
         "strength": ["" if entry["strength"] is None else f"{entry['strength']:g}" for entry in summary],
         "lr": [f"{entry['lr']:.3g}" for entry in summary],
@@ -67,28 +125,21 @@ def best_table(results: Mapping[str, Any]) -> Group:
         "range": [_range(entry["fresh"] or entry["choosing"], entry["diverged"]) for entry in summary],
         "to target": [_steps(entry["steps_to_target"]) for entry in summary],
         "ms/step": [number(entry.get("cpu_ms_a_step"), 1) for entry in summary],
-        "state": [number(entry.get("state_per_weight"), 1) for entry in summary],
+        "memory": [number(entry.get("state_per_weight"), 1) for entry in summary],
         "scaled": [share(entry["scaled_share"]) for entry in summary],
-        "worst bin": [escape(entry["worst_bin"] or "") for entry in summary],
+        "worst bin": [entry["worst_bin"] or "" for entry in summary],
     }
     if not set(columns["worst bin"]) - {"", "all"}:  # a clip of the whole model has one bin
         columns.pop("worst bin")
     shown = {heading: cells for heading, cells in columns.items() if any(cells)}
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True, min_width=max(len(entry["method"]) for entry in summary))
-    for heading, cells in shown.items():
-        if heading == "worst bin":
-            table.add_column(heading, overflow="fold", min_width=len(heading))
-        else:
-            width = max(map(len, (heading, *cells)))
-            table.add_column(heading, justify="left" if heading == "range" else "right", no_wrap=True, min_width=width)
-    for entry, *cells in zip(summary, *shown.values(), strict=True):
-        table.add_row(entry["method"], *cells, style="bold" if entry["ours"] else None)
+    names, ours = [entry["method"] for entry in summary], [entry["ours"] for entry in summary]
+    table = Columns("method", names, shown, ours, left=("range",), folded=("worst bin",))
     legend = {
         "to target": f"steps until the training loss is where {results.get('target_method', 'clip')} ends",
         "ms/step": "processor time",
-        "state": "bytes of the optimizer per byte of weights",
-        "scaled": "share of bins",
+        "memory": "bytes of the optimizer per byte of weights",
+        "scaled": "share of bins, over all steps",
+        "worst bin": "the one that is scaled down most",
     }
     caption = "; ".join(f"{heading}: {words}" for heading, words in legend.items() if heading in shown)
     return Group(Text(title, "bold"), table, Text(caption, "dim"))
@@ -103,12 +154,8 @@ def curve_table(results: Mapping[str, Any]) -> Group:
     summary = results["summary"]
     lrs = sorted({point["lr"] for entry in summary for point in entry["curve"]})
     title = f"Median {results['workload']['metric']} over the learning rate, best strength at each"
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for lr in lrs:
-        table.add_column(f"{lr:.3g}", justify="right", no_wrap=True)
-    for entry in summary:
-        at = {point["lr"]: point for point in entry["curve"]}
-        cells = [number(at[lr]["median"]) if lr in at else "" for lr in lrs]
-        table.add_row(entry["method"], *cells, style="bold" if entry["ours"] else None)
-    return Group(Text(title, "bold"), table)
+    curves = [{point["lr"]: number(point["median"]) for point in entry["curve"]} for entry in summary]
+    digits = next((n for n in range(3, 17) if len({f"{lr:.{n}g}" for lr in lrs}) == len(lrs)), 17)
+    cells = {f"{lr:.{digits}g}": [curve.get(lr, "") for curve in curves] for lr in lrs}
+    names, ours = [entry["method"] for entry in summary], [entry["ours"] for entry in summary]
+    return Group(Text(title, "bold"), Columns("method", names, cells, ours))
