@@ -292,6 +292,7 @@ class Guard:
 
     def _roll_back(self, step: int, loss: float, reason: str) -> GuardAction:
         stops = self.num_rollbacks >= self.max_rollbacks
+        self.snapshots.wait()  # one that cannot be written is no way back
         if self._used is not None and self._used is self.snapshots.newest and len(self.snapshots) > 1:
             self.snapshots.discard_newest()
         snapshot = self.snapshots.newest

@@ -81,7 +81,7 @@ def as_before(saved: Any, like: Any) -> Any:
     if isinstance(saved, dict) and isinstance(like, dict):
         return _same_kind({key: as_before(value, like.get(key)) for key, value in saved.items()}, like)
     if isinstance(saved, (list, tuple)) and isinstance(like, (list, tuple)) and len(saved) == len(like):
-        return type(saved)(as_before(one, other) for one, other in zip(saved, like, strict=True))
+        return _same_items(saved, [as_before(one, other) for one, other in zip(saved, like, strict=True)])
     return saved
 
 
@@ -107,8 +107,13 @@ def copied(tree: Any, into: Any = None, *, wait: bool = True) -> Any:
         return _same_kind({key: copied(value, old.get(key), wait=wait) for key, value in tree.items()}, tree)
     if isinstance(tree, (list, tuple)):
         old_items = into if isinstance(into, (list, tuple)) and len(into) == len(tree) else [None] * len(tree)
-        return type(tree)([copied(value, old, wait=wait) for value, old in zip(tree, old_items, strict=True)])
+        return _same_items(tree, [copied(value, old, wait=wait) for value, old in zip(tree, old_items, strict=True)])
     return tree if isinstance(tree, _LEAVES) else copy.deepcopy(tree)
+
+
+def _same_items(like: Any, items: list[Any]) -> Any:
+    """A list, a tuple or a named tuple."""
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 
 
 def _same_kind(made: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:

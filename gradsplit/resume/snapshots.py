@@ -49,6 +49,9 @@ class Snapshots:
     def __len__(self) -> int:
         return len(self._taken)
 
+    def wait(self) -> None:
+        """Wait until every snapshot is where it can be read; those that could not be written are forgotten."""
+
     @property
     def newest(self) -> Snapshot | None:
         """None before the first."""
@@ -135,7 +138,7 @@ class DiskSnapshots(Snapshots):
             self._remove(self._taken.pop(0))
 
     def wait(self) -> None:
-        """Wait for the file that is being written; one that could not be written is given up with a warning."""
+        """As said; a file that could not be written is given up with a warning."""
         writing, self._writing = self._writing, None
         if writing is None:
             return

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
+import torch
 from torch import nn
 
 import gradsplit as gs
+from gradsplit.resume import snapshots
 from tests.resume.runs import data, net, sgd, train
 
 
@@ -96,6 +100,51 @@ def test_a_snapshot_that_was_damaged_on_disk_is_named(tmp_path):
     place.write_bytes(place.read_bytes()[:-5])
     with pytest.raises(gs.CheckpointError, match=r"step-00000000\.ckpt"):
         guard.roll_back()
+
+
+def test_a_snapshot_that_could_not_be_written_leaves_the_one_before_it(tmp_path, monkeypatch):
+    """The disk is full when the run diverges, before anybody has looked at how the writing ended."""
+    model = net()
+    guard = gs.Guard(model, sgd(model), folder=tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    guard._take_snapshot()
+    guard.snapshots.wait()
+
+    def full(path, tree):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(snapshots, "save_tree", full)
+    guard.step_count = 5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    guard._take_snapshot()
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        assert guard.roll_back().to_step == 0
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key])
+
+
+def test_named_tuples_in_a_state_come_back_as_they_were():
+    class Pair(NamedTuple):
+        mean: torch.Tensor
+        count: int
+
+    class Part:
+        held = Pair(torch.ones(2), 3)
+
+        def state_dict(self):
+            return {"pair": self.held}
+
+        def load_state_dict(self, state):
+            self.held = state["pair"]
+
+    model, part = net(), Part()
+    guard = gs.Guard(model, sgd(model), others={"part": part})
+    guard._take_snapshot()
+    part.held = Pair(torch.zeros(2), 4)
+    guard.roll_back()
+    assert isinstance(part.held, Pair) and part.held.mean.tolist() == [1.0, 1.0] and part.held.count == 3
 
 
 def test_a_disk_that_is_gone_costs_a_warning_and_no_training(tmp_path):
