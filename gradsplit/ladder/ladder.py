@@ -22,6 +22,7 @@ from .trace import LossOfParams, Params, TracedLoss, trace_loss
 
 PILOT_ORDER = 24  # a short pass at this order finds the scale of the step before a long one
 FACTOR_OFF = 3.0  # a long pass is repeated if its scale was wrong by more than this
+SMALL_ENOUGH = 300.0  # a short pass is repeated if its highest term is off by e^300: float64 ends at e^-708 and e^709
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,26 @@ class Ladder:
         """Return the loss that the series, cut after ``order``, predicts after a step of each bin alone, (B,).
 
         Args:
-            step: t, one for all bins or one per bin.
-            order: highest order that is used; by default all orders.
+            step: t >= 0, one for all bins or one per bin. A series describes the side of each kink to which t > 0 goes.
+            order: highest order that is used, 0 or more; by default all orders.
+
+        Raises:
+            ValueError: a step below 0, or an order that the ladder does not have.
         """
         last = self.order if order is None else order
         step_B = np.broadcast_to(np.asarray(step, dtype=np.float64), (len(self.names),))
+        if not (step_B >= 0).all():
+            raise ValueError(
+                f"Ladder.predict(step={step!r:.80}): expected steps >= 0, since a series holds on the side to which "
+                "the direction goes. For the other side, make a ladder along minus the direction."
+            )
+        if not 0 <= last <= self.order:
+            raise ValueError(
+                f"Ladder.predict(order={order!r}): expected an order from 0 to the ladder's {self.order}. Make the "
+                f"ladder with taylor_ladder(…, order={order!r}) for a higher one."
+            )
+        if last == 0:
+            return np.full(len(self.names), self.loss)
         rises = [increase(self.coefficient[: last + 1, b], step_B[b])[0] for b in range(len(self.names))]
         return self.loss + np.array(rises)
 
@@ -115,7 +131,7 @@ def taylor_ladder(
 
     Args:
         loss_of_params: maps {name: tensor} to a scalar. Everything that it closes over is constant. It is evaluated in
-            float64.
+            float64. The ladder describes its values, so `detach()` and `torch.no_grad()` change nothing.
         params: the point theta, {name: tensor}.
         direction: d, {name: tensor}; a tensor that is left out does not move. The default is minus the gradient.
         order: highest order, >= 1.
@@ -128,6 +144,7 @@ def taylor_ladder(
 
     Raises:
         ValueError: an order below 1, or names or shapes that do not fit.
+        TypeError: parameters that are no mapping of real floating tensors.
         UnsupportedOperation: the loss uses an operation without a rule for power series.
         FloatingPointError: the loss or its series is not finite at any scale of the step.
 
@@ -152,6 +169,13 @@ def taylor_ladder(
             f"taylor_ladder(params={type(given).__name__}): expected a mapping from names to tensors. Write "
             "dict(model.named_parameters())."
         )
+    for name, x in params.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(
+                f"taylor_ladder(params): expected real floating tensors, got {got} at {name!r}. Close over what does "
+                "not move, and pass a complex tensor as torch.view_as_real of it."
+            )
     traced = trace_loss(loss_of_params, params)
     point = {name: x.detach().double() for name, x in params.items()}
     if direction is None:
@@ -215,10 +239,11 @@ def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -
     The recurrences commute with scaling. So the scale only matters for overflow, and for the rounding of products at
     roots of unity. It starts at the length of the weights and is then corrected by a short pass.
     """
-    log_scale_B = np.log(batch.weight_B) - np.log(np.where(batch.length_B > 0, batch.length_B, batch.weight_B))
+    log_scale_B = used_B = np.log(batch.weight_B) - np.log(np.where(batch.length_B > 0, batch.length_B, batch.weight_B))
     for pass_order in [PILOT_ORDER, order] if order > PILOT_ORDER else [order]:
         for _ in range(24):
-            coef = traced.series(point, batch.scaled(log_scale_B), pass_order).numpy()
+            used_B = log_scale_B
+            coef = traced.series(point, batch.scaled(used_B), pass_order).numpy()
             if not np.isfinite(coef[0]).all():
                 raise FloatingPointError(
                     f"taylor_ladder: expected a finite loss at the parameters, got {coef[0, 0]}. "
@@ -227,7 +252,8 @@ def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -
             finite_B = np.isfinite(coef).all(axis=0)
             scaled = SignedLog.of(coef)
             correction_B = np.where(finite_B, crude_log_radius(scaled), -math.log(1e3))
-            good_B = finite_B & ((np.abs(correction_B) < math.log(FACTOR_OFF)) | (order <= PILOT_ORDER))
+            enough = SMALL_ENOUGH / order if order <= PILOT_ORDER else math.log(FACTOR_OFF)
+            good_B = finite_B & (np.abs(correction_B) < enough)
             if good_B.all():
                 break
             log_scale_B = log_scale_B + np.where(good_B, 0.0, correction_B)
@@ -238,4 +264,4 @@ def _coefficients(traced: TracedLoss, point: Params, batch: Batch, order: int) -
                 "for a singularity at the parameters themselves, such as a square root or logarithm of zero."
             )
     k = np.arange(order + 1)[:, None]
-    return scaled.times_exp(-k * log_scale_B[None, :])
+    return scaled.times_exp(-k * used_B[None, :])

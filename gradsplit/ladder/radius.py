@@ -41,6 +41,8 @@ class Radius:
     spread: float
 
 
+ROUNDING = 13 * math.log(10)
+
 ENTIRE = Radius(math.inf, math.inf, math.inf, 0.0)
 
 
@@ -55,21 +57,40 @@ def radius_of(coefficient: SignedLog) -> Radius:
     >>> round(radius_of(coefficients).value, 6)
     0.5
     """
-    log, order = coefficient.log, len(coefficient.log) - 1
+    log, order = _without_rounding(coefficient.log), len(coefficient.log) - 1
     first = max(1, order // 2)
     k = np.arange(first, order + 1)
     k = k[np.isfinite(log[k])]
-    if len(k) == 0 or (order >= 8 and len(k) < 3):
+    if len(k) == 0 or (order >= 8 and len(k) < 3 and not _has_gaps(log)):
         return ENTIRE
     if len(k) < 4:
         return _from_few(log, order)
     root, power = _root(k, log[k])
     halves = [_root(part, log[part], power)[0] for part in np.array_split(k, 2) if len(part) >= 4]
-    ratio = _ratio(coefficient, root, first)
+    ratio = _ratio(SignedLog(coefficient.sign, log), root, first)
     readings = [value for value in (root, ratio, *halves) if math.isfinite(value) and value > 0]
     spread = max(readings) / min(readings) - 1 if readings else math.inf
     agree = math.isfinite(ratio) and 0.5 < ratio / root < 2
     return Radius(min(root, ratio) if agree else root, root, ratio, spread)
+
+
+def _without_rounding(log: Floats) -> Floats:
+    """Return the logarithms with -inf for orders that are mere rounding, as the odd ones of log(1 + e^t) + t / 2.
+
+    Such an order lies 13 decades below the line through its neighbours; the last one, through the two orders before it.
+    """
+    expected = np.full(len(log), -np.inf)
+    with np.errstate(invalid="ignore"):
+        expected[1:-1] = (log[:-2] + log[2:]) / 2
+        if len(log) > 4 and np.isfinite(log[-4]):
+            expected[-1] = log[-2] + (log[-2] - log[-4]) / 2
+        return np.where(log < expected - ROUNDING, -np.inf, log)
+
+
+def _has_gaps(log: Floats) -> bool:
+    """Whether the zeros behind the last order are no more than those between two orders, as in 1 / (1 - t^4)."""
+    held = np.flatnonzero(np.isfinite(log))
+    return len(held) > 2 and len(log) - held[-1] <= int(np.diff(held).max())
 
 
 def crude_log_radius(coefficient: SignedLog) -> Floats:
@@ -83,18 +104,19 @@ def crude_log_radius(coefficient: SignedLog) -> Floats:
         return np.zeros(coefficient.log.shape[1])
     with np.errstate(invalid="ignore"):
         reach = (coefficient.log[1] - coefficient.log[2:]) / (k - 1)
-    tail = reach[len(k) // 2 :]
-    reach_B: Floats = np.where(np.isfinite(tail), tail, np.inf).min(axis=0)
+    reach = np.where(np.isfinite(reach), reach, np.inf)
+    reach_B: Floats = reach[len(k) // 2 :].min(axis=0)
+    reach_B = np.where(np.isfinite(reach_B), reach_B, reach.min(axis=0))  # the tail is zero, or too small for float64
     return np.where(np.isfinite(reach_B), reach_B, 0.0)
 
 
 def _from_few(log: Floats, order: int) -> Radius:
-    """Return the radius from a few coefficients: the smallest root relative to the first order."""
-    k = np.arange(2, order + 1)
-    k = k[np.isfinite(log[k])] if order >= 2 else k
-    if len(k) == 0 or not np.isfinite(log[1]):
+    """Return the radius from a few coefficients: the smallest root relative to the first order that does not vanish."""
+    held = np.flatnonzero(np.isfinite(log[1:])) + 1
+    if len(held) < 2:
         return ENTIRE
-    value = float(np.exp(((log[1] - log[k]) / (k - 1)).min()))
+    first, k = held[0], held[1:]
+    value = float(np.exp(((log[first] - log[k]) / (k - first)).min()))
     return Radius(value, value, math.nan, math.inf)
 
 

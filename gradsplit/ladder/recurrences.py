@@ -71,14 +71,14 @@ def log(x: Tensor, order: int) -> Tensor:
     return _integrated(div(weighted(x), x, order), x[0].log())
 
 
-def power(x: Tensor, exponent: float, order: int) -> Tensor:
-    """y = x^a from x t y' = a y t x'; the square root is a = 1/2, its reciprocal a = -1/2."""
+def power(x: Tensor, exponent: float | Tensor, order: int) -> Tensor:
+    """y = x^a from x t y' = a y t x'; the square root is a = 1/2, its reciprocal a = -1/2; a may differ per element."""
     y = _unknown(x, order)
     x0, x = x[0], x / x[0]
     dx = weighted(x)
     y[0] = x0.pow(exponent)
     for m in range(order):
-        _push(y, m, dx, y[m], value=exponent)
+        _push(y, m, dx, y[m] * exponent)
         _push(y, m, x, y[m], value=-m)
         y[m + 1] /= m + 1
     return y
@@ -138,11 +138,48 @@ def erf(x: Tensor, order: int) -> Tensor:
     return integral_of(slope, x, x[0].erf(), order)
 
 
+def erfc(x: Tensor, order: int) -> Tensor:
+    """y = 1 - erf x; its value does not cancel."""
+    y = -erf(x, order)
+    y[0] = x[0].erfc()
+    return y
+
+
+def _from_square(x: Tensor, sign: float, constant: float, order: int) -> Tensor:
+    """sign x^2 + constant."""
+    below = sign * square_kernel(x, order)
+    below[0] += constant
+    return below
+
+
 def atan(x: Tensor, order: int) -> Tensor:
     """y = atan x from t y' = t x' / (1 + x^2)."""
-    below = square_kernel(x, order)
-    below[0] += 1
-    return _integrated(div(weighted(x), below, order), x[0].atan())
+    return _integrated(div(weighted(x), _from_square(x, 1, 1, order), order), x[0].atan())
+
+
+def atanh(x: Tensor, order: int) -> Tensor:
+    """y = atanh x from t y' = t x' / (1 - x^2)."""
+    return _integrated(div(weighted(x), _from_square(x, -1, 1, order), order), x[0].atanh())
+
+
+def asin(x: Tensor, order: int) -> Tensor:
+    """y = asin x from t y' = (1 - x^2)^(-1/2) t x'."""
+    return integral_of(power(_from_square(x, -1, 1, order), -0.5, order), x, x[0].asin(), order)
+
+
+def acos(x: Tensor, order: int) -> Tensor:
+    """y = acos x from t y' = -(1 - x^2)^(-1/2) t x'."""
+    return integral_of(-power(_from_square(x, -1, 1, order), -0.5, order), x, x[0].acos(), order)
+
+
+def asinh(x: Tensor, order: int) -> Tensor:
+    """y = asinh x from t y' = (1 + x^2)^(-1/2) t x'."""
+    return integral_of(power(_from_square(x, 1, 1, order), -0.5, order), x, x[0].asinh(), order)
+
+
+def acosh(x: Tensor, order: int) -> Tensor:
+    """y = acosh x from t y' = (x^2 - 1)^(-1/2) t x'."""
+    return integral_of(power(_from_square(x, 1, -1, order), -0.5, order), x, x[0].acosh(), order)
 
 
 def gelu(x: Tensor, order: int) -> Tensor:

@@ -7,8 +7,8 @@ A value y of the forward pass, seen as a function of the step t along a directio
 The layout of ``coef`` is ``(degree + 1, B, *shape)`` everywhere in this package. The first axis counts orders, the
 second one bins (1 for a single direction), and the rest is the shape of the ordinary value. Orders above ``degree`` are
 exactly zero and are not stored. A parameter has degree 1, and an activation of the first layer has degree 1 or 2; most
-of the speed at high order comes from skipping their zeros. ``coef[0]`` is the ordinary value, so it is the same for all
-bins.
+of the speed at high order comes from skipping their zeros. ``coef[0]`` is the ordinary value. It is the same for all
+bins, except behind a jump at which the parameters stand: sign(0) is 1 for a bin that moves up, and -1 for another.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Series:
     """A value that depends on the step, truncated after ``order``.
 
     Args:
-        coef: Taylor coefficients, (degree + 1, B, *shape), float64, or bool for a branch that differs between bins.
+        coef: Taylor coefficients, (degree + 1, B, *shape), float64; of degree 0 also bool or whole numbers, for
+            decisions and indices that differ between bins.
         order: the highest order that is kept, >= degree.
     """
 
@@ -57,8 +58,15 @@ class Series:
 
     @property
     def value(self) -> Tensor:
-        """The ordinary value, at t = 0."""
+        """The ordinary value of the first bin, at t = 0; see ``start`` for what may differ between bins."""
         return self.coef[0, 0]
+
+    @property
+    def start(self) -> Tensor:
+        """The values for small t > 0, cut after order 0: (1, *shape) if the bins agree, otherwise (B, *shape)."""
+        first = self.coef[0]
+        alike = self.num_bins == 1 or bool(((first == first[:1]) | (first != first)).all())
+        return first[:1] if alike else first
 
     def like(self, coef: Tensor) -> Series:
         """Return a series with other coefficients and the same truncation."""
@@ -88,13 +96,35 @@ def aligned(coef: Tensor, ndim: int) -> Tensor:
     return coef.reshape(*coef.shape[:2], *([1] * missing), *coef.shape[2:]) if missing > 0 else coef
 
 
+def shared(value_B: Tensor, order: int) -> Value:
+    """Return a constant if its values (B, *shape) are alike for all bins, otherwise a series of degree 0."""
+    if value_B.shape[0] == 1 or bool((value_B == value_B[:1]).all()):
+        return value_B[0]
+    return Series(value_B[None], order)
+
+
+def at_start(op: Callable[..., Tensor], *args: Value, **kwargs: Any) -> Value:
+    """Apply an operation whose result does not move with t to the values at t = 0, per bin where they differ."""
+    starts = [x.start if isinstance(x, Series) else x for x in args]
+    moving = [x for x in args if isinstance(x, Series)]
+    bins = max(start.shape[0] for start, x in zip(starts, args, strict=True) if isinstance(x, Series))
+    rows = [
+        op(
+            *(s[min(b, len(s) - 1)] if isinstance(x, Series) else s for s, x in zip(starts, args, strict=True)),
+            **kwargs,
+        )
+        for b in range(bins)
+    ]
+    return rows[0] if bins == 1 else shared(torch.stack(rows), moving[0].order)
+
+
 def add(a: Value, b: Value, alpha: float = 1) -> Value:
     """Return a + alpha b; either may be constant."""
     if not isinstance(a, Series):
         return add(scale(b, alpha), a)
     if isinstance(b, Series):
-        ndim = max(a.ndim, b.ndim)
-        left, right = aligned(a.coef, ndim), aligned(b.coef, ndim)
+        ndim, dtype = max(a.ndim, b.ndim), torch.result_type(a.coef, b.coef)
+        left, right = aligned(a.coef.to(dtype), ndim), aligned(b.coef.to(dtype), ndim)
         if left.shape[0] == right.shape[0]:
             return a.like(torch.add(left, right, alpha=alpha))
         shape = torch.broadcast_shapes(left.shape[1:], right.shape[1:])
@@ -102,8 +132,9 @@ def add(a: Value, b: Value, alpha: float = 1) -> Value:
         out[: left.shape[0]] += left
         out[: right.shape[0]].add_(right, alpha=alpha)
         return a.like(out)
-    constant = torch.as_tensor(b, dtype=a.coef.dtype)
-    left = aligned(a.coef, constant.ndim)
+    dtype = torch.result_type(a.coef, b)
+    constant = torch.as_tensor(b, dtype=dtype)
+    left = aligned(a.coef.to(dtype), constant.ndim)
     out = left.expand(left.shape[0], *torch.broadcast_shapes(left.shape[1:], constant.shape)).clone()
     out[0].add_(constant, alpha=alpha)
     return a.like(out)
@@ -134,13 +165,13 @@ def map_orders(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     The order and bin axes are folded into one batch axis, over which ``torch.vmap`` vectorises, so dimension arguments
     need no translation. A constant floating tensor among the arguments (``cat``, ``index_put``) becomes a series of
-    degree 0. Index tensors stay as they are.
+    degree 0. Index tensors stay as they are, and an index that differs between bins is the same for every order.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_series)
     first = next(leaf for leaf in leaves if isinstance(leaf, Series))
     leaves = [promote(x, first) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
     degree = max(leaf.degree for leaf in leaves if isinstance(leaf, Series))
-    folded = [padded(x.coef, degree).flatten(0, 1) if isinstance(x, Series) else x for x in leaves]
+    folded = [_at_orders(x.coef, degree).flatten(0, 1) if isinstance(x, Series) else x for x in leaves]
     in_dims = tuple(0 if isinstance(x, Series) else None for x in leaves)
 
     def run(*flat: Any) -> Any:
@@ -151,6 +182,12 @@ def map_orders(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return pytree.tree_map(lambda x: first.like(x.unflatten(0, (degree + 1, first.num_bins))), out)
 
 
+def _at_orders(coef: Tensor, degree: int) -> Tensor:
+    if coef.is_floating_point() or coef.is_complex():
+        return padded(coef, degree)
+    return coef[:1].expand(degree + 1, *coef.shape[1:])
+
+
 def _is_series(value: Any) -> bool:
     return isinstance(value, Series)
 
@@ -159,14 +196,15 @@ LOW_DEGREE = 3  # up to this degree a loop over the orders of a factor works on 
 BLOCK_NUMBERS = 100_000  # orders x elements of one array in a block: 0.8 MB, so that a 4 MB cache holds three arrays
 FFT_FROM = 24  # degree of both matrix factors from which roots of unity are faster (benchmarks/results/ladder-*.json)
 FFT_MULTIPLY_ADDS = 100_000  # and the smallest matrix product of one order for which they are
+FFT_RANGE = 1e-7  # and the smallest of the orders relative to the largest, since rounding is relative to the largest
 
 
 def product_kernel(a: Tensor, b: Tensor, order: int) -> Tensor:
     """Return the coefficients of a b for coefficient arrays (degree + 1, …), truncated after ``order``."""
     if a.shape[0] > b.shape[0]:
         a, b = b, a
-    degree = min(order, a.shape[0] + b.shape[0] - 2)
-    out = torch.zeros(degree + 1, *torch.broadcast_shapes(a.shape[1:], b.shape[1:]), dtype=b.dtype, device=b.device)
+    degree, dtype = min(order, a.shape[0] + b.shape[0] - 2), torch.result_type(a, b)
+    out = torch.zeros(degree + 1, *torch.broadcast_shapes(a.shape[1:], b.shape[1:]), dtype=dtype, device=b.device)
     for j in range(min(a.shape[0], degree + 1)):
         stop = min(degree + 1, j + b.shape[0])
         out[j:stop].addcmul_(b[: stop - j], a[j])
@@ -229,19 +267,20 @@ def square(a: Series) -> Series:
 def bilinear(op: Callable[[Tensor, Tensor], Tensor], a: Series, b: Series) -> Series:
     """Return the Cauchy product of a bilinear operation, such as a convolution whose input and weight both move.
 
-    There is one vectorised call per stored order of the factor of lower degree. A value at t = 0 is the same for all
-    bins, so order 0 of that factor is used without its bin axis.
+    There is one vectorised call per stored order of the factor of lower degree. Where its value at t = 0 is the same
+    for all bins, order 0 of that factor is used without its bin axis.
     """
     swap = a.degree < b.degree
     long, short = (b, a) if swap else (a, b)
     call = (lambda x, y: op(y, x)) if swap else op
     degree = min(a.order, a.degree + b.degree)
     out: Tensor | None = None
+    start = short.start
     for j in range(min(short.degree, degree) + 1):
         stop = min(degree + 1, j + long.degree + 1)
         tail = long.coef[: stop - j]
-        if j == 0:
-            part = torch.vmap(call, in_dims=(0, None))(tail.flatten(0, 1), short.value).unflatten(0, tail.shape[:2])
+        if j == 0 and start.shape[0] == 1:
+            part = torch.vmap(call, in_dims=(0, None))(tail.flatten(0, 1), start[0]).unflatten(0, tail.shape[:2])
         else:
             per_bin = torch.vmap(torch.vmap(call, in_dims=(0, None)), in_dims=(1, 0), out_dims=1)
             part = per_bin(tail, short.coef[j])
@@ -259,7 +298,9 @@ def matmul(a: Series, b: Series) -> Series:
         return bilinear(torch.matmul, a, b)
     multiply_adds = math.prod(a.coef.shape[1:]) * b.shape[-1]
     if min(a.degree, b.degree) >= FFT_FROM and multiply_adds >= FFT_MULTIPLY_ADDS:
-        return _matmul_at_roots(a, b)
+        found = _matmul_at_roots(a, b)
+        if found is not None:
+            return found
     return _matmul_by_order(a, b)
 
 
@@ -275,25 +316,30 @@ def _matmul_by_order(a: Series, b: Series) -> Series:
     return Series(torch.stack(parts), a.order)
 
 
-def _matmul_at_roots(a: Series, b: Series) -> Series:
-    """Compute the same at roots of unity.
+def _matmul_at_roots(a: Series, b: Series) -> Series | None:
+    """Compute the same at roots of unity; None if rounding would eat the smallest orders.
 
-    Rounding is relative to the largest coefficient there, so the orders are first scaled to similar size.
+    Rounding is relative to the largest coefficient there, so the orders are first scaled to similar size. One scale
+    does that for a series with a radius. It does not for an entire function, whose coefficients fall as 1 / k!.
     """
     degree = min(a.order, a.degree + b.degree)
     num_roots = _smooth(a.degree + b.degree + 1)
     log_rho = torch.minimum(_log_balance(a.coef), _log_balance(b.coef))  # (B,)
     values = [torch.fft.rfft(x.coef * _powers(log_rho, x.coef), n=num_roots, dim=0) for x in (a, b)]
     out = torch.fft.irfft(values[0] @ values[1], n=num_roots, dim=0)[: degree + 1]
+    size = out.abs().flatten(2).amax(-1)  # (orders, bins)
+    if not bool((size >= FFT_RANGE * size.amax(0)).all()):
+        return None
     return Series(out * _powers(-log_rho, out), a.order)
 
 
 def _log_balance(coef: Tensor) -> Tensor:
-    """Return, per bin, log of the largest rho for which |coef[k]| rho**k stays below the first few coefficients."""
-    size = coef.abs().flatten(2).amax(-1) if coef.ndim > 2 else coef.abs()
-    base = size[:3].amax(0)
-    k = torch.arange(3, coef.shape[0], dtype=coef.dtype, device=coef.device)
-    growth = ((size[3:] / base).log() / k[:, None]).amax(0)
+    """Return, per bin, log of the rho for which |coef[k]| rho**k is level: least squares over the orders above zero."""
+    log = (coef.abs().flatten(2).amax(-1) if coef.ndim > 2 else coef.abs()).log()
+    known = log.isfinite().to(coef.dtype)
+    k = torch.arange(len(coef), dtype=coef.dtype, device=coef.device)[:, None]
+    k = known * (k - (known * k).sum(0) / known.sum(0))
+    growth = (k * torch.where(known > 0, log, 0.0)).sum(0) / k.square().sum(0)
     return torch.where(growth.isfinite(), -growth, torch.zeros_like(growth)).clamp(-5, 5)
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .kinks import noting_crossings
-from .rules import rule_of
+from .rules import UnsupportedOperation, rule_of
 from .series import Series, series_leaves
 
 Params = Mapping[str, Tensor]
@@ -137,8 +137,9 @@ def trace_loss(loss_of_params: LossOfParams, params: Params) -> TracedLoss:
     def flat(*tensors: Tensor) -> Tensor:
         with InFloat64():
             loss = loss_of_params(dict(zip(names, tensors, strict=True)))
-            if not isinstance(loss, Tensor) or loss.ndim != 0:
-                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            if not isinstance(loss, Tensor) or loss.ndim != 0 or loss.is_complex():
+                kind = f"{loss.dtype} of " if isinstance(loss, Tensor) and loss.is_complex() else ""
+                got = f"{kind}shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
                     f"taylor_ladder(loss_of_params): expected a scalar loss, got {got}. Return a tensor that "
                     "depends on the parameters, reduced with .mean() or .sum()."
@@ -167,8 +168,11 @@ def _writes(module: fx.GraphModule) -> bool:
 @contextmanager
 def _one_draw() -> Iterator[None]:
     """Have random operations (dropout) draw the same numbers in every pass, since a ladder describes one function."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    # `torch.manual_seed` would seed devices too: those that it does not restore, and those that do not run yet.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+            generator.manual_seed(0)
         yield
 
 
@@ -228,4 +232,12 @@ class _Interpreter:
         target: Any = node.target
         if target is operator.getitem or not series_leaves((args, kwargs)):
             return target(*args, **kwargs)
-        return rule_of(target)(*args, **kwargs)
+        try:
+            return rule_of(target)(*args, **kwargs)
+        except UnsupportedOperation as error:
+            calls = [other for other in self.module.graph.nodes if other.op == "call_function"]
+            sources = " and ".join(dict.fromkeys(source.name for source in node.all_input_nodes))
+            raise UnsupportedOperation(
+                f"{error} The place: operation {calls.index(node) + 1} of {len(calls)} in the traced loss, {node.name} "
+                f"of {sources}."
+            ) from None

@@ -166,6 +166,15 @@ def test_what_taylor_ladder_does_not_take(problem):
         taylor_ladder(loss_of_params, nn.Linear(2, 2), order=2)
     with pytest.raises(ValueError, match=r"expected a scalar loss, got float. Return a tensor"):
         taylor_ladder(lambda p: 3.0, {"x": torch.ones(2)}, order=2)
+    with pytest.raises(ValueError, match=r"expected a scalar loss, got torch.complex128 of shape \(\)"):
+        taylor_ladder(lambda p: torch.view_as_complex(p["x"]), {"x": torch.ones(2)}, order=2)
+    for bad, said in (
+        (torch.ones(2, dtype=torch.complex64), "complex64"),
+        (torch.ones(2).long(), "int64"),
+        (2.0, "float"),
+    ):
+        with pytest.raises(TypeError, match=rf"expected real floating tensors, got (torch\.)?{said} at 'x'"):
+            taylor_ladder(lambda p: p["x"].sum(), {"x": bad}, order=2)
     with pytest.raises(ValueError, match=r"expected the plan's tensors among the parameters, got 'weight'"):
         taylor_ladder(loss_of_params, params, bins=other, order=2)
     with pytest.raises(ValueError, match=r"expected shape \(4, 3\), got '0\.weight' of shape \(3,\)"):
@@ -180,3 +189,12 @@ def test_what_taylor_ladder_does_not_take(problem):
         taylor_ladder(lambda p: p["x"].log().sum(), {"x": torch.zeros(2)}, {"x": torch.ones(2)}, order=2)
     with pytest.raises(FloatingPointError, match=r"singularity at the parameters"):
         taylor_ladder(lambda p: p["x"].sqrt().sum(), {"x": torch.zeros(2)}, {"x": torch.ones(2)}, order=2)
+
+
+def test_a_ladder_seeds_no_device(problem, monkeypatch):
+    """`torch.manual_seed` would also seed devices, and nothing would restore them."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it seeds every device"))
+    before = torch.get_rng_state()
+    loss_of_params, params = loss_of_model(*problem)
+    taylor_ladder(loss_of_params, params, order=2)
+    assert torch.equal(torch.get_rng_state(), before)

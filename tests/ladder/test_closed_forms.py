@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mpmath
 import numpy as np
 import pytest
@@ -113,3 +115,31 @@ def test_a_wrong_recurrence_is_caught(monkeypatch, kernel, fault, name):
         monkeypatch.setattr(recurrences, kernel, fault)
     with pytest.raises(AssertionError):
         test_order_99_agrees_with_mpmath_where_the_coefficient_is_well_conditioned(name)
+
+
+@pytest.mark.parametrize("order", [10, 24, 30])
+def test_derivatives_far_below_the_range_of_float64(order):
+    """e^(1e-30 t): c_k = 1e-30^k / k!, and at order 24 that is 10^-744."""
+    point = {"x": torch.zeros((), dtype=torch.float64)}
+    ladder = taylor_ladder(lambda p: (p["x"] * 1e-30).exp(), point, {"x": torch.ones(())}, order=order)
+    expected = [-30 * k * math.log(10) - math.lgamma(k + 1) for k in range(order + 1)]
+    np.testing.assert_allclose(ladder.coefficient.log[:, 0], expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_scale_that_never_settles_changes_no_coefficient(monkeypatch):
+    """1 / (1 - t) with a pilot that always asks for another scale: the scale that was used is the one taken out."""
+    monkeypatch.setattr("gradsplit.ladder.ladder.crude_log_radius", lambda c: np.full(c.log.shape[1], math.log(4.0)))
+    point = {"x": torch.zeros((), dtype=torch.float64)}
+    ladder = taylor_ladder(lambda p: 1 / (1 - p["x"]), point, {"x": torch.ones(())}, order=25)
+    np.testing.assert_allclose(ladder.coefficient.log[:, 0], 0, atol=1e-11)
+
+
+def test_predictions_for_steps_and_orders_that_do_not_exist():
+    ladder = taylor_ladder(lambda p: p["x"] ** 2, {"x": torch.tensor(3.0)}, {"x": torch.tensor(-1.0)}, order=4)
+    assert ladder.predict(1.0).tolist() == pytest.approx([4.0])
+    assert ladder.predict(1.0, order=0).tolist() == pytest.approx([9.0])
+    with pytest.raises(ValueError, match=r"predict\(step=-1.0\): expected steps >= 0"):
+        ladder.predict(-1.0)
+    for order in (-1, 5):
+        with pytest.raises(ValueError, match=rf"predict\(order={order}\): expected an order from 0 to the ladder's 4"):
+            ladder.predict(1.0, order=order)

@@ -77,7 +77,9 @@ def test_a_matrix_product_is_the_sum_over_pairs_of_orders(degree_a, degree_b, bi
 def test_roots_of_unity_agree_with_sums_relative_to_each_order(decay):
     """Geometric growth or decay of the coefficients is balanced first, so every order keeps its digits."""
     a, b = _series(99, 3, 4, order=99, decay=decay, bins=2), _series(99, 4, 5, order=99, decay=decay, bins=2)
-    by_order, at_roots = cauchy._matmul_by_order(a, b).coef, cauchy._matmul_at_roots(a, b).coef
+    by_order, at_roots = cauchy._matmul_by_order(a, b).coef, cauchy._matmul_at_roots(a, b)
+    assert at_roots is not None, "the orders are not level"
+    at_roots = at_roots.coef
     size = by_order.abs().amax(dim=(1, 2, 3))
     error = (by_order - at_roots).abs().amax(dim=(1, 2, 3))
     assert (error / size).max() < 1e-11
@@ -106,3 +108,25 @@ def test_a_constant_among_moving_tensors_is_a_series_of_degree_0():
     assert joined.shape == (5,)
     torch.testing.assert_close(joined.coef[0, :, 3:], torch.ones(2, 2, dtype=torch.float64))
     assert not joined.coef[1:, :, 3:].any()
+
+
+@pytest.mark.parametrize("log_size", [lambda k: -torch.lgamma(k + 1), lambda k: -torch.lgamma(k / 2 + 1)])
+def test_a_product_of_entire_functions_keeps_its_high_orders(log_size):
+    """Coefficients that fall as 1 / k! have no level, so roots of unity would leave order 99 to rounding."""
+    size = log_size(torch.arange(100, dtype=torch.float64)).exp().reshape(-1, 1, 1, 1)
+    a, b = (Series(torch.randn(100, 1, 48, 48, dtype=torch.float64) * size, 99) for _ in range(2))
+    expected = torch.stack([sum(a.coef[j] @ b.coef[k - j] for j in range(k + 1)) for k in (30, 60, 99)])
+    found = cauchy.matmul(a, b).coef[[30, 60, 99]]
+    error, scale = ((x.abs().flatten(1).amax(1)) for x in (found - expected, expected))
+    assert (error / scale).max() < 1e-11
+
+
+def test_series_of_decisions_add_and_multiply_like_numbers():
+    """Bool and whole numbers that differ between bins, beside series that move."""
+    mask = Series(torch.tensor([[[True, False], [False, True]]]), 20)
+    x = _series(4, 2, bins=2)
+    for found in (cauchy.add(mask, x), cauchy.add(x, mask)):
+        torch.testing.assert_close(found.coef[0], x.coef[0] + mask.coef[0])
+    torch.testing.assert_close(cauchy.add(mask, 0.5).coef, mask.coef + 0.5)
+    torch.testing.assert_close(cauchy.product(mask, x).coef, mask.coef * x.coef)
+    assert cauchy.product(x.like(x.coef[:1]), mask).coef.dtype == torch.float64

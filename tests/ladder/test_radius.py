@@ -101,3 +101,26 @@ def test_the_reach_keeps_the_tail_below_one_percent():
 def test_the_increase_is_the_sum_of_the_terms_without_the_first():
     series = SignedLog.of(np.array([7.0, -1.0, 0.0, 2.0]))
     np.testing.assert_allclose(increase(series, np.array([0.0, 0.5, 2.0])), [0, -0.5 + 0.25, -2 + 16])
+
+
+def test_orders_that_are_mere_rounding_do_not_count():
+    """log(1 + e^t) - t / 2 is even; its singularities are at +- i pi. Its odd orders are 1e-18 instead of zero."""
+    even = [0.0, 1 / 8, -1 / 192, 1 / 2880, -17 / 645120, 31 / 14515200, -691 / 3832012800, 5461 / 348713164800]
+    series = np.ravel(np.column_stack([even, 1e-18 * np.array([1, -1, 1, 1, -1, 1, -1, 1])]))
+    series[:2] = math.log(2), 0.5
+    assert radius_of(SignedLog.of(series)).value == pytest.approx(math.pi, rel=0.01)
+    assert radius_of(SignedLog.of(series[:6])).value == pytest.approx(4.0)  # (1/2) / (1/8), what three orders tell
+
+
+@pytest.mark.parametrize("order", [8, 9, 10, 12])
+def test_a_series_in_the_fourth_power_is_no_polynomial(order):
+    """1 / (1 - (t / 2)^4)."""
+    k = np.arange(order + 1)
+    assert radius_of(SignedLog.of(np.where(k % 4 == 0, 0.5**k, 0.0))).value == pytest.approx(2.0)
+
+
+def test_a_polynomial_of_a_deep_linear_net_is_one():
+    """Degree 6 at order 10: three linear layers and a square."""
+    assert (
+        radius_of(SignedLog.of(np.array([1.0, -2.0, 3.0, -1.0, 2.0, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]))).value == math.inf
+    )

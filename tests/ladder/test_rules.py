@@ -24,6 +24,13 @@ CASES = {
     "amin": lambda x: x.amin((0, 1)) ** 3,
     "atan": torch.atan,
     "avg pool": lambda x: F.avg_pool2d(x.reshape(_IMAGE), 2) ** 3,
+    "addbmm": lambda x: torch.addbmm(x, x.exp().expand(2, 4, 3), x[:3].expand(2, 3, 3), beta=0.5, alpha=2),
+    "addmv": lambda x: torch.addmv(x[0], x[:3].exp(), x[1], beta=0.5, alpha=2),
+    "acos": torch.acos,
+    "acosh": lambda x: torch.acosh(x + 1.5),
+    "asin": torch.asin,
+    "asinh": torch.asinh,
+    "atanh": torch.atanh,
     "adaptive pool": lambda x: F.adaptive_avg_pool2d(x.reshape(_IMAGE), (2, 2)) ** 3,
     "batch norm, running": lambda x: F.batch_norm(x, torch.ones(3), torch.full((3,), 2.0)) ** 3,
     "binary cross-entropy": lambda x: F.binary_cross_entropy(x, torch.full_like(x, 0.3)),
@@ -44,7 +51,9 @@ CASES = {
     "einsum": lambda x: torch.einsum("ij,kj->ik", x.exp(), x.sin()),
     "elu": lambda x: F.elu(x - 0.5),
     "embedding": lambda x: F.embedding(torch.tensor([0, 2, 2]), x) ** 3,
+    "erfc": torch.erfc,
     "exp": torch.exp,
+    "exp2": torch.exp2,
     "expm1": torch.expm1,
     "flip": lambda x: x.flip(0) * x.exp(),
     "gather": lambda x: x.gather(1, torch.tensor([[0], [2], [1], [1]])) ** 3,
@@ -73,9 +82,18 @@ CASES = {
     "mish": F.mish,
     "mv": lambda x: x.exp() @ x[0],
     "norm": lambda x: x.norm(dim=0),
+    "norm of order 1": lambda x: (x - 0.5).norm(1, dim=0) ** 2,
+    "norm of order 3": lambda x: (x - 0.5).norm(3),
+    "norm of order inf": lambda x: (x - 0.4).norm(float("inf"), dim=0) ** 2,
+    "norm of order -inf": lambda x: torch.linalg.vector_norm(x - 0.4, -float("inf"), dim=0, dtype=x.dtype) ** 2,
     "pow": lambda x: x**2.5,
     "pow 3": lambda x: x**3,
     "pow 4": lambda x: x**4,
+    "pow 0 and 5": lambda x: (x - x) ** 0 + (2 * x) ** 5,
+    "pow 7 at zero": lambda x: (x - (torch.arange(12).reshape(4, 3) == 5) * x + x * x - x) ** 7,
+    "pow, whole tensor": lambda x: (x - 0.5) ** torch.tensor([0.0, 1.0, 3.0]),
+    "pow, tensor of one value": lambda x: (x[:, :1] - 0.5) ** torch.full((3,), 3.0),
+    "pow, any tensor": lambda x: (x - 2) ** torch.tensor([-1.0, 3.0, 70.0]) + x ** torch.tensor([0.5, 1.5, 2.0]),
     "pow, base": lambda x: 2**x,
     "pow, both": lambda x: x**x,
     "prod": lambda x: x.prod(0),
@@ -86,6 +104,7 @@ CASES = {
     "rms norm": lambda x: F.rms_norm(x, (3,)) ** 3,
     "rsqrt": torch.rsqrt,
     "rsub": lambda x: 1 / (1 - x),
+    "scatter": lambda x: x.scatter(0, torch.tensor([[0, 1, 2]]), 0.3) ** 3,
     "scatter_add": lambda x: torch.zeros_like(x).scatter_add(0, torch.zeros(4, 3, dtype=torch.long), x) ** 3,
     "select and stack": lambda x: torch.stack([x[0], x[2]]) ** 3,
     "selu": lambda x: F.selu(x - 0.5),
@@ -94,6 +113,7 @@ CASES = {
     "sinh": torch.sinh,
     "softmax": lambda x: F.softmax(x, -1) ** 2,
     "softplus": F.softplus,
+    "sort, stable": lambda x: x.sort(1, stable=True, descending=True)[0] * torch.arange(3.0),
     "sort": lambda x: x.sort(0)[0][1] ** 3,
     "split": lambda x: x.split([1, 3])[1] ** 3,
     "sqrt": torch.sqrt,
@@ -133,24 +153,34 @@ def test_an_operation_without_a_rule_is_named_and_can_be_added():
     point = {"x": torch.tensor([0.5, 1.5], dtype=torch.float64)}
 
     def loss(params):
-        return torch.asinh(params["x"]).sum()
+        return torch.hypot(params["x"].exp(), params["x"]).sum()
 
     with pytest.raises(
-        UnsupportedOperation, match=r"aten\.asinh.*@gradsplit\.ladder\.rules\.rule\(torch\.ops\.aten\.asinh\)"
+        UnsupportedOperation,
+        match=r"aten\.hypot\.default on.*@gradsplit\.ladder\.rules\.rule\(torch\.ops\.aten\.hypot\).* The place: "
+        r"operation 2 of 3 in the traced loss, hypot of exp and arg0_1\.$",
     ):
         taylor_ladder(loss, point, order=3)
 
     aten = torch.ops.aten
 
-    @rule(aten.asinh)
-    def asinh(x):
-        root = RULES[aten.sqrt](add(multiply(x, x), 1.0))
-        return RULES[aten.log](add(x, root))
+    @rule(aten.hypot)
+    def hypot(a, b):
+        return RULES[aten.sqrt](add(multiply(a, a), multiply(b, b)))
 
     try:
         found = trace_loss(loss, point).series(point, {"x": torch.ones(1, 2)}, 4)[:, 0].numpy()
     finally:
-        del RULES[aten.asinh]
+        del RULES[aten.hypot]
     np.testing.assert_allclose(
         found, nested_autograd(loss, point, {"x": torch.ones(2, dtype=torch.float64)}, 4), rtol=1e-12
     )
+
+
+def test_what_would_be_constant_without_a_word_is_refused():
+    """A cast to complex would lose the series, and a norm of order 0 counts."""
+    point = {"x": torch.tensor([0.5, 1.5], dtype=torch.float64)}
+    with pytest.raises(UnsupportedOperation, match=r"a cast of a value that depends on the step to torch.complex128"):
+        taylor_ladder(lambda p: (p["x"].to(torch.complex128) * 2j).imag.sum(), point, order=2)
+    with pytest.raises(UnsupportedOperation, match=r"got a norm of order 0\. Add a rule"):
+        taylor_ladder(lambda p: p["x"].norm(0) * p["x"].sum(), point, order=2)

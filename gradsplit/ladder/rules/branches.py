@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kinks import note_gap
-from ..series import Series, Value, aligned, padded, promote, scale
+from ..series import Series, Value, aligned, at_start, padded, promote, scale, shared
 from .registry import Rule, rule
 
 aten = torch.ops.aten
@@ -23,13 +23,13 @@ def sign_for_small_steps(a: Value, b: Value) -> Tensor:
     """Return the sign of a - b for small t > 0, (B, *shape); 0 where they agree at every order."""
     series = next(x for x in (a, b) if isinstance(x, Series))
     shape = torch.broadcast_shapes(*(x.shape for x in (a, b) if isinstance(x, (Series, Tensor))))
-    first = a.value if isinstance(a, Series) else a
-    second = b.value if isinstance(b, Series) else b
+    first, second = _level(a, len(shape)), _level(b, len(shape))
     # There is no subtraction, since masked attention scores are -inf, and -inf is compared with -inf.
     _note(a, b, first, second, shape)
     above, below = torch.as_tensor(first > second), torch.as_tensor(first < second)
-    sign = (above.double() - below.double()).expand(1, *shape)
-    undecided = torch.as_tensor(first == second).expand(1, *shape)
+    sign = above.double() - below.double()
+    sign = sign.expand(sign.shape[0], *shape)
+    undecided = torch.as_tensor(first == second).expand(*sign.shape)
     if not bool(undecided.any()):
         return sign
     rest = [x.coef[1:] for x in (a, b) if isinstance(x, Series)]
@@ -51,6 +51,13 @@ def sign_for_small_steps(a: Value, b: Value) -> Tensor:
     return sign
 
 
+def _level(x: Value, ndim: int) -> Value:
+    """Return the values at t = 0, with a first axis for the bins that may differ."""
+    if isinstance(x, Series):
+        return aligned(x.start[None], ndim)[0]
+    return x.reshape(1, *[1] * (ndim - x.ndim), *x.shape) if isinstance(x, Tensor) else x
+
+
 def _note(a: Value, b: Value, first: Value, second: Value, shape: torch.Size) -> None:
     slopes = [
         sign * aligned(x.coef[1:2], len(shape))[0]
@@ -63,17 +70,10 @@ def _note(a: Value, b: Value, first: Value, second: Value, shape: torch.Size) ->
         note_gap(gap, slope_B.expand(slope_B.shape[0], *shape))
 
 
-def _shared(decision_B: Tensor, order: int) -> Value:
-    """Return a constant if all bins decide alike, otherwise a series of degree 0 with one decision per bin."""
-    if decision_B.shape[0] == 1 or bool((decision_B == decision_B[:1]).all()):
-        return decision_B[0]
-    return Series(decision_B[None], order)
-
-
 def _comparison(decide: Any) -> Rule:
     def apply(a: Value, b: Value) -> Value:
         order = next(x.order for x in (a, b) if isinstance(x, Series))
-        return _shared(decide(sign_for_small_steps(a, b)), order)
+        return shared(decide(sign_for_small_steps(a, b)), order)
 
     return apply
 
@@ -93,12 +93,7 @@ def _locally_constant(op: Any) -> Rule:
     """Make the rule of an operation whose result does not move with t, or that acts on the decisions of the bins."""
 
     def apply(*args: Any, **kwargs: Any) -> Value:
-        order = next(x.order for x in args if isinstance(x, Series))
-        if any(isinstance(x, Series) and x.coef.dtype == torch.bool for x in args):
-            bins = max(x.num_bins for x in args if isinstance(x, Series))
-            rows = [op(*(x.coef[0, b] if isinstance(x, Series) else x for x in args), **kwargs) for b in range(bins)]
-            return _shared(torch.stack(rows), order)
-        return op(*(x.value if isinstance(x, Series) else x for x in args), **kwargs)
+        return at_start(op, *args, **kwargs)
 
     return apply
 
@@ -126,7 +121,7 @@ for _op in (
 
 @rule(aten.sign, aten.sgn)
 def _sign(x: Series) -> Value:
-    return _shared(sign_for_small_steps(x, 0.0), x.order)
+    return shared(sign_for_small_steps(x, 0.0), x.order)
 
 
 @rule(aten.where.self)
@@ -171,13 +166,13 @@ def _leaky_relu(x: Series, negative_slope: float = 0.01) -> Value:
     return where(positive(x), x, scale(x, negative_slope))
 
 
-@rule(aten.maximum)
+@rule(aten.maximum, aten.fmax)
 def maximum(a: Value, b: Value) -> Value:
     """Take the value that is larger for small t > 0."""
     return where(_comparison(lambda s: s >= 0)(a, b), a, b)
 
 
-@rule(aten.minimum)
+@rule(aten.minimum, aten.fmin)
 def minimum(a: Value, b: Value) -> Value:
     """Take the value that is smaller for small t > 0."""
     return where(_comparison(lambda s: s <= 0)(a, b), a, b)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import recurrences
-from ..series import Series, Value, add, blockwise, padded, product, scale, square
+from ..series import Series, Value, add, at_start, blockwise, padded, product, promote, scale, square
 from .branches import positive, where
-from .registry import Rule, linear, rule
+from .registry import Rule, linear, rule, unsupported
 
 aten = torch.ops.aten
 
@@ -29,6 +29,9 @@ def _unary(kernel: Callable[[Tensor, int], Tensor]) -> Rule:
 exp, log = _unary(recurrences.exp), _unary(recurrences.log)
 
 
+MOST_PRODUCTS = 64  # the largest exponent of which a power is a product
+
+
 def power(x: Series, exponent: float) -> Series:
     """Raise x to a constant power, which x at t = 0 must allow."""
     return blockwise(lambda coef: recurrences.power(coef, exponent, x.order), x)
@@ -40,7 +43,13 @@ for _op, _kernel in {
     aten.tanh: recurrences.tanh,
     aten.sigmoid: recurrences.sigmoid,
     aten.erf: recurrences.erf,
+    aten.erfc: recurrences.erfc,
+    aten.asin: recurrences.asin,
+    aten.acos: recurrences.acos,
     aten.atan: recurrences.atan,
+    aten.asinh: recurrences.asinh,
+    aten.acosh: recurrences.acosh,
+    aten.atanh: recurrences.atanh,
     aten.silu: recurrences.silu,
     aten.sqrt: lambda x, order: recurrences.power(x, 0.5, order),
     aten.rsqrt: lambda x, order: recurrences.power(x, -0.5, order),
@@ -70,6 +79,8 @@ def _rsub(a: Value, b: Value, alpha: float = 1) -> Value:
 def multiply(a: Value, b: Value) -> Value:
     """Multiply two values; either may be constant."""
     if isinstance(a, Series) and isinstance(b, Series):
+        if not a.coef.is_floating_point() and not b.coef.is_floating_point():
+            return at_start(torch.mul, a, b)
         return square(a) if a is b else product(a, b)
     return scale(a, b) if isinstance(a, Series) else scale(b, a)
 
@@ -87,12 +98,17 @@ def divide(a: Value, b: Value) -> Value:
 @rule(aten.pow.Tensor_Scalar)
 def raise_to(x: Series, exponent: float) -> Series:
     """Raise x to a constant power, by repeated products for small whole exponents, which are right at x = 0 too."""
-    if exponent == 1:
-        return x
-    if exponent in (2, 3, 4):
-        squared = square(x)
-        return squared if exponent == 2 else product(squared, x) if exponent == 3 else square(squared)
-    return power(x, float(exponent))
+    if exponent == 0:
+        return x.like(torch.ones_like(x.coef[:1]))
+    if exponent not in range(1, MOST_PRODUCTS + 1):
+        return power(x, float(exponent))
+    left, found = int(exponent), None
+    while left:
+        if left % 2:
+            found = x if found is None else product(x, found)
+        x, left = (square(x) if left > 1 else x), left // 2
+    assert found is not None
+    return found
 
 
 @rule(aten.square)
@@ -101,15 +117,27 @@ def _square(x: Series) -> Series:
 
 
 @rule(aten.pow.Tensor_Tensor)
-def _power_of_tensor(x: Value, exponent: Value) -> Series:
-    if not isinstance(exponent, Series) and exponent.numel() == 1:
-        return raise_to(x, exponent.item())
+def _power_of_tensor(x: Value, exponent: Value) -> Value:
+    if not isinstance(exponent, Series):
+        values = exponent.unique().tolist()
+        if not values or not all(value in range(MOST_PRODUCTS + 1) for value in values):
+            # A logarithm would refuse x < 0, which a whole exponent allows.
+            return blockwise(lambda y, e: recurrences.power(y, e[0], x.order), x, promote(exponent, x))
+        found: Value = add(raise_to(x, values[0]), torch.zeros_like(exponent, dtype=x.coef.dtype))
+        for value in values[1:]:
+            found = where(exponent == value, raise_to(x, value), found)
+        return found
     return exp(multiply(exponent, log(x) if isinstance(x, Series) else x.log()))
 
 
 @rule(aten.pow.Scalar)
 def _power_of_constant(base: float, exponent: Series) -> Series:
     return exp(scale(exponent, math.log(base)))
+
+
+@rule(aten.exp2)
+def _exp2(x: Series) -> Series:
+    return _power_of_constant(2.0, x)
 
 
 @rule(aten.log1p)
@@ -200,9 +228,13 @@ def _lerp(start: Value, end: Value, weight: Value) -> Value:
 @rule(aten._to_copy, aten._conj_physical)
 def _to_copy(x: Series, *, dtype: torch.dtype | None = None, **_: Any) -> Value:
     """Keep series in float64: a cast to a shorter float is left out. A cast to integers takes the value at t = 0."""
-    if dtype is None or dtype.is_floating_point:
+    if dtype is None:
+        return x
+    if dtype.is_complex:
+        raise unsupported(aten._to_copy, f"a cast of a value that depends on the step to {dtype}")
+    if dtype.is_floating_point:
         return x if x.coef.is_floating_point() else x.like(x.coef.to(torch.float64))
-    return x.value.to(dtype)
+    return at_start(torch.Tensor.to, x, dtype=dtype)
 
 
 def _factory(op: Any) -> Rule:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..series import Series, Value, add, map_orders, product, scale, square
-from .elementwise import exp, log, multiply, power
-from .registry import rule
+from .elementwise import exp, log, multiply, power, raise_to
+from .registry import rule, rule_of, unsupported
 
 aten = torch.ops.aten
 Dims = Sequence[int] | int | None
@@ -79,13 +80,23 @@ def _variance_mean(
 
 
 @rule(aten.linalg_vector_norm)
-def _vector_norm(x: Series, ord: float = 2, dim: Dims = None, keepdim: bool = False) -> Series:  # noqa: A002 - ATen's name
-    if ord != 2:
-        raise ValueError(
-            f"taylor_ladder: expected torch.linalg.vector_norm with ord=2, got ord={ord}. Write the norm with powers."
-        )
+def _vector_norm(
+    x: Series,
+    ord: float = 2,  # noqa: A002 - ATen's name
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Value:
+    """Return (sum |x|^p)^(1/p); the largest and the smallest |x| for p = inf and -inf."""
+    if ord == 0:
+        raise unsupported(aten.linalg_vector_norm, "a norm of order 0")
     dims = tuple(range(x.ndim)) if dim is None else dim
-    return power(map_orders(torch.sum, (square(x), dims), {"keepdim": keepdim}), 0.5)
+    if math.isinf(ord):
+        return rule_of(aten.amax if ord > 0 else aten.amin)(rule_of(aten.abs)(x), dims, keepdim)
+    powers = square(x) if ord == 2 else raise_to(rule_of(aten.abs)(x), ord)
+    total = map_orders(torch.sum, (powers, dims), {"keepdim": keepdim})
+    return total if ord == 1 else power(total, 1 / ord)
 
 
 def _affine(x: Value, weight: Value | None, bias: Value | None) -> Value:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..series import Series, Value, add, bilinear, scale
+from ..series import Series, Value, add, bilinear, map_orders, scale
 from ..series import matmul as series_matmul
 from .registry import rule
 
@@ -33,9 +33,23 @@ def _with_vector(a: Value, b: Value) -> Value:
     return _one_side(op, a, b)
 
 
-@rule(aten.addmm, aten.baddbmm, aten.addbmm)
+@rule(aten.addmm, aten.baddbmm)
 def _addmm(bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
     product = matmul(a, b) if isinstance(a, Series) or isinstance(b, Series) else torch.matmul(a, b)
+    return add(scale(product, alpha), scale(bias, beta))
+
+
+@rule(aten.addbmm)
+def _addbmm(bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    """Add the sum over a batch of products."""
+    product = matmul(a, b) if isinstance(a, Series) or isinstance(b, Series) else torch.matmul(a, b)
+    total = map_orders(torch.sum, (product, 0), {}) if isinstance(product, Series) else product.sum(0)
+    return add(scale(total, alpha), scale(bias, beta))
+
+
+@rule(aten.addmv)
+def _addmv(bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    product = _with_vector(a, b) if isinstance(a, Series) or isinstance(b, Series) else torch.mv(a, b)
     return add(scale(product, alpha), scale(bias, beta))
 
 

@@ -50,13 +50,18 @@ def rule_of(op: Any) -> Rule:
     """
     found = RULES.get(op) or RULES.get(getattr(op, "overloadpacket", op))
     if found is None:
-        raise UnsupportedOperation(
-            f"taylor_ladder: expected operations with a rule for power series, got {op} on a value that depends on "
-            "the step. Add a rule: write a function with this operation's arguments and register it with "
-            f"`@gradsplit.ladder.rules.rule(torch.ops.{str(op).rsplit('.', 1)[0]})`, as "
-            "gradsplit/ladder/rules/elementwise.py shows and docs/reference/ladder.md explains."
-        )
+        raise unsupported(op, f"{op} on a value that depends on the step")
     return found
+
+
+def unsupported(op: Any, got: str) -> UnsupportedOperation:
+    """Return the error for an operation without a rule; ``got`` says what the loss asks for."""
+    packet = getattr(op, "overloadpacket", op)
+    return UnsupportedOperation(
+        f"taylor_ladder: expected operations with a rule for power series, got {got}. Add a rule: write a function "
+        f"with this operation's arguments and register it with `@gradsplit.ladder.rules.rule(torch.ops.{packet})`, as "
+        "gradsplit/ladder/rules/elementwise.py shows and docs/reference/ladder.md explains."
+    )
 
 
 def _linear_rule(op: Any) -> Rule:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..series import Series, Value, map_orders, scale
-from .registry import linear, rule
+from ..series import Series, Value, at_start, map_orders, scale
+from .registry import linear, rule, unsupported
 
 aten = torch.ops.aten
 
@@ -39,8 +39,6 @@ linear(
     aten.sum,
     aten.mean,
     aten.embedding,
-    aten.index,
-    aten._unsafe_index,
     aten.index_select,
     aten.gather,
     aten.index_add,
@@ -52,9 +50,12 @@ linear(
     aten.select_scatter,
     aten.avg_pool1d,
     aten.avg_pool2d,
+    aten.avg_pool3d,
     aten._adaptive_avg_pool2d,
     aten.upsample_nearest2d,
     aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d,
+    aten.upsample_trilinear3d,
     aten.im2col,
     aten.col2im,
 )
@@ -63,6 +64,25 @@ linear(
 @rule(aten.view, aten._unsafe_view, aten.reshape)
 def _view(x: Series, size: Sequence[int]) -> Series:
     return x.like(x.coef.reshape(*x.coef.shape[:2], *size))
+
+
+@rule(aten.index, aten._unsafe_index)
+def _index(x: Value, indices: Sequence[Value | None]) -> Series:
+    if any(isinstance(i, Series) and i.coef.dtype == torch.bool for i in indices):
+        raise unsupported(aten.index, "a mask x[mask] that picks other numbers for one bin than for another")
+    found: Series = map_orders(aten.index, (x, list(indices)), {})
+    return found
+
+
+@rule(aten.scatter.value)
+def _scatter_value(x: Value, dim: int, index: Value, value: float) -> Value:
+    if not isinstance(x, Series):
+        return at_start(lambda place: aten.scatter.value(x, dim, place, value), index)
+    out: Series = map_orders(aten.scatter.value, (x, dim, index, 0.0), {})
+    for b in range(out.num_bins):
+        place = index.coef[0, b] if isinstance(index, Series) else index
+        out.coef[0, b] = aten.scatter.value(out.coef[0, b], dim, place, value)
+    return out
 
 
 @rule(aten.copy)
