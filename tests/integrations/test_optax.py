@@ -361,6 +361,23 @@ def test_a_learning_rate_may_be_injected_and_change_without_compiling_again():
     assert float(optax.tree.norm(second)) == 0
 
 
+@pytest.mark.parametrize("make", [lambda: split_gradients("xsp", "fixed"), gso])
+def test_a_part_of_the_parameters_that_was_stepped_says_what_it_did(make):
+    """Behind multi_transform and masked the transformation sees a part of the tree."""
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "embedding": jnp.ones((5, 2))}
+    labels = {"kernel": "split", "bias": "split", "embedding": "still"}
+    split, gradients = make(), {**params, "kernel": jnp.asarray([[0.1, 9.0, 0.1], [0.1, 0.1, 0.1]])}
+    wrapped = [
+        optax.multi_transform({"split": split, "still": optax.set_to_zero()}, labels),
+        optax.masked(split, {name: label == "split" for name, label in labels.items()}),
+    ]
+    for optimizer in wrapped:
+        _, state = optimizer.update(gradients, optimizer.init(params), params)
+        record = split.record(state, params)
+        assert record.plan.num_bins == 4
+        assert record.worst(1)[0].name == "kernel[1:2]"
+
+
 def test_lbf_cuts_by_energies_of_a_tree():
     params = tree(weights())
     energy = energies_of(jax.tree.map(lambda g: g**2, tree(weights(6))))
@@ -431,6 +448,14 @@ def test_a_row_s_norm_runs_over_all_other_axes(orientation, axes):
             "Call update(updates, state, params)",
         ),
         (lambda p: (s := gso(0.1)).update(p, s.init(p)), "Call update(updates, state, params)"),
+        (
+            lambda p: (s := gso(0.1)).update({"kernel": p["kernel"], "bias": None}, s.init(p), p),
+            "two trees that differ in 'bias'",
+        ),
+        (
+            lambda p: (s := split_gradients("xsp", "relative")).update({"kernel": p["kernel"]}, s.init(p), p),
+            "two trees that differ in 'bias'",
+        ),
         (lambda p: gso(0.1, b1=1.0).init(p), "gso(betas=(1.0, 0.99)): expected two memories in [0, 1)"),
         (
             lambda p: gso(0.1, direction="adam", second_moment="row").init(p),

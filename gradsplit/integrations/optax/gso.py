@@ -153,14 +153,15 @@ def _real_leaves(params: Any) -> Leaves:
     return leaves
 
 
-def _both(updates: Any, params: Any) -> tuple[Leaves, list[Any]]:
+def _both(planner: Planner, updates: Any, params: Any) -> tuple[Leaves, list[Any]]:
     """Return gradients and weights."""
     if params is None:
         raise ValueError(
             "gso(…).update(updates, state): expected the parameters too, since limits and decay depend on them. Call "
             "update(updates, state, params)."
         )
-    return leaves_of(updates, call="gso"), leaves_of(params, call="gso").arrays
+    leaves = leaves_of(updates, call="gso")
+    return leaves, planner.weights(params, leaves)
 
 
 def _arrays_of(tree: Any) -> tuple[Any, ...]:
@@ -192,7 +193,7 @@ def _by_share(planner: Planner, learning_rate: Rate) -> SplitTransformation:
         )
 
     def update(updates: Any, state: GsoShareState, params: Any = None, **extra: Any) -> tuple[Any, GsoShareState]:
-        leaves, weights = _both(updates, params)
+        leaves, weights = _both(planner, updates, params)
         _, made = planner.of(leaves)
         share = learning_rate(state.num_steps) if callable(learning_rate) else learning_rate
         memories = _arrays_of(state.mu), _arrays_of(state.nu)
@@ -231,7 +232,7 @@ def _by_adam(planner: Planner, learning_rate: Rate, *, by_bin: bool) -> SplitTra
         )
 
     def update(updates: Any, state: GsoOptState, params: Any = None, **extra: Any) -> tuple[Any, GsoOptState]:
-        leaves, weights = _both(updates, params)
+        leaves, weights = _both(planner, updates, params)
         _, made = planner.of(leaves)
         lr, top, pace = rate_now(learning_rate, state.num_steps, state.top)
         before = GsoState(

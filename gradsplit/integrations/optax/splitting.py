@@ -162,12 +162,12 @@ def _transformation(
     def update(updates: Any, state: SplitState, params: Any = None, **extra: Any) -> tuple[Any, SplitState]:
         leaves = leaves_of(updates, call=call)
         _, split = planner.of(leaves)
-        weights = None if params is None else leaves_of(params, call=call).arrays
-        if split.reads_weights and weights is None:
+        if split.reads_weights and params is None:
             raise ValueError(
                 f"{call}(…).update(updates, state): expected the parameters too, since the limits depend on them. Call "
                 "update(updates, state, params)."
             )
+        weights = planner.weights(params, leaves) if split.reads_weights else None
         top, pace, reach = state.top, None, None
         if learning_rate is not None:
             lr, top, pace = rate_now(learning_rate, state.num_steps, state.top)

@@ -86,24 +86,29 @@ class SplitTransformation(optax.GradientTransformationExtraArgs):  # type: ignor
 
         Args:
             state: the state of this transformation, or of a chain that contains it.
-            params: the parameters, for names and shapes.
+            params: the parameters, for names and shapes; all of them where a part of them was stepped.
 
         Raises:
             ValueError: a state without this transformation's, or with several that could be.
         """
         plan = self.plan_of(params)
-        held = jax.tree_util.tree_leaves(state, is_leaf=_remembers)
-        found = [s for s in held if _remembers(s) and s.last.scale_B.shape == (plan.num_bins,)]
-        if len(found) != 1:
+        held = [one for one in jax.tree_util.tree_leaves(state, is_leaf=_remembers) if _remembers(one)]
+        # Behind optax.masked or multi_transform the tree that was stepped is a part of the parameters.
+        for plans in ([plan], self._planner.plans):
+            pairs = [(s, one) for s in held for one in plans if s.last.scale_B.shape == (one.num_bins,)]
+            if pairs:
+                break
+        if len(pairs) != 1:
             raise ValueError(
                 f"record(state, params): expected the state of one transformation over {plan.num_bins} bins, got "
-                f"{len(found)}. Pass this transformation's state out of the chain's; where the state was mapped over "
+                f"{len(pairs)}. Pass this transformation's state out of the chain's; where the state was mapped over "
                 "seeds, pass that of one seed."
             )
-        norm, finite, scale, limit = (torch.from_numpy(np.array(array)) for array in found[0].last)
+        ((stepped, plan),) = pairs
+        norm, finite, scale, limit = (torch.from_numpy(np.array(array)) for array in stepped.last)
         squares = torch.where(finite, norm.double() ** 2, torch.full_like(norm, float("nan"), dtype=torch.float64))
         decision = Decision(plan, norm.double(), finite, scale.double(), (("bin", None, limit.double()),))
-        return StepRecord(max(int(found[0].num_steps) - 1, 0), squares, decision)
+        return StepRecord(max(int(stepped.num_steps) - 1, 0), squares, decision)
 
 
 def _remembers(state: Any) -> bool:

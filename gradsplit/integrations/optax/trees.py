@@ -109,6 +109,26 @@ class Planner:
         self._plan, self._orientation, self._make, self.call = plan, orientation, make, call
         self._made: dict[Any, tuple[Plan, Any]] = {}
 
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans made so far."""
+        return [plan for plan, _ in self._made.values()]
+
+    def weights(self, params: Any, leaves: Leaves) -> list[Any]:
+        """Return the arrays of the parameters, which must be those that the updates are of.
+
+        Raises:
+            ValueError: a tree of other paths.
+        """
+        held = leaves_of(params, call=self.call)
+        if held.names != leaves.names:
+            odd = sorted(set(held.names) ^ set(leaves.names)) or list(held.names)
+            raise ValueError(
+                f"{self.call}(…).update(updates, state, params): expected updates of all parameters and of no others, "
+                f"got two trees that differ in {odd[0]!r}. Fill in zeros, or leave it out of both with optax.masked."
+            )
+        return held.arrays
+
     def of(self, leaves: Leaves) -> tuple[Plan, Any]:
         """Return the plan of flattened parameters and what was made of it."""
         key = leaves.names, tuple(tuple(array.shape) for array in leaves.arrays)
