@@ -6,8 +6,8 @@
     python -m benchmarks.any_optimizer faults --optimizers SGD --seeds 0 1 2 --controls isolation "tau .1" "tau .3"
     python -m benchmarks.any_optimizer clean --optimizers SGD --seeds 0 1 2 3 4 --controls isolation "tau .1" "tau .3"
 
-Two small tasks: text (a GPT of one block, width 32, 8 windows of 32 characters a step, 200 steps) and detection (the
-two-tower detector, width 8, loss in logarithms, 8 scenes a step, 200 steps). The score is the loss on held-out data.
+Two small tasks: text (a GPT of one block, width 32, 8 windows of 32 characters per step, 200 steps) and detection (the
+two-tower detector, width 8, loss in logarithms, 8 scenes per step, 200 steps). The score is the loss on held-out data.
 """
 
 from __future__ import annotations

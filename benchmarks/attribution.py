@@ -81,7 +81,7 @@ def as_markdown(data: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="one model")
-    parser.add_argument("--healthy", type=int, default=10, help="healthy nets a model")
+    parser.add_argument("--healthy", type=int, default=10, help="healthy nets per model")
     parser.add_argument("--offset", type=int, default=0, help="first seed; the published table uses seeds kept for it")
     parser.add_argument("--dry", action="store_true", help="write nothing")
     options = parser.parse_args()

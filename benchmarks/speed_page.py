@@ -65,7 +65,7 @@ def _section(results: dict[str, Any], raw: Path, page: Path) -> str:
         HEADING,
         "",
         f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {when} UTC, {busy}; torch "
-        f"{about['versions']['torch']}, numba {about['versions'].get('numba', 'absent')}{settings}. n: turns a pair. "
+        f"{about['versions']['torch']}, numba {about['versions'].get('numba', 'absent')}{settings}. n: turns per pair. "
         f"{met} of {len(held)} bars are met. Raw results: {link}.",
         "",
         "Floor: the ratio if our side moved its bytes as fast as torch's own sum, or as its multiplication in place, "

@@ -43,7 +43,9 @@ def headline(raw: dict[str, Any]) -> str:
     for method in METHODS:
         found = [cells.get((workload, method, HEADLINE, 0.05)) for workload in WORKLOADS]
         lost = [step for cell in found if cell and not cell["dead"] for step in cell["steps_lost"]]
-        rows.append([f"`{method}`", *(spread(cell) for cell in found), str(max(lost)) if lost else "all from there on"])
+        rows.append(
+            [f"`{method}`", *(spread(cell) for cell in found), str(max(lost)) if lost else "all after the first fault"]
+        )
     return f"{table(['method', *WORKLOADS, 'steps lost of 500'], rows)}\n{source(raw, fault=HEADLINE, rate=0.05)}"
 
 
@@ -59,7 +61,7 @@ def in_short(raw: dict[str, Any]) -> str:
     dead = [m for m in METHODS if all(c["dead"] == c["seeds"] for w in MAIN for c in [cells[w, m, HEADLINE, 0.05]])]
     return (
         f"What does one bad value cost? {len(MAIN)} small tasks were trained with {len(FAULTS)} faults, each in 5 % of "
-        f"the steps. With one NaN in one element every run with {', '.join(f'`{name}`' for name in dead)} died. "
+        f"the steps. With one NaN in one element every run with {' or '.join(f'`{name}`' for name in dead)} died. "
         f"Skipping the step cost {min(skipped):.1f} to {max(skipped):.1f} % of the final loss, and "
         f"`GradientSplitter` at most {max(split):.2f} % (medians). Not met: after huge finite values in a whole tensor "
         f"or batch the splitter ends up to {max(medians('splitter', LARGE)):.1f} % higher, where a global clip ends at "

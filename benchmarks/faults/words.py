@@ -49,6 +49,6 @@ def source(raw: dict[str, Any], **which: Any) -> str:
     span = " to ".join(str(number) for number in sorted({min(seeds), max(seeds)}))
     span += " seed" if span == "1" else " seeds"
     return (
-        f"{at['hardware']}, one thread a run, {days}, {span} a cell, {raw['num_runs']:,} runs in all; "
+        f"{at['hardware']}, one thread per run, {days}, {span} per cell, {raw['num_runs']:,} runs in all; "
         f"`{raw['command']}`."
     )

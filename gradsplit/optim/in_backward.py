@@ -39,7 +39,7 @@ class InBackward:
         for part in optimizer._parts:
             (owner,), (name,) = part.split.owners, part.split.plan.layout.names
             self._names[id(owner)] = name
-            if owner.requires_grad:  # one that is thawed later is updated by step()
+            if owner.requires_grad:  # one that is unfrozen later is updated by step()
                 owner.register_post_accumulate_grad_hook(self._hook)
 
     def _hook(self, owner: Tensor) -> None:

@@ -255,11 +255,11 @@ SAMPLE_GLOSSARY: dict[str, str] = {
     ),
     "… stood out (the input of layer …, … times the usual one)": (
         "The first layer was given at least a hundred times the upper quarter of the batch for this sample, and ten "
-        "times what is usual. Inputs are looked at where nobody stands out by the gradient: in front of BatchNorm such "
-        "a sample spoils the statistic, and no gradient is large."
+        "times what is usual. Inputs are looked at where no sample stands out by the gradient: in front of "
+        "BatchNorm such a sample spoils the statistic, and no gradient is large."
     ),
     "No sample of the batch of step … stood out: they were alike": (
-        "All samples of the batch had the usual share of the gradient, so no single one made the departure."
+        "All samples of the batch had the usual share of the gradient, so no single one explains the step."
     ),
     "No sample of the batch of step … stood out: the whole batch was … times as large": (
         "The input of the first layer was that much larger for the median sample. Look at the scale of the batch."

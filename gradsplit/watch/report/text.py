@@ -92,15 +92,15 @@ GLOSSARY: dict[str, str] = {
         "No tensor's gradient was far above its last 64 steps, and no rule without a history found anything."
     ),
     "It began at step … in …: norm …, … times its usual …": (
-        "This tensor's gradient left its history first. The usual norm is the median of its last 64 steps. Where "
-        "several rose at one step, the last of the forward pass among those that rose most is named."
+        "This tensor's gradient left its history first. The usual norm is the median of its last 64 steps. If "
+        "several rose at one step, those that rose most count, and the last of them in the forward pass is named."
     ),
     "… the gradient was not finite": (
         "A value was inf or nan. It flows from the loss down, so the last lost tensor of the forward pass is named."
     ),
     "… its weights jumped": (
-        "Between two readings this tensor's weights grew thirtyfold and alone. Something but the optimizer wrote to "
-        "them, or its rate for them is far too high."
+        "Between two readings this tensor's weights grew thirtyfold and alone. Something other than the optimizer "
+        "wrote to them, or its rate for them is far too high."
     ),
     "… the forward pass made the first value that was not finite here": (
         "The loss was not finite. Of all tensors that backward would need, this module's result was the first lost one."
@@ -122,7 +122,7 @@ GLOSSARY: dict[str, str] = {
     ),
     "At step … the norm of the whole gradient was … times that of the first step": (
         "More than 30 times the first step's norm, large beside the weights, and the loss was no better than at the "
-        "start: an explosion, however early. The learning rate is the usual cause."
+        "start: an explosion, however early. A learning rate that is too high is the usual cause."
     ),
     "At step … the loss was … times that of the first step": (
         "More than 10 times the first loss, with a norm beyond 10 times the first one."
@@ -147,11 +147,11 @@ GLOSSARY: dict[str, str] = {
     "Within ten steps … other tensors left their history, too": "What the event did to the rest of the model.",
     "None of the … other tensors left its history": "The event stayed where it began.",
     "It was a single step": "One step later the norm was usual again: most often one bad batch.",
-    "It was out in … of the next ten, too": "The tensor did not come back at once.",
+    "It was out in … of the next ten, too": "The tensor's norm did not return to its history at once.",
     "Loss: … in the step before": "The loss right before the event, and the largest one right after it.",
     "… some tensor was out of its history at … steps": "How often, over the whole run. Only the first is explained.",
     "… the script's own clip_grad_norm_ scaled all gradients": (
-        "How often the script's own clip acted, and by which factor. Norms in this report are from before it."
+        "How often the script's own clip acted, and by which factor. Norms in this report were measured before it."
     ),
     "… the learning rate rose to … times its largest before at step …": (
         "A fact, and no fault by itself: it stands here where neither losses nor norms rose after it, or where "

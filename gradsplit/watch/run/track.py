@@ -135,7 +135,7 @@ class BlockReader:
 
 
 def signature(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
-    """Return what changes when parameters are added, or thawed; then a new stream begins."""
+    """Return what changes when parameters are added, or unfrozen; then a new stream begins."""
     return tuple(
         value
         for entry in optimizer.param_groups
