@@ -314,10 +314,10 @@ def _totals_words(runs: Runs) -> str:
         who = [f"{name} by {min(v):.0f} to {max(v):.0f} %" for name, v in hurt.items() if v]
         count = _counted(values)[1]
         said = f" ({', '.join(who)})" if who else ""
-        parts.append(f"{count} of {len(values)} in {100 * float(rate):.0f} % of the steps{said}")
+        parts.append(f"- {count} of {len(values)} with faults in {100 * float(rate):.0f} % of the steps{said}\n")
     return (
         f"With the default {dead or 'no'} run{'s' if dead > 1 else ''} died. These ended more than {HURT:.0f} % above "
-        f"a clean one: {'; '.join(parts)}.\n"
+        f"a clean one:\n\n{''.join(parts)}"
     )
 
 

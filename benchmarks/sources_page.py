@@ -43,7 +43,9 @@ Every method with a strength was tuned on two seeds of its own. A table shows th
 best strength, with the smallest and the largest. A run that diverged counts as the worst. The optimizer, the learning
 rate and the number of steps are the task's, the same for all methods.
 
-**On this page**: {places}.
+**On this page**:
+
+{places}
 
 """
 WHERE = "Where it loses, and what was not measured"
@@ -215,8 +217,8 @@ def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
         text += _together([json.loads(line) for line in file.read_text(encoding="utf8").splitlines()])
     page.parent.mkdir(parents=True, exist_ok=True)
     text += NOTES
-    places = [f"[{title}](#{re.sub('[^a-z -]', '', title.lower()).replace(' ', '-')})" for title in _titles(text)]
-    head = HEAD.format(in_short=in_short(results), places=", ".join(places))
+    places = [f"- [{title}](#{re.sub('[^a-z -]', '', title.lower()).replace(' ', '-')})" for title in _titles(text)]
+    head = HEAD.format(in_short=in_short(results), places="\n".join(places))
     page.write_text(head + text, encoding="utf8")
 
 

@@ -114,8 +114,8 @@ def fork_signals() -> list[str]:
     lines = [
         "### Signals at the fork",
         "",
-        f"Norms of the heads' signals at the fork where nothing is bounded, AdamW at {rate:g}, one seed, means of ten "
-        f"steps (the first ten; the ten up to step {steps // 3}; the last ten):",
+        f"Norms of the heads' signals at the fork where nothing is bounded, AdamW at {rate:g}, one seed. Cells are "
+        f"means of ten steps: the first ten, the ten up to step {steps // 3}, and the last ten.",
         "",
         "| detector | head | first | later | last |",
         "|---|---|---|---|---|",

@@ -21,10 +21,11 @@ def recipe(raw: dict[str, Any]) -> str:
     """Some steps of the recipe on the first bin, and the steps at which other arithmetic died on all bins."""
     rows = raw["rows_of_first_bin"]
     shown = table(rows[0], (map(str.strip, rows[step - 1].values()) for step in RECIPE_STEPS))
-    died = [f"`{name}` {b['float32_dies_at']} and {b['float64_dies_at']}" for name, b in raw["bins"].items()]
+    died = [f"- `{name}`: {b['float32_dies_at']} and {b['float64_dies_at']}" for name, b in raw["bins"].items()]
+    steps = "\n".join(died)
     known = [v for b in raw["bins"].values() for v in b["log10_true_derivative_of_said_order"] if v is not None]
     return (
-        f"{shown}\nThe step after which float32 and float64 hold nothing but 0: {', '.join(died)}. "
+        f"{shown}\nThe step after which float32 and float64 hold nothing but 0:\n\n{steps}\n\n"
         f"The true derivatives of the said orders stay between 10^{min(known):.0f} and 10^{max(known):.0f}."
     )
 
@@ -92,9 +93,9 @@ def long_step(raw: dict[str, Any]) -> str:
             [row["optimizer"], f"{row['rate']:g}", str(row["n"]), str(found["n"]), str(found["up"]), str(silent["up"])]
         )
     head = ["optimizer", "rate", "nets", "with a long step", "of these, loss up after ten steps", "of the others"]
-    cost = ", ".join(f"{name} {before:.2g} and {after:.2g}" for name, (before, after) in raw["cpu_seconds"].items())
-    spent = f"Seconds of CPU of `diagnose` with `optimizer=` alone and with `ladder=True`: {cost}"
-    return f"{table(head, rows)}\n{spent}. {_source(raw, 'Random data')}"
+    costs = "\n".join(f"- {name}: {before:.2g} and {after:.2g}" for name, (before, after) in raw["cpu_seconds"].items())
+    spent = f"Seconds of CPU of `diagnose` with `optimizer=` alone and with `ladder=True`:\n\n{costs}"
+    return f"{table(head, rows)}\n{spent}\n\n{_source(raw, 'Random data')}"
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {

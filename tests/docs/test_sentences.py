@@ -16,7 +16,7 @@ _DOCS = ROOT / "docs"
 PLAIN = [
     ROOT / "README.md",
     *(page for page in pages() if page.parent in {_DOCS, _DOCS / "reference"}),
-    _DOCS / "results/speed.md",
+    *(page for page in pages() if page.parent == _DOCS / "results" and page.name != "gso.md"),
     _DOCS / "decisions/0037-the-step-is-a-share-of-the-row.md",
 ]
 GUIDES = [page for page in pages() if page.parent == _DOCS and page.name not in {"README.md", "method.md"}]
