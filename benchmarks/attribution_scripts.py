@@ -8,7 +8,7 @@ pass, weights x 1000, the learning rate x 30, a batch x 1000, and one NaN in a b
 What counts as right:
 - step: within one of the step at which the fault was planted;
 - module: the module of the fault. Of a bad batch or a NaN in it: the batch, or the first module. Of a rate: the rate.
-  A rate and a batch count also where the report tells them without an accusation, since the loss went on as before.
+  A rate and a batch count also where the report only mentions them, since the loss went on as before.
 - a healthy run: nothing is named, and no batch is told.
 
 A run without a fault is healthy if its losses stay finite and below ten times the mean of its first tenth. That is read
@@ -243,7 +243,7 @@ def is_sound(told: dict[str, Any]) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the table of right answers, by script and by kind."""
-    lines = ["| | faults | step right | module right | healthy runs accused |", "|---|---|---|---|---|"]
+    lines = ["| | faults | step right | module right | false alarms in healthy runs |", "|---|---|---|---|---|"]
     void = [row for row in rows if row.get("void")]
     rows = [row for row in rows if not row.get("void")]
     kinds = [kind for kind in ALL if any(row["run"].get("fault") == kind for row in rows)]
