@@ -7,12 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...plan import Plan
 from ...resume.actions import GuardAction
 from ...sources.observe import SampleWatch
 from ...split import ShareRecord, StepRecord
@@ -161,6 +163,16 @@ class RowSink(Protocol):
         """End; ``meta`` says how."""
 
 
+@dataclass
+class _Planned:
+    """A plan whose steps are recorded, its stream, the leaf of each bin, and the last step."""
+
+    plan: Plan
+    stream: int
+    leaf_of_bin_B: Tensor
+    step: int = -1
+
+
 class Recorder:
     """Gather rows on the device and hand them to sinks about once a second, from a thread of its own.
 
@@ -205,7 +217,7 @@ class Recorder:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid, self._closed = os.getpid(), False
-        self._plans: dict[str, tuple[int, Tensor]] = {}  # fingerprint -> stream, and the leaf of each bin
+        self._plans: list[_Planned] = []
         self._next_turns: dict[int, int] = {}
         self._num_rows: dict[int, int] = {}
         self._stood_out: list[dict[str, Any]] = []
@@ -244,27 +256,41 @@ class Recorder:
                 self._stood_out += self.samples.look(rows)
             except Exception as error:
                 self.samples = None
-                tell(f"samples are no longer looked at, the training goes on ({error!r}). Please report it.")
+                self.tell(f"samples are no longer looked at, the training goes on ({error!r}). Please report it.")
         return [rows]
 
     def __call__(self, record: StepRecord) -> None:
-        """Record a step of a splitter or of GSO; each plan is a stream of its own."""
+        """Record a step of a splitter or of GSO; each splitter, and each plan, is a stream of its own."""
         if self._closed or os.getpid() != self._pid:
             return
         plan, squares_B = record.plan, record.squares_B
-        if plan.fingerprint not in self._plans:
+        planned = self._planned(record)
+        if planned is None:
             outline, index = Outline.of(plan, max_nodes=self.max_nodes), len(self._plans)
             about = {"plan": plan.describe(max_lines=0), "fingerprint": plan.fingerprint, "num_bins": plan.num_bins}
             about["names"] = list(plan.layout.names)
             name = "GSO" if isinstance(record, ShareRecord) else "the splitter"
             self.open(Stream(index, name, outline, True, about), squares_B.device)
-            self._plans[plan.fingerprint] = index, torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device)
-        index, leaf_of_bin_B = self._plans[plan.fingerprint]
+            planned = _Planned(plan, index, torch.from_numpy(outline.leaf_of_bin_B).to(squares_B.device))
+            self._plans.append(planned)
+        planned.plan, planned.step = plan, record.step
+        index, leaf_of_bin_B = planned.stream, planned.leaf_of_bin_B
         num_leaves = self._buffers[index].stream.outline.num_leaves
         if isinstance(record, ShareRecord) and record.step >= self._next_turns.get(index, 0):
             self._next_turns[index] = next_reading(record.step)
             self.add_turns(index, record.step, record.factor, record.by_tensor())
         self.add(index, record.step, **summed_up(record, leaf_of_bin_B, num_leaves))
+
+    def _planned(self, record: StepRecord) -> _Planned | None:
+        """The stream of a record, if it has one: that of its plan, or of an equal one whose steps it goes on with.
+
+        Two networks of the same shapes have equal plans, each its own; their steps have the same numbers.
+        """
+        for one in self._plans:
+            if one.plan is record.plan:
+                return one
+        equal = [one for one in self._plans if one.plan.fingerprint == record.plan.fingerprint]
+        return next((one for one in equal if one.step < record.step), None)
 
     def add_lengths(self, stream: int, step: int, length_T: Tensor) -> None:
         """Add the lengths of all tensors before an update, in the order of the layout; copied at the next flush."""

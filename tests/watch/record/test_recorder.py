@@ -64,6 +64,21 @@ def test_a_splitters_steps_are_recorded(tmp_path):
         assert file.series(file.streams[0]).num_rows == 5
 
 
+def test_two_networks_of_the_same_shapes_are_two_streams():
+    """As the two critics of a robot; a splitter that is made anew goes on in the stream of before."""
+    kept, models = Kept(), [_model(), _model()]
+    recorder = Recorder([kept], seconds=3600)
+    splitters = [gs.GradientSplitter(model, budget=gs.Fixed(1.0), sinks=[recorder]) for model in models]
+    for _ in range(3):
+        for model, splitter in zip(models, splitters, strict=True):
+            _step(model, splitter)
+    again = gs.GradientSplitter(models[0], budget=gs.Fixed(1.0), sinks=[recorder])
+    again.load_state_dict(splitters[0].state_dict())
+    _step(models[0], again)
+    recorder.close()
+    assert [rows.step_S.tolist() for rows in kept.rows] == [[0, 1, 2, 3], [0, 1, 2]]
+
+
 def test_many_bins_are_summed_up_by_leaf():
     model, kept = nn.Linear(10, 400, bias=False), Kept()
     recorder = Recorder([kept], seconds=0, max_nodes=12)
