@@ -116,11 +116,27 @@ def _small_fresh() -> list[Job]:
 
 
 def _won_by_little() -> list[Job]:
-    """Cells that won late: Muon on the exploding detector, SOAP with 146 layers, where all cells are at chance."""
+    """Muon on the exploding detector, where a smaller rate for AdamW won."""
     jobs = []
     for adam, seeds in ((3e-4, FRESH), (1e-4, (0,))):
         jobs += cells("detection", 500, "muon", 0.1, seeds, method_options={"adam": adam})
-    return jobs + cells("deep-stack", 300, "soap", 1e-2, FRESH[:3])
+    return jobs
+
+
+def _second_146() -> list[Job]:
+    """146 layers: SOAP at the rate that seeds 0 to 3 prefer, though all cells are at chance on them."""
+    return cells("deep-stack", 300, "soap", 1e-2, FRESH[:3])
+
+
+def _gain_2_fresh() -> list[Job]:
+    """The residual stack at gain 2 on as many fresh seeds as GSO had."""
+    hot, wide = {"options": {"gain": 2.0}}, {"wide": True}
+    jobs = []
+    for seed in FRESH[:2]:
+        jobs += cells(*HOT[:2], "muon", 0.03, (seed,), method_options={"adam": 1e-2, **wide}, **hot)
+        jobs += cells(*HOT[:2], "soap", 1e-2, (seed,), method_options=wide, **hot)
+        jobs += cells(*HOT[:2], "adamw", 1e-2, (seed,), method_options=wide, **hot)
+    return jobs
 
 
 def _gain_2() -> list[Job]:
@@ -176,7 +192,9 @@ RIVALS: dict[str, list[Job]] = {
     "proof-rivals-small-fresh": _small_fresh(),
     "proof-rivals-146-fresh": _fresh_146(),
     "proof-rivals-won-by-little": _won_by_little(),
+    "proof-rivals-146-second": _second_146(),
     "proof-rivals-gain-2": _gain_2(),
+    "proof-rivals-gain-2-fresh": _gain_2_fresh(),
     "proof-rivals-depth-12": _depth(12),
     "proof-rivals-depth-24": _depth(24),
     "proof-rivals-edges": _edges(),

@@ -134,8 +134,8 @@ its box sizes, the healthy one their logarithms.
 then multiplies all of it by zero. So the others stay at chance with their usual clip, at every rate.
 With a clip whose norm is computed in float64 ("clip in float64") they train too. AdamW at 0.01 and
 SOAP at 0.03 then come within 2 or 3 % of GSO, Muon less near. A third of that rate costs AdamW nearly all of
-it. GSO measures every row in float64, and needs neither the clip nor the rate. At gains of 1 and .5
-the stack is healthy, and all methods train it about equally well.
+it. GSO measures every row in float64, and needs neither the clip nor the rate. At gain 2 the others had
+the clip in float64 only. At gains of 1 and .5 the stack is healthy, and all methods train it about equally well.
 """,
     "mixer": """One test digit is .28 points. So the four are not told apart, and the smaller share does not help.
 """,
