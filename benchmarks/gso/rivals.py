@@ -149,6 +149,16 @@ def _gain_2() -> list[Job]:
     return jobs
 
 
+def _depth_fresh() -> list[Job]:
+    """Deep GPTs on the fresh seeds that GSO has; a rate beyond SOAP's edge with 12 layers."""
+    twelve, deep = {"layers": 12, "width": 48}, {"layers": 24, "width": 48}
+    jobs = cells("gpt", 300, "soap", 3e-2, FRESH[:2], options=twelve) + with_muon("gpt", 300, 0.03, FRESH[:2], **twelve)
+    jobs += cells("gpt", 300, "soap", 1e-1, (0,), options=twelve)
+    return (
+        jobs + with_muon("gpt", 300, 0.03, FRESH[:2], **deep) + cells("gpt", 300, "soap", 3e-2, FRESH[:2], options=deep)
+    )
+
+
 def _edges() -> list[Job]:
     """A rate beyond each edge that won elsewhere, on seed 0."""
     wide = {"wide": True}
@@ -197,6 +207,7 @@ RIVALS: dict[str, list[Job]] = {
     "proof-rivals-gain-2-fresh": _gain_2_fresh(),
     "proof-rivals-depth-12": _depth(12),
     "proof-rivals-depth-24": _depth(24),
+    "proof-rivals-depth-fresh": _depth_fresh(),
     "proof-rivals-edges": _edges(),
     "proof-rivals-more-seeds": _more_seeds(),
 }
