@@ -61,7 +61,8 @@ class Recurrence:
 
     Attributes:
         name: the module and its layer.
-        gain_T: gain of every step's factor for the signal that passes it, last step first; no unit.
+        gain_T: gain of every step's factor for the signal that passes it, last step first; no unit. It is NaN where no
+            signal enters, as in the backward direction below the first output that the loss reads.
         exponents: leading Lyapunov exponents of the state's dynamics, natural logarithm per step, largest first.
     """
 
@@ -71,8 +72,9 @@ class Recurrence:
 
     @property
     def cumulative(self) -> float:
-        """log10 of the product of all gains."""
-        return sum(math.log10(gain) if gain > 0 else -math.inf for gain in self.gain_T)
+        """log10 of the product of the gains of the steps that a signal enters; NaN if none does."""
+        known = [gain for gain in self.gain_T if not math.isnan(gain)]
+        return sum(math.log10(gain) if gain > 0 else -math.inf for gain in known) if known else math.nan
 
 
 @dataclass

@@ -189,9 +189,23 @@ class ChainSplitter:
                 f"ChainSplitter(budget={budget!r}): expected a budget of norms alone, since a joint has no weights. "
                 "Use RunningMedian(3.0), Fixed, Ema, ZScore or Percentile."
             )
+        if isinstance(parameters, str) and parameters != "modules":
+            raise ValueError(
+                f"ChainSplitter(parameters={parameters!r}): expected 'modules', None, or the GradientSplitter or GSO "
+                "that bounds the parameters. Leave it out for limits per module."
+            )
+        if not total > 0:
+            raise ValueError(
+                f"ChainSplitter(total={total!r}): expected an L2 norm above 0. Use 1.0, or math.inf for no limit."
+            )
         self.model = bare(model, call="ChainSplitter")
         if isinstance(at, str):
             self.names = [] if at == "forks" else layers_of(self.model)
+            if at == "layers" and not self.names:
+                raise ValueError(
+                    f"ChainSplitter({type(self.model).__name__}, at='layers'): expected a model with modules inside "
+                    "that have parameters, got one without. Put it into an nn.Sequential, whose layer it then is."
+                )
         else:
             self.names = checked_names(self.model, at, f"ChainSplitter(at={list(at)!r})")
         declared = checked_names(self.model, forks, f"ChainSplitter(forks={list(forks)!r})")
@@ -231,11 +245,21 @@ class ChainSplitter:
 
         Raises:
             RuntimeError: it is attached already.
+            TypeError: no optimizer, or one that runs no hooks; nothing is attached then.
         """
         if self._handles:
             raise RuntimeError(
                 "ChainSplitter.attach(): expected a splitter without hooks, got an attached one. Call .remove() first."
             )
+        if optimizer is not None:
+            given: Any = optimizer
+            if not isinstance(given, torch.optim.Optimizer):
+                raise TypeError(
+                    f"ChainSplitter.attach({type(given).__name__}): expected a torch.optim.Optimizer. Pass the one "
+                    "that steps the model's parameters."
+                )
+            self._handles.append(attach_to(optimizer, before=self.bound_parameters))
+        self._bounds = optimizer is not None
         self._generation += 1
         self.guard.new_pass()
         if self.at == "auto":
@@ -248,9 +272,6 @@ class ChainSplitter:
             self._trace = self._tracing.__enter__()
         self._handles.append(self.model.register_forward_pre_hook(ModelHook(self._start), with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(ModelHook(self._finish)))
-        if optimizer is not None:
-            self._bounds = True
-            self._handles.append(attach_to(optimizer, before=self.bound_parameters))
         return self
 
     def remove(self) -> None:
@@ -319,6 +340,11 @@ class ChainSplitter:
         Raises:
             KeyError: the dictionary does not come from a ChainSplitter; nothing is taken over then.
         """
+        if missing := sorted({"joints", "forks", "repeated"}.difference(state)):
+            raise KeyError(
+                f"ChainSplitter.load_state_dict(state): expected what its state_dict() gave, got one without "
+                f"{missing[0]!r}. Pass that dictionary whole."
+            )
         joints = {
             name: JointMemory(
                 self.guard.budget.restored(torch_xp, tuple(entry["state"])), *(entry[key] for key in _SHOWN)

@@ -363,7 +363,7 @@ class ForkWatch:
         self.declared, self.automatic = tuple(declared), automatic
         self.per_sample, self.zero_nonfinite = per_sample, zero_nonfinite
         self.memories: list[ForkMemory] = []
-        self._size: int | None = None
+        self._shape: tuple[str, ...] | None = None  # kinds of all operations: equal numbers of them may differ
         self._forks: list[Fork] = []
 
     @property
@@ -374,11 +374,11 @@ class ForkWatch:
     @property
     def planned(self) -> bool:
         """Whether a forward pass has been read."""
-        return self._size is not None
+        return self._shape is not None
 
     def forget_plan(self) -> None:
         """Have the next forward pass read anew; memories are kept and matched by name."""
-        self._size, self._forks = None, []
+        self._shape, self._forks = None, []
 
     def read(
         self,
@@ -404,7 +404,7 @@ class ForkWatch:
         graph = walk(outputs)
         if not graph.nodes_N:
             return set()
-        if len(graph.nodes_N) != self._size:
+        if tuple(type(node).__name__ for node in graph.nodes_N) != self._shape:
             self._plan(graph, trace or CallTrace(), made_by)
         for fork, memory in zip(self._forks, self.memories, strict=True):
             self._hook(graph, fork, memory, alive)
@@ -425,7 +425,7 @@ class ForkWatch:
                 )
             if fork not in forks:
                 forks.append(fork)
-        self._size = len(graph.nodes_N)
+        self._shape = tuple(type(node).__name__ for node in graph.nodes_N)
         old = {(memory.name, memory.branches): memory for memory in self.memories}
         self._forks = forks
         self.memories = []

@@ -228,8 +228,9 @@ def squared_norms(
     with torch.enable_grad():
         there = cell.step(inputs.detach().reshape(time * batch, -1), here, weight, constant=True)
         (pulled,) = torch.autograd.grad(there, here, entering, create_graph=differentiable)
-    before = entering.square().sum(-1).reshape(time, batch)
-    return before, pulled.square().sum(-1).reshape(time, batch)
+    wide = torch.promote_types(states.dtype, torch.float32)  # halves would lose digits, or overflow
+    before, after = (x.to(wide).square().sum(-1).reshape(time, batch) for x in (entering, pulled))
+    return before, after
 
 
 def lyapunov_exponents(step: Callable[[int, Tensor], Tensor], states: list[Tensor], num: int = 4) -> list[float]:
@@ -260,15 +261,16 @@ def lyapunov_exponents(step: Callable[[int, Tensor], Tensor], states: list[Tenso
     num = min(num, size)
     # The first columns of the identity could lie in an invariant subspace; a fixed mixed start cannot.
     seed = torch.arange(1, size * num + 1, dtype=states[0].dtype, device=states[0].device).reshape(size, num)
-    directions, _ = torch.linalg.qr(torch.cos(seed * 12.9898))
+    wide = torch.promote_types(states[0].dtype, torch.float32)  # torch has no such decomposition of halves
+    directions, _ = torch.linalg.qr(torch.cos(seed * 12.9898).to(wide))
     total = torch.zeros(num, dtype=torch.float64, device=states[0].device)
     # The first tenth of the trajectory is left out, so that the start is forgotten.
     skip = len(states) // 10
     for time, state in enumerate(states):
         pushed = torch.func.vmap(
             lambda v, time=time, state=state: torch.func.jvp(lambda h: step(time, h), (state,), (v,))[1]
-        )(directions.T)
-        directions, upper = torch.linalg.qr(pushed.T)
+        )(directions.T.to(state.dtype))
+        directions, upper = torch.linalg.qr(pushed.T.to(wide))
         if time >= skip:
             total += upper.diagonal().abs().to(torch.float64).log()
     return sorted((total / max(1, len(states) - skip)).tolist(), reverse=True)
@@ -289,13 +291,14 @@ class Recurrences:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Keep the arguments of each module's first call."""
-
-        def keep(name: str) -> Any:
-            return lambda module, args: self.calls.setdefault(name, args) and None
-
         with ExitStack() as hooks:
             for name, module in self.modules.items():
-                hooks.callback(module.register_forward_pre_hook(keep(name)).remove)
+
+                def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                    named = (kwargs[key] for key in ("input", "hx") if key in kwargs)
+                    self.calls.setdefault(name, (*args, *named))
+
+                hooks.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
             yield
 
     def measure(self, signals: Mapping[str, list[Tensor]]) -> list[Recurrence]:
@@ -321,16 +324,15 @@ def recurrences_of(model: nn.Module) -> Recurrences | None:
 
 def _chains(name: str, module: nn.RNNBase, args: Any, signals: list[Tensor], num: int) -> list[Recurrence]:
     unrolled = Unrolled(module)
-    x = args[0].detach()
+    x = args[0].detach().requires_grad_()  # so that frozen weights have a chain too
     start = args[1] if len(args) > 1 else None
     start = tuple(part.detach() for part in start) if isinstance(start, tuple) else start
     with torch.enable_grad(), unrolled.keep_signals():
         output, final = unrolled(x, start)
         ends = [output, *(final if isinstance(final, tuple) else (final,))]
-        parameters = [p for p in module.parameters() if p.requires_grad]
         states = [state for layer in unrolled.states for state in layer[1:]]
         pairs = [(end, signal) for end, signal in zip(ends, signals, strict=False) if end.shape == signal.shape]
-        if not pairs or not parameters:
+        if not pairs:
             return []
         grads = torch.autograd.grad(
             [end for end, _ in pairs], states, [signal for _, signal in pairs], allow_unused=True

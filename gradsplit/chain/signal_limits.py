@@ -25,9 +25,11 @@ def signal_norm(signal: Tensor, per_sample: bool = False) -> Tensor:
         float32 norms, () or (samples,). They are inf or NaN only where the signal is, or where it exceeds float32.
     """
     flat = signal.detach()
+    if flat.is_complex():  # as pairs of real numbers, and a list of them as samples of one pair each
+        flat = torch.view_as_real(flat.resolve_conj()).reshape(*flat.shape[:1], -1)
     dim = tuple(range(1, flat.dim())) if per_sample and flat.dim() > 1 else None
     kind = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    if per_sample and flat.dim() <= 1:
+    if per_sample and flat.dim() <= 1 and not signal.is_complex():
         return flat.abs().to(torch.float32)
     norm = torch.linalg.vector_norm(flat, dim=dim, dtype=kind)
     if norm.device.type == "cpu" and bool(torch.isfinite(norm).all()):
@@ -137,6 +139,7 @@ class SignalGuard:
         """A forward pass starts, so calls are counted from one again."""
         self._calls.clear()
         self.made_by.clear()
+        self._forked.clear()
         self._backward = False
 
     def meet(self, name: str, made: list[tuple[str, Tensor]], alive: Callable[[], bool], bound: bool = True) -> None:
@@ -176,6 +179,8 @@ class SignalGuard:
         tensor.register_hook(on_signal)
 
     def _bound(self, joint: str, signal: Tensor) -> Tensor | None:
+        if not signal.numel():
+            return None  # a batch without samples has nothing to bound, and teaches nothing
         memory = self.memories.get(joint)
         if memory is None:
             memory = self.memories[joint] = JointMemory.new(self.budget, signal.device)

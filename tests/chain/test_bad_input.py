@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradsplit as gs
+from gradsplit.chain import ChainSplitter
 
 
 def loss_of(model, batch):
@@ -51,3 +52,24 @@ X = torch.ones(2, 3)
 def test_it_is_refused_by_name(call, error, words):
     with pytest.raises(error, match=words):
         call(nn.Linear(3, 2))
+
+
+def test_a_chain_splitter_says_what_it_does_not_take_and_sets_no_hook():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=r"parameters='module'\): expected 'modules', None, or"):
+        ChainSplitter(model, parameters="module")
+    for total in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"total={total}\): expected an L2 norm above 0"):
+            ChainSplitter(model, total=total)
+    with pytest.raises(ValueError, match=r"ChainSplitter\(Linear, at='layers'\): expected a model with modules inside"):
+        ChainSplitter(nn.Linear(2, 2), at="layers")
+    splitter = ChainSplitter(model, at="layers")
+    with pytest.raises(TypeError, match=r"ChainSplitter.attach\(str\): expected a torch.optim.Optimizer"):
+        splitter.attach("SGD")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with splitter:
+        model(torch.ones(1, 2)).sum().backward()
+    before = splitter.rows()
+    with pytest.raises(KeyError, match=r"expected what its state_dict\(\) gave, got one without 'forks'"):
+        splitter.load_state_dict({"joints": {}, "repeated": []})
+    assert splitter.rows() == before

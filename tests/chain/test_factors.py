@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -124,3 +125,47 @@ def test_the_figure_shows_a_hot_layer_at_its_own_place() -> None:
     assert red == ["2"]
     (below,) = [stroke for stroke in strokes if stroke.line.color == "rgb(200,40,40)"]
     assert [chain.links[place].name for place in below.x] == ["2", "1"]
+
+
+class _Diagonal(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([2.0, 7.0, 1.0])
+
+
+def test_the_operator_norm_leaves_the_subspace_of_the_signal():
+    """A loss that reads one entry of a diagonal factor: the gain is 2, and the largest singular value 7."""
+    model = nn.Sequential(nn.Linear(3, 3), _Diagonal())
+    chain = gradient_chain(model, lambda m, x: m(x)[:, 0].sum(), torch.ones(1, 3), operator_norms=True)
+    link = chain.link("1")
+    assert (link.gain, link.operator_norm) == (pytest.approx(2.0), pytest.approx(7.0, rel=1e-3))
+
+
+class _Fourier(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x)
+
+
+def test_complex_signals_are_pairs_of_real_numbers():
+    """A Fourier transform of length 4 is twice a unitary map, and every link above sends its whole signal."""
+    model = nn.Sequential(nn.Linear(4, 4), _Fourier())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Casting complex values to real discards the imaginary part"
+        chain = gradient_chain(model, lambda m, x: m(x).imag.square().sum(), torch.randn(2, 4), operator_norms=True)
+    assert chain.link("1").operator_norm == pytest.approx(2.0, rel=1e-3)
+    assert chain.link("1").above == "(loss)"
+    assert chain.link("1").gain <= chain.link("1").operator_norm * (1 + 1e-6)
+
+
+class _Twice(nn.Module):
+    def forward(self, x):
+        y = 2 * x
+        return y, y
+
+
+def test_a_tensor_that_is_returned_twice_is_one_joint():
+    """dL/dy of y y is 2 y, and 2 x has gain 2; two joints would each carry half of the signal."""
+    model = nn.Sequential(nn.Linear(3, 3), _Twice())
+    x = torch.ones(1, 3)
+    chain = gradient_chain(model, lambda m, x: torch.mul(*m(x)).sum(), x)
+    assert chain.link("1").gain == pytest.approx(2.0)
+    assert chain.link("1").signal == pytest.approx(2 * model[1](model[0](x))[0].norm().item())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -150,3 +151,52 @@ def test_a_hot_recurrence_shows_in_gains_and_exponents() -> None:
     assert len(steps.gain_T) == 9 and steps.gain_T[0] == pytest.approx(2.0, rel=1e-5)
     assert steps.cumulative == pytest.approx(9 * math.log10(2), rel=1e-3)
     assert steps.exponents[0] == pytest.approx(math.log(2), rel=1e-3)
+
+
+class _Net(nn.Module):
+    def __init__(self, way, **options):
+        super().__init__()
+        self.rnn, self.way = nn.GRU(4, 3, **options), way
+
+    def forward(self, x):
+        start = 0.5 * torch.ones(2 if self.rnn.bidirectional else 1, x.shape[1], 3, dtype=x.dtype)
+        if self.way == "by position":
+            return self.rnn(x, start)[0]
+        return self.rnn(x, hx=start)[0] if self.way == "state by keyword" else self.rnn(input=x, hx=start)[0]
+
+
+@pytest.mark.parametrize("way", ["state by keyword", "both by keyword"])
+def test_arguments_by_keyword_are_the_ones_that_are_measured(way):
+    x, found = torch.randn(5, 2, 4), []
+    for each in ("by position", way):
+        torch.manual_seed(1)
+        found.append(gradient_chain(_Net(each), lambda m, x: m(x).square().sum(), x).recurrences[0])
+    assert found[0].gain_T == found[1].gain_T
+    assert found[0].exponents == found[1].exponents
+
+
+def test_a_product_counts_the_steps_that_a_signal_enters():
+    """The loss reads the last output, and the backward direction makes it in its first step."""
+    model = _Net("by position", bidirectional=True)
+    chain = gradient_chain(model, lambda m, x: m(x)[-1].square().sum(), torch.randn(5, 2, 4))
+    back = chain.recurrences[1]
+    assert [math.isnan(gain) for gain in back.gain_T] == [True] * 4 + [False]
+    assert back.cumulative == pytest.approx(math.log10(back.gain_T[-1]))
+
+
+def test_a_recurrence_in_bfloat16_has_the_chain_of_its_float32_twin():
+    torch.manual_seed(2)
+    model, x = _Net("by position"), torch.randn(5, 2, 4)
+    whole = gradient_chain(model, lambda m, x: m(x).square().sum(), x).recurrences[0]
+    half = gradient_chain(model.bfloat16(), lambda m, x: m(x).square().sum(), x.bfloat16()).recurrences[0]
+    np.testing.assert_allclose(half.gain_T, whole.gain_T, rtol=0.05)
+    np.testing.assert_allclose(half.exponents, whole.exponents, atol=0.05)
+
+
+def test_a_frozen_recurrence_has_a_chain_too():
+    """The signal passes it on its way to what is below."""
+    model = nn.Sequential(nn.Linear(4, 4), _Net("by position"))
+    whole = gradient_chain(model, lambda m, x: m(x).square().sum(), torch.ones(5, 2, 4)).recurrences[0]
+    model[1].requires_grad_(False)
+    frozen = gradient_chain(model, lambda m, x: m(x).square().sum(), torch.ones(5, 2, 4)).recurrences[0]
+    assert frozen.gain_T == whole.gain_T

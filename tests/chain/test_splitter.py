@@ -339,3 +339,49 @@ def test_a_state_without_its_forks_is_refused_and_nothing_of_it_is_taken_over() 
     with pytest.raises(KeyError, match="forks"):
         chain.load_state_dict(broken)
     assert chain.rows() == before and [row.name for row in before] == ["0", "2"]
+
+
+def test_complex_signals_are_bounded_by_their_true_norm():
+    """The signal at a is (3 + 4i) / 1 for each of two samples: norm 5 each, and 5 sqrt 2 together."""
+    model = nn.Sequential(nn.Identity(), nn.Linear(1, 1, bias=False, dtype=torch.complex64))
+    nn.init.ones_(model[1].weight)
+    for per_sample, norm, kept in ((False, 5 * 2**0.5, 0.5**0.5), (True, 5.0, 1.0)):
+        model.zero_grad()
+        x = torch.tensor([[1.0 + 0j], [1.0 + 0j]])
+        with ChainSplitter(model, at=["1"], budget=Fixed(1.0), per_sample=per_sample) as chain:
+            (model(x) * torch.tensor(3.0 - 4j)).real.sum().backward()
+        assert chain.rows()[0].norm == pytest.approx(norm)
+        assert model[1].weight.grad.abs().item() == pytest.approx(2 * kept)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_batch_without_samples_teaches_nothing(per_sample):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    with ChainSplitter(model, at="layers", per_sample=per_sample) as chain:
+        model(torch.ones(3, 2)).sum().backward()
+        before = chain.state_dict()["joints"]["0"]["state"]
+        model(torch.ones(0, 2)).sum().backward()
+        after = chain.state_dict()["joints"]["0"]["state"]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class _Switched(nn.Module):
+    """Two heads on the stem, or one after the other; both graphs have as many operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.apart = True
+
+    def forward(self, x):
+        h = self.stem(x)
+        return (self.a(h), self.b(h).tanh()) if self.apart else (self.b(self.a(h).tanh()),)
+
+
+def test_a_module_that_no_longer_forks_is_guarded_again():
+    model = _Switched()
+    with ChainSplitter(model, at="auto", parameters=None) as chain, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for model.apart in (True, False):
+            sum(part.sum() for part in model(torch.ones(1, 2))).backward()
+        assert "stem" in {row.name for row in chain.rows()}
