@@ -128,6 +128,7 @@ class ShareRecord(StepRecord):
         cosine_B: (B,) cosine of the angle between the gradient and the step against it: 1 straight down, 0 across, nan
             where there was no gradient or no step. None where nobody watched, see `GSO`.
         series: 0-d, the number of layers that stand in series of late; see `gradsplit.series`.
+        balance: 0-d, the factor on the share of vectors; below 1 where they outweighed the matrices, see there.
     """
 
     factor: Tensor
@@ -135,6 +136,7 @@ class ShareRecord(StepRecord):
     at_limit_B: Tensor
     cosine_B: Tensor | None = None
     series: Tensor | None = None
+    balance: Tensor | None = None
 
     def turned_B(self) -> Tensor | None:
         """Return by how many degrees the direction turned each row's step away from its gradient, (B,)."""

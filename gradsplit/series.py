@@ -1,4 +1,4 @@
-"""How many layers stand in series, read off the gradient; where they are many, the share of a step is shortened.
+"""What only the whole model can say of the share: how many layers stand in series, and whether vectors outweigh them.
 
 Where the output is homogeneous in a layer's weights W, Euler's identity gives <dL/dW, W> = <dL/dy, y>, whichever layer
 it is. So for every step, over the tensors t that are matrices or embeddings:
@@ -10,6 +10,17 @@ it is. So for every step, over the tensors t that are matrices or embeddings:
 
 Layers beside each other share the value of the whole, and do not count. A norm ends a series, since the values in front
 of it add up to 0. A layer with a way around it counts with the part of the signal that it carries.
+
+A step may change the loss, to first order, by at most gradient times step. Per tensor t, over its bins b:
+
+    c_t = sum_b ||g_b|| tau_b max(||w_b||, least length)      tau_b the share of bin b
+    M   = sum of c_t over matrices and embeddings
+    V   = sum of min(c_t, M / 2) over vectors: biases and gains
+    r   = min(1, min(1, 14 / H) M / V)                        a factor on the share of vectors
+
+V > M where the values inside a net are far below 1: a bias moves by a fixed length, and would drown them. In a series
+biases add up from layer to layer. One vector whose gradient explodes counts as M / 2 at most, so that it cannot stop
+the others where H <= 14. Without matrices r = 1.
 """
 
 from __future__ import annotations
@@ -64,6 +75,7 @@ class Series:
         narrow = device is not None and device.type == "mps"
         self.of_late = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
         self._sums: tuple[Tensor, Tensor] | None = None
+        self._changes: tuple[Tensor, Tensor] | None = None
         self._next: Tensor | None = None
 
     def look(self, euler_T: Tensor) -> Tensor:
@@ -81,6 +93,26 @@ class Series:
         self._next = torch.where(largest > 0, torch.maximum(here, FADES * self.of_late), self.of_late)
         return shortened(self._next)
 
+    def balance(self, change_T: Tensor, is_vector_T: Tensor) -> Tensor:
+        """Return the factor r on the share of vectors, 0-d, after `look`; nothing waits for the device.
+
+        Args:
+            change_T: (T,) c_t, >= 0, by which the step of each tensor may change the loss.
+            is_vector_T: (T,) bool.
+
+        >>> changes, vectors = torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([False, True, True, True])
+        >>> Series().balance(changes, vectors)                       # 3 / (1 + 1.5 + 1.5)
+        tensor(0.7500, dtype=torch.float64)
+        """
+        change_T = change_T.to(self.of_late).nan_to_num(nan=0.0, posinf=0.0)
+        before = self._changes or (torch.zeros_like(self.of_late), torch.zeros_like(self.of_late))
+        matrices = before[0] + torch.where(is_vector_T, 0.0, change_T).sum()
+        vectors = before[1] + torch.where(is_vector_T, torch.minimum(change_T, matrices / 2), 0.0).sum()
+        self._changes = matrices, vectors
+        number = self.of_late if self._next is None else self._next
+        most = matrices * (DEEP / number.clamp(min=DEEP))
+        return torch.where(vectors > most, most / vectors.clamp(min=1e-38), 1.0)
+
     def settle(self) -> None:
         """End a step."""
         if self._next is not None:
@@ -89,4 +121,4 @@ class Series:
 
     def forget(self) -> None:
         """Leave the number as it was before this step."""
-        self._sums = self._next = None
+        self._sums = self._changes = self._next = None

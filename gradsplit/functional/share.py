@@ -6,6 +6,7 @@ Per bin b (a row by default), with gradient g, weights w of n entries, tau the s
     g'_b = g_b / c where c > 5, then times min(1, limit_b / ||g'_b||)                      limit_b from the budget
     D    = the array's direction, from g' and its memory
     tau <- tau min(1, (14 / H)^2)          H the number of layers that stand in series of late, see `gradsplit.series`
+    tau <- tau min(1, min(1, 14 / H) M / V)    of vectors, which may change the loss by no more than matrices: likewise
     w_b <- (1 - decay tau) w_b - tau max(||w_b||, least sqrt n) d_b / max(||d_b||, floor)
     w_b <- w_b min(1, max(||w_b at the start||, longest) / ||w_b||)                        rows of matrices
 
@@ -160,6 +161,7 @@ def share_rule(
     share_B, least_B, longest_B, floor_B = _per_bin(plan, made)
     fades_B = (floor_B > _TINY).astype(np.float64)
     by_adam = [t for t, kind in enumerate(made) if kind.direction == "adam"]
+    is_vector_T = np.array([kind.name == "vector" for kind in made])
     limited = [math.isfinite(kind.longest) for kind in made]
     beta1, beta2 = betas
     num_arrays, num_bins = len(plan.layout), plan.num_bins
@@ -192,7 +194,7 @@ def share_rule(
         decision, of_gradient, (recent_B, steps) = decide_collectively(
             plan, terms, state.of_gradient, recent, amount_B, weight_B, rule=rule
         )
-        factor, series = in_series(given, weights, decision, state.series)
+        root, series = in_series(given, weights, decision, state.series)
         ages_T = state.ages_T + xp.asarray(np.isin(np.arange(num_arrays), there), length_B)
         zero_B = xp.full(num_bins, 0.0, length_B)
         bounded = patterns.scaled([xp.wide(g) for g in given], decision.scale_B, ~decision.finite_B)
@@ -204,9 +206,10 @@ def share_rule(
         longest = xp.maximum(length_B, xp.asarray(longest_B, length_B))
         most_B = xp.cast(state.most_B, length_B)  # a framework may keep its states in single precision
         most_B = xp.where(moves_B & (most_B == 0), longest, most_B)
-        tau_B = xp.asarray(tau, length_B) * factor * xp.asarray(share_B, length_B)
-        decay_B = xp.where(moves_B, tau_B * weight_decay, zero_B)
         length = xp.maximum(length_B, xp.asarray(least_B, length_B))
+        tau_B = xp.asarray(tau, length_B) * (root * root) * xp.asarray(share_B, length_B)
+        tau_B = tau_B * balanced(tau_B * decision.norm_B * length, root)
+        decay_B = xp.where(moves_B, tau_B * weight_decay, zero_B)
         step_B = xp.where(moves_B, tau_B * length / xp.maximum(ahead_B, xp.asarray(floor_B, length_B)), zero_B)
         changes = []
         for t, (weight, d) in enumerate(zip(weights, directions, strict=True)):
@@ -240,7 +243,7 @@ def share_rule(
     def in_series(
         given: list[Array], weights: Sequence[Array], decision: Decision, before: Array
     ) -> tuple[Array, Array]:
-        """Return the factor on the share for layers in series, 0-d, and their number of late."""
+        """Return the root of the factor on the share for layers in series, 0-d, and their number of late."""
         xp, like, rests_B = namespace(decision.norm_B), decision.norm_B, ~decision.finite_B
         before = xp.cast(xp.asarray(before, like), like)
         total = largest = before * 0.0
@@ -254,8 +257,19 @@ def share_rule(
         known = largest > 0
         here = xp.maximum(total, -total) / xp.where(known, largest, largest * 0.0 + 1.0)
         series = xp.where(known, xp.maximum(here, before * FADES), before)
-        root = DEEP / xp.maximum(series, series * 0.0 + DEEP)
-        return root * root, series
+        return DEEP / xp.maximum(series, series * 0.0 + DEEP), series
+
+    def balanced(change_B: Array, root: Array) -> Array:
+        """Return a factor on the share, (B,), 1 but for vectors, from what each bin's step may change the loss by."""
+        xp = namespace(change_B)
+        change_B = xp.where(xp.isfinite(change_B), change_B, change_B * 0.0)
+        change_T = xp.segment_sum(change_B, xp.index(plan.tensor_B, change_B), num_arrays)
+        side_T, none = xp.index(np.asarray(is_vector_T, dtype=np.int64), change_B), change_B * 0.0
+        matrices = xp.segment_sum(change_T, side_T, 2)[0]
+        vectors = xp.segment_sum(xp.minimum(change_T, change_T * 0.0 + matrices / 2), side_T, 2)[1]
+        most_B, sum_B = none + matrices * root, none + vectors
+        outweighed_B = (sum_B > most_B) & (xp.asarray(is_vector_T[plan.tensor_B], none) > 0)
+        return xp.where(outweighed_B, most_B / xp.where(outweighed_B, sum_B, none + 1.0), none + 1.0)
 
     def shortened(changes: list[Array], weights: Sequence[Array], moves_B: Array, most_B: Array) -> list[Array]:
         """Draw back rows that would grow beyond their longest length."""

@@ -6,6 +6,7 @@ Per bin b (a row by default), with gradient g, weights w of n entries, tau the s
     g'_b = g_b / c where c > 5, then times min(1, limit_b / ||g'_b||)                      limit_b from the budget
     D    = the tensor's direction, from g' and its memory
     tau <- tau min(1, (14 / H)^2)          H the number of layers that stand in series of late, see `gradsplit.series`
+    tau <- tau min(1, min(1, 14 / H) M / V)    of vectors, which may change the loss by no more than matrices: likewise
     w_b <- (1 - decay tau) w_b - tau max(||w_b||, least sqrt n) d_b / max(||d_b||, floor)
     w_b <- w_b min(1, max(||w_b at the start||, longest) / ||w_b||)                        rows of matrices
 
@@ -115,7 +116,7 @@ class ShareUpdate:
 
     Attributes:
         measures: whether the next step measures by how much it turns the rows.
-        decision, collected, moved_B, grown_B, cosine_B: of the last step, see `ShareRecord`.
+        decision, collected, moved_B, grown_B, cosine_B, balance: of the last step, see `ShareRecord`.
     """
 
     def __init__(self, split: Split, kinds: list[Kind], collective: Collective, clock: Clock, series: Series) -> None:
@@ -126,18 +127,19 @@ class ShareUpdate:
         self.moved_B: Tensor | None = None
         self.grown_B: Tensor | None = None
         self.cosine_B: Tensor | None = None
+        self.balance: Tensor | None = None
         plan, like = split.plan, split.like
         numel_B = torch.as_tensor(plan.numel_B, dtype=like.dtype, device=like.device)
         share_B, least_B, longest_B, keeps_B = (torch.empty_like(like) for _ in range(4))
-        # Vectors do not count as layers: what is added of them is left behind the tensors' sums.
-        self._layer_B = torch.zeros(plan.num_bins, dtype=torch.int64, device=like.device)
+        self._tensor_B = torch.zeros(plan.num_bins, dtype=torch.int64, device=like.device)
         for t, kind in enumerate(kinds):
             ids = torch.from_numpy(split.bins_of_tensor[t]).to(like.device)
-            self._layer_B[ids] = len(kinds) if kind.name == "vector" else t
+            self._tensor_B[ids] = t
             share_B[ids], least_B[ids], longest_B[ids] = kind.share, kind.least, kind.longest
             keeps_B[ids] = float(DIRECTIONS[kind.direction].keeps_length)
         root_B = numel_B.sqrt()
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
+        self._is_vector_T = torch.tensor([kind.name == "vector" for kind in kinds], device=like.device)
         self._fades_B = keeps_B > 0
         self._floor_B = torch.where(self._fades_B, root_B, 1e-30)
         # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
@@ -161,7 +163,7 @@ class ShareUpdate:
             return None
         squares_B = torch.where(decision.finite_B, decision.norm_B.square(), torch.nan)
         grown_B = none_B if self.grown_B is None else self.grown_B
-        of_step = self.collected, self.moved_B, grown_B, self.cosine_B, self.series.of_late
+        of_step = self.collected, self.moved_B, grown_B, self.cosine_B, self.series.of_late, self.balance
         return ShareRecord(step, squares_B, decision, *of_step)
 
     def state(self) -> dict[str, Tensor]:
@@ -210,7 +212,10 @@ class ShareUpdate:
             given = [stack.gathered(gradients) for stack in stacks]
             squares_B, weight_squares_B, euler_B = self._measured(stacks, given, gradients)
             decision, length_B, recent_B, seen_steps = self._bound(squares_B, weight_squares_B, scaling)
-            shortened = self._shortened(torch.where(decision.finite_B, euler_B, 0.0))
+            assert split.rates is not None
+            num_bins = split.plan.num_bins
+            lr_B = split.rates.value_B("lr", num_bins)
+            factor_T = self._factor_T(torch.where(decision.finite_B, euler_B, 0.0), decision.norm_B, length_B, lr_B)
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
             cosine_B = self._cosine_B(stacks, given, directions, groups, decision, ahead_B) if self.measures else None
@@ -221,9 +226,7 @@ class ShareUpdate:
             moves_B = decision.finite_B & (ahead_B > 0) & (self._fades_B | (decision.norm_B > 0))
             first_B = moves_B & (self.most_B == 0)
             most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
-            assert split.rates is not None
-            num_bins = split.plan.num_bins
-            tau_B = split.rates.value_B("lr", num_bins) * self._share_B * (self.clock.pace() * shortened)
+            tau_B = lr_B * self._share_B * (self.clock.pace() * factor_T).index_select(0, self._tensor_B)
             decay_B = torch.where(moves_B, split.rates.value_B("weight_decay", num_bins) * tau_B, 0.0)
             length = torch.maximum(length_B, self._least_B)
             step_B = torch.where(moves_B, tau_B * length / torch.maximum(ahead_B, self._floor_B), 0.0)
@@ -310,10 +313,21 @@ class ShareUpdate:
                 rests.add_squares(weight_B, rests.gathered(weights))
         return gradient_B, weight_B, euler_B
 
-    def _shortened(self, euler_B: Tensor) -> Tensor:
-        """Return the factor on the share for layers in series, 0-d, from the products of gradients and weights (B,)."""
-        sums = euler_B.new_zeros(len(self.kinds) + 1).index_add_(0, self._layer_B, euler_B)
-        return self.series.look(sums[:-1])
+    def _factor_T(self, euler_B: Tensor, norm_B: Tensor, length_B: Tensor, lr_B: Tensor | float) -> Tensor:
+        """Return what the share of each tensor is multiplied by, (T,), as the model as a whole asks it.
+
+        Args:
+            euler_B: (B,) products of gradients and weights; 0 where the gradient is not finite.
+            norm_B: (B,) of gradients, likewise.
+            length_B: (B,) of weights.
+            lr_B: the shares before that, (B,) or one for all.
+        """
+        change_B = norm_B * lr_B * self._share_B * torch.maximum(length_B, self._least_B)
+        sums = euler_B.new_zeros(2, len(self.kinds)).index_add_(1, self._tensor_B, torch.stack([euler_B, change_B]))
+        # Vectors do not count as layers.
+        shortened = self.series.look(torch.where(self._is_vector_T, 0.0, sums[0]))
+        self.balance = self.series.balance(sums[1], self._is_vector_T)
+        return torch.where(self._is_vector_T, self.balance * shortened, shortened)
 
     def _bound(
         self, squares_B: Tensor, weight_squares_B: Tensor, scaling: Scaling | None

@@ -261,8 +261,7 @@ class CompiledShare(ShareUpdate):
         known = all(type(DIRECTIONS[kind.direction]) in (Adam, Orthogonal) for kind in kinds)
         self._fits = lines is not None and known
         self._lines = line_table(lines or (), plan.width_T)
-        self._tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
-        self._tensor_B[plan.bin_K] = plan.tensor_K
+        self._tensors = self._tensor_B.numpy()
         self._numel_B = np.asarray(plan.numel_B, dtype=np.float64)
         self._tables: list[tuple[torch.dtype, Any]] = []
         self._forms: list[Any] = []
@@ -300,8 +299,10 @@ class CompiledShare(ShareUpdate):
         euler = np.zeros(len(squares_B))
         threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         run([(products, (KINDS[d], t.entries, t.chunks, bases, euler)) for d, t in self._tables], threads)
-        shortened = float(self._shortened(torch.from_numpy(np.where(out[4] > 0, euler, 0.0))))
-        numbers = self._numbers(states, groups, shortened)
+        lr_B = np.array([float(group["lr"]) for group in groups])[self._tensors]
+        of_step = np.where(out[4] > 0, euler, 0.0), out[0], np.sqrt(weight_squares_B.numpy()), lr_B
+        factors = self._factor_T(*map(torch.from_numpy, of_step)).tolist()
+        numbers = self._numbers(states, groups, factors)
         calls: list[Call] = [
             (enter, (KINDS[d], t.entries, t.chunks, bases, numbers, out[2], out[4])) for d, t in self._tables
         ]
@@ -333,7 +334,7 @@ class CompiledShare(ShareUpdate):
         falls = min(FALLS, seen / (seen + 2))
         decide(
             *(squares, weights, fired, factor, falls, recent),
-            *(self._tensor_B, self._numel_B, self._lines, out),
+            *(self._tensors, self._numel_B, self._lines, out),
         )
         self.seen_steps += bool((out[0] > 0).any())
         self.collected = torch.tensor(factor, dtype=torch.float64)
@@ -419,14 +420,14 @@ class CompiledShare(ShareUpdate):
             self._addresses = (key, not overlap(self.split.parameters))
         return self._addresses[1]
 
-    def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]], shortened: float) -> np.ndarray:
+    def _numbers(self, states: list[dict[str, Any]], groups: list[dict[str, Any]], factors: list[float]) -> np.ndarray:
         """The constants of each tensor's step, (T, 12), see `COLUMNS`."""
-        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.clock.pace()) * shortened
-        for t, (state, group, kind) in enumerate(zip(states, groups, self.kinds, strict=True)):
+        numbers, pace = np.zeros((len(states), len(COLUMNS))), float(self.clock.pace())
+        for t, (state, group, kind, factor) in enumerate(zip(states, groups, self.kinds, factors, strict=True)):
             if not state:
                 continue
             (beta1, beta2), adam = group["betas"], kind.direction == "adam"
-            tau = float(group["lr"]) * pace * kind.share
+            tau = float(group["lr"]) * (pace * factor) * kind.share
             count = max(float(state["step"]), 1.0) if adam else 1.0
             numbers[t] = (
                 *(tau, tau * group["weight_decay"], kind.least, kind.longest, adam, -1.0 if group["maximize"] else 1.0),

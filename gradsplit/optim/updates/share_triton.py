@@ -93,9 +93,6 @@ class TritonShare(ShareUpdate):
         plan, self._device = split.plan, split.kernel.device
         self._lines = lines_of(split.gradient_budgets)
         self._line_table = self._here(line_table(self._lines or (), plan.width_T))
-        tensor_B = np.zeros(plan.num_bins, dtype=np.int64)
-        tensor_B[plan.bin_K] = plan.tensor_K
-        self._tensor_B = self._here(tensor_B)
         self._numel_B = self._here(np.asarray(plan.numel_B, dtype=np.float64))
         self._known: tuple[Any, _Room | None] = (None, None)
         self._sent: dict[str, tuple[Any, Tensor]] = {}
@@ -151,7 +148,10 @@ class TritonShare(ShareUpdate):
         history = split.gradient.history
         try:
             decision, seen_steps = self._decide(vectors, num_tensors)
-            pace = pace * self._shortened(vectors[programs.EULER.value])
+            rates = rates * self._factor_T(
+                *(vectors[programs.EULER.value], vectors[programs.NORM.value], vectors[programs.LENGTH.value]),
+                rates.index_select(0, self._tensor_B),
+            )
             for table in room.tables:
                 if not table.adam:
                     programs.enter[(len(table.bins),)](

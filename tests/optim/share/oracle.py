@@ -86,6 +86,7 @@ class Oracle:
         self.recent = [np.zeros(s.rows) for s in self.sheets]
         self.longest = [np.zeros(s.rows) for s in self.sheets]
         self.series = 0.0
+        self.calm = 1.0
 
     def step(
         self,
@@ -103,10 +104,12 @@ class Oracle:
         given = [None if g is None or not g.size else g for g in given]
         factor = self._collect(given)
         lr *= self._in_series(given)
+        calm = self._balance(given)
         for t, gradient in enumerate(given):
             if gradient is not None:
                 self.counts[t] += 1
-                self._update(t, gradient, factor, lr, decay, betas, eps)
+                times = calm if self.sheets[t].what == "vector" else 1.0
+                self._update(t, gradient, factor, lr * times, decay, betas, eps)
 
     def _in_series(self, gradients: list[Array | None]) -> float:
         """Return the factor on the share; the number of layers in series is brought up to date."""
@@ -119,6 +122,24 @@ class Oracle:
         if largest > 0:
             self.series = max(abs(sum(values)) / largest, 0.995 * self.series)
         return min(1.0, (14.0 / self.series) ** 2) if self.series else 1.0
+
+    def _balance(self, gradients: list[Array | None]) -> float:
+        """Return the factor on the share of vectors: they may not change the loss by more than matrices do."""
+        matrices, vectors = 0.0, []
+        for sheet, w, g in zip(self.sheets, self.weights, gradients, strict=True):
+            if g is not None:
+                n = sheet.cols * (2 if np.iscomplexobj(w) else 1)
+                fine = np.isfinite(g).all(axis=1)
+                reach = np.maximum(length(w), LEAST[sheet.what] * np.sqrt(n))
+                change = SHARE[sheet.what] * float((length(g[fine]) * reach[fine]).sum())
+                if sheet.what == "vector":
+                    vectors.append(change)
+                else:
+                    matrices += change
+        total = sum(min(change, matrices / 2) for change in vectors)
+        most = matrices * min(1.0, 14.0 / max(self.series, 1.0))
+        self.calm = most / total if total > most else 1.0
+        return self.calm
 
     def _collect(self, gradients: list[Array | None]) -> float:
         """Return what the whole gradient is multiplied by; the recent norms are brought up to date."""

@@ -243,20 +243,19 @@ def test_a_traced_step_is_the_plain_one():
     assert float(optimizers[1]._series.of_late) == pytest.approx(LAYERS * series.FADES**2)
 
 
-def _leaves_words_out(self, euler_B):
-    self._layer_B[:5] = len(self.kinds)
-    return _SHORTENED(self, euler_B)
+def _leaves_words_out(self, euler_B, *others):
+    return _FACTOR(self, torch.where(self._tensor_B == 0, 0.0, euler_B), *others)
 
 
-def _counts_bad_rows(self, euler_B):
-    return _SHORTENED(self, torch.where(euler_B == 0, 1.0, euler_B))
+def _counts_bad_rows(self, euler_B, *others):
+    return _FACTOR(self, torch.where(euler_B == 0, 1.0, euler_B), *others)
 
 
-_SHORTENED = ShareUpdate._shortened
+_FACTOR = ShareUpdate._factor_T
 
 FAULTS = {
-    "embeddings do not count": (ShareUpdate, "_shortened", _leaves_words_out),
-    "bad rows count": (ShareUpdate, "_shortened", _counts_bad_rows),
+    "embeddings do not count": (ShareUpdate, "_factor_T", _leaves_words_out),
+    "bad rows count": (ShareUpdate, "_factor_T", _counts_bad_rows),
     "the number never fades": (series, "FADES", 1.0),
     "deep from 10 on": (series, "DEEP", 10.0),
     "in proportion, not its square": (series, "shortened", lambda number: series.DEEP / number.clamp(min=series.DEEP)),
