@@ -33,7 +33,7 @@ def held_by(optimizer: Any) -> list[int]:
 def refuse_endless(optimizer: torch.optim.Optimizer, *, call: str) -> None:
     """Refuse a learning rate, a decay or a momentum that is not finite, before a step makes the weights so.
 
-    A tensor on a device is not looked at, since that would wait for the device.
+    A tensor on a device, or in a capturable group, is not looked at, since that would wait for the device.
 
     Raises:
         ValueError: names the option and the group.
@@ -48,7 +48,8 @@ Look at the scheduler, or at what else sets lr.
             value = group.get(name)
             if value.__class__ is float and math.isfinite(value):
                 continue
-            if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+            readable = isinstance(value, Tensor) and value.device.type == "cpu" and not group.get("capturable")
+            if readable and value.numel() == 1:
                 value = value.item()
             if isinstance(value, Real) and not math.isfinite(value):
                 raise ValueError(

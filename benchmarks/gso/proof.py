@@ -381,6 +381,18 @@ def _series() -> list[Job]:
     return jobs + cells(*MIXER, "gso", SHARE, FRESH[:2]) + cells("gpt", 500, "gso", SHARE, CHOOSING)
 
 
+def _balance() -> list[Job]:
+    """Stacks in which vectors would outweigh the matrices, and what must stay as it was."""
+    jobs = cells("deep-stack", 300, "gso", SHARE, (*FRESH, *CHOOSING))
+    jobs += cells("plain-stack", 350, "gso", SHARE, (*FRESH, *range(16, 22)), options={"depth": 36})
+    jobs += cells("plain-stack", 350, "gso", SHARE, FRESH, options={"depth": 24})
+    jobs += cells("plain-stack", 350, "gso", SHARE, FRESH[:3]) + cells(*HOT[:2], "gso", SHARE, FRESH[:2])
+    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH[:2])
+    jobs += cells(*DETECTOR[:2], "gso", SHARE, FRESH[:2], options={"healthy": True})
+    jobs += cells("aerial", 500, "gso", SHARE, FRESH[:2]) + cells("lstm", 500, "gso", SHARE, FRESH[:2])
+    return jobs + cells(*MIXER, "gso", SHARE, FRESH[:2]) + cells("gpt", 500, "gso", SHARE, CHOOSING)
+
+
 def _both(task: str, steps: int, **options: object) -> list[Job]:
     """Three rates of Muon and of SOAP on seed 0."""
     jobs = [job for lr in (0.03, 0.01, 0.1) for job in with_muon(task, steps, lr, (0,), **options)]
@@ -461,6 +473,7 @@ PROOF: dict[str, list[Job]] = {
     "proof-gains": _gains(),
     "proof-cool": _cool(),
     "proof-stacks": _stacks(),
+    "proof-balance": _balance(),
     "proof-small": _small(),
     "proof-zero": _zero(),
     "proof-faults": _faults(),

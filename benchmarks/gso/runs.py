@@ -225,6 +225,7 @@ def run(job: Job) -> dict[str, Any]:
     spoiled: list[int] = []
     losses: list[float] = []
     series: list[float] = []
+    balance: list[float] = []
     started, used = time.perf_counter(), time.process_time()
     for optimizer in made.optimizers:
         getattr(optimizer, "train", lambda: None)()
@@ -243,6 +244,7 @@ def run(job: Job) -> dict[str, Any]:
             optimizer.step()
         if job.method == "gso":
             series.append(float(made.optimizers[0]._series.of_late))
+            balance.append(float(made.optimizers[0].records[0].balance))
         for schedule in schedules:
             schedule.step()
         losses.append(float(loss.detach()))
@@ -266,6 +268,7 @@ def run(job: Job) -> dict[str, Any]:
         "largest_median": None if collective is None else round(max(collective.medians), 3),
         "series": round(max(series), 3) if series else None,
         "shortened": sum(number > DEEP for number in series) if series else None,
+        "outweighed": sum(factor < 1 for factor in balance) if balance else None,
         "cpu_seconds": round(used, 2),
         "seconds": round(taken, 2),
         "losses": [float(f"{statistics.fmean(losses[i : i + stride]):.4g}") for i in range(0, len(losses), stride)],
