@@ -48,9 +48,8 @@ Look at the scheduler, or at what else sets lr.
             value = group.get(name)
             if value.__class__ is float and math.isfinite(value):
                 continue
-            readable = isinstance(value, Tensor) and value.device.type == "cpu" and not group.get("capturable")
-            if readable and value.numel() == 1:
-                value = value.item()
+            if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1:
+                value = 0.0 if group.get("capturable") else value.item()
             if isinstance(value, Real) and not math.isfinite(value):
                 raise ValueError(
                     f"{call}: expected finite options in {type(optimizer).__name__}, got {name}={float(value)} in "

@@ -77,6 +77,7 @@ class Series:
         self._sums: tuple[Tensor, Tensor] | None = None
         self._changes: tuple[Tensor, Tensor] | None = None
         self._next: Tensor | None = None
+        self._factor: Tensor | None = None
 
     def look(self, euler_T: Tensor) -> Tensor:
         """Return the factor on the share, 0-d; nothing waits for the device.
@@ -91,27 +92,30 @@ class Series:
         self._sums = total, largest
         here = total.abs() / largest.clamp(min=1e-38)
         self._next = torch.where(largest > 0, torch.maximum(here, FADES * self.of_late), self.of_late)
-        return shortened(self._next)
+        self._factor = shortened(self._next)
+        return self._factor
 
-    def balance(self, change_T: Tensor, is_vector_T: Tensor) -> Tensor:
+    def balance(self, change_T: Tensor, vector_T: Tensor) -> Tensor:
         """Return the factor r on the share of vectors, 0-d, after `look`; nothing waits for the device.
 
         Args:
             change_T: (T,) c_t, >= 0, by which the step of each tensor may change the loss.
-            is_vector_T: (T,) bool.
+            vector_T: (T,) 1 for vectors, 0 for matrices and embeddings, of the dtype of `of_late`.
 
-        >>> changes, vectors = torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([False, True, True, True])
+        >>> changes, vectors = torch.tensor([3.0, 1.0, 2.0, 9.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]).double()
         >>> Series().balance(changes, vectors)                       # 3 / (1 + 1.5 + 1.5)
         tensor(0.7500, dtype=torch.float64)
         """
         change_T = change_T.to(self.of_late).nan_to_num(nan=0.0, posinf=0.0)
-        before = self._changes or (torch.zeros_like(self.of_late), torch.zeros_like(self.of_late))
-        matrices = before[0] + torch.where(is_vector_T, 0.0, change_T).sum()
-        vectors = before[1] + torch.where(is_vector_T, torch.minimum(change_T, matrices / 2), 0.0).sum()
+        matrices = change_T.dot(1 - vector_T)
+        if self._changes is not None:
+            matrices = matrices + self._changes[0]
+        vectors = torch.minimum(change_T, matrices / 2).dot(vector_T)
+        if self._changes is not None:
+            vectors = vectors + self._changes[1]
         self._changes = matrices, vectors
-        number = self.of_late if self._next is None else self._next
-        most = matrices * (DEEP / number.clamp(min=DEEP))
-        return torch.where(vectors > most, most / vectors.clamp(min=1e-38), 1.0)
+        most = matrices if self._factor is None else matrices * self._factor.sqrt()
+        return (most / vectors).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
 
     def settle(self) -> None:
         """End a step."""
@@ -121,4 +125,4 @@ class Series:
 
     def forget(self) -> None:
         """Leave the number as it was before this step."""
-        self._sums = self._changes = self._next = None
+        self._sums = self._changes = self._next = self._factor = None

@@ -140,6 +140,7 @@ class ShareUpdate:
         root_B = numel_B.sqrt()
         self._share_B, self._least_B, self._longest_B = share_B, least_B * root_B, longest_B
         self._is_vector_T = torch.tensor([kind.name == "vector" for kind in kinds], device=like.device)
+        self._vector_T = self._is_vector_T.to(series.of_late)
         self._fades_B = keeps_B > 0
         self._floor_B = torch.where(self._fades_B, root_B, 1e-30)
         # Written in place, so that a captured step finds them again; tensors, since a traced one reads no number anew.
@@ -326,7 +327,7 @@ class ShareUpdate:
         sums = euler_B.new_zeros(2, len(self.kinds)).index_add_(1, self._tensor_B, torch.stack([euler_B, change_B]))
         # Vectors do not count as layers.
         shortened = self.series.look(torch.where(self._is_vector_T, 0.0, sums[0]))
-        self.balance = self.series.balance(sums[1], self._is_vector_T)
+        self.balance = self.series.balance(sums[1], self._vector_T)
         return torch.where(self._is_vector_T, self.balance * shortened, shortened)
 
     def _bound(

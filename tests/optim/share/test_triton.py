@@ -93,9 +93,9 @@ def test_a_step_in_which_memory_runs_out_leaves_everything_as_it_was(found, wher
 @needs_triton
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_step_takes_few_launches_and_reads_nothing_back(found, name):
-    """The GPT has matrices of four shapes; a card adds nothing to what is counted. Ten are for layers in series."""
+    """The GPT has matrices of four shapes; a card adds nothing. Thirty are for layers in series, and for vectors."""
     seen = json.loads(found[f"count: {name}"])
-    assert sum(seen.values()) <= 50 + 20 * 4, seen
+    assert sum(seen.values()) <= 75 + 20 * 4, seen
     assert sum(number for key, number in seen.items() if key.startswith("triton")) <= 8
     assert not [key for key in seen if any(word in key for word in ("local_scalar", "nonzero", "equal"))]
 
