@@ -272,8 +272,9 @@ def why(runs: Runs) -> list[str]:
             line = [f"{value:g}"]
             for task, steps, wanted in (("plain-stack", 350, deep), ("deep-stack", 300, {})):
                 found = runs.find(task, steps, method, lr=lr, method_options=options, **wanted)
-                some = [row["score"] for row in found if row["seed"] in (0, 1)]
-                fresh = [row["score"] for row in found if row["seed"] in FRESH and row.get("series") is None]
+                before = [row for row in found if row.get("series") is None]
+                some = [row["score"] for row in before if row["seed"] in (0, 1)]
+                fresh = [row["score"] for row in before if row["seed"] in FRESH]
                 if found:
                     runs.cells[f"{found[0]['key']} and on"] = {"choosing": some, "fresh": fresh}
                 text = ", ".join(f"{score:.3f}" for score in some) or "not run"
