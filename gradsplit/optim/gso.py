@@ -57,7 +57,8 @@ class GSO(Optimizer):
     Where both sides of a matrix exceed 64, 0.1 becomes 0.8 / sqrt(smaller side). Vectors move by tau / 3 and count as
     at least sqrt n long. A gradient that is scaled as a whole is told from single rows by the median over rows of
     ||g_b|| / its recent norm; above 5 all is divided by it. Where H > 14 layers stand in series, tau is multiplied by
-    (14 / H)^2; vectors may change the loss by no more than matrices do (both: `gradsplit.series`). All formulas: `gradsplit.optim.share`; directions: `gradsplit.optim.directions`.
+    (14 / H)^2. Vectors may change the loss by no more than matrices do (`gradsplit.series` has both rules). All
+    formulas: `gradsplit.optim.share`; directions: `gradsplit.optim.directions`.
 
     Nothing has to be tuned: no rate in units of weights, no clip, no warm-up. The schedule matters: linear to zero is
     best (``steps=``). From Muon (Jordan et al. 2024), LARS and LAMB (You et al. 2017, 2020), Nero (Liu et al. 2021) and
