@@ -169,8 +169,8 @@ class ShareUpdate:
 
     def state(self) -> dict[str, Tensor]:
         """Return the recent norms and the longest lengths, (B,) each, the numbers of steps and of layers in series."""
-        vectors = {"recent": self.recent_B.clone(), "most": self.most_B.clone()}
-        return {**vectors, "steps": self.seen_steps.clone(), "series": self.series.of_late.clone()}
+        kept = {"recent": self.recent_B, "most": self.most_B, "steps": self.seen_steps, "series": self.series.of_late}
+        return {key: value.clone() for key, value in kept.items()}
 
     def load(self, state: Mapping[str, Any], *, call: str) -> None:
         """Take over what `state` returned.
@@ -214,8 +214,7 @@ class ShareUpdate:
             squares_B, weight_squares_B, euler_B = self._measured(stacks, given, gradients)
             decision, length_B, recent_B, seen_steps = self._bound(squares_B, weight_squares_B, scaling)
             assert split.rates is not None
-            num_bins = split.plan.num_bins
-            lr_B = split.rates.value_B("lr", num_bins)
+            lr_B, decay_B = (split.rates.value_B(name, split.plan.num_bins) for name in ("lr", "weight_decay"))
             factor_T = self._factor_T(torch.where(decision.finite_B, euler_B, 0.0), decision.norm_B, length_B, lr_B)
             directions, memories = self._directions_of(stacks, given, states, groups, decision, scaling)
             ahead_B = self._squares(stacks, directions).sqrt()
@@ -228,10 +227,9 @@ class ShareUpdate:
             first_B = moves_B & (self.most_B == 0)
             most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
             tau_B = lr_B * self._share_B * (self.clock.pace() * factor_T).index_select(0, self._tensor_B)
-            decay_B = torch.where(moves_B, split.rates.value_B("weight_decay", num_bins) * tau_B, 0.0)
             length = torch.maximum(length_B, self._least_B)
             step_B = torch.where(moves_B, tau_B * length / torch.maximum(ahead_B, self._floor_B), 0.0)
-            fresh = self._moved(stacks, directions, 1 - decay_B, -step_B)
+            fresh = self._moved(stacks, directions, 1 - torch.where(moves_B, decay_B * tau_B, 0.0), -step_B)
             grown_B = self._shorten(stacks, fresh, moves_B, most_B)
             written = [w.to(weights[s.at[0]].dtype) for s, w in zip(stacks, fresh, strict=True)]
         except BaseException:
@@ -314,19 +312,11 @@ class ShareUpdate:
                 rests.add_squares(weight_B, rests.gathered(weights))
         return gradient_B, weight_B, euler_B
 
-    def _factor_T(self, euler_B: Tensor, norm_B: Tensor, length_B: Tensor, lr_B: Tensor | float) -> Tensor:
-        """Return what the share of each tensor is multiplied by, (T,), as the model as a whole asks it.
-
-        Args:
-            euler_B: (B,) products of gradients and weights; 0 where the gradient is not finite.
-            norm_B: (B,) of gradients, likewise.
-            length_B: (B,) of weights.
-            lr_B: the shares before that, (B,) or one for all.
-        """
+    def _factor_T(self, euler_B: Tensor, norm_B: Tensor, length_B: Tensor, lr_B: Tensor) -> Tensor:
+        """Return what each tensor's share is multiplied by, (T,), from (B,) products, norms, lengths and shares."""
         change_B = norm_B * lr_B * self._share_B * torch.maximum(length_B, self._least_B)
         sums = euler_B.new_zeros(2, len(self.kinds)).index_add_(1, self._tensor_B, torch.stack([euler_B, change_B]))
-        # Vectors do not count as layers.
-        shortened = self.series.look(torch.where(self._is_vector_T, 0.0, sums[0]))
+        shortened = self.series.look(torch.where(self._is_vector_T, 0.0, sums[0]))  # vectors are no layers
         self.balance = self.series.balance(sums[1], self._vector_T)
         return torch.where(self._is_vector_T, self.balance * shortened, shortened)
 
