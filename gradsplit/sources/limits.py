@@ -226,6 +226,7 @@ class TermLimits:
         self._marks: dict[int, tuple[list[int], list[Any]]] = {}  # per place, what its reach was made from
         self._changes = 0
         self._near: tuple[Any, list[list[int]]] | None = None
+        self._on_device: tuple[list[list[int]], Tensor, Tensor] | None = None
         self._bundled: tuple[Any, list[tuple[list[int], list[bool]]]] | None = None
 
     def enter(
@@ -266,20 +267,26 @@ class TermLimits:
         state = self._as_tensor().to(norm_K)
         if state.shape[1] < count:
             state = torch.cat([state, state.new_zeros(3, count - state.shape[1])], 1)
-        index = torch.tensor(places, device=norm_K.device)
+        index, near = self._tables(places, norm_K.device)
         old = state[:, index]
         new = torch.stack([_followed(old[0], norm_K, self.decay, self.growth), *_watched(old[1:], value_K, self.decay)])
         self._state = state = state.index_copy(1, index, new)
-        near = torch.zeros(len(places), count, dtype=torch.bool)
-        for row, others in enumerate(self.neighbours(places)):
-            near[row, others] = True
-        near = near.to(norm_K.device)
         smallest_K = torch.where(near & (state[0] > 0), state[0], math.inf).amin(1)
         if self.relief == 1:
             return smallest_K
         left = _progress(state)
         least_K = torch.where(near & (left > 0), left, math.inf).amin(1)
         return smallest_K * (left[index] / least_K).sqrt().clamp(1.0, self.relief)
+
+    def _tables(self, places: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the terms of a call stand, and which bound each: copied to the device where they change."""
+        others = self.neighbours(places)
+        if self._on_device is None or self._on_device[0] is not others or self._on_device[1].device != device:
+            near = torch.zeros(len(places), len(self.places), dtype=torch.bool)
+            for row, these in enumerate(others):
+                near[row, these] = True
+            self._on_device = others, torch.tensor(places, device=device), near.to(device)
+        return self._on_device[1:]
 
     def observe_numbers(self, places: list[int], norms: list[float], values: list[float]) -> list[float]:
         """The same in Python's numbers: on the CPU a call of torch costs more than the whole rule."""
@@ -351,7 +358,7 @@ class TermLimits:
         self.reaches = [frozenset(row["reaches"]) for row in rows]
         self._seen = [int(row["seen"]) for row in rows]
         self.calls = int(state["calls"])
-        self._marks, self._near, self._bundled = {}, None, None
+        self._marks, self._near, self._bundled, self._on_device = {}, None, None, None
 
     def _as_tensor(self) -> Tensor:
         return self._state if isinstance(self._state, Tensor) else torch.tensor(self._state, dtype=torch.float64)

@@ -325,6 +325,23 @@ def test_a_device_where_nobody_looks_gives_the_same_numbers():
     assert len(splitters[0].named()) == 3
 
 
+def test_nothing_is_copied_to_the_device_while_the_terms_stay_the_same(monkeypatch):
+    """Such a copy waits for the device."""
+    w, made, tensor = _weight(2), [], torch.tensor
+    splitter = _unseen(TermSplitter([w]))
+
+    def seen(*args, **kwargs):
+        made.append(args[0])
+        return tensor(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", seen)
+    counts = []
+    for names in ("ab", "ab", "ab", "b", "b", "abc", "abc"):
+        splitter.backward(**{name: w.sum() for name in names})
+        counts.append(made.count([ord(name) - ord("a") for name in names]))
+    assert counts == [1, 1, 1, 1, 1, 1, 1]
+
+
 def test_a_state_passes_between_host_and_device():
     """A model that is moved in the middle goes on with the same numbers."""
     w = [_weight(2) for _ in range(2)]
