@@ -15,6 +15,7 @@ LONGEST, MEDIAN, WORDS = 30, 16, 800
 _DOCS = ROOT / "docs"
 PLAIN = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     *(page for page in pages() if page.parent in {_DOCS, _DOCS / "reference"}),
     *(page for page in pages() if page.parent == _DOCS / "results" and page.name != "gso.md"),
     _DOCS / "decisions/0037-the-step-is-a-share-of-the-row.md",
