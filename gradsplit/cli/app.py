@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -18,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import gradsplit
 
-__all__ = ["flag", "option", "page_if_possible", "run_app", "say", "wrapped"]
+__all__ = ["at_least", "check_place", "flag", "option", "page_if_possible", "run_app", "say", "wrapped", "write_file"]
 
 _HELP = """Split the gradient into bins, and bound each bin by a budget of its own.
 
@@ -82,6 +83,22 @@ class _Command(TyperCommand):
         named = (str(one.metavar) for one in arguments)
         return ["[OPTIONS]", *(n if one.required else f"[{n}]" for n, one in zip(named, arguments, strict=True))]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Read the arguments; a value of the wrong kind is named with its option."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            param = getattr(error, "param", None)
+            if param is None or type(error).__name__ != "BadParameter":
+                raise
+            said = str(getattr(error, "message", error))
+            kind = "a whole number" if "integer" in said else "a number" if re.search("number|float", said) else said
+            value = self.make_parser(ctx).parse_args(given)[0].get(param.name)
+            raise ValueError(
+                f"{ctx.command_path} {param.opts[0]} {value}: expected {kind}. `{ctx.command_path} --help` says more."
+            ) from None
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; an interruption by the user ends with code 130 and one line."""
         try:
@@ -133,6 +150,46 @@ def page_if_possible() -> Iterator[None]:
         if (error.name or "").partition(".")[0] != "plotly":
             raise
         typer.echo("no page: it needs the package plotly; run: pip install plotly", err=True)
+
+
+def check_place(place: Path | None, option: str) -> None:
+    """Refuse a file that cannot be written, before anything is computed.
+
+    Raises:
+        ValueError: its folder is missing or may not be written to, or it is a folder; the text names the option.
+    """
+    if place is None:
+        return
+    folder = place.absolute().parent
+    why = "a folder" if place.is_dir() else f"no folder {folder}" if not folder.is_dir() else ""
+    if not why and not os.access(place if place.exists() else folder, os.W_OK):
+        why = "one without the right to write"
+    if why:
+        raise ValueError(f"{option} {place}: expected a file that can be written, got {why}. Choose another place.")
+
+
+def write_file(place: Path, text: str) -> None:
+    """Write a whole file or none: an interruption or a full disk leaves what was there before."""
+    if place.exists() and not place.is_file():  # such as a pipe, which nothing may stand in for
+        place.write_text(text, encoding="utf8")
+        return
+    part = place.with_name(f"{place.name}.part")
+    try:
+        part.write_text(text, encoding="utf8")
+        part.replace(place)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def at_least(least: float, value: float, option: str) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ValueError: the text names the option, the value and the rule.
+    """
+    if not value >= least:
+        raise ValueError(f"{option} {value:g}: expected a number >= {least:g}. Leave it out for the default.")
 
 
 def option(unit: str, words: str, group: str | None = None, default: str | bool = True) -> Any:
@@ -198,7 +255,8 @@ def _teaching(call: Callable[[], Any]) -> None:
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         if type(error).__module__ not in ("builtins", "gradsplit.lab.task"):
             raise
-        named = str(error) if str(error).startswith("gradsplit ") else f"gradsplit: {error}"
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        named = told if told.startswith("gradsplit ") else f"gradsplit: {told}"
         typer.secho(named, fg="red", err=True)
         if not isinstance(error, ValueError):
             typer.echo("GRADSPLIT_DEBUG=1 shows where it arose.", err=True)

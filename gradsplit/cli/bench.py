@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .app import flag, option
+from .app import at_least, check_place, flag, option
 
 __all__ = ["run"]
 
@@ -23,6 +23,9 @@ def run(
 
     Example: gradsplit bench --layouts gpt-23m --seconds 5
     """
+    at_least(0.1, seconds, "gradsplit bench --seconds")
+    at_least(0, threads, "gradsplit bench --threads")
+    check_place(out, "gradsplit bench --out")
     import torch
 
     from ..lab.speed.session import measure, show, write

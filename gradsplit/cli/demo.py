@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ..lab.pages.tables import Columns, number, verdict
-from .app import flag, option, page_if_possible
+from .app import at_least, check_place, flag, option, page_if_possible, write_file
 
 __all__ = ["run"]
 
@@ -34,8 +34,14 @@ def run(
     from ..lab.demo import scenes as shown_here
     from ..lab.evidence import conditions
 
-    if jobs < 1:
-        raise ValueError(f"--jobs {jobs}: expected at least one worker process.")
+    at_least(1, jobs, "gradsplit demo --jobs")
+    try:  # before anything is trained
+        out.mkdir(parents=True, exist_ok=True)
+        check_place(out / "demo.html", "gradsplit demo --out")
+    except OSError as error:
+        raise ValueError(
+            f"gradsplit demo --out {out}: expected a folder that can be written, got {error.strerror}. Choose another."
+        ) from error
     console, start = Console(), time.perf_counter()
     scenes = smaller(shown_here()) if quick else shown_here()
     total = sum(len(scene.rows) for scene in scenes)
@@ -108,14 +114,13 @@ def _without_pictures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(scenes: list[dict[str, Any]], evidence: dict[str, Any], out: Path) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
     raw = out / "demo.json"
     plain = [{**scene, "rows": [_without_pictures(row) for row in scene["rows"]]} for scene in scenes]
-    raw.write_text(json.dumps({"conditions": evidence, "scenes": plain}, indent=1) + "\n", encoding="utf8")
+    write_file(raw, json.dumps({"conditions": evidence, "scenes": plain}, indent=1) + "\n")
     paths = [raw]
     with page_if_possible():  # the shell of all pages needs plotly, though this page has none of its pictures
         from ..lab.pages.demo import demo_page
 
         paths.append(out / "demo.html")
-        paths[-1].write_text(demo_page(scenes, evidence), encoding="utf8")
+        write_file(paths[-1], demo_page(scenes, evidence))
     return paths

@@ -11,7 +11,7 @@ import typer
 
 from ..chain.chain import Chain, chain_figure
 from ..watch.report.html import Section, html_table, page, text
-from .app import flag, option, say
+from .app import at_least, check_place, flag, option, say, write_file
 from .arguments import problem_from
 
 __all__ = ["diagnosis_page", "run"]
@@ -74,24 +74,33 @@ def run(
     Example: gradsplit diagnose --demo deep-stack
     """
     if bool(problem) == bool(demo):
-        raise ValueError("diagnose: expected either module:factory or --demo, got both or none. Try --demo detection.")
+        raise ValueError(
+            "gradsplit diagnose: expected either MODULE:FUNCTION or --demo, got both or none. Try --demo detection."
+        )
     if demo and demo not in DEMOS:
-        raise ValueError(f"diagnose(--demo {demo}): expected one of {', '.join(DEMOS)}.")
+        raise ValueError(f"gradsplit diagnose --demo {demo}: expected one of {', '.join(DEMOS)}.")
     if ladder and lr is None:
-        raise ValueError("diagnose(--ladder): expected --lr with it, the step to be judged. Try --ladder --lr 0.1.")
+        raise ValueError(
+            "gradsplit diagnose --ladder: expected --lr with it, the step to be judged. Try --ladder --lr 0.1."
+        )
+    if lr is not None and not 0 < lr < float("inf"):
+        raise ValueError(f"gradsplit diagnose --lr {lr:g}: expected a finite number > 0. Try --lr 0.1.")
+    at_least(1, limit, "gradsplit diagnose --limit")
+    check_place(out, "gradsplit diagnose --out")
+    check_place(page, "gradsplit diagnose --page")
     import gradsplit as gs
 
-    model, loss_fn, batch = problem_from(DEMOS[demo] if demo else problem)
+    model, loss_fn, batch = problem_from(DEMOS[demo] if demo else problem, "gradsplit diagnose")
     judged = None if lr is None else _optimizer(optimizer, model, lr)
     diagnosis = gs.diagnose(model, loss_fn, batch, judged, ladder=ladder)
     say(diagnosis.text(limit))
     if out is not None:
-        out.write_text(json.dumps(diagnosis.to_dict(), indent=1) + "\n", encoding="utf8")
+        write_file(out, json.dumps(diagnosis.to_dict(), indent=1) + "\n")
     if page is not None:
         asked = {"problem": demo or problem, "ladder": ladder, "gradsplit": gs.__version__}
         if judged is not None:
             asked |= {"optimizer": optimizer, "learning rate": lr}
-        page.write_text(diagnosis_page(diagnosis.to_dict(), diagnosis.chain, asked), encoding="utf8")
+        write_file(page, diagnosis_page(diagnosis.to_dict(), diagnosis.chain, asked))
         typer.echo(f"the findings and the chain as a page: {page}")
 
 
@@ -100,6 +109,8 @@ def _optimizer(name: str, model: Any, lr: float) -> Any:
 
     made = getattr(torch.optim, name, None)
     if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
-        raise ValueError(f"diagnose(--optimizer {name}): expected a class of torch.optim, such as SGD or AdamW.")
+        raise ValueError(
+            f"gradsplit diagnose --optimizer {name}: expected a class of torch.optim, such as SGD or AdamW."
+        )
     build: Any = made  # the base class takes no lr
     return build([p for p in model.parameters() if p.requires_grad], lr=lr)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import option
+from .app import at_least, check_place, option, page_if_possible, write_file
 from .arguments import problem_from
 
 __all__ = ["run"]
@@ -36,15 +36,20 @@ def run(
 
     Example: gradsplit ladder temporal-order --order 10
     """
+    at_least(1, count, "gradsplit ladder --count")
+    check_place(page, "gradsplit ladder --page")
     from ..ladder import ladder_figure, ladder_of_model, ladder_table
     from ..plan import layout_of, make_plan
+    from ..plan.registry import strategy_named
 
-    model, loss_fn, batch = problem_from(problem)
-    plan = make_plan(strategy, layout_of(model), call="ladder")
+    strategy_named(strategy, call=f"gradsplit ladder --strategy {strategy}")
+    model, loss_fn, batch = problem_from(problem, "gradsplit ladder")
+    plan = make_plan(strategy, layout_of(model), call="gradsplit ladder")
     ladder = ladder_of_model(model, loss_fn, batch, bins=plan, order=order)
     typer.echo(ladder_table(ladder, count))
     if page is not None:
-        from plotly.io import to_html
+        with page_if_possible():
+            from plotly.io import to_html
 
-        page.write_text(to_html(ladder_figure(ladder), include_plotlyjs=True, full_html=True), encoding="utf8")
-        typer.echo(f"the figure: {page}")
+            write_file(page, to_html(ladder_figure(ladder), include_plotlyjs=True, full_html=True))
+            typer.echo(f"the figure: {page}")

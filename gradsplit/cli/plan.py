@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .app import option
+from .app import at_least, option
 from .arguments import layout_from
 
 __all__ = ["run"]
@@ -39,8 +39,9 @@ def run(
     from ..plan import STRATEGIES
     from ..plan.registry import strategy_named
 
-    strategy_named(strategy, call=f"plan(strategy={strategy!r})")
-    layout = layout_from(model)
+    at_least(0, lines, "gradsplit plan --lines")
+    strategy_named(strategy, call=f"gradsplit plan --strategy {strategy}")
+    layout = layout_from(model, "gradsplit plan")
     console = Console(highlight=False, emoji=False)
     console.print(
         f"[bold]{escape(model)}[/]: {len(layout)} tensors, {layout.num_elements:,} elements, "

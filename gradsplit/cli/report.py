@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import flag, option, page_if_possible, say
+from .app import check_place, flag, option, page_if_possible, say
 
 if TYPE_CHECKING:
     from ..watch.record import RunFile
@@ -50,6 +50,8 @@ def run(
     for word in fail_on or []:
         if word not in FAILURES:
             raise ValueError(f"gradsplit report --fail-on {word}: expected one of {', '.join(FAILURES)}.")
+    check_place(html, "gradsplit report --html")
+    check_place(jsonl, "gradsplit report --jsonl")
     file = newest() if file is None else file
     try:
         with RunFile(file) as opened:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import flag, option
+from .app import at_least, flag, option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,6 +41,7 @@ def run(
     from ..watch.record import RunFile, RunFileError
     from .report import newest
 
+    at_least(0.1, seconds, "gradsplit watch --seconds")
     file = newest() if file is None else file
     if depth < 0:
         raise ValueError(f"gradsplit watch --depth {depth}: expected 0 (all of them), 1, 2 and so on.")
@@ -60,7 +61,7 @@ def run(
         return
     with Live(picture, refresh_per_second=4) as live:
         while not ended:
-            time.sleep(max(0.1, seconds))
+            time.sleep(seconds)
             picture, ended = look()
             live.update(picture)
 
@@ -85,7 +86,7 @@ def view(opened: RunFile, *, module: str = "", depth: int = 1) -> RenderableType
     parts: list[Any] = []
     for stream in opened.streams:
         series = opened.series(stream, last=_ROWS)
-        table = Table(title=Text(printable(_title(opened, series))), title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for heading, justify in (("module", "left"), ("norm", "right"), ("usual", "right"), ("course", "left")):
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         outline = stream.outline
@@ -96,7 +97,7 @@ def view(opened: RunFile, *, module: str = "", depth: int = 1) -> RenderableType
             table.add_row(*(Text(printable(cell)) for cell in _line(outline.names_N[node], series.node_peak(node))))
         if (series.loss_R == series.loss_R).any():
             table.add_row(*(Text(cell) for cell in _line("loss", series.loss_R, logarithmic=False)))
-        parts.append(table)
+        parts += [Text(printable(_title(opened, series)), "bold"), table]
     if module and not parts:
         raise ValueError(
             f"gradsplit watch --module {module}: expected a recorded module or tensor, got another name. Leave it out, "

@@ -80,3 +80,12 @@ def test_columns_that_fit_stand_in_one_table():
     table = Columns("name", ["a"], {"one": ["1"], "two": ["22"]}, [True])
     assert _printed(table, 80).count("name") == 1
     assert _printed(table, 14).count("name") == 2
+
+
+def test_the_page_of_a_comparison_shows_scores_before_words():
+    from gradsplit.lab.pages.comparison import _best_table
+
+    entry = {**RESULTS["summary"][0], "summary": "AdamW, clip and warm-up", "runs": 3, "seconds": 1.0}
+    shown = _best_table({**RESULTS, "summary": [entry]})
+    order = [shown.index(word) for word in ("adamw+clip+warmup", "0.851 [0.831", ">0.0333<", "33.8 %", "AdamW, clip")]
+    assert order == sorted(order), "a narrow screen shows the first columns"

@@ -61,17 +61,16 @@ def _score(scores: Mapping[str, Any]) -> str:
 
 
 def _best_table(results: Mapping[str, Any]) -> str:
-    headings = ["method", "what it is", "strength", "lr", results["workload"]["metric"], "diverged", "to target",
-                "scaled", "ms/step", "memory", "s/run", "worst bin"]  # fmt: skip
+    headings = ["method", results["workload"]["metric"], "strength", "lr", "diverged", "to target", "scaled",
+                "ms/step", "memory", "s/run", "worst bin", "what it is"]  # fmt: skip
     rows = []
     for entry in results["summary"]:
         scaled, steps = entry["scaled_share"], entry["steps_to_target"]
         rows.append([
             entry["method"],
-            entry["summary"],
-            "" if entry["strength"] is None else f"{entry['strength']:g}",
-            f"{entry['lr']:g}",
             _score(entry["fresh"] or entry["choosing"]),
+            "" if entry["strength"] is None else f"{entry['strength']:g}",
+            f"{entry['lr']:.3g}",
             f"{entry['diverged']} of {entry['runs']}",
             "never" if steps is None else f"{steps:.0f}",
             "" if scaled is None else f"{100 * scaled:.1f} %",
@@ -79,6 +78,7 @@ def _best_table(results: Mapping[str, Any]) -> str:
             number(entry.get("state_per_weight"), 2),
             f"{entry['seconds']:.1f}",
             entry["worst_bin"] or "",
+            entry["summary"],
         ])  # fmt: skip
     return html_table(headings, rows, bold=[at for at, entry in enumerate(results["summary"]) if entry["ours"]])
 
