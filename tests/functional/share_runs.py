@@ -63,7 +63,7 @@ def weights():
 
 
 def gradients(step, held):
-    """Gradients that differ from row to row, outwards in part; one row, one entry and two whole batches are broken."""
+    """Gradients that differ from row to row; a row, an entry, the vectors and two whole batches are broken at times."""
     rng = np.random.default_rng((5, step))
     made = [np.asarray(rng.standard_normal(w.shape) * 0.03 - 0.06 * w) for w in held]
     if step == 4:
@@ -74,6 +74,9 @@ def gradients(step, held):
         made = [np.asarray(g * 1e3) for g in made]
     if step == 9:
         made[6][1] = 0.0
+    if step == 10:  # three vectors outweigh the matrices
+        for t in (0, 2, 5):
+            made[t] = np.asarray(made[t] * 1e3)
     return made
 
 

@@ -87,6 +87,9 @@ FAULTS = {
     "no limit on growth": {"change": lambda kinds: [replace(kind, longest=np.inf) for kind in kinds]},
     "a grouped convolution as one matrix": {"change": lambda kinds: [replace(kind, blocks=1) for kind in kinds]},
     "vectors move as far as matrices": {"change": lambda kinds: [replace(kind, share=1.0) for kind in kinds]},
+    "vectors are not held": {
+        "change": lambda kinds: [replace(k, name="table" if k.name == "vector" else k.name) for k in kinds]
+    },
     "a short row may stay short": {"change": lambda kinds: [replace(kind, least=1e-3) for kind in kinds]},
     "Adam for matrices": {"change": lambda kinds: [replace(kind, direction="adam") for kind in kinds]},
     "decay is left out": {"weight_decay": 0.0},
