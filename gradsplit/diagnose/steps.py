@@ -116,7 +116,8 @@ def _reach(ladder: Ladder, b: int) -> str:
 def unstable_rate(evidence: Evidence) -> list[Finding]:
     """The learning rate is beyond stability: the loss is too sharp for the optimizer to follow it.
 
-    There is at most one finding, for SGD with any momentum, and for Adam or AdamW with a history.
+    There is at most one finding, for SGD with any momentum, and for Adam or AdamW with a history. Other optimizers that
+    hold a momentum, such as RMSprop and Muon, divide or turn the gradient, so these bounds say nothing of them.
     """
     optimizer = evidence.optimizer
     if optimizer is None or not evidence.finite:
@@ -125,10 +126,16 @@ def unstable_rate(evidence: Evidence) -> list[Finding]:
     if not rates or max(rates) == 0:
         return []
     rate, first = max(rates), optimizer.param_groups[rates.index(max(rates))]
-    if "momentum" in first:
-        beta, scales = float(first["momentum"]), None
-        bound = 2 * (1 + beta)
-    elif "betas" in first and "eps" in first and any("exp_avg_sq" in s for s in optimizer.state.values()):
+    if first.get("maximize"):
+        return []
+    if "momentum" in first and "dampening" in first:
+        scales, bound = None, _bound_of_momentum(first)
+    elif (
+        "betas" in first
+        and "eps" in first
+        and type(optimizer).__name__ not in ("NAdam", "RAdam")
+        and any("exp_avg_sq" in s for s in optimizer.state.values())
+    ):
         beta, scales = float(first["betas"][0]), _inverse_roots(evidence.model, optimizer, first)
         bound = 2 * (1 + beta) / (1 - beta)
     else:
@@ -156,6 +163,19 @@ def unstable_rate(evidence: Evidence) -> list[Finding]:
     ]
 
 
+def _bound_of_momentum(entry: Any) -> float:
+    """Rate times sharpness up to which SGD settles on a parabola; torch leaves dampening out without momentum.
+
+    >>> _bound_of_momentum({"momentum": 0.5, "dampening": 0.5}), _bound_of_momentum({"momentum": 0.5, "nesterov": True})
+    (6.0, 1.5)
+    """
+    beta = float(entry["momentum"])
+    if entry.get("nesterov"):
+        return 2 * (1 + beta) / (1 + 2 * beta)
+    passed = 1 - float(entry.get("dampening", 0.0)) * (beta != 0)
+    return 2 * (1 + beta) / passed if passed > 0 else math.inf
+
+
 def sharpness(
     model: nn.Module, loss_fn: LossFn, batch: Any, *, iterations: int = 20, scales: list[Tensor] | None = None
 ) -> float:
@@ -164,18 +184,19 @@ def sharpness(
         v <- S H S v / ||S H S v||,   lambda = v . S H S v       (S = 1, or 1 / sqrt of Adam's denominator)
 
     Gradient descent with rate eta leaves its valley where eta lambda > 2 (Cohen et al. 2021, arXiv 2103.00065). With
-    momentum beta (heavy ball) the bound is 2 (1 + beta). For Adam it is 2 (1 + beta1) / (1 - beta1), on the
-    preconditioned Hessian (Cohen et al. 2022, arXiv 2207.14484).
+    momentum beta the bound is 2 (1 + beta) / (1 - dampening), and 2 (1 + beta) / (1 + 2 beta) with Nesterov's. For Adam
+    it is 2 (1 + beta1) / (1 - beta1), on the preconditioned Hessian (Cohen et al. 2022, arXiv 2207.14484).
 
     Args:
         model: any module; fused recurrences and attention without a second derivative raise torch's own error.
         loss_fn: `loss_fn(model, batch) -> scalar`.
         batch: what the loss takes.
-        iterations: Hessian-vector products.
+        iterations: Hessian-vector products; twice as many where the curvature of largest size is negative.
         scales: per parameter, the entries of S.
 
     Returns:
-        lambda, in units of loss / parameter^2; it is the largest in size, so it may be negative.
+        lambda, in units of loss / parameter^2, of largest value. Where the eigenvalue of largest size is negative, the
+        iteration runs again on S H S minus it, which has none below zero.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> round(sharpness(model, lambda m, x: 3.0 * m(x).square().sum(), torch.ones(1, 1)), 4)
@@ -189,24 +210,29 @@ def sharpness(
         if not pairs:
             return 0.0
         known = {id(p): s for p, s in zip(parameters, scales, strict=True)} if scales is not None else {}
-        generator = torch.Generator().manual_seed(0)
-        v = [torch.randn(p.shape, generator=generator).to(p) for p, _ in pairs]
-        value = 0.0
-        for _ in range(iterations):
-            length = float(torch.sqrt(sum((part.double().square().sum() for part in v), torch.zeros(())).double()))
-            if length == 0 or not math.isfinite(length):
-                return length
-            v = [part / length for part in v]
-            shaped = [part * known[id(p)] if known else part for part, (p, _) in zip(v, pairs, strict=True)]
-            inner = sum(
-                ((g * s).sum() for (_, g), s in zip(pairs, shaped, strict=True)), torch.zeros((), device=v[0].device)
-            )
-            pushed = torch.autograd.grad(inner, [p for p, _ in pairs], retain_graph=True, allow_unused=True)
-            image = [torch.zeros_like(p) if h is None else h for (p, _), h in zip(pairs, pushed, strict=True)]
-            image = [part * known[id(p)] if known else part for part, (p, _) in zip(image, pairs, strict=True)]
-            value = sum(float((a.double() * b.double()).sum()) for a, b in zip(v, image, strict=True))
-            v = [part.detach() for part in image]
-    return value
+
+        def largest(shift: float) -> float:
+            generator = torch.Generator().manual_seed(0)
+            v = [torch.randn(p.shape, generator=generator).to(p) for p, _ in pairs]
+            value = 0.0
+            for _ in range(iterations):
+                length = float(torch.sqrt(sum((part.double().square().sum() for part in v), torch.zeros(())).double()))
+                if length == 0:
+                    return value
+                if not math.isfinite(length):
+                    return length
+                v = [part / length for part in v]
+                shaped = [part * known[id(p)] if known else part for part, (p, _) in zip(v, pairs, strict=True)]
+                inner = sum(((g * s).sum() for (_, g), s in zip(pairs, shaped, strict=True)), v[0].new_zeros(()))
+                pushed = torch.autograd.grad(inner, [p for p, _ in pairs], retain_graph=True, allow_unused=True)
+                image = [torch.zeros_like(p) if h is None else h for (p, _), h in zip(pairs, pushed, strict=True)]
+                image = [part * known[id(p)] if known else part for part, (p, _) in zip(image, pairs, strict=True)]
+                value = sum(float((a.double() * b.double()).sum()) for a, b in zip(v, image, strict=True))
+                v = [(part - shift * old).detach() for part, old in zip(image, v, strict=True)]
+            return value
+
+        top = largest(0.0)
+        return largest(top) if top < 0 else top
 
 
 def _inverse_roots(model: nn.Module, optimizer: Any, entry: Any) -> list[Tensor]:
@@ -220,5 +246,6 @@ def _inverse_roots(model: nn.Module, optimizer: Any, entry: Any) -> list[Tensor]
             scales.append(torch.ones_like(p))
             continue
         correction = 1 - float(entry["betas"][1]) ** float(state["step"])
-        scales.append(((state["exp_avg_sq"] / correction).sqrt() + entry["eps"]).rsqrt().to(p))
+        square = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # of AMSGrad
+        scales.append(((square / correction).sqrt() + entry["eps"]).rsqrt().to(p))
     return scales

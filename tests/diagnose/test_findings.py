@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from gradsplit.diagnose import activations, diagnose, samples, signals, steps, w
 from gradsplit.diagnose.diagnosis import EXPLODING, KINDS
 from gradsplit.diagnose.evidence import weight_heats
 from gradsplit.diagnose.signals import loss_weights
-from gradsplit.diagnose.steps import sharpness
+from gradsplit.diagnose.steps import _bound_of_momentum, sharpness
 from tests.chain.nets import NAMES, Recurrent, TwoHeads, build
 
 
@@ -199,6 +200,44 @@ def test_a_rate_beyond_stability() -> None:
     assert not [f for f in diagnose(model, square, x, adam).findings if f.kind == "unstable rate"]
     adam.param_groups[0]["lr"] = 1e3
     assert top(model, x, optimizer=adam)[0] == "unstable rate"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "dampening": 0.5}, {"dampening": 0.5}, {"momentum": 0.9}],
+)
+def test_the_bound_of_momentum_is_where_a_parabola_ceases_to_settle(options: dict[str, Any]) -> None:
+    """Loss w^2 / 2 has sharpness 1; the rates are 1 % to both sides of the bound, and the steps decide."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    bound = _bound_of_momentum(torch.optim.SGD([weight], lr=1.0, **options).param_groups[0])
+    ends = []
+    for rate in (0.99 * bound, 1.01 * bound):
+        w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        optimizer = torch.optim.SGD([w], lr=rate, **options)
+        for _ in range(2000):
+            w.grad = w.detach().clone()
+            optimizer.step()
+        ends.append(w.detach().abs().item())
+    assert ends[0] < 1 < ends[1]
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Muon"])
+def test_an_optimizer_with_a_momentum_that_is_not_sgd_is_not_judged_as_sgd(name: str) -> None:
+    model = nn.Linear(4, 4, bias=False)
+    make = getattr(torch.optim, name, None)
+    if make is None:
+        pytest.skip(f"this torch has no {name}")
+    optimizer = make(model.parameters(), lr=0.5)
+    found = diagnose(model, square, 30 * torch.ones(3, 4), optimizer).findings
+    assert not [f for f in found if f.kind == "unstable rate"]
+
+
+def test_the_sharpness_is_the_largest_eigenvalue_and_not_the_one_of_largest_size() -> None:
+    """Loss w_0^2 - 3 w_1^2 has the eigenvalues 2 and -6, and -3 w^2 has -6 alone."""
+    model = nn.Linear(2, 1, bias=False)
+    saddle = sharpness(model, lambda m, x: m.weight[0, 0] ** 2 - 3 * m.weight[0, 1] ** 2, None)
+    assert saddle == pytest.approx(2.0, rel=1e-3)
+    assert sharpness(model, lambda m, x: -3 * m.weight.square().sum(), None) == pytest.approx(-6.0)
 
 
 def test_a_net_without_second_derivatives_is_diagnosed_without_its_sharpness() -> None:
