@@ -125,7 +125,7 @@ def _won_by_little() -> list[Job]:
 
 def _second_146() -> list[Job]:
     """146 layers: SOAP at the rate that seeds 0 to 3 prefer, though all cells are at chance on them."""
-    return cells("deep-stack", 300, "soap", 1e-2, FRESH[:3])
+    return cells("deep-stack", 300, "soap", 1e-2, FRESH)
 
 
 def _gain_2_fresh() -> list[Job]:
