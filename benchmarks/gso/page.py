@@ -301,6 +301,7 @@ def small(runs: Runs, page: Page) -> None:
     points = min((middle(found["adamw"]) - middle(ours) for ours in both if ours), default=math.nan)
     runs.keep("mixer: AdamW over GSO, the better of two shares", points)
     asked, text = "within .5 points of AdamW", f"{100 * points:.2f} points below"
+    page.words["digits"] = f"{100 * points:.2f}"
     page.bar("digits mixer", asked, text, points <= 0.005, found["gso"], found["adamw"])
     runs.keep("bar mixer", 0.005)
     made, found = beside(runs, "validation loss, LoRA", "lora", 400, methods)
