@@ -1,6 +1,6 @@
 """What is patched in torch while a script is watched, so that its losses and its own bound are seen.
 
-- ``Tensor.backward`` and ``GradScaler.scale``, for the losses: see `Losses`.
+- ``Tensor.backward``, ``TermSplitter.backward`` and ``GradScaler.scale``, for the losses: see `Losses`.
 - ``GradScaler.step``, for the steps that it does not make: see `watch_scaler`.
 - ``torch.nn.utils.clip_grad_norm_``, for the bound that the script sets itself: see `watch_own_bound`.
 
@@ -8,7 +8,7 @@ What backward is called on has a graph. It tells the order of the forward pass, 
 finite (`leaves_in_order`, `lost_in_forward`). torch numbers the operations of a forward pass in their order, and keeps
 the tensors that backward will need. No hook is needed for that.
 
-Each of them still does what it did. Nothing else in torch is replaced: a session attaches to optimizers by torch's own
+Each of them still does what it did. Nothing else is replaced: a session attaches to optimizers by torch's own
 hooks.
 """
 
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
+
+from ... import sources
 
 __all__ = [
     "Losses",
@@ -88,7 +90,8 @@ def watch_scaler(before: Callable[[Any], int], after: Callable[[Any, int], None]
 class Losses:
     """The sum of all scalars that backward was called on since the last step: the one whose gradient the step uses.
 
-    A loss multiplied by a gradient scaler is seen as it was before. Tensors stay on their device.
+    A loss multiplied by a gradient scaler is seen as it was before, and the terms of a `TermSplitter` as their weighted
+    sum. Tensors stay on their device.
 
     Attributes:
         before: called with what backward is called on, and its value without a scaler's factor (None: no scalar).
@@ -140,22 +143,34 @@ class Losses:
             self._unscaled = (weakref.ref(scaled), outputs.detach().reshape(()).clone())
 
     def install(self) -> None:
-        """Look at every ``Tensor.backward`` and ``GradScaler.scale`` from now on; both do what they did."""
-        backward, scale = Tensor.backward, torch.amp.GradScaler.scale
+        """Look at every backward pass and every ``GradScaler.scale`` from now on; all do what they did."""
+        backward, scale, split = Tensor.backward, torch.amp.GradScaler.scale, sources.TermSplitter.backward
+
+        def around(loss: Tensor, act: Callable[[], Any]) -> Any:
+            value: Tensor | None = None
+            with contextlib.suppress(Exception):  # a tensor of a class of its own may refuse anything
+                value = self.note(loss)
+            for begin in self.before:
+                begin(loss, value)
+            made = act()
+            for tell in self.after:
+                tell()
+            return made
 
         @functools.wraps(backward)
         def seen_backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return backward(tensor, *args, **kwargs)
-            value: Tensor | None = None
-            with contextlib.suppress(Exception):  # a tensor of a class of its own may refuse anything
-                value = self.note(tensor)
-            for act in self.before:
-                act(tensor, value)
-            made = backward(tensor, *args, **kwargs)
-            for tell in self.after:
-                tell()
-            return made
+            return around(tensor, lambda: backward(tensor, *args, **kwargs))
+
+        @functools.wraps(split)
+        def seen_terms(splitter: sources.TermSplitter, *unnamed: Any, **terms: Tensor) -> Any:
+            total: Any = None
+            with contextlib.suppress(Exception):  # what is no term is refused by the splitter itself
+                total = sum(splitter.weights.get(name, 1.0) * term for name, term in terms.items())
+            if torch.compiler.is_compiling() or not isinstance(total, Tensor):
+                return split(splitter, *unnamed, **terms)
+            return around(total, lambda: split(splitter, *unnamed, **terms))
 
         @functools.wraps(scale)
         def seen_scale(scaler: Any, outputs: Any) -> Any:
@@ -164,7 +179,11 @@ class Losses:
                 self.note_scaled(outputs, scaled)
             return scaled
 
-        for owner, name, seen in ((Tensor, "backward", seen_backward), (torch.amp.GradScaler, "scale", seen_scale)):
+        for owner, name, seen in (
+            (Tensor, "backward", seen_backward),
+            (sources.TermSplitter, "backward", seen_terms),
+            (torch.amp.GradScaler, "scale", seen_scale),
+        ):
             setattr(owner, name, seen)
 
 

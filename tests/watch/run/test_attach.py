@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import types
@@ -20,6 +21,7 @@ from gradsplit.watch.run.patched import Losses
 from gradsplit.watch.run.session import Session
 from gradsplit.watch.run.settings import Settings, budget_from_words
 from gradsplit.watch.run.track import BlockReader
+from tests.watch.run.watched import watched
 
 
 def _net():
@@ -46,6 +48,30 @@ def _train(model, optimizer, steps, *, seed=3):
         optimizer.zero_grad()
         model(batch).square().mean().backward()
         optimizer.step()
+
+
+def test_the_loss_of_a_term_splitter_is_the_weighted_sum_of_its_terms(tmp_path):
+    """It makes one backward pass per term, and none by Tensor.backward."""
+    ends = []
+    for observed in (False, True):
+        torch.manual_seed(0)
+        model, x = _net(), torch.randn(4, 5)
+        optimizer, losses = torch.optim.Adam(model.parameters(), 0.01), []
+        terms = gs.TermSplitter(model, weights={"b": 0.5})
+        with watched(tmp_path / "run.db") if observed else contextlib.nullcontext():
+            for _ in range(4):
+                y = model(x)
+                a, b = y.square().mean(), y.abs().mean()
+                losses.append((a + 0.5 * b).item())
+                optimizer.zero_grad()
+                terms.backward(a=a, b=b)
+                optimizer.step()
+            with pytest.raises(ValueError, match="got float"):
+                terms.backward(a=1.0)
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+    with RunFile(tmp_path / "run.db") as file:
+        np.testing.assert_allclose(file.series(file.streams[0]).loss_R, losses, rtol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "RMSprop"])

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import clip_grad
 from torch.optim import optimizer as hooks
 
+from gradsplit.sources import TermSplitter
 from gradsplit.watch.record import RunFile
 from gradsplit.watch.report.account import Account, account_of
 from gradsplit.watch.run.session import Session
@@ -17,6 +18,7 @@ from gradsplit.watch.run.settings import Settings
 
 _PATCHED = (
     (torch.Tensor, "backward"),
+    (TermSplitter, "backward"),
     (torch.amp.GradScaler, "scale"),
     (torch.amp.GradScaler, "step"),
     (clip_grad, "clip_grad_norm_"),
