@@ -113,7 +113,7 @@ CASES = {
     "sinh": torch.sinh,
     "softmax": lambda x: F.softmax(x, -1) ** 2,
     "softplus": F.softplus,
-    "sort, stable": lambda x: x.sort(1, stable=True, descending=True)[0] * torch.arange(3.0),
+    "sort, stable": lambda x: x.sort(dim=1, stable=True, descending=True)[0] * torch.arange(3.0),
     "sort": lambda x: x.sort(0)[0][1] ** 3,
     "split": lambda x: x.split([1, 3])[1] ** 3,
     "sqrt": torch.sqrt,
