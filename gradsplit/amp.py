@@ -1,4 +1,4 @@
-"""Mixed precision: what a GradScaler has done to the gradients, and how a step leaves a region of autocast.
+"""Modes of torch: what a GradScaler has done to the gradients, and how a step leaves autocast and a default device.
 
 The one module that knows torch's `GradScaler`. Nothing here waits for the device. Since scales are powers of two,
 limits in unscaled units come out the same bit for bit, whatever the scale.
@@ -6,14 +6,18 @@ limits in unscaled units come out the same bit for bit, whatever the scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scaling", "undisturbed"]
+__all__ = ["Scaling", "Unscaled", "undisturbed", "with_cpu_default"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,15 @@ class Scaling:
         """Return how an optimizer's gradients stand to a scaler between ``backward()`` and ``scaler.step()``.
 
         Whether ``unscale_`` has been called is on record in the scaler alone, in an attribute that torch keeps private.
+
+        Raises:
+            TypeError: something else than a GradScaler.
         """
+        if not hasattr(scaler, "is_enabled"):
+            raise TypeError(
+                f"GradientSplitter.step(scaler={type(scaler).__name__}): expected a torch.amp.GradScaler. Without one, "
+                "write step()."
+            )
         if not scaler.is_enabled():
             return None
         found = scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device")
@@ -104,12 +116,89 @@ class Scaling:
         return self.scale.to(like.device).reshape(()).float().reciprocal().to(like.dtype)
 
 
-def undisturbed(device: str, act: Callable[..., None], *arguments: Any) -> None:
-    """Call something outside of regions of autocast and of inference mode, in which the caller may stand.
+class Unscaled:
+    """Tells once where a GradScaler unscales gradients after they were bounded, so that limits met its scale.
 
-    So products are computed in the dtypes that were chosen for them, and memories can be written in any later step.
+    Only a step of the optimizer inside that of a scaler is looked at, and there the scaler has just waited for the
+    device itself.
+
+    Args:
+        optimizer: whose steps are looked at, until the first one that tells.
+        tell: is called with the words.
     """
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+
+    SCALE = 1024.0  # a smaller ratio may be another clip's
+
+    def __init__(self, optimizer: torch.optim.Optimizer, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._is_over = False
+        self._hook: Any = optimizer.register_step_pre_hook(self._look)
+
+    def note(self, parameters: Sequence[Tensor]) -> bool:
+        """Take note of one gradient as it was bounded; return whether there is still something to look for."""
+        if self._is_over:
+            self._hook.remove()
+            return False
+        p = next((p for p in reversed(parameters) if p.grad is not None and p.grad.layout == torch.strided), None)
+        if p is not None and p.grad is not None and p.grad.numel():
+            self._seen = p, p.grad.detach().abs().amax()
+        return True
+
+    def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._is_over or self._seen is None:
+            return
+        (parameter, before), self._seen = self._seen, None
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
+            frame = frame.f_back
+        scaler = None if frame is None else frame.f_locals.get("self")
+        if scaler is None or not scaler.is_enabled() or parameter.grad is None:
+            self._is_over = True
+            return
+        scale, size, now = scaler.get_scale(), float(before), float(parameter.grad.detach().abs().amax())
+        carried = getattr(optimizer, "grad_scale", None) is not None
+        self._is_over = size > 0
+        if carried or (size > 0 and scale >= self.SCALE and now * scale <= 1.01 * size):
+            self._is_over = True
+            self._tell(
+                f"GradientSplitter.step(): a GradScaler took its scale, {scale:g}, out of the gradients after they "
+                "were bounded, so that limits met scaled gradients. Write splitter.step(scaler=scaler), or attach the "
+                "splitter."
+            )
+
+
+def with_cpu_default(function: Function) -> Function:
+    """Return a function in which tensors without a named device are made on the CPU, as outside of all modes.
+
+    ``torch.set_default_device`` may name another one, on which tables for compiled loops must not lie.
+
+    >>> made = with_cpu_default(torch.zeros)
+    >>> with torch.device("meta"):
+    ...     made(1).device
+    device(type='cpu')
+    """
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return outside  # type: ignore[return-value]
+
+
+def undisturbed(device: str, act: Callable[..., None], *arguments: Any) -> None:
+    """Call something outside of regions of autocast, of inference mode and of a default device.
+
+    So products are computed in the dtypes that were chosen for them, memories can be written in any later step, and
+    tables lie where compiled loops read them.
+    """
+    if not torch.compiler.is_compiling() and torch.get_default_device().type != "cpu":
+        with torch.device("cpu"):
+            undisturbed(device, act, *arguments)
+    elif torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             undisturbed(device, act, *arguments)
     elif not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a traced step knows no such mode

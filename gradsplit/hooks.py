@@ -59,6 +59,7 @@ class Turn:
         self.held: Any = None
         self._is_open = False
         self._seen: list[tuple[Any, int]] = []
+        self._same, self._marks = 0, list[str]()
         self._others: weakref.WeakSet[Turn] = weakref.WeakSet()
 
     def stand_at(self, optimizer: torch.optim.Optimizer) -> None:
@@ -81,6 +82,7 @@ class Turn:
         if self._is_open and self.held is None:
             self.held = decision
         self._seen = [(weakref.ref(gradient), gradient._version) for gradient in _ends(parameters)]
+        self._marks = [_mark(gradient) for gradient in _ends(parameters)] if self._same else []
 
     def done(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these very gradients have been acted on: nobody has written to them since."""
@@ -93,6 +95,18 @@ class Turn:
                 for gradient, (ref, version) in zip(now, self._seen, strict=True)
             )
         )
+
+    def stands_still(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether this is the third time outside of a step that the gradients are those of the time before.
+
+        On a CPU their numbers are compared too, since a write through ``.data`` leaves no mark.
+        """
+        if self._is_open or not self.done(parameters):
+            self._same = 0
+            return False
+        written = self._same > 0 and self._marks != [_mark(gradient) for gradient in _ends(parameters)]
+        self._same = 1 if written else self._same + 1
+        return self._same == Unseen.STEPS
 
     def end(self) -> None:
         """Note that the step is over."""

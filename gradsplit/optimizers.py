@@ -11,7 +11,7 @@ import torch
 
 from .budget import DEFAULT_IN_FRONT, DEFAULT_OF_SPLITTER, Budget, Fixed, RelativeStep
 from .hooks import users_level
-from .rates import held_by
+from .rates import TOP, held_by
 
 __all__ = [
     "calls_closure_often",
@@ -20,6 +20,7 @@ __all__ = [
     "refuse_misfit",
     "searches_line",
     "usual_bounds",
+    "warn_of_old_momentum",
     "warn_of_own_bounds",
     "why_not_capped",
 ]
@@ -95,6 +96,10 @@ def optimizer_of(optimizer: Any, *, call: str) -> torch.optim.Optimizer:
             hint = " Make one splitter per optimizer, each with pairs (name, parameter)."
         elif isinstance(optimizer, type):
             name, hint = f"{optimizer.__name__}, a class", f" Write {optimizer.__name__}(model.parameters())."
+        elif isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            hint = f" Pass the optimizer that this {name} was made for."
+        elif isinstance(optimizer, torch.amp.GradScaler):
+            hint = " Pass the optimizer here, and the scaler to step(scaler=…)."
         raise TypeError(
             f"{call}(optimizer={name}): expected a torch optimizer with param_groups.{hint} "
             "Without one, call GradientSplitter.step() before the update and give a budget, for example Relative(0.2)."
@@ -115,6 +120,24 @@ def usual_bounds(optimizer: torch.optim.Optimizer, *, caps: bool) -> tuple[Budge
     if calls_closure_often(optimizer):
         return Fixed(math.inf), False
     return DEFAULT_IN_FRONT, True
+
+
+def warn_of_old_momentum(optimizer: torch.optim.Optimizer, in_front: Sequence[Budget]) -> None:
+    """Warn of momentum that was summed up before anything bounded the step: it acts on, whatever is bounded now.
+
+    Momentum from a run under such bounds comes with the largest rates, which say so.
+    """
+    if not any(budget.bounds_update for budget in in_front) or any(TOP in group for group in optimizer.param_groups):
+        return
+    if any(state.get("momentum_buffer") is not None for state in optimizer.state.values()):
+        name = type(optimizer).__name__
+        warnings.warn(
+            f"GradientSplitter(optimizer={name}): {name} holds momentum of steps that nothing bounded, so the next "
+            "steps may be longer than RelativeStep allows. Make the splitter before the first step, or clear the "
+            "optimizer's state.",
+            UserWarning,
+            stacklevel=users_level(),
+        )
 
 
 def warn_of_own_bounds(optimizer: torch.optim.Optimizer) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .hooks import users_level
 from .plan import Plan
 
-__all__ = ["LOWERED", "Clock", "Members", "Rates", "SecondSchedule", "Thawed", "held_by", "refuse_endless"]
+__all__ = ["LOWERED", "TOP", "Clock", "Members", "Rates", "SecondSchedule", "Thawed", "held_by", "refuse_endless"]
 
 TOP = "gradsplit_top_lr"
 """The key of a parameter group under which its largest learning rate stands: it is saved and restored with the rate."""
@@ -33,7 +33,8 @@ def held_by(optimizer: Any) -> list[int]:
 def refuse_endless(optimizer: torch.optim.Optimizer, *, call: str) -> None:
     """Refuse a learning rate, a decay or a momentum that is not finite, before a step makes the weights so.
 
-    A tensor on a device, or in a capturable group, is not looked at, since that would wait for the device.
+    A tensor on a device, or in a capturable group, is not looked at, since that would wait for the device. A
+    traced step looks at nothing.
 
     Raises:
         ValueError: names the option and the group.
@@ -43,7 +44,7 @@ def refuse_endless(optimizer: torch.optim.Optimizer, *, call: str) -> None:
     ValueError: f: expected finite options in SGD, got lr=nan in group 0, which would make its weights inf or nan. \
 Look at the scheduler, or at what else sets lr.
     """
-    for i, group in enumerate(optimizer.param_groups):
+    for i, group in enumerate(() if torch.compiler.is_compiling() else optimizer.param_groups):
         for name in ("lr", "weight_decay", "momentum"):
             value = group.get(name)
             if value.__class__ is float and math.isfinite(value):
@@ -69,8 +70,8 @@ class Clock:
     def __init__(self, steps: int | None, device: torch.device | None = None) -> None:
         self.steps = steps
         # A tensor, since a traced step knows a number only as it was when it was traced.
-        narrow = device is not None and device.type == "mps"
-        self.made = torch.zeros((), dtype=torch.float32 if narrow else torch.float64, device=device)
+        device = torch.device("cpu") if device is None else device
+        self.made = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def advance(self) -> None:
         """Count a step, in place, so that a captured graph counts on."""

@@ -1,8 +1,9 @@
-"""What a step leaves behind: its measured squares, its decision, and the worst bins in words."""
+"""What a step is given and leaves behind: gradients, measured squares, a decision, and the worst bins in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .budget import Decision, Outcome
+from .hooks import users_level
 from .plan import Plan
 from .xp import Array
 
-__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "StepRecord", "checked_sinks", "plain_of"]
+__all__ = ["BinReport", "DeferredDecision", "ShareRecord", "StepRecord", "checked_sinks", "gradients_of", "plain_of"]
 
 
 class BinReport(NamedTuple):
@@ -46,6 +48,44 @@ def checked_sinks(sinks: Any, *, call: str) -> list[Callable[[Any], Any]]:
     if not all(callable(sink) for sink in made):
         raise ValueError(f"{call}(sinks={sinks!r:.80}): expected functions of a record in a list. Write sinks=[print].")
     return made
+
+
+def gradients_of(
+    names: Sequence[str], parameters: Sequence[Tensor], *, call: str = "GradientSplitter.step()"
+) -> list[Tensor | None]:
+    """Return the gradients in the layout's order; sparse ones coalesced, so that every stored row is there once.
+
+    Raises:
+        ValueError: a gradient that is neither dense nor made of stored rows; names the parameter.
+
+    Warns:
+        UserWarning: no parameter has a gradient.
+    """
+    for name, parameter in zip(names, parameters, strict=True):
+        gradient = parameter.grad
+        if gradient is None or gradient.layout == torch.strided:
+            continue
+        if not gradient.is_sparse or gradient.sparse_dim() != 1:
+            raise ValueError(
+                f"{call}: expected a dense gradient or one of stored rows, got {gradient.layout} of shape "
+                f"{tuple(gradient.shape)} at {name!r}. Set parameter.grad = parameter.grad.to_dense() first."
+            )
+        if not gradient.is_coalesced():
+            parameter.grad = gradient.coalesce()
+    gradients = [parameter.grad for parameter in parameters]
+    # A traced step does not look: identities would have it traced anew.
+    last = {} if torch.compiler.is_compiling() else {id(gradient): t for t, gradient in enumerate(gradients)}
+    for t, gradient in enumerate(gradients if 0 < len(last) < len(gradients) else ()):
+        if gradient is not None and last[id(gradient)] != t:  # one that two hold would be scaled twice
+            parameters[t].grad = gradients[t] = gradient.clone()
+    if all(gradient is None for gradient in gradients):
+        warnings.warn(
+            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad(). If the model was "
+            "given new parameters, make a new splitter.",
+            UserWarning,
+            stacklevel=users_level(),
+        )
+    return gradients
 
 
 def plain_of(values: Tensor) -> Tensor:

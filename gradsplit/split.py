@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .amp import Scaling
+from .amp import Scaling, with_cpu_default
 from .budget import Budget, Decision, Ledger, StagedLedger, budgets_by_level, make_ledger
 from .budget.lines import line_table, lines_of
 from .collective import COLLECTIVE, ENOUGH, Recent
@@ -31,7 +30,7 @@ from .optimizers import calls_closure_often, follows_gradient
 from .plan import Plan
 from .programs import Programs
 from .rates import Rates
-from .records import BinReport, DeferredDecision, ShareRecord, StepRecord, checked_sinks, plain_of
+from .records import BinReport, DeferredDecision, ShareRecord, StepRecord, checked_sinks, gradients_of, plain_of
 
 __all__ = [
     "BinReport",
@@ -79,39 +78,6 @@ def check_state(state: Any, keys: Iterable[str], *, call: str) -> list[float]:
     if not isinstance(tops, (list, tuple)) or not all(isinstance(top, float) and 0 < top < math.inf for top in tops):
         raise ValueError(f"{call}: expected learning rates > 0, got top_lr={tops!r:.80}. {_DAMAGED}")
     return list(tops)
-
-
-def gradients_of(
-    names: Sequence[str], parameters: Sequence[Tensor], *, call: str = "GradientSplitter.step()"
-) -> list[Tensor | None]:
-    """Return the gradients in the layout's order; sparse ones coalesced, so that every stored row is there once.
-
-    Raises:
-        ValueError: a gradient that is neither dense nor made of stored rows; names the parameter.
-
-    Warns:
-        UserWarning: no parameter has a gradient.
-    """
-    for name, parameter in zip(names, parameters, strict=True):
-        gradient = parameter.grad
-        if gradient is None or gradient.layout == torch.strided:
-            continue
-        if not gradient.is_sparse or gradient.sparse_dim() != 1:
-            raise ValueError(
-                f"{call}: expected a dense gradient or one of stored rows, got {gradient.layout} of shape "
-                f"{tuple(gradient.shape)} at {name!r}. Set parameter.grad = parameter.grad.to_dense() first."
-            )
-        if not gradient.is_coalesced():
-            parameter.grad = gradient.coalesce()
-    gradients = [parameter.grad for parameter in parameters]
-    if all(gradient is None for gradient in gradients):
-        warnings.warn(
-            f"{call}: no parameter has a gradient. Call it after backward() and before zero_grad(). If the model was "
-            "given new parameters, make a new splitter.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return gradients
 
 
 class Split:
@@ -285,6 +251,7 @@ class Split:
         squares_B, *weights_B = map(plain_of, self.kernel.squares_many(reads))
         return squares_B, weights_B[0] if weights_B else None
 
+    @with_cpu_default
     def bound_(
         self,
         gradients: list[Tensor | None],

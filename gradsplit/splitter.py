@@ -6,15 +6,23 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .amp import Scaling
+from .amp import Scaling, Unscaled, with_cpu_default
 from .budget import DEFAULT_OF_SPLITTER, Decision, Ledger, RelativeStep, StagedLedger
 from .distributed import local_of, whole_of
-from .hooks import Bypassed, Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hooks
+from .hooks import Bypassed, Handle, Place, Turn, Unseen, attach_to, not_traced, runs_hooks, users_level
 from .kernels import Kernel
-from .optimizers import calls_closure_often, optimizer_of, refuse_misfit, usual_bounds, warn_of_own_bounds
+from .optimizers import (
+    calls_closure_often,
+    optimizer_of,
+    refuse_misfit,
+    usual_bounds,
+    warn_of_old_momentum,
+    warn_of_own_bounds,
+)
 from .plan import STRATEGIES, Layout, Plan, layout_of, make_plan, named_trainable, one_device
 from .rates import Members, Thawed, refuse_endless
 from .records import StepRecord, plain_of
@@ -147,6 +155,7 @@ class GradientSplitter:
         self._handle: Handle | None = None
         self._unseen: Unseen | None = None
         self._bypassed: Bypassed | None = None
+        self._unscaled: Unscaled | None = None
         self._adopt(make_plan(plan, self.layout, call="GradientSplitter"))
         if optimizer is not None:
             inner = self._stand_by(optimizer)
@@ -154,7 +163,9 @@ class GradientSplitter:
                 self._handle = self.attach(optimizer)
             elif runs_hooks(inner):
                 self._unseen = Unseen(inner, self, call="GradientSplitter", remedy=CALL_ME)
+                self._unscaled = Unscaled(inner, _warn)
 
+    @with_cpu_default
     def _adopt(self, plan: Plan) -> None:
         """Start with a plan, and with budgets without history; the largest learning rates so far are kept.
 
@@ -221,9 +232,11 @@ class GradientSplitter:
         in_front = [budget for _, budget in self._split.gradient_budgets]
         refuse_endless(optimizer, call="GradientSplitter(optimizer=…)")
         refuse_misfit(optimizer, in_front, caps=self._cap is not None)
+        if optimizer is not self.optimizer:
+            warn_of_old_momentum(optimizer, in_front)
+            warn_of_own_bounds(optimizer)
         self._split.read_rates(optimizer, in_groups=self._split.needs_rates)
         if optimizer is not self.optimizer:
-            warn_of_own_bounds(optimizer)
             self._members = Members(
                 optimizer, self.layout.names, self.parameters, others=self._all_named, call="GradientSplitter"
             )
@@ -308,6 +321,8 @@ class GradientSplitter:
         if self._cap is not None:
             self._cap.note(squares_B)
         self._turn.take(decision, self.parameters)
+        if self._unscaled is not None and scaling is None and not torch.compiler.is_compiling():
+            self._unscaled = self._unscaled if self._unscaled.note(self.parameters) else None
         return StepRecord(self.step_count - 1, squares_B, decision) if held else self._recorded(squares_B, decision)
 
     def _check_ready(self) -> None:
@@ -321,23 +336,24 @@ class GradientSplitter:
             UserWarning: another splitter at the same optimizer has bounded these gradients, or the optimizer has made a
                 step with them before.
         """
-        if self.optimizer is not None and not torch.compiler.is_compiling():
+        if self.optimizer is not None:
             refuse_endless(self.optimizer, call="GradientSplitter.step()")
         unseen = None if torch.compiler.is_compiling() else self._unseen
         if unseen is not None and unseen.came_too_late(self.parameters):
-            warnings.warn(
+            _warn(
                 f"GradientSplitter.step(): {type(self.optimizer).__name__} made its step with these gradients before "
-                f"they were bounded. {CALL_ME}",
-                UserWarning,
-                stacklevel=4,
+                f"they were bounded. {CALL_ME}"
             )
         if not torch.compiler.is_compiling() and self._turn.done_by_another(self.parameters):
-            warnings.warn(
+            _warn(
                 f"GradientSplitter.step(): another splitter at this {type(self.optimizer).__name__} has bounded these "
                 "gradients already, so that limits hold twice. Leave one of them out; one splitter takes several "
-                "budgets.",
-                UserWarning,
-                stacklevel=4,
+                "budgets."
+            )
+        if not torch.compiler.is_compiling() and self._turn.stands_still(self.parameters):
+            _warn(
+                f"GradientSplitter.step(): {Unseen.STEPS + 1} calls in a row found the same gradients, and nobody "
+                "wrote to them in between. If a copy of the model trains, make a splitter for the copy."
             )
         if self._split.needs_rates and self._split.rates is None:
             raise ValueError(
@@ -397,7 +413,7 @@ class GradientSplitter:
             with torch.enable_grad():
                 closure()
             gradients = gradients_of(self.layout.names, self.parameters, call="GradientSplitter.calibrate(…)")
-            squares.append(self.kernel.squares(gradients))
+            squares.append(with_cpu_default(self.kernel.squares)(gradients))
             if not cuts_anew:
                 continue
             energy_T = [None if gradient is None else _energy(gradient) for gradient in gradients]
@@ -409,7 +425,7 @@ class GradientSplitter:
             parameter.grad = None
         if cuts_anew:
             energies = {
-                name: plain_of(whole_of(value)) / (1 - _MEMORY**count) if count else torch.zeros(value.shape)
+                name: plain_of(whole_of(value)) / (1 - _MEMORY**count) if count else np.zeros(value.shape)
                 for name, value, count in zip(self.layout.names, whole_means, seen, strict=True)
             }
             self._adopt(make_plan(strategy, self.layout, energies, call="GradientSplitter.calibrate"))
@@ -440,6 +456,7 @@ class GradientSplitter:
             **({} if self._split.recent is None else {"collective": self._split.recent.state()}),
         }
 
+    @with_cpu_default
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` left off; a calibrated plan comes with it. As in torch, names do not count.
 
@@ -471,6 +488,10 @@ class GradientSplitter:
             recent.recent_B, recent.steps = norms
         self.step_count = state["step_count"]
         self._split.load_tops(tops)
+
+
+def _warn(words: str) -> None:
+    warnings.warn(words, UserWarning, stacklevel=users_level())
 
 
 _MEMORY = 0.9

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..amp import Scaling, undisturbed
+from ..amp import Scaling, undisturbed, with_cpu_default
 from ..budget import DEFAULT_OF_GSO, Relative
 from ..collective import Collective
 from ..hooks import constant_while_traced, not_traced, users_level, without_compiler_guard
@@ -122,6 +122,7 @@ class GSO(Optimizer):
     _step_supports_amp_scaling = True
     bounds_gradients = True  # a splitter in front says that bounds hold twice
 
+    @with_cpu_default
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -214,6 +215,7 @@ class GSO(Optimizer):
         """Whether rows move by a share of their length; else this is AdamW over bins."""
         return self._direction != "adam"
 
+    @with_cpu_default
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, or a module, under the optimizer's options or its own ``plan``, ``budget`` and ``direction``.
 
@@ -381,8 +383,7 @@ class GSO(Optimizer):
         return [(owners, record) for owners, record in made if record is not None]
 
     def _check_schedule(self) -> None:
-        if not torch.compiler.is_compiling():
-            refuse_endless(self, call="GSO.step()")
+        refuse_endless(self, call="GSO.step()")
         for group in self.param_groups if self.by_share else ():
             if not isinstance(group["lr"], Tensor) or not torch.compiler.is_compiling():
                 check_numbers(group, by_share=True)
@@ -463,6 +464,7 @@ class GSO(Optimizer):
         saved: dict[str, Any] = {HISTORY: [part.state() for part in self._parts]}
         return {**saved, COUNT: int(self._clock.made)} if self.by_share else saved
 
+    @with_cpu_default
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` left off. Statistics per bin stay float32, whatever the parameters' dtype.
@@ -519,6 +521,7 @@ class GSO(Optimizer):
         base: dict[str, Any] = super().__getstate__()
         return {**base, **own, "_history": [part.state() for part in self._parts], "_made": int(self._clock.made)}
 
+    @with_cpu_default
     def __setstate__(self, state: dict[str, Any]) -> None:
         history, made = state.pop("_history", None), state.pop("_made", 0)
         super().__setstate__(state)

@@ -6,6 +6,7 @@ gradient of this step, so a global clip can never do it, and `GSO` can with its 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..amp import undisturbed
+from ..hooks import users_level
 
 if TYPE_CHECKING:
     from .gso import GSO
@@ -32,7 +34,8 @@ class InBackward:
     """
 
     def __init__(self, optimizer: GSO) -> None:
-        self._done: set[int] = set()
+        self._done: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # the weights, and their version behind the update
+        self._told = False
         self._accumulating = False
         self._optimizer = weakref.ref(optimizer)
         self._names = {}
@@ -55,9 +58,10 @@ class InBackward:
                 "checkpoint(…, use_reentrant=False). Otherwise: call step() after every backward."
             )
         _check_processes(owner, name)
-        self._done.add(id(owner))
+        self._done[id(owner)] = weakref.ref(owner), -1
         with torch.no_grad():
             undisturbed(owner.device.type, optimizer._step_of, owner)
+        self._done[id(owner)] = weakref.ref(owner), owner._version
         owner.grad = None
 
     @contextmanager
@@ -74,14 +78,33 @@ class InBackward:
 
         Raises:
             RuntimeError: called by a GradScaler, whose scaled gradients have been applied already.
+
+        Warns:
+            UserWarning: somebody has written to weights behind their update.
         """
         optimizer = self._optimizer()
+        if not self._told and not torch.compiler.is_compiling():
+            self._look_for_writes()
         self._done.clear()
         if optimizer is not None and getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 f"{_CALL}: expected unscaled gradients, got a step() by GradScaler: it unscales after backward, when "
                 "the update has been made. Train in bfloat16 without a scaler, or use in_backward=False."
             )
+
+    def _look_for_writes(self) -> None:
+        for key, (ref, version) in self._done.items():
+            owner = ref()
+            if owner is None or owner._version == version or hasattr(owner, "device_mesh"):
+                continue
+            self._told = True
+            warnings.warn(
+                f"{_CALL}: {self._names[key]!r} was written between backward(), which has updated it, and step(), so "
+                "that the update may be lost. If you swap weights around the backward pass, use in_backward=False.",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+            return
 
 
 def _check_processes(owner: Tensor, name: str) -> None:

@@ -279,3 +279,197 @@ def test_a_wrapped_gradient_that_is_not_finite_is_named_when_it_raises():
         inside[1, 2] = math.nan
     with pytest.raises(FloatingPointError, match=r"inf or nan in 0.weight\[1:2\]"):
         splitter.step()
+
+
+def scaled_loop(model, optimizer, splitter, scaler, between=lambda: None, given=None):
+    """Six steps by hand under a GradScaler; return what was warned of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(3, 4)).square().mean()).backward()
+            between()
+            splitter.step(**(given or {}))
+            scaler.step(optimizer)
+            scaler.update()
+    return [str(one.message) for one in told]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_scaler_that_unscales_behind_the_bounds_is_told_once(kind, options):
+    model = model_of()
+    optimizer = kind(model.parameters(), lr=0.01, **options)
+    splitter = gs.GradientSplitter(model, optimizer=optimizer)
+    told = scaled_loop(model, optimizer, splitter, torch.amp.GradScaler("cpu"))
+    assert len(told) == 1
+    assert "a GradScaler took its scale, 65536, out of the gradients after they were bounded" in told[0]
+    assert "Write splitter.step(scaler=scaler)" in told[0]
+    assert len(optimizer._optimizer_step_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_scaler_that_is_handed_over_or_has_unscaled_is_right(kind):
+    for way in ("given", "unscaled", "disabled", "attached"):
+        model = model_of()
+        optimizer = kind(model.parameters(), lr=0.01)
+        splitter = gs.GradientSplitter(model, optimizer=optimizer)
+        scaler = torch.amp.GradScaler("cpu", enabled=way != "disabled")
+        given = {"scaler": scaler} if way == "given" else {}
+        between = (lambda: scaler.unscale_(optimizer)) if way == "unscaled" else (lambda: None)  # noqa: B023
+        if way == "attached":
+            splitter.attach(optimizer)
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(3, 4)).square().mean()).backward()
+            scaler.step(optimizer)
+            assert splitter.step_count == 1
+        else:
+            assert scaled_loop(model, optimizer, splitter, scaler, between, given) == []
+
+
+def test_what_is_no_scaler_and_what_holds_an_optimizer_are_named():
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    splitter = gs.GradientSplitter(model, optimizer=optimizer)
+    backward(model)
+    with pytest.raises(TypeError, match=r"step\(scaler=SGD\): expected a torch.amp.GradScaler"):
+        splitter.step(scaler=optimizer)
+    with pytest.raises(TypeError, match=r"optimizer=StepLR\): .* Pass the optimizer that this StepLR was made for"):
+        splitter.attach(torch.optim.lr_scheduler.StepLR(optimizer, 3))
+    with pytest.raises(TypeError, match=r"optimizer=GradScaler\): .* the scaler to step\(scaler=…\)"):
+        splitter.attach(torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e3])
+def test_a_splitter_whose_model_stands_still_says_so_once(rate):
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    splitter = gs.GradientSplitter(model, optimizer=optimizer)
+    backward(model)
+    splitter.step()
+    optimizer.step()
+    again = copy.deepcopy(model)
+    other = torch.optim.SGD(again.parameters(), lr=rate)
+    with pytest.warns(UserWarning, match="4 calls in a row found the same gradients") as told:
+        for _ in range(8):
+            backward(again)
+            splitter.step()
+            other.step()
+    assert len(told) == 1
+
+
+def test_gradients_that_are_written_in_any_way_do_not_stand_still():
+    model = model_of()
+    splitter = gs.GradientSplitter(model, budget=gs.Fixed(1e9))
+    backward(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(8):
+            for p in model.parameters():
+                p.grad.data.fill_(step + 1.0)  # leaves no mark
+            splitter.step()
+    assert splitter.step_count == 8
+
+
+@pytest.mark.parametrize("how", ["attach", "step"])
+def test_momentum_of_steps_that_nothing_bounded_is_told_of(how):
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    backward(model)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="SGD holds momentum of steps that nothing bounded") as told:
+        splitter = gs.GradientSplitter(model, optimizer=optimizer)
+        if how == "attach":
+            splitter.attach(optimizer)
+    assert len(told) == 1
+    saved_state = optimizer.state_dict()
+    resumed = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    resumed.load_state_dict(saved_state)
+    gs.GradientSplitter(model, optimizer=resumed)  # the state says that it was bounded
+    gs.GradientSplitter(model, optimizer=optimizer, budget=gs.Fixed(1.0))  # claims nothing about the step
+
+
+def test_a_gradient_that_two_parameters_hold_is_bounded_once():
+    both = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    for p in both:
+        p.grad = torch.full((2, 2), 30.0) if p is both[0] else both[0].grad
+    gs.GradientSplitter([("a", both[0]), ("b", both[1])], budget=gs.Fixed(1.0)).step()
+    for p in both:
+        torch.testing.assert_close(p.grad.double().norm(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+def runs(make, steps=3):
+    """Weights after some steps, without and within a default device on which nothing can be read."""
+    made = []
+    for device in ("cpu", "meta"):
+        model = model_of()
+        ones = torch.ones(3, 4)
+        with torch.device(device):
+            optimizer = make(model)
+            for _ in range(steps):
+                for p in model.parameters():
+                    p.grad = None
+                model(ones).square().mean().backward()
+                optimizer.step()
+        made.append(values(model))
+    return made
+
+
+@pytest.mark.parametrize("direction", ["auto", "adam"])
+@pytest.mark.parametrize("options", [{}, {"backend": "eager"}, {"in_backward": True}, {"steps": 9}], ids=str)
+def test_gso_leaves_a_default_device_alone(direction, options):
+    if direction == "adam" and "steps" in options:
+        options = {"second_moment": "bin"}
+    plain, within = runs(lambda model: gs.GSO(model, direction=direction, **options))
+    assert all(torch.equal(a, b) for a, b in zip(plain, within, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["xsp", "lbf", "tree_sp", "whole"])
+@pytest.mark.parametrize("budget", [None, "ema", "zscore", "percentile", {"root": gs.Fixed(1.0), "bin": gs.Ema(1.5)}])
+@pytest.mark.parametrize("caps", [False, True])
+def test_a_splitter_leaves_a_default_device_alone(plan, budget, caps):
+    def make(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+        bounds = (gs.RelativeStep(), gs.Fixed(1.0)) if caps and budget is not None else budget
+        splitter = gs.GradientSplitter(model, plan=plan, budget=bounds, optimizer=optimizer, cap_updates=caps)
+        splitter.attach(optimizer)
+        if plan == "lbf":
+            splitter.calibrate(lambda: backward_with(model), 2)
+        splitter.load_state_dict(splitter.state_dict())
+        return optimizer
+
+    def backward_with(model):
+        with torch.device("cpu"):
+            backward(model)
+
+    plain, within = runs(make)
+    assert all(torch.equal(a, b) for a, b in zip(plain, within, strict=True))
+
+
+def test_updates_in_backward_that_somebody_overwrites_are_told_of_once():
+    model = model_of()
+    optimizer = gs.GSO(model, in_backward=True)
+    with pytest.warns(UserWarning, match=r"in_backward=True\): .* was written between backward\(\)") as told:
+        for _ in range(4):
+            fine = values(model)
+            model(torch.ones(3, 4)).square().mean().backward()
+            with torch.no_grad():
+                for p, old in zip(model.parameters(), fine, strict=True):
+                    p.copy_(old)
+            optimizer.step()
+    assert len(told) == 1
+
+
+def test_updates_in_backward_and_writes_after_the_step_are_in_peace():
+    model = model_of()
+    optimizer = gs.GSO(model, in_backward=True)
+    before = values(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            model(torch.ones(3, 4)).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.clamp_(-1, 1)
+    assert not same(model, before)
