@@ -135,13 +135,13 @@ its box sizes, the healthy one their logarithms.
 """,
     "hot": """At gain 3 the first loss is 7e20. The norm of such a gradient is infinite in float32, and torch's clip
 then multiplies all of it by zero. So the others stay at chance with their usual clip, at every rate.
-With a clip whose norm is computed in float64 ("clip in float64") they train too. AdamW at 0.01 and
-SOAP at 0.03 then come within 2 or 3 % of GSO, Muon less near. A third of that rate costs AdamW nearly all of
+With a clip whose norm is computed in float64 ("clip in float64") they train too. AdamW at 0.01
+then comes within 2 % of GSO, SOAP and Muon less near. A third of that rate costs AdamW nearly all of
 it. GSO measures every row in float64, and needs neither the clip nor the rate. At gain 2 the others had
 the clip in float64 only. At gains of 1 and .5 the stack is healthy, and all methods train it about equally well.
 """,
-    "mixer": """One test digit is .28 points. AdamW is ahead of GSO on most seeds, by two or three digits. Muon, SOAP
-and GSO are not told apart, and the smaller share does not help GSO.
+    "mixer": """One test digit is .28 points. All three others are ahead of GSO on most seeds, AdamW by two or three
+digits. The smaller share does not help GSO.
 """,
     "zero": """LoRA of rank 4 stands on the matrices of a GPT that was trained on the second text. The zero-
 initialised GPT starts with residual projections and the head at zero; a row counts as at least a
