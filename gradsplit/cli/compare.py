@@ -146,7 +146,11 @@ def _train(grid: Grid, row: Workload, folder: Path, jobs: int, console: Console)
         def on_cell(cell: Any, result: dict[str, Any], done: int, total: int) -> None:
             bar.update(shown, description=f"{cell.method} lr {cell.lr:.3g}", completed=done, total=total)
 
-        return compare(grid, folder, jobs=jobs, on_cell=on_cell)
+        try:
+            return compare(grid, folder, jobs=jobs, on_cell=on_cell)
+        except KeyboardInterrupt:
+            kept = f"finished runs are kept in {folder}, and the same command goes on from there"
+            raise KeyboardInterrupt(kept) from None
 
 
 def _name_failures(failed: list[dict[str, Any]]) -> None:

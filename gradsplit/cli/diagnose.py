@@ -71,7 +71,7 @@ def run(
     Each finding comes with its evidence and what to change. Nothing is trained. It takes a few forward and backward
     passes, and some dozens with --ladder.
 
-    Example: gradsplit diagnose --demo deep-stack
+    Example: gradsplit diagnose --demo detection
     """
     if bool(problem) == bool(demo):
         raise ValueError(

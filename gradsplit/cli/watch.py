@@ -103,6 +103,7 @@ def view(opened: RunFile, *, module: str = "", depth: int = 1) -> RenderableType
             f"gradsplit watch --module {module}: expected a recorded module or tensor, got another name. Leave it out, "
             "or add --depth 0, to see the names."
         )
+    parts.append(Text("usual: the median of the last steps; course: their norms, on a logarithmic scale", "dim"))
     names = {stream.index: stream.outline.leaf_names for stream in opened.streams}
     events = [
         f"step {event.step}: {event.kind} {names[event.stream][event.leaf] if event.leaf is not None else 'step'}"

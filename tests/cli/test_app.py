@@ -192,3 +192,16 @@ def test_an_interruption_ends_with_its_code_and_says_so(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_checked", interrupted)
     code, _, err = _main(capsys, "doctor")
     assert (code, err) == (130, "\ngradsplit doctor: interrupted.\n")
+
+
+def test_an_interrupted_comparison_says_what_is_kept(capsys, tmp_path, monkeypatch):
+    def interrupted(*words, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradsplit.lab.compare.compare", interrupted)
+    code, _, err = _main(capsys, "compare", "gpt", "--jobs", "0", "--out", str(tmp_path))
+    assert code == 130
+    assert err == (
+        f"\ngradsplit compare: interrupted; finished runs are kept in {tmp_path}, and the same command goes on from "
+        "there.\n"
+    )

@@ -83,9 +83,15 @@ def test_columns_that_fit_stand_in_one_table():
 
 
 def test_the_page_of_a_comparison_shows_scores_before_words():
-    from gradsplit.lab.pages.comparison import _best_table
+    from gradsplit.lab.pages.comparison import comparison_page
 
     entry = {**RESULTS["summary"][0], "summary": "AdamW, clip and warm-up", "runs": 3, "seconds": 1.0}
-    shown = _best_table({**RESULTS, "summary": [entry]})
+    about = {**RESULTS["workload"], "name": "plain-stack", "title": "a stack", "data_note": "Digits."}
+    run = {"method": entry["method"], "strength": 0.1, "lr": entry["lr"], "losses": [2.0, 1.0], "steps_run": 2}
+    curve = [{**point, "min": 0.5, "max": 2.0} for point in entry["curve"]]
+    results = {**RESULTS, "workload": about, "conditions": {}, "cells": [run], "summary": [{**entry, "curve": curve}]}
+    shown = comparison_page(results)
+    shown = shown[shown.index("<table>") :]
     order = [shown.index(word) for word in ("adamw+clip+warmup", "0.851 [0.831", ">0.0333<", "33.8 %", "AdamW, clip")]
+    assert shown.index("</table>") < order[-1], "words stand below the table"
     assert order == sorted(order), "a narrow screen shows the first columns"

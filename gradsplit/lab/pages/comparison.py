@@ -9,11 +9,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ...watch.report.html import Section, html_table, page
+from ...watch.report.html import Section, html_table, page, text
 from .rate_curve import style_of
 from .tables import number
 
 __all__ = ["comparison_page", "loss_figure", "rate_figure"]
+
+
+_LEGEND = {"orientation": "h", "y": -0.2}  # below: beside the lines it would leave a narrow screen nothing for them
 
 
 def comparison_page(results: Mapping[str, Any]) -> str:
@@ -33,7 +36,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
             "gradsplit are bold. To target: steps until the training loss is where "
             f"{results.get('target_method', 'clip')} ends. Scaled: share of all bins over all steps. Memory: optimizer "
             "bytes per weight byte.",
-            [_best_table(results)],
+            [_best_table(results), text(_words(results["summary"]))],
         ),
         Section(
             "Score over the learning rate",
@@ -60,9 +63,14 @@ def _score(scores: Mapping[str, Any]) -> str:
     return f"{median} [{scores['min']:.3f} to {scores['max']:.3f}{lost}]"
 
 
+def _words(summary: Sequence[Mapping[str, Any]]) -> str:
+    """What each method is: below the table, since it would press the numbers out of a screen."""
+    return "; ".join(f"{entry['method']}: {entry['summary']}" for entry in summary) + "."
+
+
 def _best_table(results: Mapping[str, Any]) -> str:
     headings = ["method", results["workload"]["metric"], "strength", "lr", "diverged", "to target", "scaled",
-                "ms/step", "memory", "s/run", "worst bin", "what it is"]  # fmt: skip
+                "ms/step", "memory", "s/run", "worst bin"]  # fmt: skip
     rows = []
     for entry in results["summary"]:
         scaled, steps = entry["scaled_share"], entry["steps_to_target"]
@@ -78,7 +86,6 @@ def _best_table(results: Mapping[str, Any]) -> str:
             number(entry.get("state_per_weight"), 2),
             f"{entry['seconds']:.1f}",
             entry["worst_bin"] or "",
-            entry["summary"],
         ])  # fmt: skip
     return html_table(headings, rows, bold=[at for at, entry in enumerate(results["summary"]) if entry["ours"]])
 
@@ -110,7 +117,7 @@ def rate_figure(results: Mapping[str, Any]) -> go.Figure:
     lrs = sorted({point["lr"] for entry in results["summary"] for point in entry["curve"]})
     figure.update_xaxes(type="log", title="learning rate", tickvals=lrs, ticktext=[f"{lr:.3g}" for lr in lrs])
     figure.update_yaxes(title=html.escape(results["workload"]["metric"]))
-    figure.update_layout(height=460, legend={"orientation": "v"})
+    figure.update_layout(height=460, legend=_LEGEND)
     return figure
 
 
@@ -136,7 +143,7 @@ def loss_figure(results: Mapping[str, Any]) -> go.Figure:
     wide = bool(positive) and max(positive) > 20 * min(positive)
     figure.update_yaxes(title="training loss", type="log" if wide else "linear", **({"dtick": 1} if wide else {}))
     figure.update_xaxes(title="step")
-    figure.update_layout(height=420)
+    figure.update_layout(height=420, legend=_LEGEND)
     return figure
 
 
