@@ -84,8 +84,11 @@ def _stacks() -> list[Job]:
 
 
 def _small() -> list[Job]:
-    jobs = cells(*MIXER, "gso", SHARE, FRESH) + cells(*MIXER, "adamw", 3e-3, FRESH)
-    return jobs + cells(*MIXER, "gso", 0.01, FRESH[:3])
+    """The mixer on twelve fresh seeds, since one test digit is .28 points."""
+    seeds = (*FRESH, *range(16, 22))
+    jobs = cells(*MIXER, "gso", SHARE, seeds) + cells(*MIXER, "adamw", 3e-3, seeds)
+    jobs += with_muon(*MIXER, 0.01, seeds) + cells(*MIXER, "soap", 1e-2, seeds)
+    return jobs + cells(*MIXER, "gso", 0.01, seeds)
 
 
 def _zero() -> list[Job]:
