@@ -396,6 +396,15 @@ def _balance() -> list[Job]:
     return jobs + cells(*MIXER, "gso", SHARE, FRESH[:2]) + cells("gpt", 500, "gso", SHARE, CHOOSING)
 
 
+def _positions() -> list[Job]:
+    """GPTs whose table of positions takes the orthogonal direction; without it: `proof-depth-fresh` and `proof-main`."""
+    ours = {"method_options": {"direction": {"position.weight": "orthogonal"}}}
+    jobs = []
+    for layers in (6, 12, 24):
+        jobs += cells("gpt", 300, "gso", SHARE, FRESH[:2], options={"layers": layers, "width": 48}, **ours)
+    return jobs + cells(*MAIN, "gso", SHARE, FRESH[:1], **ours)
+
+
 def _both(task: str, steps: int, **options: object) -> list[Job]:
     """Three rates of Muon and of SOAP on seed 0."""
     jobs = [job for lr in (0.03, 0.01, 0.1) for job in with_muon(task, steps, lr, (0,), **options)]
@@ -477,6 +486,7 @@ PROOF: dict[str, list[Job]] = {
     "proof-cool": _cool(),
     "proof-stacks": _stacks(),
     "proof-balance": _balance(),
+    "proof-positions": _positions(),
     "proof-small": _small(),
     "proof-zero": _zero(),
     "proof-faults": _faults(),

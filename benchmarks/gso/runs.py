@@ -68,6 +68,8 @@ def _shipped(task: tasks.Task, lr: float, steps: int, **options: Any) -> Prepare
     """`gradsplit.GSO` as it comes; the schedule is the driver's, so that every method has the same."""
     from gradsplit import GSO
 
+    if "direction" in options:  # a mapping, which a job holds as pairs
+        options["direction"] = dict(options["direction"])
     return Prepared([GSO(task.model, lr, **options)], lambda: None, warmup=False)
 
 

@@ -138,6 +138,18 @@ def test_blocks_as_a_mapping_are_made_orthogonal_one_by_one():
         assert_follows(model, oracle, step)
 
 
+@pytest.mark.parametrize("fused", [False, None], ids=["definition", "default"])
+def test_an_embedding_that_is_named_turns_as_a_matrix_and_keeps_its_share_and_limits(fused):
+    model = zoo()
+    optimizer = gs.GSO(model, direction={"words.weight": "orthogonal"}, fused=fused)
+    oracle = oracle_of(model, SHEETS | {"words.weight": Sheet("embedding", 7, 4, direction="orthogonal")})
+    for step in range(4):
+        give(model, step)
+        optimizer.step()
+        follow(oracle, model)
+        assert_follows(model, oracle, step)
+
+
 @pytest.mark.parametrize("strategy", ["rows", "columns", "lbf"])
 def test_blocks_as_a_plan_are_its_bins(strategy):
     torch.manual_seed(0)
