@@ -397,7 +397,7 @@ def _balance() -> list[Job]:
 
 
 def _positions() -> list[Job]:
-    """GPTs whose table of positions takes the orthogonal direction; without it: `proof-depth-fresh` and `proof-main`."""
+    """GPTs whose table of positions takes the orthogonal direction; without it: `proof-depth-fresh`, `proof-main`."""
     ours = {"method_options": {"direction": {"position.weight": "orthogonal"}}}
     jobs = []
     for layers in (6, 12, 24):
