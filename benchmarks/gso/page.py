@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gso.beside import DECAYS, ENOUGH, FRESH, RESULTS, SHARE, Runs, beside, rates, setting, table
-from benchmarks.gso.words import HEAD, KINDS, NAMES, NOTES, SHORT
+from benchmarks.gso.words import HEAD, IN_SHORT, KINDS, NAMES, NOTES, SHORT
 from benchmarks.tables import with_range as shown
 
 ROOT = Path(__file__).parents[2]
@@ -475,6 +476,23 @@ def seconds(runs: Runs, page: Page) -> None:
     )
 
 
+def in_short(page: Page) -> str:
+    """The first paragraph, from the bars."""
+    found = {(task, asked): text for task, asked, text, *_ in page.bars}
+    missed: dict[str, list[str]] = {}
+    for task, asked, _, said, _ in page.bars:
+        if "not" in said:
+            missed.setdefault(asked, []).append(task)
+    return IN_SHORT.format(
+        met=sum(row[3] == "met" for row in page.bars),
+        all=len(page.bars),
+        adamw=found["GPT, 1,000 steps", "15 % below AdamW's best"],
+        muon=found["GPT, 1,000 steps", "3 % below Muon's best"],
+        detector=found["exploding detector", "at least 0.48"].split(" (")[0],
+        missed="; ".join(f'"{asked}" ({listed(tasks)})' for asked, tasks in missed.items()),
+    )
+
+
 def made(path: Path = RESULTS / "runs.jsonl") -> tuple[str, str]:
     """The page and the cells behind it."""
     runs = Runs(path)
@@ -490,7 +508,11 @@ def made(path: Path = RESULTS / "runs.jsonl") -> tuple[str, str]:
         + note("bars", **page.words)
     )
     data = {"source": "benchmarks/results/gso/runs.jsonl", "cells": runs.cells, "derived": runs.derived}
-    text = HEAD.replace("DATES", page.dates) + bars.rstrip() + "\n\n" + "".join(page.parts).rstrip() + "\n"
+    below = bars.rstrip() + "\n\n" + "".join(page.parts).rstrip() + "\n"
+    titles = ["How to read the tables", *re.findall(r"^## (.+)$", below, re.MULTILINE)]
+    places = [f"- [{title}](#{re.sub('[^a-z0-9 _-]', '', title.lower()).replace(' ', '-')})" for title in titles]
+    head = HEAD.replace("DATES", page.dates).replace("SHORT", in_short(page)).replace("PLACES", "\n".join(places))
+    text = head + below
     return text, json.dumps(data, indent=1) + "\n"
 
 
