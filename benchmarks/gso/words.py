@@ -81,8 +81,8 @@ PLACES
 - The times are older than all three rules.
 
 """
-IN_SHORT = """`gs.GSO(model, steps=…)`, with nothing chosen, ran beside other optimizers, each at its best rate of several.
-It meets {met} of the {all} bars that were set before. On the GPT of 1,000 steps it ends {adamw} AdamW's best and
+IN_SHORT = """`gs.GSO(model, steps=…)`, with nothing chosen, ran beside other optimizers, each at its best rate
+of several. It meets {met} of the {all} bars that were set before. On the GPT of 1,000 steps it ends {adamw} AdamW's best and
 {muon} Muon's. On the exploding detector it scores {detector}. Not met: {missed}. The models are small, with at most
 692 thousand parameters."""
 NOTES: dict[str, str] = {
