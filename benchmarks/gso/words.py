@@ -82,9 +82,9 @@ PLACES
 
 """
 IN_SHORT = """`gs.GSO(model, steps=…)`, with nothing chosen, ran beside other optimizers, each at its best rate
-of several. It meets {met} of the {all} bars that were set before. On the GPT of 1,000 steps it ends {adamw} AdamW's best and
-{muon} Muon's. On the exploding detector it scores {detector}. Not met: {missed}. The models are small, with at most
-692 thousand parameters."""
+of several. It meets {met} of the {all} bars that were set before. On the GPT of 1,000 steps it ends {adamw}
+AdamW's best and {muon} Muon's. On the exploding detector it scores {detector}. Not met: {missed}.
+The models are small, with at most 692 thousand parameters."""
 NOTES: dict[str, str] = {
     "bars": """What is not met, and why:
 
