@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from .arrays import Oriented
 
-__all__ = ["KINDS", "ArrayKind", "Choice", "array_kinds", "by_shape", "check_patterns", "chosen", "of_width"]
+__all__ = ["KINDS", "WRITTEN", "ArrayKind", "Choice", "array_kinds", "by_shape", "check_patterns", "chosen", "of_width"]
 
 Kindred = TypeVar("Kindred", bound="ArrayKind")
 
@@ -38,6 +38,9 @@ class ArrayKind:
     longest: float = math.inf
     blocks: int = 1
 
+
+WRITTEN = 1.01
+"""A row that is found this many times its longest length was written from outside."""
 
 KINDS: dict[str, ArrayKind] = {
     "matrix": ArrayKind("matrix", "orthogonal", longest=3.0),

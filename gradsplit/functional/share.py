@@ -36,7 +36,7 @@ from ..series import DEEP, FADES
 from ..xp import Array, namespace
 from .adam import check_constants, grown, is_number
 from .arrays import Oriented, Patterns
-from .kinds import ArrayKind, array_kinds
+from .kinds import WRITTEN, ArrayKind, array_kinds
 from .splitting import History, decide_collectively
 
 __all__ = ["DEFAULT_OF_SHARE", "ShareRule", "ShareState", "newton_schulz", "share_rule"]
@@ -205,7 +205,7 @@ def share_rule(
         moves_B = decision.finite_B & (ahead_B > 0) & (xp.asarray(fades_B, length_B) + decision.norm_B > 0)
         longest = xp.maximum(length_B, xp.asarray(longest_B, length_B))
         most_B = xp.cast(state.most_B, length_B)  # a framework may keep its states in single precision
-        most_B = xp.where(moves_B & (most_B == 0), longest, most_B)
+        most_B = xp.where(moves_B & ((most_B == 0) | (length_B > most_B * WRITTEN)), longest, most_B)
         length = xp.maximum(length_B, xp.asarray(least_B, length_B))
         tau_B = xp.asarray(tau, length_B) * (root * root) * xp.asarray(share_B, length_B)
         tau_B = tau_B * balanced(tau_B * decision.norm_B * length, root)

@@ -14,7 +14,8 @@ s_b begins as the bin's first norm. Where c > 5 it becomes 1.05 s_b, so that a j
 hundred steps. Else it becomes min(max(||g_b||, f s_b), 2 s_b) with f = min(0.98, t / (t + 2)) at step t, so that a
 spike in the first steps is soon forgotten. A bin whose gradient is not finite, and one whose direction is zero, stays
 as it is, and so does its memory. A bin whose gradient is exactly zero stays too where the direction's length does not
-count (floor = 0), and its memory fades; Adam's direction fades by itself.
+count (floor = 0), and its memory fades; Adam's direction fades by itself. A bin that is found 1 % beyond its longest
+length was written from outside, as when weights are loaded, and that length counts as its first.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..amp import Scaling
 from ..budget import Decision
 from ..collective import Collective
 from ..distributed import gathering, is_sharded
+from ..functional.kinds import WRITTEN
 from ..plan import pattern_of
 from ..rates import Clock
 from ..series import Series, in_full
@@ -224,7 +226,7 @@ class ShareUpdate:
                 self._pass_over(stacks, directions, memories, states, lost_B)
                 ahead_B = torch.where(lost_B, 0.0, ahead_B)
             moves_B = decision.finite_B & (ahead_B > 0) & (self._fades_B | (decision.norm_B > 0))
-            first_B = moves_B & (self.most_B == 0)
+            first_B = moves_B & ((self.most_B == 0) | (length_B > WRITTEN * self.most_B))
             most_B = torch.where(first_B, torch.maximum(length_B, self._longest_B), self.most_B)
             tau_B = lr_B * self._share_B * (self.clock.pace() * factor_T).index_select(0, self._tensor_B)
             length = torch.maximum(length_B, self._least_B)
@@ -323,12 +325,7 @@ class ShareUpdate:
     def _bound(
         self, squares_B: Tensor, weight_squares_B: Tensor, scaling: Scaling | None
     ) -> tuple[Decision, Tensor, Tensor, Tensor]:
-        """Decide on the gradients.
-
-        Returns:
-            The decision, the lengths of the weights (B,), and what is remembered after the step: the recent norms (B,)
-            and the number of steps.
-        """
+        """Return the decision, lengths of weights (B,), and what is remembered: recent norms (B,), number of steps."""
         split = self.split
         if scaling is not None:
             squares_B = scaling.unscaled_squares(squares_B)

@@ -18,6 +18,7 @@ from ...amp import Scaling
 from ...budget import Decision
 from ...budget.lines import line_table, lines_of
 from ...collective import COLLECTIVE, FALLS, LET_THROUGH, RISES, Collective
+from ...functional.kinds import WRITTEN
 from ...kernels.addressable import bump_versions, obstacle, overlap
 from ...kernels.addresses import KINDS, compiled, load, narrow, pointer, store
 from ...kernels.numba_loops import _limit, share
@@ -199,7 +200,7 @@ def _apply(c, worker, kind, entries, chunks, bases, numbers, norms, lengths, fin
             ahead2 = _bin_square(d, at, rows, row_step, length)
             if not ahead2 > 0.0:
                 continue
-            if most[b] == 0.0:
+            if most[b] == 0.0 or lengths[b] > WRITTEN * most[b]:
                 most[b] = max(lengths[b], numbers[t, LONGEST])
             grown[b] = 1.0
             floor = root if numbers[t, IS_ADAM] > 0.0 else 1e-30

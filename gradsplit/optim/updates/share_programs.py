@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ...collective import COLLECTIVE, FALLS, LET_THROUGH, RISES
+from ...functional.kinds import WRITTEN
 from .compiled import FIRST_MOMENT, GRADIENT, SECOND_MOMENT, WEIGHT
 
 __all__ = [
@@ -65,7 +66,7 @@ SQUARE, WEIGHT2, RATIO, EULER, NORM, LIMIT, SCALE, LENGTH, FINITE, RECENT = (tl.
 _OF_WEIGHT, _OF_GRADIENT = tl.constexpr(WEIGHT), tl.constexpr(GRADIENT)
 _OF_FIRST, _OF_SECOND, _OF_AHEAD = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT), tl.constexpr(AHEAD)
 _COLLECTIVE, _LET_THROUGH = tl.constexpr(COLLECTIVE), tl.constexpr(LET_THROUGH)
-_FALLS, _RISES = tl.constexpr(FALLS), tl.constexpr(RISES)
+_FALLS, _RISES, _WRITTEN = tl.constexpr(FALLS), tl.constexpr(RISES), tl.constexpr(WRITTEN)
 
 
 @triton.jit
@@ -334,7 +335,7 @@ def commit(
         step = tau * tl.maximum(length, tl.load(number + _LEAST) * root) / tl.maximum(tl.sqrt(ahead2), floor)
         step, keep = step.to(WIDE), (1.0 - tl.load(number + _DECAY) * tau).to(WIDE)
         longest, held = tl.load(number + _MOST), tl.load(most + b)
-        held = tl.where(moves & (held == 0), tl.maximum(length, longest), held)
+        held = tl.where(moves & ((held == 0) | (length > _WRITTEN * held)), tl.maximum(length, longest), held)
         shrink = tl.full([], 1.0, tl.float64)
         if longest < float("inf"):
             total = tl.zeros([BLOCK], tl.float64)

@@ -190,7 +190,7 @@ class Oracle:
             direction = self._adam(t, g, fine, betas, eps)
         ahead = length(direction)
         moves = fine & (ahead > 0) & ((length(np.where(fine[:, None], gradient, 0)) > 0) | (sheet.direction == "adam"))
-        fresh = moves & (self.longest[t] == 0)
+        fresh = moves & ((self.longest[t] == 0) | (before > 1.01 * self.longest[t]))
         self.longest[t][fresh] = np.maximum(before, LONGEST[sheet.what])[fresh]
         floor = np.sqrt(n) if sheet.direction == "adam" else 1e-30
         tau = lr * SHARE[sheet.what]

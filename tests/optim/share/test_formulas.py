@@ -219,3 +219,26 @@ def _memory(optimizer, model, p):
     p.grad = gradient_of(p, 0)
     optimizer.step()
     return optimizer.state[p]
+
+
+@pytest.mark.parametrize("fused", [False, None], ids=["definition", "default"])
+def test_rows_that_are_written_longer_from_outside_stay_and_grow_no_further(fused):
+    """Weights that are loaded after the first step are not drawn back to a limit that was another model's."""
+    model = zoo(torch.float64)
+    optimizer, oracle = gs.GSO(model, fused=fused), oracle_of(model, SHEETS)
+    for step in range(6):
+        give(model, step)
+        if step == 2:
+            with torch.no_grad():
+                for p, held in zip(model.parameters(), oracle.weights, strict=True):
+                    p.mul_(40.0)
+                    held *= 40.0
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        follow(oracle, model)
+        assert_follows(model, oracle, step)
+        if step == 2:
+            kept = [
+                p.detach().norm() / w.norm() for p, w in zip(model.parameters(), before, strict=True) if w.norm() > 0
+            ]
+            assert min(kept) > 0.9
