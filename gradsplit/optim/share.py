@@ -234,11 +234,11 @@ class ShareUpdate:
             fresh = self._moved(stacks, directions, 1 - torch.where(moves_B, decay_B * tau_B, 0.0), -step_B)
             grown_B = self._shorten(stacks, fresh, moves_B, most_B)
             written = [w.to(weights[s.at[0]].dtype) for s, w in zip(stacks, fresh, strict=True)]
+            for stack, array in zip(stacks, written, strict=True):
+                torch._foreach_copy_([weights[t] for t in stack.at], stack.parts(array, weights))
         except BaseException:
             ledger.history, self.collected = history, collected
             raise
-        for stack, array in zip(stacks, written, strict=True):
-            torch._foreach_copy_([weights[t] for t in stack.at], stack.parts(array, weights))
         for stack, memory in zip(stacks, memories, strict=True):
             for key, array in memory.items():
                 held = [states[t][key] for t in stack.at]
