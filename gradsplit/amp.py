@@ -140,9 +140,10 @@ class Unscaled:
         if self._is_over:
             self._hook.remove()
             return False
-        p = next((p for p in reversed(parameters) if p.grad is not None and p.grad.layout == torch.strided), None)
-        if p is not None and p.grad is not None and p.grad.numel():
-            self._seen = p, p.grad.detach().abs().amax()
+        for p in reversed(parameters):  # not a shard's, whose maximum would wait for all ranks
+            if type(p.grad) is Tensor and p.grad.layout == torch.strided and p.grad.numel():
+                self._seen = p, p.grad.detach().abs().amax()
+                break
         return True
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

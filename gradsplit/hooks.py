@@ -317,8 +317,9 @@ def _mark(tensor: Tensor) -> str:
     """What changes when somebody writes to a tensor: its version, and on a CPU its first, middle and last number."""
     said = str(tensor._version)
     if tensor.device.type == "cpu" and tensor.numel() and type(tensor) in (Tensor, torch.nn.Parameter):
-        values = tensor.detach()
-        said += "".join(f" {values[tuple(int(at * (n - 1)) for n in values.shape)].item()}" for at in (0, 0.5, 1))
+        for at in (0, 0.5, 1):
+            place = tuple(slice(int(at * (n - 1)), int(at * (n - 1)) + 1) for n in tensor.shape)
+            said += f" {tensor.detach()[place].tolist()}"
     return said
 
 

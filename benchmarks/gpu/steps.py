@@ -6,6 +6,7 @@ import functools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ import gradsplit as gs
 from gradsplit.lab.speed.figures import Shapes, gpt, resnet50
 
 from .setting import BUDGETS, Setting, model_of
+
+# What is timed here are many steps with the same gradients.
+warnings.filterwarnings("ignore", r"GradientSplitter\.step\(\): \d+ calls in a row found the same gradients")
 
 
 def steps_of(setting: Setting, shapes: Shapes, only: str = "") -> dict[str, Callable[[], Callable[[], Any]]]:

@@ -161,11 +161,11 @@ def _check(asked: Settings) -> None:
             )
     if asked.depth < 0:
         raise ValueError(f"gradsplit run --depth {asked.depth}: expected 0 (every module and tensor), 1, 2 and so on.")
-    if asked.max_megabytes < 1 or asked.max_nodes < 2:
-        raise ValueError(
-            f"gradsplit run --max-megabytes {asked.max_megabytes:g} --max-nodes {asked.max_nodes}: expected at least 1 "
-            "and 2. Leave them out for the defaults."
-        )
+    for word, value, least in (("megabytes", asked.max_megabytes, 1), ("nodes", asked.max_nodes, 2)):
+        if value < least:
+            raise ValueError(
+                f"gradsplit run --max-{word} {value:g}: expected --max-{word} >= {least}. Leave it out for the default."
+            )
 
 
 if __name__ == "__main__":

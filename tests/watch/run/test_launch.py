@@ -20,7 +20,7 @@ from tests.watch.run.processes import environment, run_gradsplit, run_python, wi
 _LIGHT = """
 import os, sys
 print(sys.argv, __name__, sys.path[0] == os.path.dirname(os.path.abspath(__file__)))
-print([name for name in sys.path if "gradsplit" in name], "torch" in sys.modules)
+print([name for name in sys.path if os.path.join("gradsplit", "watch") in name], "torch" in sys.modules)
 import __main__
 print(__main__.__file__, sys.stdin.read())
 if sys.argv[1] == "raise":
@@ -107,7 +107,8 @@ def _rows(path):
         (["--control", "--budget", "fixxed", "x.py"], "expected a budget of"),
         (["--control", "--plan", "rows", "x.py"], "expected one of whole, per_tensor"),
         (["--to", "paper:x", "x.py"], "expected NAME:PLACE"),
-        (["--max-nodes", "0", "x.py"], "expected --max-megabytes >= 1"),
+        (["--max-nodes", "0", "x.py"], "expected --max-nodes >= 2"),
+        (["--max-megabytes", "0", "x.py"], "expected --max-megabytes >= 1"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys, words, message):
