@@ -19,9 +19,6 @@ from gradsplit.lab.speed.figures import Shapes, gpt, resnet50
 
 from .setting import BUDGETS, Setting, model_of
 
-# What is timed here are many steps with the same gradients.
-warnings.filterwarnings("ignore", r"GradientSplitter\.step\(\): \d+ calls in a row found the same gradients")
-
 
 def steps_of(setting: Setting, shapes: Shapes, only: str = "") -> dict[str, Callable[[], Callable[[], Any]]]:
     """What is measured: a name, and what makes its step."""
@@ -142,6 +139,8 @@ def lora(pairs: int, width: int, rank: int) -> Shapes:
 
 def cost_job(setting: Setting, layout: str, name: str) -> dict[str, Any]:
     """Milliseconds of a step on the device and on the host, memory at its peak beside what stays, launches."""
+    # What is timed here are many steps with the same gradients.
+    warnings.filterwarnings("ignore", r"GradientSplitter\.step\(\): \d+ calls in a row found the same gradients")
     shapes = layouts(setting)[layout]
     made = steps_of(setting, shapes)
     if name not in made:

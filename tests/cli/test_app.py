@@ -93,7 +93,7 @@ def test_the_version(capsys):
         (["bench", "--seconds", "0"], "gradsplit bench --seconds 0: expected a number >= 0.1"),
         (
             ["run", "--max-nodes", "1", "x.py"],
-            "gradsplit run --max-megabytes 400 --max-nodes 1: expected at least 1 and 2",
+            "gradsplit run --max-nodes 1: expected --max-nodes >= 2",
         ),
         (["plan", "math:tau"], "expected a model or a mapping {name: shape}, got float"),
         (["plan", "torch.nn:Linea"], "expected a name in torch.nn, got none. It has "),
