@@ -14,19 +14,9 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gradsplit as gs
+from tests.splitter.test_hostile import backward, model_of
 
 KINDS = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.LBFGS]
-
-
-def model_of():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 4))
-
-
-def backward(model):
-    for p in model.parameters():
-        p.grad = None
-    model(torch.ones(3, 4)).square().mean().backward()
 
 
 def values(model):

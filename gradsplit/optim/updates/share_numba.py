@@ -301,7 +301,7 @@ class CompiledShare(ShareUpdate):
         threads = threads_for(sum(table.num_elements for _, table in self._tables)) if self._apart(bases) else 1
         run([(products, (KINDS[d], t.entries, t.chunks, bases, euler)) for d, t in self._tables], threads)
         lr_B = np.array([float(group["lr"]) for group in groups])[self._tensors]
-        of_step = np.where(out[4] > 0, euler, 0.0), out[0], np.sqrt(weight_squares_B.numpy()), lr_B
+        of_step = np.where(out[4] > 0, euler, 0.0), out[0], out[3], lr_B
         factors = self._factor_T(*map(torch.from_numpy, of_step)).tolist()
         numbers = self._numbers(states, groups, factors)
         calls: list[Call] = [
